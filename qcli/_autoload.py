@@ -1,0 +1,51 @@
+"""Register the transformers plug-in the moment transformers is imported, and not a millisecond before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def when_imported(name: str, module: str, function: str) -> None:
+    """Call `module.function()` once `name` is imported: now if it already is."""
+    if name in sys.modules:
+        getattr(import_module(module), function)()
+    else:
+        sys.meta_path.insert(0, _Finder(name, module, function))
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module the ordinary way, once, and appends a call to its execution."""
+
+    def __init__(self, name: str, module: str, function: str) -> None:
+        self.name, self.module, self.function = name, module, function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, self.module, self.function)
+        return spec
+
+
+class _Then(Loader):
+    """A loader that calls a function after the module it loads has run."""
+
+    def __init__(self, loader: Loader, module: str, function: str) -> None:
+        self.loader, self.module, self.function = loader, module, function
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        getattr(import_module(self.module), self.function)()

@@ -1,0 +1,109 @@
+"""Dense n-bit packing, n = 1..8: the only place that knows how codes lie in words.
+
+Code i of a row occupies bits `[i*n, (i+1)*n)` of the row's little-endian bit stream; rows are padded
+with zeros to whole int32 words and a code may straddle two words. This is the layout of
+compressed-tensors >= 0.18 (`pack-quantized`) for every width.
+
+Both directions fold eight codes at a time inside one int64: eight bytes of n significant bits become
+n bytes in three steps (8 -> 16 -> 32 -> 64 bit lanes), so every width is vectorised alike.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+if sys.byteorder != "little":
+    raise ImportError("qcli packs through integer views and needs a little-endian machine")
+
+
+_TILE = 1 << 19  # codes folded at a time: small enough to stay in a core's cache
+
+
+def words_per_row(columns: int, bits: int) -> int:
+    """int32 words that a row of `columns` codes of `bits` bits takes."""
+    return -(-columns * bits // 32)
+
+
+def _folds(bits: int) -> list[tuple[int, int, int]]:
+    """(shift, low mask, high mask) of the folds from 8-bit lanes to one 64-bit lane.
+
+    A fold joins neighbouring lanes, of which `bits * lane / 8` bits are used, into one of twice the width;
+    `low` selects the even lanes, `high` where the odd ones land. Unpacking runs the same folds backwards.
+    """
+    folds = []
+    for lane in (8, 16, 32):
+        used = bits * lane // 8
+        low = sum(((1 << used) - 1) << offset for offset in range(0, 64, 2 * lane))
+        folds.append((lane - used, low, low << used))
+    return folds
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack rows of codes.
+
+    Args:
+        codes: uint8 `[rows, columns]`, each below `2**bits`.
+        bits: 1..8.
+
+    Returns:
+        int32 `[rows, ceil(columns * bits / 32)]`.
+    """
+    rows, columns = codes.shape
+    packed = torch.empty(rows, words_per_row(columns, bits), dtype=torch.int32, device=codes.device)
+    step = max(1, _TILE // max(1, columns))
+    for start in range(0, rows, step):
+        packed[start : start + step] = _pack_rows(codes[start : start + step], bits)
+    return packed
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
+    words = words_per_row(columns, bits)
+    eights = -(-columns // 8)
+    if columns % 8:
+        codes = torch.nn.functional.pad(codes, (0, eights * 8 - columns))
+    lanes = codes.reshape(-1).view(torch.int64)
+    if bits < 8:
+        for shift, low, high in _folds(bits):
+            lanes = (lanes >> shift).bitwise_and_(high).bitwise_or_(lanes & low)
+    stream = _leading_bytes(lanes, bits).view(rows, eights * bits)
+    if stream.shape[1] != words * 4:  # rows of eights may end before or after rows of words
+        shared = min(words * 4, stream.shape[1])
+        padded = stream.new_zeros(rows, words * 4)
+        padded[:, :shared] = stream[:, :shared]
+        stream = padded
+    return stream.view(-1).view(torch.int32).view(rows, words)
+
+
+def _leading_bytes(lanes: Tensor, count: int) -> Tensor:
+    """The low `count` bytes of each int64, contiguous, uint8.
+
+    Copied in the widest integers that divide `count`: byte copies with a stride are what limits packing.
+    """
+    width = count & -count
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    source = lanes.view(integer).view(-1, 8 // width)
+    target = torch.empty(lanes.numel(), count // width, dtype=integer, device=lanes.device)
+    for column in range(count // width):
+        target[:, column] = source[:, column]
+    return target.view(-1).view(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack`: int32 `[rows, words]` -> uint8 `[rows, columns]`."""
+    rows = packed.shape[0]
+    eights = -(-columns // 8)
+    stream = packed.reshape(-1).view(torch.uint8).view(rows, packed.shape[1] * 4)
+    missing = eights * bits - stream.shape[1]
+    if missing > 0:
+        stream = torch.nn.functional.pad(stream, (0, missing))
+    lanes = stream.new_zeros(rows, eights, 8)
+    lanes[:, :, :bits] = stream[:, : eights * bits].view(rows, eights, bits)
+    wide = lanes.view(-1).view(torch.int64)
+    if bits < 8:
+        for shift, low, high in reversed(_folds(bits)):
+            wide = (wide & high).bitwise_left_shift_(shift).bitwise_or_(wide & low)
+    return wide.view(torch.uint8).view(rows, eights * 8)[:, :columns]

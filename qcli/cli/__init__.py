@@ -1,0 +1,1 @@
+"""The commands; a file each. Nothing here imports torch, pydantic or rich before a command runs."""

@@ -1,0 +1,48 @@
+"""Layers in a table: one row for all that differ only in the number of their block."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qcli.ui import Tables
+
+_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """A row for each kind of layer; fractions that differ within a kind are averaged.
+
+    Args:
+        layers: plain data with a `name`.
+        columns: keys of the layers, and their headings; keys that no layer has are left out.
+    """
+    shown = [key for key in columns if any(layer.get(key) is not None for layer in layers)]
+    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        values = [layer.get(key) for key in shown]
+        same = ("" if isinstance(value, float) else str(value) for value in values)
+        kinds.setdefault((_BLOCK.sub("*", layer["name"]), *same), []).append(layer)
+    tables.table(
+        ["layer", "count", *(columns[key] for key in shown)],
+        [
+            [
+                _name(members),
+                len(members),
+                *(_common([member.get(key) for member in members]) for key in shown),
+            ]
+            for members in kinds.values()
+        ],
+    )
+
+
+def _name(members: Sequence[Mapping[str, Any]]) -> str:
+    first: str = members[0]["name"]
+    return first if len(members) == 1 else _BLOCK.sub("*", first)
+
+
+def _common(values: Sequence[Any]) -> Any:
+    if all(isinstance(value, float) for value in values):
+        return sum(values) / len(values)
+    if isinstance(values[0], list):
+        return ", ".join(map(str, values[0])) or "none"
+    return values[0]

@@ -1,0 +1,62 @@
+"""What `qcli run` has done already: the record beside its results."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcli.errors import StateError
+from qcli.shards import write_json
+
+RECORD = "stages.json"
+
+
+class Stages:
+    """The stages of a run folder, and what each result was made from.
+
+    A stage is recorded before it starts. Results appear complete or not at all, so a result that is there, with
+    a record of the same inputs, is done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        except FileNotFoundError:
+            self.record = {}
+        except ValueError:
+            raise StateError(f"{folder / RECORD} is damaged", hint="choose another --out") from None
+
+    def done(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether result `name` exists; if not, its inputs are recorded.
+
+        Raises:
+            StateError: it exists and was made from other inputs (the differences are named).
+        """
+        result = self.folder / name
+        if not result.exists():
+            self.record[name] = inputs
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / RECORD, self.record)
+            return False
+        before, now = _flat(self.record.get(name)), _flat(json.loads(json.dumps(inputs)))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            described = "; ".join(
+                f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4]
+            )
+            raise StateError(
+                f"{result} was made with other settings: {described}",
+                hint=f"choose another --out, or remove {result}",
+            )
+        return True
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,62 @@
+"""The `qcli` program: its commands, and what happens to what they raise."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from qcli.cli import calibrate, doctor, eval, inspect, pack, quantize, recipe, run, verify
+from qcli.ui import show_error
+
+app = typer.Typer(
+    name="qcli",
+    help="Make language models small: quantize, pack, measure.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from qcli import __version__
+
+        print(f"qcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def qcli(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make language models small: quantize, pack, measure."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command("calibrate")(calibrate.calibrate)
+app.command("quantize")(quantize.quantize)
+app.command("eval")(eval.evaluate)
+app.command("pack")(pack.pack)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.add_typer(recipe.app, name="recipe")
+app.command("doctor")(doctor.doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    try:
+        code = app(args=arguments, prog_name="qcli", standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        name = context.command_path if context else "qcli"
+        show_error(error.format_message(), hint=f"see `{name} --help`")
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,35 @@
+"""`qcli pack`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.ui import Session, Tables
+
+
+def pack(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `qcli quantize` wrote.")],
+    out: flags.Out,
+    format: Annotated[str, typer.Option(metavar="F", help="Layout of the checkpoint.")] = "qcli",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as 500MB or 5GB.")] = "5GB",
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Write a deployable checkpoint and read it back."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.pack import pack as write
+        from qcli.recipe import Pack, from_flags
+
+        wanted = from_flags(Pack, {"format": format, "shard_size": shard_size})
+        session.result(
+            write(run, out, format=wanted.format, shard_size=wanted.shard_bytes, progress=session.progress),
+            show_packed,
+        )
+
+
+def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
+    """What was written."""
+    tables.pairs({key: value for key, value in packed.items() if not isinstance(value, dict | list)})

@@ -1,0 +1,147 @@
+"""`qcli quantize`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.cli._layers import show_layers
+from qcli.errors import UsageError
+from qcli.ui import Session, Tables, bits, duration, size
+
+
+def quantize(
+    model: flags.OptionalModel = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="rtn or gptq-like. Default: gptq-like.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(metavar="G", help="Weights that share a scale; -1: the whole row. Default: 64."),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Without or with zero points. Default: asymmetric."),
+    ] = None,
+    group_tail: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="Rows that the group size does not divide: error or ragged. Default: error."
+        ),
+    ] = None,
+    data: flags.Data = None,
+    samples: flags.Samples = None,
+    seq_len: flags.SeqLen = None,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
+    dtype: flags.DType = None,
+    out: flags.OptionalOut = None,
+    recipe: flags.RecipeFile = None,
+    set_: flags.Sets = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, from the model's headers.")
+    ] = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Quantize a model block by block; the result loads at once.
+
+    Flags win over --set, --set wins over --recipe. Options that only one method has are set as
+    --set method.NAME=VALUE; `qcli recipe schema` lists them.
+    """
+    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+        from qcli.recipe import load_recipe
+
+        given = flags.recipe_fields(
+            model=model,
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            out=out,
+        ) | {
+            "method.name": method,
+            "method.bits": bits,
+            "method.group_size": group_size,
+            "method.group_tail": group_tail,
+            "method.symmetric": symmetric,
+            "resume": resume,
+        }
+        resolved, _ = load_recipe(recipe, given, set_ or ())
+        if not dry_run and resolved.out is None:
+            raise UsageError(
+                "--out: required", hint="name the folder of the result, or look first with --dry-run"
+            )
+        if dry_run:
+            from qcli.plan import plan
+
+            session.result(plan(resolved).to_json(), show_plan)
+        else:
+            from qcli.quantize import quantize as run
+
+            session.result(run(resolved, session.progress).to_json(), show_result)
+
+
+def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
+    """What `--dry-run` found."""
+    columns = {
+        "shape": "out, in",
+        "method": "method",
+        "bits": "bits",
+        "group_size": "group",
+        "zero_point": "zero point",
+        "bits_per_weight": "bits/weight",
+        "divides_tensor_parallel": "divides over",
+        "why_dense": "dense because",
+    }
+    show_layers(tables, plan["layers"], columns)
+    tables.pairs(
+        {
+            "bits per weight": bits(plan),
+            "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; now {size(plan['source_bytes'])})",
+            "peak memory": f"about {size(plan['peak_memory_estimate'])}",
+            "calibration": "yes" if plan["calibrated"] else "not needed",
+            "outside blocks": f"{len(plan['outside'])} tensors stay as they are",
+        }
+    )
+
+
+def show_result(tables: Tables, result: dict[str, Any]) -> None:
+    """What was written, and how well it fits."""
+    columns = {
+        "method": "method",
+        "format": "format",
+        "bits": "bits",
+        "group_size": "group",
+        "bits_per_weight": "bits/weight",
+        "error": "relative error",
+        "measure": "of",
+    }
+    show_layers(tables, [{**layer, **layer["spec"]} for layer in result["layers"]], columns)
+    peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items())
+    tables.pairs(
+        {
+            "written": result["out"],
+            "bits per weight": bits(result),
+            "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
+            "time": duration(result["seconds"]),
+            "peak memory": peak,
+            "resumed": f"{result['resumed_blocks']} blocks" if result["resumed_blocks"] else None,
+            "stayed dense": f"{len(result['dense'])} layers, by override" if result["dense"] else None,
+            "fallbacks": len(result["fallbacks"]) or "none",
+        }
+    )
+    for name, steps in result["fallbacks"].items():
+        tables.line(f"  {name}: {'; '.join(steps)}")

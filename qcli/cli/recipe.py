@@ -1,0 +1,76 @@
+"""`qcli recipe validate|show|schema`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.ui import Session, Tables
+
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def recipe(context: typer.Context) -> None:
+    """Check, show and explain recipes."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML recipes.")],
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Check recipes: every error of every file, with its place."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.errors import UsageError
+        from qcli.recipe import load_recipe
+
+        errors, hints = [], []
+        for recipe in recipes:
+            try:
+                load_recipe(recipe, {})
+            except UsageError as error:
+                errors.append(error.message)
+                hints += [error.hint] if error.hint else []
+        if errors:
+            raise UsageError("\n".join(errors), hint="; ".join(dict.fromkeys(hints)) or None)
+        session.result({"valid": [str(recipe) for recipe in recipes]}, show_valid)
+
+
+def show_valid(tables: Tables, found: dict[str, Any]) -> None:
+    """One line a file."""
+    for file in found["valid"]:
+        tables.line(f"{file}: valid")
+
+
+@app.command()
+def show(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="YAML recipe.")] = None,
+    set_: flags.Sets = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Print the resolved recipe; comments tell where each value comes from."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.recipe import load_recipe
+
+        resolved, origins = load_recipe(recipe, {}, set_ or ())
+        if json:
+            session.result(resolved.to_dict())
+        else:
+            session.text(resolved.to_yaml(origins))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, with the options of every method."""
+    with Session() as session:
+        from qcli.recipe import recipe_schema
+
+        session.result(recipe_schema())

@@ -1,0 +1,107 @@
+"""`qcli run`: every stage a recipe names."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.cli.eval import show_evaluation
+from qcli.cli.pack import show_packed
+from qcli.cli.quantize import show_result
+from qcli.errors import UsageError
+from qcli.ui import Session, Tables
+
+if TYPE_CHECKING:
+    from qcli.recipe import Recipe
+
+QUANTIZED, PACKED, EVALUATION = "quantized", "packed", "eval.json"
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
+    out: flags.OptionalOut = None,
+    device: flags.Device = None,
+    set_: flags.Sets = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Run every stage that a recipe names.
+
+    Quantizes, then packs and evaluates where the recipe says so. Results are DIR/quantized, DIR/packed and
+    DIR/eval.json. What is done already is skipped.
+    """
+    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+        from qcli.recipe import load_recipe
+
+        resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
+        if resolved.out is None:
+            raise UsageError("--out: required", hint="name the folder of the results")
+        session.result(_stages(resolved, Path(resolved.out), session), show)
+
+
+def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
+    import json
+
+    from qcli.cli._stages import Stages
+    from qcli.plan import plan
+    from qcli.shards import write_json
+
+    source = plan(recipe).source
+    inputs = {"source": source.fingerprint(), "recipe": recipe.fingerprint_fields()}
+    stages = Stages(folder)
+    results: dict[str, Any] = {"out": str(folder), "skipped": []}
+
+    def todo(name: str, inputs: dict[str, Any]) -> bool:
+        if not stages.done(name, inputs):
+            return True
+        results["skipped"].append(name)
+        session.note(f"{folder / name}: done already, skipped")
+        return False
+
+    if todo(QUANTIZED, inputs):
+        from qcli.quantize import quantize
+
+        step = recipe.model_copy(update={"out": str(folder / QUANTIZED)})
+        results[QUANTIZED] = quantize(step, session.progress).to_json()
+    if recipe.pack is not None and todo(PACKED, inputs | {"pack": recipe.pack.model_dump()}):
+        from qcli.pack import pack
+
+        results[PACKED] = pack(
+            folder / QUANTIZED,
+            folder / PACKED,
+            format=recipe.pack.format,
+            shard_size=recipe.pack.shard_bytes,
+            progress=session.progress,
+        )
+    if recipe.eval is not None:
+        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump()}):
+            from qcli.evaluate import evaluate
+
+            wanted = recipe.eval
+            evaluation = evaluate(
+                str(folder / QUANTIZED),
+                baseline=wanted.baseline or recipe.model,
+                data=wanted.perplexity,
+                window=wanted.window,
+                max_windows=wanted.max_windows,
+                device=recipe.device,
+                dtype="auto",
+                progress=session.progress,
+            )
+            write_json(folder / EVALUATION, evaluation.to_json())
+        results["eval"] = json.loads((folder / EVALUATION).read_text())
+    return results
+
+
+def show(tables: Tables, results: dict[str, Any]) -> None:
+    """The result of each stage."""
+    if QUANTIZED in results:
+        show_result(tables, results[QUANTIZED])
+    if PACKED in results:
+        show_packed(tables, results[PACKED])
+    if "eval" in results:
+        show_evaluation(tables, results["eval"])
+    if results["skipped"]:
+        tables.line(f"done before: {', '.join(results['skipped'])}")

@@ -1,0 +1,29 @@
+"""`qcli verify`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.ui import Session, Tables
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that qcli wrote.")],
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Check a checkpoint against its manifest.
+
+    Every file's hash, every tensor's shape and type, every value."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.verify import verify as check
+
+        session.result(check(folder, session.progress).to_json(), show_verified)
+
+
+def show_verified(tables: Tables, found: dict[str, Any]) -> None:
+    """That all is well; anything else is an error."""
+    tables.line("verified")

@@ -1,0 +1,62 @@
+"""Where and how precisely to compute: names from flags and recipes to torch's devices and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qcli.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: not a device, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is not a device", hint="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices",
+            hint="use --device cpu, or check the driver with `qcli doctor`",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:N")
+    return device
+
+
+def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype that activations and dense weights are held in; `auto` gives `auto`."""
+    if name == "auto":
+        return auto
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not supported", hint=f"auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def has_fast_matmul(device: torch.device) -> bool:
+    """Whether float32 matrix products gain from bf16 or TF32 units inside."""
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def matmul_precision(*, fast: bool) -> Iterator[None]:
+    """Within: float32 matrix products round their inputs to bf16 / TF32 (`fast`) or not at all.
+
+    Accumulation, residual stream, norms and results stay float32 either way. The previous setting returns after.
+    """
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)

@@ -1,0 +1,314 @@
+"""Text to token windows: calibration samples drawn at random, evaluation windows one after another.
+
+No window starts with a beginning-of-text token: windows lie anywhere in a text, not at its start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qcli.errors import UsageError
+from qcli.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qcli.models.source import Source
+
+SELF = "self"
+_SELF_WINDOWS = 32  # evaluation windows to sample where no number is asked for
+_LOCAL = "give a local .txt, .jsonl or .parquet file, or `self` for text sampled from the model"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token windows, and what they are.
+
+    Attributes:
+        ids: int64 `[windows, length]`, on the CPU.
+        source: the data they were cut from, as the user named it.
+    """
+
+    ids: Tensor
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the ids: equal tokens, equal hash."""
+        return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A public data set: where it is, which parts are used, and how its rows make one text.
+
+    Attributes:
+        path: hub name.
+        load: further arguments of `datasets.load_dataset`.
+        column: the column with the text.
+        join: what stands between two rows.
+        calibration, evaluation: slices in the notation of `datasets`.
+    """
+
+    path: str
+    load: Mapping[str, Any]
+    column: str
+    join: str
+    calibration: str
+    evaluation: str
+
+
+# Slices and separators are those of the GPTQ papers' scripts, so that perplexities can be compared.
+NAMED = {
+    "wikitext2": NamedSet(
+        "Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", "\n\n", "train", "test"
+    ),
+    "c4": NamedSet(
+        "allenai/c4",
+        {
+            "data_files": {
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            }
+        },
+        "text",
+        " ",
+        "train[:10000]",
+        "validation[:1100]",
+    ),
+    "ptb": NamedSet(
+        "ptb-text-only/ptb_text_only",
+        {"name": "penn_treebank", "revision": "refs/convert/parquet"},
+        "sentence",
+        " ",
+        "train",
+        "test",
+    ),
+}
+
+
+def calibration_tokens(
+    data: str,
+    source: Source,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Tokens:
+    """Windows at random places of a text, the same for the same seed.
+
+    Args:
+        data: `wikitext2`, `c4` or `ptb` (training part); a .txt, .jsonl or .parquet file; `self`; or a folder
+            written by `qcli calibrate`, whose windows are taken as they are, whatever `samples` and `seq_len`.
+        source: the model: its tokenizer, its longest context and, for `self`, its weights.
+        device: where `self` samples.
+
+    Raises:
+        UsageError: no such data, unreadable, or too short; windows longer than the model's context.
+        ResourceError: not enough memory to sample from the model.
+    """
+    if _is_folder(data):
+        return _from_folder(Path(data), source)
+    _check_length(seq_len, source.config)
+    if data == SELF:
+        from qcli.self_text import sample
+
+        return Tokens(sample(source, samples, seq_len, f"calibration:{seed}", device, progress), SELF)
+    ids = _encode(source.tokenizer(), read_text(data, calibration=True))
+    if len(ids) <= seq_len:
+        raise UsageError(
+            f"{data}: too short for calibration: {len(ids)} tokens, but a window of {seq_len} needs {seq_len + 1}",
+            hint="use more text, or a smaller --seq-len",
+        )
+    generator = random.Random(seed)
+    offsets = [generator.randrange(0, len(ids) - seq_len) for _ in range(samples)]
+    return Tokens(torch.stack([ids[offset : offset + seq_len] for offset in offsets]), data)
+
+
+def evaluation_tokens(
+    data: str,
+    source: Source,
+    *,
+    window: int,
+    max_windows: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Tokens:
+    """Consecutive windows that do not overlap, from the start of a text; a shorter rest is left out.
+
+    Args:
+        data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; or `self`:
+            text sampled from `source`, never that of a calibration, 32 windows unless `max_windows` says otherwise.
+        window: tokens per window, at least 2.
+        max_windows: use only the first ones.
+
+    Raises:
+        UsageError: no such data, unreadable, or too short; windows longer than the model's context.
+        ResourceError: not enough memory to sample from the model.
+    """
+    if _is_folder(data):
+        raise UsageError(
+            f"{data} is a folder: evaluation needs text that the model was not calibrated on", hint=_LOCAL
+        )
+    if window < 2:
+        raise UsageError(f"window {window} holds no token to predict", hint="a window has at least 2 tokens")
+    _check_length(window, source.config)
+    if data == SELF:
+        from qcli.self_text import sample
+
+        count = max_windows or _SELF_WINDOWS
+        return Tokens(sample(source, count, window, "evaluation", device, progress), SELF)
+    ids = _encode(source.tokenizer(), read_text(data, calibration=False))
+    windows = len(ids) // window
+    if windows == 0:
+        raise UsageError(
+            f"{data}: too short for evaluation: {len(ids)} tokens, but one window needs {window}",
+            hint="use more text, or a smaller --window",
+        )
+    return Tokens(ids[: windows * window].view(windows, window)[:max_windows].clone(), data)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence a model was made for; None where its config names no limit."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(limit := config.get(key), int):
+            return limit
+    return None
+
+
+def read_text(data: str, *, calibration: bool) -> str:
+    """The text of a named set or a file; rows and documents joined.
+
+    Raises:
+        UsageError: no such data, or no text in it.
+    """
+    if data in NAMED:
+        text = _read_named(data, calibration=calibration)
+    else:
+        path = Path(data)
+        if not path.is_file():
+            raise _not_found(data)
+        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        if path.suffix not in readers:
+            raise UsageError(f"{data}: unknown kind of file {path.suffix!r}", hint=_LOCAL)
+        text = readers[path.suffix](path)
+    if not text.strip():
+        raise UsageError(f"{data}: holds no text", hint=_LOCAL)
+    return text
+
+
+def _is_folder(data: str) -> bool:
+    return data not in NAMED and data != SELF and Path(data).is_dir()
+
+
+def _not_found(data: str) -> UsageError:
+    if Path(data).suffix or Path(data).name != data:
+        return UsageError(f"{data}: no such file", hint=_LOCAL)
+    known = [*NAMED, SELF]
+    near = get_close_matches(data, known, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown data set {data!r}", hint=f"{guess}known: {', '.join(known)}; or a file")
+
+
+def _read_named(name: str, *, calibration: bool) -> str:
+    import datasets
+
+    chosen = NAMED[name]
+    split = chosen.calibration if calibration else chosen.evaluation
+    try:
+        rows = datasets.load_dataset(chosen.path, split=split, **chosen.load)
+    except Exception as error:  # hub, network, cache and disk each raise their own kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"data set {name!r} could not be loaded: {reason}", hint=_LOCAL) from error
+    return chosen.join.join(rows[chosen.column])
+
+
+def _read_txt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from None
+
+
+def _read_jsonl(path: Path) -> str:
+    documents = []
+    for number, line in enumerate(_read_txt(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"{path}:{number}: not JSON: {error.msg}", hint="a .jsonl file holds one JSON object per line"
+            ) from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UsageError(
+                f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}'
+            )
+        documents.append(record["text"])
+    return "\n\n".join(documents)
+
+
+def _read_parquet(path: Path) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        if "text" not in columns:
+            raise UsageError(f"{path}: no column 'text'", hint=f"its columns: {', '.join(columns) or 'none'}")
+        documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{path}: not a readable parquet file: {reason}", hint=_LOCAL) from None
+    for row, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise UsageError(f"{path}: row {row}: 'text' holds {type(document).__name__}, not text")
+    return "\n\n".join(documents)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _check_length(length: int, config: Mapping[str, Any]) -> None:
+    limit = context_length(config)
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"windows of {length} tokens do not fit the model's context of {limit}",
+            hint=f"use --seq-len {limit} (calibration) or --window {limit} (evaluation), or less",
+        )
+
+
+def _from_folder(folder: Path, source: Source) -> Tokens:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / "tokens.safetensors"
+    if not file.is_file():
+        raise UsageError(f"{folder} is not a folder of `qcli calibrate`: no {file.name}", hint=_LOCAL)
+    try:
+        ids = load_file(file)["ids"]
+    except (SafetensorError, KeyError):
+        raise UsageError(f"{file}: damaged", hint="run `qcli calibrate` again") from None
+    vocabulary = source.hf_config().get_text_config().vocab_size
+    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"{folder}: its tokens are not those of a model with a vocabulary of {vocabulary}",
+            hint="calibrate with the model that is quantized",
+        )
+    _check_length(ids.shape[1], source.config)
+    return Tokens(ids, str(folder))

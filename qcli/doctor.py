@@ -1,0 +1,118 @@
+"""What this machine and installation can do: versions, devices, memory, disk, the transformers plug-in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import qcli
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "pydantic",
+    "ruamel.yaml",
+    "typer",
+    "rich",
+    "lm-eval",
+)
+OPTIONAL = {
+    "gguf": "models from .gguf files",
+    "pyarrow": ".parquet text",
+    "accelerate": "device_map in transformers",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Everything `qcli doctor` tells, as plain data."""
+    return {
+        "qcli": qcli.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "plugin": plugin(),
+        "threads": _threads(),
+        "memory": memory(),
+        "disk": {"path": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
+        "devices": devices(),
+        "packages": packages(),
+    }
+
+
+def packages() -> list[dict[str, str | None]]:
+    """Installed version of every package qcli uses, None where it is missing, and what for."""
+    needed = dict.fromkeys(REQUIRED, "always") | OPTIONAL
+    return [{"name": name, "version": _version(name), "needed": why} for name, why in needed.items()]
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU and every CUDA device: name, memory, and whether bfloat16 matrix products are fast."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "memory": None,
+        "bf16": bool(torch.cpu._is_avx512_bf16_supported()),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+    }
+    found: list[dict[str, Any]] = [cpu]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "bf16": properties.major >= 8,
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return found
+
+
+def memory() -> dict[str, int] | None:
+    """Bytes of memory in total and available; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return {"total": sizes["MemTotal"], "available": sizes["MemAvailable"]}
+
+
+def plugin() -> str:
+    """Whether transformers loads qcli's checkpoints: `registered`, or what is in the way."""
+    try:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    except ImportError as error:
+        return f"transformers cannot be imported: {error}"
+    return "registered" if "qcli" in AUTO_QUANTIZER_MAPPING else "not registered"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

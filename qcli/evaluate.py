@@ -1,0 +1,287 @@
+"""How much a model lost: perplexity, and KL divergence and top-1 agreement against a baseline.
+
+Both models run block by block over all windows, so a model larger than memory evaluates: what is held is one
+block, the hidden states, and the logits of a few hundred positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qcli import __version__
+from qcli.compute import matmul_precision, resolve_device, resolve_dtype
+from qcli.data import Tokens, context_length, evaluation_tokens
+from qcli.errors import UsageError, VerificationError
+from qcli.models.source import Source, open_source
+from qcli.models.stream import ModelStream
+from qcli.progress import Progress, silent
+
+_WINDOW = 2048
+_BATCH_TOKENS = 4096  # in flight in one block
+_LOGITS = 1 << 25  # logits in memory at a time, a model
+
+
+@dataclass(frozen=True)
+class Score:
+    """Loss on one data set. Every window predicts its tokens but the first, from those before them in it.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of the predicted tokens.
+        kl: mean over them of KL(baseline || model), in nats; None without a baseline.
+        top1_agreement: share of them for which both models' likeliest token is the same.
+        baseline_perplexity: the baseline's, on the same tokens.
+        windows, window: number of windows, and tokens in each; they do not overlap and have no bos.
+        sha256: of the windows' tokens.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    baseline_perplexity: float | None
+    windows: int
+    window: int
+    sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return self.windows * (self.window - 1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, and on what.
+
+    Attributes:
+        scores: by data set, as the user named it.
+        bits_per_weight: stored bits per weight of the quantizable layers, tables included.
+        model_bits_per_weight: the same of the whole model.
+        bytes: of the files that hold the weights.
+    """
+
+    model: str
+    baseline: str | None
+    scores: dict[str, Score]
+    bits_per_weight: float
+    model_bits_per_weight: float
+    bytes: int
+    device: str
+    dtype: str
+
+    @property
+    def kl(self) -> float | None:
+        """Mean over the tokens of all data sets of KL(baseline || model); None without a baseline."""
+        return self._mean([score.kl for score in self.scores.values()])
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """The same mean of the top-1 agreement."""
+        return self._mean([score.top1_agreement for score in self.scores.values()])
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        import transformers
+
+        baseline = None
+        if self.baseline is not None:
+            values = {data: score.baseline_perplexity for data, score in self.scores.items()}
+            baseline = {"model": self.baseline, "perplexity": values}
+        return {
+            "model": self.model,
+            "perplexity": {data: _protocol(score) for data, score in self.scores.items()},
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "baseline": baseline,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "bytes": self.bytes,
+            "device": self.device,
+            "dtype": self.dtype,
+            "versions": {
+                "qcli": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def _mean(self, values: list[float | None]) -> float | None:
+        if self.baseline is None:
+            return None
+        tokens = [score.tokens for score in self.scores.values()]
+        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(tokens)
+
+
+def evaluate(
+    model: str,
+    *,
+    baseline: str | None = None,
+    data: Sequence[str],
+    window: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure a model on text.
+
+    Args:
+        model, baseline: a folder, a `.gguf` file or a hub id each.
+        data: as `evaluation_tokens` takes it; `self` is text sampled from the baseline, if there is one.
+        window: tokens per window; by default 2048, or the model's context if that is shorter.
+        max_windows: of each data set, use only the first ones.
+        dtype: of weights and activations; `auto` is float32, with exact matrix products.
+
+    Raises:
+        UsageError: no such model or data, text too short, or model and baseline do not share a vocabulary.
+        VerificationError: a checkpoint is damaged, or a model's logits are not finite.
+    """
+    if not data:
+        raise UsageError("no data to evaluate on", hint="--data wikitext2, a file, or `self`")
+    where, precision = resolve_device(device), resolve_dtype(dtype)
+    sources = [open_source(name) for name in (model, baseline) if name is not None]
+    length = min([window or _WINDOW, *(_context(source) for source in sources if window is None)])
+    sets = [
+        _tokens(name, sources, length, max_windows, where, progress) for name in dict.fromkeys(data)
+    ]
+
+    with matmul_precision(fast=False), torch.inference_mode():
+        runs = []
+        for name, source in zip((model, baseline), sources, strict=False):
+            stream = ModelStream(source, device=where, dtype=precision)
+            runs.append(_Run(str(name), stream, _run_blocks(stream, sets, f"evaluating {name}", progress)))
+        scores = {
+            tokens.source: _score(tokens, index, runs, progress) for index, tokens in enumerate(sets)
+        }
+    return Evaluation(
+        model=model,
+        baseline=baseline,
+        scores=scores,
+        bits_per_weight=sources[0].bits_per_weight(),
+        model_bits_per_weight=sources[0].model_bits_per_weight(),
+        bytes=sources[0].bytes(),
+        device=str(where),
+        dtype=str(precision).removeprefix("torch."),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model, and by data set the hidden states `[windows, length, hidden]` after its last block."""
+
+    name: str
+    stream: ModelStream
+    hidden: list[Tensor]
+
+
+def _protocol(score: Score) -> dict[str, Any]:
+    fields = asdict(score)
+    del fields["baseline_perplexity"]
+    value = fields.pop("perplexity")
+    value = value if math.isfinite(value) else None  # JSON has no infinity
+    return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
+
+
+def _context(source: Source) -> int:
+    return context_length(source.config) or _WINDOW
+
+
+def _tokens(
+    data: str,
+    sources: list[Source],
+    window: int,
+    max_windows: int | None,
+    device: torch.device,
+    progress: Progress,
+) -> Tokens:
+    """Windows of a data set, which must be the same for all models."""
+    options = {"window": window, "max_windows": max_windows}
+    if data == "self":
+        return evaluation_tokens(data, sources[-1], **options, device=device, progress=progress)
+    tokens = [evaluation_tokens(data, source, **options) for source in sources]
+    if len({each.sha256 for each in tokens}) > 1:
+        raise UsageError(
+            "model and baseline have different tokenizers: their predictions cannot be compared",
+            hint="the baseline is the model that was quantized; or leave --baseline out",
+        )
+    return tokens[0]
+
+
+def _run_blocks(
+    stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress
+) -> list[Tensor]:
+    """Hidden states after the last block, on the CPU."""
+    progress(stage, 0, stream.n_blocks)
+    hidden = [torch.cat([stream.embed(ids).cpu() for ids in _batches(tokens.ids)]) for tokens in sets]
+    for index in range(stream.n_blocks):
+        block = stream.load_block(index)
+        for states in hidden:
+            for batch in _batches(states):
+                batch.copy_(stream.run_block(block, index, batch.to(stream.device)))
+        progress(stage, index + 1, stream.n_blocks)
+    return hidden
+
+
+def _batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """Views of a few windows each."""
+    return windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
+
+
+def _score(tokens: Tokens, index: int, runs: list[_Run], progress: Progress) -> Score:
+    """Compare predictions window by window; sums over tokens are float64."""
+    windows, window = tokens.ids.shape
+    nll = [0.0] * len(runs)
+    kl = agreed = 0.0
+    for row in range(windows):
+        positions = _LOGITS // runs[0].stream.config.get_text_config().vocab_size
+        for start in range(0, window - 1, positions):
+            stop = min(start + positions, window - 1)
+            targets = tokens.ids[row, start + 1 : stop + 1]
+            logs = [_log_probabilities(run, run.hidden[index][row, start:stop]) for run in runs]
+            for number, log in enumerate(logs):
+                nll[number] += F.nll_loss(log, targets.to(log.device), reduction="none").double().sum().item()
+            if len(logs) == 2:
+                own, reference = logs
+                if own.shape != reference.shape:
+                    raise UsageError(
+                        f"model and baseline have vocabularies of {own.shape[1]} and {reference.shape[1]}",
+                        hint="the baseline is the model that was quantized; or leave --baseline out",
+                    )
+                agreed += (own.argmax(-1) == reference.argmax(-1)).sum().item()
+                kl += F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
+        progress(f"scoring {tokens.source}", row + 1, windows)
+    count = windows * (window - 1)
+    compared = len(runs) == 2
+    perplexities = [_exp(total / count) for total in nll]
+    return Score(
+        perplexity=perplexities[0],
+        kl=kl / count if compared else None,
+        top1_agreement=agreed / count if compared else None,
+        baseline_perplexity=perplexities[1] if compared else None,
+        windows=windows,
+        window=window,
+        sha256=tokens.sha256,
+    )
+
+
+def _log_probabilities(run: _Run, hidden: Tensor) -> Tensor:
+    """Last hidden states of some positions of a window, `[positions, hidden]` -> `[positions, vocab]`, float32.
+
+    Final norm and head look at one position at a time, so that a window need not be whole.
+    """
+    logits = run.stream.logits(hidden[None].to(run.stream.device))[0].float()
+    if not bool(logits.isfinite().all()):
+        raise VerificationError(
+            f"{run.name}: its logits hold NaN or infinity", hint="use --dtype float32; if it stays, the model is broken"
+        )
+    return logits.log_softmax(-1)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,115 @@
+"""What codes mean and how they are stored: the base class of `formats/`.
+
+A format is a small frozen record (`bits`, `group_size`, ...) that is written as it is into the checkpoint's
+`config.json`. This module and the formats import no torch, so that recipes and `--dry-run` stay fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcli import registry
+from qcli.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
+
+Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
+"""(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
+
+DTYPE_BYTES = {"F64": 8, "I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class StoredTensor(NamedTuple):
+    """dtype (safetensors name) and shape of one tensor on disk."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return DTYPE_BYTES[self.dtype] * prod(self.shape)
+
+
+class Format(BaseModel):
+    """How the codes and tables of one linear layer stand for its weight.
+
+    Subclasses give the meaning (`encode`, `decode`) and the layout (`stored`, `to_stored`, `from_stored`).
+    Shapes are `(out_features, in_features)`; tables keep the dtype they are stored in, arithmetic is float32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+
+    bits: int = Field(ge=1, le=8)
+
+    def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+        """Tensors on disk by suffix (`weight_packed`, ...) for a weight of `shape`."""
+        raise NotImplementedError
+
+    def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensors that `stored` announces, bit-packed."""
+        raise NotImplementedError
+
+    def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        """Inverse of `to_stored`."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """Nearest codes: float `[out, in]` -> uint8 `[out, in]`."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """float32 `[out, in]`; differentiable in floating-point tables."""
+        raise NotImplementedError
+
+    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        """Nearest values for one column at a time, for error feedback.
+
+        Args:
+            tables: of the whole weight.
+            columns: int64 `[n]`, the column of the weight that each of the rounder's columns 0..n-1 is.
+        """
+        raise NotImplementedError
+
+    def check(self, weight: QuantizedWeight) -> None:
+        """Raise VerificationError unless shapes, dtypes and values are those this format allows."""
+        raise NotImplementedError
+
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Bits of everything stored for this layer, divided by its number of weights."""
+        return 8 * sum(tensor.bytes for tensor in self.stored(shape).values()) / prod(shape)
+
+    def spec(self) -> dict[str, Any]:
+        """What `from_spec` reads: the format's name and its fields."""
+        return {"format": self.name, **self.model_dump()}
+
+
+def from_spec(spec: Mapping[str, Any]) -> Format:
+    """The format that `Format.spec` described.
+
+    Raises:
+        VerificationError: unknown format, missing, unknown or invalid field.
+    """
+    fields = dict(spec)
+    name = str(fields.pop("format", None))
+    if name not in registry.names("qcli.formats"):
+        raise VerificationError(
+            f"unknown weight format {name!r} in the checkpoint's quantization_config",
+            hint="it was written by a newer qcli, or the file was edited",
+        )
+    cls: type[Format] = registry.load("qcli.formats", name)
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise VerificationError(f"bad {name} format in quantization_config: {place}: {first['msg']}") from None

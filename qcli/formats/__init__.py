@@ -1,0 +1,1 @@
+"""What codes mean: one file a format, registered under the file's name."""

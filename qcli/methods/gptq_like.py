@@ -1,0 +1,138 @@
+"""GPTQ, and what makes it hold at 2 and 3 bits.
+
+The default runs five steps, each of which can be switched off: the target is refitted to the inputs that the
+layer will really get (`refit_target`), layers that write to the residual stream also repair the error it carries
+(`residual`), grids are searched under `diag(H)` (`grid`), columns are quantized with error feedback in order of
+importance (`column_order`), and all scales of a row are solved for once the codes are fixed (`refit_tables`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Solution
+from qcli.methods._affine import AffineMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GPTQLike"]
+
+
+class GPTQLike(AffineMethod):
+    """Error feedback under the Hessian of the layer's inputs."""
+
+    name: ClassVar[str] = "gptq-like"
+
+    column_order: Literal["static", "group-aware", "none"] = Field(
+        default="static", description="columns by input energy; groups by energy; as stored"
+    )
+    grid: Literal["search", "minmax"] = Field(
+        default="search", description="grids searched under the input energy, or spanning each group's range"
+    )
+    refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
+    residual: bool = Field(default=True, description="layers that write to the residual stream repair its error")
+    refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
+    damping: float = Field(default=0.01, gt=0, le=1, description="relative to the Hessian's mean diagonal")
+    ridge: float = Field(default=0.1, gt=0, description="of the target refit, relative to the mean diagonal")
+    gptaq_alpha: float = Field(
+        default=0.0, ge=0, le=1, description="weight of GPTAQ's asymmetric term; instead of refit_target"
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = {HESSIAN}
+        if self.refit_target or self.gptaq_alpha:
+            needs.add(CROSS)
+        if self.refit_target and self.residual:
+            needs.add(RESIDUAL_CROSS)
+        return frozenset(needs)
+
+    def quantize(self, group: LinearGroup) -> dict[str, Solution]:
+        """All layers of the group share one factor and are solved as one matrix, rows stacked."""
+        import torch
+
+        from qcli.quantized import QuantizedWeight
+        from qcli.solvers import feedback, grid, tables
+        from qcli.solvers.target import refit
+
+        assert group.hessian is not None
+        stacked = torch.cat(list(group.weights.values()))
+        hessian, target = feedback.without_dead_inputs(group.hessian, stacked)
+        if self.refit_target:
+            assert group.cross is not None
+            residual = group.residual_cross if self.residual else None
+            _, target = feedback.without_dead_inputs(
+                group.hessian, refit(target, group.hessian, group.cross, residual, self.ridge)
+            )
+        fallbacks = []
+        width = self.format.group_width(target.shape[1])
+        order = feedback.column_order(hessian, width, self.column_order)
+        factor, damping = feedback.inverse_factor(hessian[order][:, order], self.damping)
+        if damping != self.damping:
+            fallbacks.append(f"damping raised to {damping:g}")
+
+        def fit(weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+            if self.grid == "minmax":
+                return grid.minmax(weight, self.format)
+            return grid.search(weight, self.format, importance)
+
+        start = fit(target, hessian.diagonal())
+        if factor is None:
+            fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
+            codes, final = self.format.encode(target, start), dict(start)
+        else:
+            asymmetry = None
+            if self.gptaq_alpha:
+                assert group.cross is not None
+                cross = group.cross[order][:, order]
+                asymmetry = feedback.asymmetric_term(hessian[order][:, order], cross, factor, self.gptaq_alpha)
+
+            def regrid(columns: Tensor, values: Tensor) -> Mapping[str, Tensor]:
+                """The grid of the group that starts now, fitted to its weights as error feedback has left them."""
+                natural = columns.argsort()
+                fresh = fit(values[:, natural].contiguous(), hessian.diagonal()[columns[natural]])
+                for name, table in fresh.items():
+                    start[name][:, int(columns.min()) // width] = table[:, 0]
+                return start
+
+            dynamic = self.column_order != "static" and width < target.shape[1]
+            codes, fitted = feedback.quantize_columns(
+                target,
+                factor,
+                order,
+                self.format,
+                start,
+                asymmetry=asymmetry,
+                grid_of=regrid if dynamic else None,
+                spans=_group_ends(order, width) if dynamic else None,
+            )
+            final = dict(fitted)
+            if self.refit_tables:
+                final, kept = tables.refit_tables(target, codes, final, self.format, hessian)
+                if kept:
+                    fallbacks.append(f"scale refit unusable in {kept} of {len(target)} rows: kept the searched scales")
+
+        solutions, first = {}, 0
+        for name, weight in group.weights.items():
+            rows = slice(first, first := first + len(weight))
+            solutions[name] = Solution(
+                QuantizedWeight(
+                    self.format,
+                    (weight.shape[0], weight.shape[1]),
+                    codes[rows],
+                    {key: table[rows] for key, table in final.items()},
+                ),
+                target=target[rows] if self.refit_target else None,
+                fallbacks=list(fallbacks),
+            )
+        return solutions
+
+
+def _group_ends(order: Tensor, width: int) -> list[int]:
+    """Positions in `order` after which the next group begins."""
+    groups = (order // width).tolist()
+    return [end for end in range(1, len(groups) + 1) if end == len(groups) or groups[end] != groups[end - 1]]

@@ -1,0 +1,168 @@
+"""What every source of a model offers: config, tensor headers, weights, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcli.errors import UnsupportedError, UsageError
+from qcli.format import StoredTensor
+from qcli.models import arch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Source:
+    """A model on disk. Tensors go by the names they have in the causal LM's `state_dict`.
+
+    Attributes:
+        path: the folder or file.
+        config: `config.json` as a dict.
+        trust_remote_code: whether Python files of the model may run; only ever set from the command line.
+        dense_dtype: what tensors that stay dense are written as; None: as they are stored.
+    """
+
+    dense_dtype: str | None = None
+
+    def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
+        self.path, self.config, self.trust_remote_code = path, config, trust_remote_code
+
+    @cached_property
+    def family(self) -> arch.Family:
+        """The row of the model table, with the groups that the config implies."""
+        return arch.family(self.config)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """dtype and shape by name, from headers; masks and rotary tables of old checkpoints are left out."""
+        raise NotImplementedError
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, in their stored dtype, in memory of their own.
+
+        Raises:
+            UsageError: a tensor is missing, or holds NaN or infinity.
+        """
+        tensors = self._read(list(names))
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+                raise UsageError(f"{name} holds NaN or infinity", hint="the model itself is broken")
+        return tensors
+
+    def linears(self) -> list[arch.Linear]:
+        """The quantizable layers, in order of computation.
+
+        Raises:
+            UsageError: a weight is missing or is no matrix.
+            UnsupportedError: a block holds matrices that the family's row does not know, or a dtype such as
+                float8 that cannot be quantized again.
+        """
+        self._refuse_leftovers()
+        stored = self.tensors()
+        return [
+            arch.Linear(name, block, group, self._shape(name, stored))
+            for name, block, group in self._linear_names()
+        ]
+
+    def leftovers(self) -> list[str]:
+        """Matrices (and stacks of matrices) of the blocks that the family's row does not cover."""
+        prefix = f"{self.family.blocks}."
+        known = {f"{name}.weight" for name, _, _ in self._linear_names()}
+        return [
+            name
+            for name, stored in self.tensors().items()
+            if name.startswith(prefix) and len(stored.shape) > 1 and name not in known
+        ]
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The config as transformers reads it."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        raise NotImplementedError
+
+    def copy_companions(self, out: Path) -> None:
+        """Write tokenizer, chat template and generation config: all but config and weights."""
+        raise NotImplementedError
+
+    def bytes(self) -> int:
+        """Size of the files that hold the weights."""
+        raise NotImplementedError
+
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the quantizable layers."""
+        return self._bits(f"{linear.name}.weight" for linear in self.linears())
+
+    def model_bits_per_weight(self) -> float:
+        """Stored bits per weight of the whole model."""
+        return self._bits(self.tensors())
+
+    def fingerprint(self) -> str:
+        """sha256 of config, names, dtypes, shapes and file sizes: cheap, and changes when the model does."""
+        headers = [(name, *stored) for name, stored in sorted(self.tensors().items())]
+        described = json.dumps([self.config, headers, self._file_sizes()], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _stored_bytes(self, name: str) -> int:
+        raise NotImplementedError
+
+    def _file_sizes(self) -> list[int]:
+        raise NotImplementedError
+
+    def _linear_names(self) -> Iterator[tuple[str, int, int]]:
+        """Name, block and group of every layer that config and row announce."""
+        for block in range(arch.block_count(self.config)):
+            for index, group in enumerate(self.family.groups):
+                for path in group.linears:
+                    yield f"{self.family.blocks}.{block}.{path}", block, index
+
+    def _bits(self, names: Iterable[str]) -> float:
+        names, stored = list(names), self.tensors()
+        weights = sum(prod(stored[name].shape) for name in names)
+        return 8 * sum(self._stored_bytes(name) for name in names) / weights
+
+    def _shape(self, linear: str, stored: dict[str, StoredTensor]) -> tuple[int, int]:
+        weight = stored.get(f"{linear}.weight")
+        if weight is None:
+            raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
+        if weight.dtype not in _WEIGHT_DTYPES:
+            raise UnsupportedError(
+                f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights"
+            )
+        if len(weight.shape) != 2:
+            raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, expected a matrix")
+        rows, columns = weight.shape
+        return (columns, rows) if self.family.conv1d else (rows, columns)
+
+    def _refuse_leftovers(self) -> None:
+        leftovers = self.leftovers()
+        if leftovers:
+            more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
+            raise UnsupportedError(
+                f"this {self.family.model_type} has weights that qcli does not know: "
+                f"{', '.join(leftovers[:3])}{more}",
+                hint="nothing is skipped silently; is it a variant of the architecture?",
+            )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, without a mask of the tensor's size."""
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def first_line(error: Exception) -> str:
+    """A foreign error in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,189 @@
+"""A model folder as transformers writes it: `config.json`, safetensors shards, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcli.errors import UnsupportedError, UsageError
+from qcli.format import StoredTensor
+from qcli.models import arch
+from qcli.models.base import Source, first_line
+from qcli.models.headers import Extent, read_header, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+# Tables that older checkpoints carry along and today's models compute.
+_BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+class FolderSource(Source):
+    """A local folder, or the snapshot of a hub model."""
+
+    def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
+        super().__init__(path, config, trust_remote_code=trust_remote_code)
+        self._extents = _normalise(self.family, _shards(path))
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {name: extent.stored for name, extent in self._extents.items()}
+
+    def hf_config(self) -> PreTrainedConfig:
+        from transformers import AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # transformers reports a bad value by whatever exception its class raises
+            raise UsageError(f"{self.path / 'config.json'}: {first_line(error)}") from error
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # as above
+            raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
+        return tokenizer
+
+    def copy_companions(self, out: Path) -> None:
+        for pattern in _COMPANIONS:
+            for file in self.path.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, out / file.name)
+
+    def bytes(self) -> int:
+        return sum(self._file_sizes())
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        for name in names:
+            if name not in self._extents:
+                raise UsageError(f"{self.path} has no tensor {name}", hint="download the model again")
+        return read_tensors((name, self._extents[name]) for name in names)
+
+    def _stored_bytes(self, name: str) -> int:
+        return self._extents[name].bytes
+
+    def _file_sizes(self) -> list[int]:
+        files = sorted({extent.file for extent in self._extents.values()})
+        return [file.stat().st_size for file in files]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{file} is missing", hint="is this the folder of a transformers model?") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{file} is not valid JSON", hint="download the model again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} is not a JSON object", hint="download the model again")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a model folder.
+
+    Raises:
+        UsageError: it is missing or broken.
+        UnsupportedError: another tool has quantized the model already.
+    """
+    config = _read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method != "qcli":
+            raise UnsupportedError(
+                f"{path} is already quantized ({method or 'unnamed method'})",
+                hint="start from the unquantized model",
+            )
+    return config
+
+
+def _shards(path: Path) -> dict[str, Extent]:
+    """Tensors of all shards, under the names in the files."""
+    if not (path / _INDEX).exists():
+        if not (path / _WEIGHTS).exists():
+            raise _no_weights(path)
+        return read_header(path / _WEIGHTS)
+    weight_map = _read_json(path / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{path / _INDEX} has no weight_map", hint="download the model again")
+    extents: dict[str, Extent] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
+            raise UsageError(
+                f"{path / _INDEX} points to {shard!r}, not a safetensors file of the model's own folder",
+                hint="do not use this model: its index was tampered with",
+            )
+        _join(extents, read_header(path / shard))
+    for name, shard in weight_map.items():
+        if name not in extents or extents[name].file.name != shard:
+            raise UsageError(
+                f"{path / str(shard)} has no tensor {name}, although the index says so",
+                hint="download the model again",
+            )
+    return extents
+
+
+def _join(extents: dict[str, Extent], more: Mapping[str, Extent]) -> None:
+    twice = extents.keys() & more.keys()
+    if twice:
+        name = min(twice)
+        raise UsageError(
+            f"{name} is both in {extents[name].file} and in {more[name].file}",
+            hint="the folder mixes two checkpoints; download the model again",
+        )
+    extents.update(more)
+
+
+def _no_weights(path: Path) -> UsageError:
+    pickles = [file.name for pattern in _PICKLES for file in sorted(path.glob(pattern))]
+    if pickles:
+        return UsageError(
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code when opened",
+            hint="convert them to safetensors where you trust them",
+        )
+    return UsageError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
+
+
+def _normalise(family: arch.Family, extents: Mapping[str, Extent]) -> dict[str, Extent]:
+    """Names as in the causal LM today: old prefixes renamed, the base model's prefix added if missing."""
+    prefix, _, blocks = family.blocks.partition(".")
+    bare = not any(name.startswith(f"{prefix}.") for name in extents)
+    bare = bare and any(name.startswith(f"{blocks}.") for name in extents)
+    normal: dict[str, Extent] = {}
+    for name, extent in extents.items():
+        for old, new in family.renames:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        else:
+            if bare and not name.startswith("lm_head."):
+                name = f"{prefix}.{name}"
+        if not name.endswith(_BUFFERS):
+            _join(normal, {name: extent})
+    return normal

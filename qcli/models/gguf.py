@@ -1,0 +1,176 @@
+"""A model in a GGUF file: tensors are dequantized one by one, when they are asked for.
+
+transformers knows how GGUF names and layouts map to its models; its converter, however, dequantizes the whole
+file. Here its name map and its per-tensor processors are applied to single tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qcli.errors import UnsupportedError, UsageError
+from qcli.format import StoredTensor
+from qcli.models.base import Source, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+class _Entry(NamedTuple):
+    """A tensor in the file: its GGUF name and type, where its bytes are, and how numpy sees them."""
+
+    name: str
+    type: Any
+    start: int
+    bytes: int
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+class GGUFSource(Source):
+    """A `.gguf` file. Tensors are float32, whatever it stores; bits and bytes are those it stores."""
+
+    dense_dtype = "BF16"
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise UnsupportedError(
+                f"{path} needs the package gguf", hint="install it: pip install 'qcli[gguf]'"
+            ) from None
+        try:
+            reader = GGUFReader(path)
+            self._architecture = str(reader.fields["general.architecture"].contents())
+        except Exception as error:  # the reader fails in as many ways as a file can be damaged
+            raise UsageError(
+                f"{path} is truncated or no GGUF file: {first_line(error)}", hint="download it again"
+            ) from error
+        self._in_file = [
+            _Entry(
+                tensor.name,
+                tensor.tensor_type,
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+                tensor.data.dtype,
+                tuple(tensor.data.shape),
+            )
+            for tensor in reader.tensors
+        ]
+        self._config = self._converted_config(path)
+        super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
+        self._stored, self._entries = self._mapped()
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        return dict(self._stored)
+
+    def hf_config(self) -> PreTrainedConfig:
+        return copy.deepcopy(self._config)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name
+            )
+        except Exception as error:  # the converter raises whatever a missing or odd field leads to
+            raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
+        return tokenizer
+
+    def copy_companions(self, out: Path) -> None:
+        from transformers import GenerationConfig
+
+        self.tokenizer().save_pretrained(out)
+        GenerationConfig.from_model_config(self._config).save_pretrained(out)
+
+    def bytes(self) -> int:
+        return sum(self._file_sizes())
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        import numpy as np
+        import torch
+        from gguf.quants import dequantize
+
+        tensors = {}
+        for name in names:
+            if name not in self._entries:
+                raise UsageError(f"{self.path} has no tensor {name}", hint="download it again")
+            entry = self._entries[name]
+            data = np.fromfile(self.path, entry.dtype, prod(entry.shape), offset=entry.start)
+            weights = dequantize(data.reshape(entry.shape), entry.type)
+            weights = self._processor.process(weights, entry.name, parsed_parameters={"tensors": {}}).weights
+            weights = np.ascontiguousarray(weights, dtype=np.float32)
+            tensors[name] = torch.from_numpy(weights).view(self._stored[name].shape)
+        return tensors
+
+    def _stored_bytes(self, name: str) -> int:
+        return self._entries[name].bytes
+
+    def _file_sizes(self) -> list[int]:
+        return [self.path.stat().st_size]
+
+    def _converted_config(self, path: Path) -> PreTrainedConfig:
+        from transformers import AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # ValueError for unknown architectures, anything for missing fields
+            raise UnsupportedError(
+                f"{path}: transformers cannot read this {self._architecture} file: {first_line(error)}",
+                hint="use the model's safetensors folder",
+            ) from error
+        return config
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        processor: Any = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        return processor(config=self._config.to_dict())
+
+    def _mapped(self) -> tuple[dict[str, StoredTensor], dict[str, _Entry]]:
+        """The file's tensors under the names of the causal LM, and the shapes they have there."""
+        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+        from qcli.models.stream import skeleton
+
+        model = skeleton(self._config)
+        self.config["architectures"] = [type(model).__name__]
+        self.config["dtype"] = "bfloat16"
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        # Mapping takes time quadratic in depth, and every block is named as the first one is.
+        blocks, first = self.family.blocks, "blk.0."
+        count = len(model.get_submodule(blocks))
+        del model.get_submodule(blocks)[1:]
+        names = {}
+        for in_file, name in get_gguf_hf_weights_map(model, self._processor).items():
+            for index in range(count) if in_file.startswith(first) else (0,):
+                full = name.replace(f"{blocks}.0.", f"{blocks}.{index}.", 1)
+                names[in_file.replace(first, f"blk.{index}.", 1)] = full
+        unmapped = [entry.name for entry in self._in_file if entry.name not in names]
+        if unmapped:
+            raise UnsupportedError(
+                f"{self.path}: transformers has no place for {', '.join(unmapped[:3])} and would drop it",
+                hint="use the model's safetensors folder",
+            )
+        entries = {names[entry.name]: entry for entry in self._in_file}
+        return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries
+
+
+def _raw(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `config.json` of this model would hold."""
+    raw: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    for key in ("transformers_version", "_model_name_or_path"):
+        raw.pop(key, None)
+    return raw

@@ -1,0 +1,215 @@
+"""A causal LM of which one block at a time is real.
+
+The model is built on the meta device; only what lies outside the blocks (embeddings, final norm, head,
+rotary tables) gets memory. Every block is replaced by a stand-in, so the model's own forward pass computes
+the masks, positions and rotary tables that it hands to each block, and everything before and after them:
+no family needs code of its own here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qcli.errors import UnsupportedError, UsageError
+from qcli.models.base import Source
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one block besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def skeleton(config: PreTrainedConfig, **options: Any) -> Any:
+    """The causal LM of `config` on the meta device: every shape, no memory; `options` as in `from_config`."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config, **options)
+
+
+class ModelStream:
+    """Runs a model block by block.
+
+    Args:
+        source: the model.
+        device: where weights and activations live.
+        dtype: of weights and activations.
+
+    Raises:
+        UsageError: tensors are missing, surplus, or of another shape than the config implies.
+    """
+
+    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.family = source.family
+        self.config = source.hf_config()
+        self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self._tied = self._tied_tensors()
+        self._check_tensors()
+        container = self.model.get_submodule(self.family.blocks)
+        self._blocks = list(container)
+        self._stand_ins = [_StandIn(block, self.family.tuple_output) for block in self._blocks]
+        for index, stand_in in enumerate(self._stand_ins):
+            container[index] = stand_in
+        self._load(self.model)
+        for name, origin in self._tied.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with its weights, on the stream's device and dtype; a fresh module at every call."""
+        block: nn.Module = copy.deepcopy(self._blocks[index])
+        self._load(block, prefix=f"{self.family.blocks}.{index}.")
+        return block
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`."""
+        self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        return self._entered()
+
+    @torch.no_grad()
+    def calls(self, batch: int, length: int) -> list[Call]:
+        """What each block is passed besides hidden states, for token batches of this shape."""
+        key = batch, length
+        if key not in self._calls:
+            self.embed(torch.zeros(batch, length, dtype=torch.int64))
+            self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
+        return self._calls[key]
+
+    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape."""
+        call = self.calls(*hidden.shape[:2])[index]
+        output = block(hidden, *call.args, **call.kwargs)
+        result: Tensor = output[0] if self.family.tuple_output else output
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: last block's output `[batch, length, hidden]` -> `[batch, length, vocab]`."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        self._stand_ins[0].output = hidden
+        try:
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._stand_ins[0].output = None
+        self._entered()
+        return logits
+
+    @staticmethod
+    def weight_of(module: nn.Module) -> Tensor:
+        """The weight of a linear layer as `[out, in]`, whatever its storage order; a view."""
+        weight = module.get_parameter("weight")
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    @staticmethod
+    @torch.no_grad()
+    def set_weight(module: nn.Module, weight: Tensor) -> None:
+        """Overwrite the weight of a linear layer with `[out, in]` values, in its own dtype and device."""
+        ModelStream.weight_of(module).copy_(weight)
+
+    def _entered(self) -> Tensor:
+        """What the last forward pass brought to the first block; no stand-in keeps it."""
+        hidden = self._stand_ins[0].hidden
+        for stand_in in self._stand_ins:
+            stand_in.hidden = None
+        assert hidden is not None
+        return hidden
+
+    def _load(self, module: nn.Module, prefix: str = "") -> None:
+        """Give `module`, so far on the meta device, its tables and the weights stored under `prefix`."""
+        self._compute_tables(module, self.model)
+        names = [name for name in module.state_dict() if prefix + name not in self._tied]
+        weights = self.source.read(prefix + name for name in names)
+        real = {name: weights.pop(prefix + name).to(self.device, self.dtype) for name in names}
+        module.load_state_dict(real, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def _compute_tables(self, module: nn.Module, owner: Any) -> None:
+        """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales).
+
+        `owner` is the transformers model that `module` is part of: it knows how.
+        """
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        names = sorted(module._non_persistent_buffers_set & module._buffers.keys())
+        for name in names:
+            module._buffers[name] = _unset(module.get_buffer(name), self.device)
+        if names:
+            owner._init_weights(module)
+        for name in names:
+            if bool(_is_unset(module.get_buffer(name)).any()):
+                raise UnsupportedError(f"transformers cannot recompute {name} of {type(module).__name__}")
+        for child in module.children():
+            self._compute_tables(child, owner)
+
+    def _tied_tensors(self) -> dict[str, str]:
+        """Tensors that are not stored because they share another's memory: name -> the other."""
+        stored, tied = self.source.tensors(), {}
+        for name, origin in self.model.all_tied_weights_keys.items():
+            if name not in stored:
+                tied[name] = origin
+            elif origin not in stored:
+                tied[origin] = name
+        return tied
+
+    def _check_tensors(self) -> None:
+        stored = self.source.tensors()
+        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        missing = [name for name in expected if name not in stored and name not in self._tied]
+        surplus = [name for name in stored if name not in expected]
+        reshaped = [name for name in expected if name in stored and stored[name].shape != expected[name]]
+        for names, problem in ((missing, "has no"), (surplus, "has unknown"), (reshaped, "has ill-shaped")):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise UsageError(
+                    f"{self.source.path} {problem} tensors {', '.join(names[:3])}{more}",
+                    hint="config.json and weights must belong to the same model",
+                )
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place: notes what it is called with and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, tuple_output: bool) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple, so that its tensors are not this module's
+        self._tuple_output = tuple_output
+        self.call = Call((), {})
+        self.hidden: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        self.hidden, self.call = hidden, Call(args, kwargs)
+        hidden = hidden if self.output is None else self.output
+        return (hidden, None) if self._tuple_output else hidden
+
+
+def _unset(like: Tensor, device: torch.device) -> Tensor:
+    """A tensor whose values show that nobody has set them."""
+    value = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
+    return torch.full_like(like, value, device=device)
+
+
+def _is_unset(tensor: Tensor) -> Tensor:
+    return tensor.isnan() if tensor.is_floating_point() else tensor == torch.iinfo(tensor.dtype).min

@@ -1,0 +1,15 @@
+"""How long steps tell that they advance; `ui.py` draws it, nothing else prints."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called at the start of a stage (`done=0`) and after each of its `total` units."""
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
+
+
+def silent(stage: str, done: int, total: int, detail: str = "") -> None:
+    """A Progress that nobody watches."""

@@ -1,0 +1,365 @@
+"""What the user wants: one frozen record, checked as a whole before any work starts.
+
+No torch here: every error of a recipe is told within a second, all of them at once, each with its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from qcli import registry
+from qcli.errors import UsageError
+from qcli.method import Method
+from qcli.recipe_draft import Draft
+from qcli.recipe_errors import Issue, Origins, issues, unknown
+from qcli.recipe_text import to_yaml
+from qcli.yaml_places import KeyPath
+
+if TYPE_CHECKING:
+    from qcli.models.arch import Linear
+
+Model = TypeVar("Model", bound=BaseModel)
+METHODS = "qcli.methods"
+DEFAULT_METHOD = "gptq-like"
+_FLAGS = {  # flags that are not named after the last part of their path
+    "model": "MODEL",
+    "method.name": "--method",
+    "method.symmetric": "--symmetric/--asymmetric",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(_Section):
+    """Text that shows the method the model's usual inputs."""
+
+    data: str = Field(
+        default="wikitext2",
+        min_length=1,
+        description="wikitext2, c4, ptb, self (sampled from the model), a .txt/.jsonl/.parquet file, "
+        "or a folder written by `qcli calibrate`",
+    )
+    samples: int = Field(default=128, ge=1, description="token sequences")
+    seq_len: int = Field(default=2048, ge=2, description="tokens of a sequence")
+
+
+class Override(_Section):
+    """Another treatment for the layers that `match` names."""
+
+    match: str = Field(min_length=1, description="layer names, with * ? [abc] as in file names")
+    method: dict[str, JsonValue] | None = Field(
+        default=None, description="what differs from the recipe's method; `name` switches it"
+    )
+    dense: bool = Field(default=False, description="leave these layers as they are")
+
+    @model_validator(mode="after")
+    def _method_or_dense(self) -> Override:
+        if self.dense == (self.method is not None):
+            raise ValueError("needs either `method: {...}` or `dense: true`")
+        return self
+
+
+class Pack(_Section):
+    """The deployable checkpoint that `qcli run` packs."""
+
+    format: str = Field(default="qcli", description="layout of the checkpoint")
+    shard_size: str = Field(
+        default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="largest file"
+    )
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` as a number."""
+        return int(self.shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
+
+
+class Eval(_Section):
+    """What `qcli run` measures."""
+
+    perplexity: list[str] = Field(
+        default=["wikitext2"], min_length=1, description="texts, as calibration.data"
+    )
+    window: int | None = Field(
+        default=None, ge=2, description="tokens of a window; default: the model's, up to 2048"
+    )
+    max_windows: int | None = Field(default=None, ge=1, description="windows of each text; default: all")
+    baseline: str | None = Field(default=None, description="compared with; default: the recipe's model")
+
+
+class Recipe(_Section):
+    """Everything a run depends on; `load_recipe` makes it from a file, `--set` and flags."""
+
+    model: str = Field(min_length=1, description="hub id, folder or .gguf file")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random choice")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        examples=["auto", "cpu", "cuda:0"],
+        description="auto, cpu, cuda or cuda:N",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of activations and dense weights while computing"
+    )
+    out: str | None = Field(default=None, min_length=1, description="folder of the result")
+    resume: Literal["auto", "required", "never"] = Field(
+        default="auto", description="continue an interrupted run: if there is one, only if, never"
+    )
+    calibration: Calibration = Calibration()
+    method: InstanceOf[Method] = Field(default_factory=lambda: build_method({}))
+    overrides: list[Override] = Field(default=[], description="first match wins; each must match a layer")
+    pack: Pack | None = None
+    eval: Eval | None = None
+
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    def override_methods(self) -> list[Method | None]:
+        """The full method of each override; None where it says `dense`."""
+        base = method_fields(self.method)
+        return [
+            None if rule.method is None else build_method(_derived(base, rule.method))
+            for rule in self.overrides
+        ]
+
+    def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
+        """The method of every layer by name, None where it stays dense.
+
+        Raises:
+            UsageError: overrides that match nothing and layers that their method cannot quantize, all of them.
+        """
+        rules = [self._rules(layer.name) for layer in layers]
+        others = self.override_methods()
+        assigned = {
+            layer.name: others[matching[0]] if matching else self.method
+            for layer, matching in zip(layers, rules, strict=True)
+        }
+        problems = [*self._idle_overrides(rules), *_misfits(layers, assigned)]
+        if layers and not any(assigned.values()):
+            problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
+        if problems:
+            raise self._origins.error(problems, hint=_assign_hint(layers, problems))
+        return assigned
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain data, without those that are None."""
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"method"}) | {
+            "method": method_fields(self.method)
+        }
+        return {name: data[name] for name in Recipe.model_fields if name in data}
+
+    def to_yaml(self, origins: Origins | None = None) -> str:
+        """The resolved recipe; `load_recipe` reads it back to an equal one. With `origins`, as comments."""
+        return to_yaml(self.to_dict(), origins)
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The values that decide the bytes of the quantized model."""
+        decisive = ("model", "seed", "dtype", "calibration", "method", "overrides")
+        return {name: value for name, value in self.to_dict().items() if name in decisive}
+
+    def _rules(self, name: str) -> list[int]:
+        return [i for i, rule in enumerate(self.overrides) if fnmatchcase(name, rule.match)]
+
+    def _idle_overrides(self, rules: Sequence[Sequence[int]]) -> list[Issue]:
+        matched = {i for matching in rules for i in matching}
+        taken = {matching[0] for matching in rules if matching}
+        return [
+            Issue(
+                ("overrides", i, "match"),
+                f"{rule.match!r} matches "
+                + ("only layers that earlier overrides take" if i in matched else "no layer"),
+            )
+            for i, rule in enumerate(self.overrides)
+            if i not in taken
+        ]
+
+
+def method_fields(method: Method) -> dict[str, Any]:
+    """A method as plain data, as it stands in a recipe."""
+    return {"name": method.name, **method.model_dump(mode="json")}
+
+
+def build_method(fields: Mapping[str, Any]) -> Method:
+    """The method that `name` and its options describe.
+
+    Raises:
+        UsageError: unknown name.
+        ValidationError: unknown or invalid options.
+    """
+    options = dict(fields)
+    cls: type[Method] = registry.load(METHODS, options.pop("name", DEFAULT_METHOD))
+    return _strictly(cls, options)
+
+
+def load_recipe(
+    path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()
+) -> tuple[Recipe, Origins]:
+    """The recipe that flags, `--set`, a file and the defaults give, in this order of precedence.
+
+    Args:
+        path: a YAML file, or None.
+        flags: values by dotted path (`method.bits`); None means not given.
+        sets: `a.b=c` texts, c in YAML.
+
+    Raises:
+        UsageError: everything that is wrong, a line each.
+    """
+    draft = Draft()
+    if path is not None:
+        draft.add_file(path)
+    for text in sets:
+        draft.add_set(text)
+    for name, value in flags.items():
+        if value is not None:
+            draft.put(
+                name.split("."), value, _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+            )
+    return _checked(draft), draft.origins
+
+
+def from_flags(cls: type[Model], values: Mapping[str, Any]) -> Model:
+    """One section of a recipe (`Pack`) from flags named as its fields.
+
+    Raises:
+        UsageError: everything that is wrong, a line each.
+    """
+    try:
+        return _strictly(cls, values)
+    except ValidationError as error:
+        flags = Origins(by_path={(name,): _flag(name) for name in values})
+        raise flags.error(list(issues(error, cls))) from None
+
+
+def _flag(path: str) -> str:
+    return _FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
+
+
+def _checked(draft: Draft) -> Recipe:
+    """The valid recipe, or every error at once."""
+    found: list[Issue] = []
+    rest = {key: value for key, value in draft.data.items() if key != "method"}
+    recipe: Recipe | None = None
+    try:
+        recipe = _strictly(Recipe, rest)
+    except ValidationError as error:
+        found += issues(error, Recipe)
+    given = draft.data.get("method", {})
+    method = _checked_method(given, ("method",), found)
+    inherited = (
+        method_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
+    )
+    rules = draft.data.get("overrides")
+    for i, rule in enumerate(rules if isinstance(rules, list) else []):
+        partial = rule.get("method") if isinstance(rule, dict) else None
+        if isinstance(partial, dict):
+            _checked_method(_derived(inherited, partial), ("overrides", i, "method"), found)
+    lines = draft.lines + [draft.origins.line(issue) for issue in found if not draft.is_spoilt(issue.path)]
+    if recipe is None or method is None or lines:
+        raise UsageError("\n".join(dict.fromkeys(lines)), hint=_usage_hint(found))
+    recipe = recipe.model_copy(update={"method": method})
+    recipe._origins = draft.origins
+    return recipe
+
+
+def _checked_method(fields: Any, path: KeyPath, found: list[Issue]) -> Method | None:
+    if not isinstance(fields, dict):
+        found.append(Issue(path, "must be a mapping of keys to values, as {name: rtn, bits: 4}"))
+        return None
+    name, known = fields.get("name", DEFAULT_METHOD), registry.names(METHODS)
+    if name not in known:
+        found.append(Issue((*path, "name"), unknown(f"method {name!r}", str(name), known)))
+        return None
+    try:
+        return build_method(fields)
+    except ValidationError as error:
+        found += issues(error, registry.load(METHODS, name), path, owner=f"method {name!r} has")
+        return None
+
+
+def _strictly(cls: type[Model], data: Mapping[str, Any]) -> Model:
+    """Validate as strict JSON: text is not a number, 1 is not true, but a list may become a tuple."""
+    return cls.model_validate_json(json.dumps(data), strict=True)
+
+
+def _derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
+    """`partial`, and what it leaves unsaid from `base`.
+
+    Of another method only the options that both have from a common class are taken over: an option of the
+    same name may mean something else.
+    """
+    known = registry.names(METHODS)
+    old, new = base.get("name", DEFAULT_METHOD), partial.get("name", base.get("name", DEFAULT_METHOD))
+    if new != old and new in known and old in known:
+        ours, theirs = registry.load(METHODS, new), registry.load(METHODS, old)
+        shared = next(cls for cls in ours.__mro__ if issubclass(theirs, cls)).model_fields
+        base = {key: value for key, value in base.items() if key in shared}
+    return {**base, **partial, "name": new}
+
+
+def _misfits(layers: Sequence[Linear], assigned: Mapping[str, Method | None]) -> list[Issue]:
+    """One line for layers that differ only in the number of their block."""
+    reasons: Counter[tuple[str, str]] = Counter()
+    for layer in layers:
+        method = assigned[layer.name]
+        reason = method.misfit(layer.shape) if method else None
+        if reason:
+            reasons[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), reason] += 1
+    return [
+        Issue(("method",), f"{reason}: {name} ({count} layer{'s' if count > 1 else ''})")
+        for (name, reason), count in reasons.items()
+    ]
+
+
+def _assign_hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
+    if any(problem.path == ("method",) for problem in problems):
+        divisor = gcd(*(layer.shape[1] for layer in layers))
+        return (
+            f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
+        )
+    if layers:
+        return f"layers are named as {layers[0].name}"
+    return None
+
+
+def _usage_hint(found: Sequence[Issue]) -> str | None:
+    if Issue(("model",), "required") in found:
+        return "give MODEL, or --recipe FILE that has `model:`"
+    return None
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe with the options of every method, for editors."""
+    schema = Recipe.model_json_schema()
+    names = registry.names(METHODS)
+    methods = {name: registry.load(METHODS, name).model_json_schema() for name in names}
+    for name, method in methods.items():
+        method["properties"] = {"name": {"const": name, "description": "the method"}} | method["properties"]
+        method["required"] = [] if name == DEFAULT_METHOD else ["name"]
+        schema["$defs"][name] = method
+    schema["properties"]["method"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
+    options = {key: value for method in methods.values() for key, value in method["properties"].items()}
+    partial = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": options | {"name": {"enum": names}},
+    }
+    schema["$defs"]["Override"]["properties"]["method"] = partial
+    return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}

@@ -1,0 +1,90 @@
+"""Exact least squares of all scales and offsets of a row, once its codes are fixed (ours)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcli.formats.affine import Affine
+from qcli.solvers.grid import rounded_scale, rounded_zero_point
+
+_RIDGE = 1e-3  # towards the current tables, relative to each unknown's own curvature
+
+
+def refit_tables(
+    target: Tensor, codes: Tensor, tables: dict[str, Tensor], format: Affine, hessian: Tensor
+) -> tuple[dict[str, Tensor], int]:
+    """Tables that minimise `(w* - w_hat) H (w* - w_hat)^T` for each row at fixed codes.
+
+    With a float zero point the unknowns of a row are `scale` and `offset = -scale * zero_point` of each group
+    (one `2G x 2G` system a row); with an integer or no zero point, the scales alone.
+
+    Args:
+        target: float32 `[out, in]`, `w*`.
+        codes: uint8 `[out, in]`.
+        tables: the grid the codes were chosen on.
+        hessian: `[in, in]`.
+
+    Returns:
+        The new tables, and how many rows kept the old ones because the solution was not usable.
+    """
+    free_offset = format.zero_point == "float"
+    scale = tables["weight_scale"].float()
+    zero_point = tables["weight_zero_point"].float() if format.zero_point != "none" else None
+    basis = codes.float()
+    if not free_offset:
+        center = format.center if zero_point is None else format.spread(zero_point, codes.shape[1])
+        basis = basis - center
+
+    normal, right = _normal_equations(target, basis, hessian, format, ones=free_offset)
+    current = torch.cat([scale, -scale * zero_point], 1) if free_offset and zero_point is not None else scale
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    ridge = _RIDGE * diagonal + 1e-12 * diagonal.amax(dim=1, keepdim=True)
+    normal = normal + torch.diag_embed(ridge)
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    solved = torch.cholesky_solve((right + ridge * current.double()).unsqueeze(-1), factor).squeeze(-1).float()
+
+    groups = scale.shape[1]
+    new_scale = rounded_scale(solved[:, :groups])
+    usable = (failed == 0) & solved.isfinite().all(1) & (new_scale.abs() > 1e-3 * scale.abs()).all(1)
+    usable &= new_scale.isfinite().all(1)
+    refitted = {"weight_scale": torch.where(usable[:, None], new_scale, scale).to(torch.float16)}
+    if zero_point is not None:
+        new_zero_point = zero_point
+        if free_offset:
+            fitted = rounded_zero_point(-solved[:, groups:] / new_scale, format)
+            usable &= fitted.isfinite().all(1)
+            new_zero_point = torch.where(usable[:, None], fitted, zero_point)
+            refitted["weight_scale"] = torch.where(usable[:, None], new_scale, scale).to(torch.float16)
+        refitted["weight_zero_point"] = new_zero_point.to(tables["weight_zero_point"].dtype)
+    return refitted, int((~usable).sum())
+
+
+def _normal_equations(
+    target: Tensor, basis: Tensor, hessian: Tensor, format: Affine, *, ones: bool
+) -> tuple[Tensor, Tensor]:
+    """`A^T H A` `[out, n, n]` and `A^T H w*` `[out, n]` in float64, where row `j` of `A [in, n]` holds `basis_j` in
+    its group's column and, with `ones`, a 1 in the column of its group's offset."""
+    rows, in_features = basis.shape
+    groups, width = format.groups(in_features), format.group_width(in_features)
+    unknowns = groups * (2 if ones else 1)
+    normal = torch.zeros(rows, unknowns, unknowns, dtype=torch.float64, device=basis.device)
+    right = torch.zeros(rows, unknowns, dtype=torch.float64, device=basis.device)
+    pulled = target @ hessian
+    right[:, :groups] = _group_sums(basis * pulled, format)
+    if ones:
+        right[:, groups:] = _group_sums(pulled, format)
+    for group in range(groups):
+        columns = slice(group * width, min((group + 1) * width, in_features))
+        reach = basis[:, columns] @ hessian[columns]
+        normal[:, group, :groups] = _group_sums(basis * reach, format)
+        if ones:
+            normal[:, group, groups:] = _group_sums(reach, format)
+            spread = hessian[columns].sum(0, keepdim=True)
+            normal[:, groups + group, :groups] = _group_sums(basis * spread, format)
+            normal[:, groups + group, groups:] = _group_sums(spread, format)
+    return normal, right
+
+
+def _group_sums(rows: Tensor, format: Affine) -> Tensor:
+    return format.grouped(rows).double().sum(-1)

@@ -1,0 +1,49 @@
+"""Running a command in this process, as the shell would see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qcli.cli.main import main
+from tests.tiny import tiny_model
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Invoke = Callable[..., Outcome]
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """`invoke("quantize", model, "--json")`: exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> Outcome:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = caught.value.code
+        return Outcome(code if isinstance(code, int) else 0, out, err)
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny Llama: two blocks, 64 wide, MLP 128 wide."""
+    return tiny_model("llama", tmp_path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Some kilobytes of text that is not all alike."""
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(400)))
+    return file

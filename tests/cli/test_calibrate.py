@@ -1,0 +1,43 @@
+"""`qcli calibrate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Invoke
+
+
+def test_its_folder_is_calibration_data(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    flags = ("calibrate", model, "--data", text, "--samples", 4, "--seq-len", 32, "--out", folder)
+    code, out, err = invoke(*flags, "--hessians", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["layers"]) == 14
+    assert all(
+        layer["sensitivity"]["2"] > layer["sensitivity"]["4"] > 0 for layer in found["layers"].values()
+    )
+    assert (folder / "hessians-00001.safetensors").exists()
+
+    code, stdout, err = invoke(*flags)
+    assert (code, stdout) == (3, "")
+    assert err.startswith(f"error: {folder} exists")
+
+    reuse = ("--data", folder, "--samples", 4, "--seq-len", 32, "--group-size", 32)
+    code, _, err = invoke("quantize", model, *reuse, "--out", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_most_sensitive_layers_are_shown(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    code, out, err = invoke(
+        "calibrate", model, "--data", text, "--samples", 4, "--seq-len", 32, "--out", tmp_path / "calibration"
+    )
+    assert code == 0, err
+    assert len([line for line in out.splitlines() if line.strip().startswith("model.layers.")]) == 10
+    assert f"written      {tmp_path / 'calibration'}" in out
+
+
+def test_out_is_required(invoke: Invoke, model: Path) -> None:
+    code, _, err = invoke("calibrate", model)
+    assert (code, err.splitlines()[0]) == (2, "error: --out: required")

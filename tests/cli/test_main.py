@@ -1,0 +1,87 @@
+"""The program around the commands: help, version, wrong usage, signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from qcli import __version__
+from qcli.cli.main import app
+from tests.cli.conftest import Invoke
+
+COMMANDS = ("calibrate", "quantize", "eval", "pack", "run", "inspect", "verify", "recipe", "doctor")
+
+
+def test_version(invoke: Invoke) -> None:
+    assert invoke("--version") == (0, f"qcli {__version__}\n", "")
+
+
+def test_help_lists_the_commands(invoke: Invoke) -> None:
+    code, out, err = invoke("--help")
+    listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
+    assert (code, err, tuple(sorted(listed))) == (0, "", tuple(sorted(COMMANDS)))
+    assert "..." not in out.partition("Commands:\n")[2]
+    assert invoke() == (0, out, "")
+
+
+def test_every_flag_of_every_command_is_explained() -> None:
+    group: Any = get_command(app)
+    commands = [*group.commands.values(), *group.commands["recipe"].commands.values()]
+    assert len(commands) == len(COMMANDS) + 3
+    for command in commands:
+        assert command.help, command.name
+        unexplained = [parameter.name for parameter in command.params if not parameter.help]
+        assert not unexplained, command.name
+
+
+def test_recipe_alone_shows_its_help(invoke: Invoke) -> None:
+    code, out, err = invoke("recipe")
+    assert (code, err) == (0, "")
+    assert "validate" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["quantise"], "No such command 'quantise'. Did you mean 'quantize'?", "see `qcli --help`"),
+        (["quantize", "m", "--bitz", "3"], "No such option: --bitz", "see `qcli quantize --help`"),
+        (["quantize", "m", "--bits", "x"], "Invalid value for '--bits'", "see `qcli quantize --help`"),
+        (["eval"], "Missing argument 'MODEL'", "see `qcli eval --help`"),
+        (["recipe", "sow"], "No such command 'sow'. Did you mean 'show'?", "see `qcli recipe --help`"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint(
+    invoke: Invoke, arguments: list[str], message: str, hint: str
+) -> None:
+    code, out, err = invoke(*arguments)
+    assert (code, out) == (2, "")
+    first, second = err.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert second == f"hint: {hint}"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_run_with_one_line(signum: signal.Signals, code: int) -> None:
+    script = (
+        "import sys, time, types\n"
+        "def quantize(recipe, progress):\n"
+        "    progress('quantize', 0, 30)\n"
+        "    time.sleep(60)\n"
+        "sys.modules['qcli.quantize'] = types.SimpleNamespace(quantize=quantize)\n"
+        "from qcli.cli.main import main\n"
+        "main(['quantize', 'm', '--out', 'x'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr.readline() == "quantize 0/30\n"
+        process.send_signal(signum)
+        assert process.stderr.read() == "interrupted; resume with the same command\n"
+        assert process.stdout.read() == ""
+    assert process.returncode == code

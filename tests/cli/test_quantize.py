@@ -1,0 +1,104 @@
+"""`qcli quantize`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.conftest import Invoke
+
+
+def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ("--method", "rtn", "--bits", 3, "--group-size", 32, "--symmetric", "--out", out)
+    code, stdout, _ = invoke("quantize", model, *flags, "--json")
+    assert code == 0
+    result = json.loads(stdout)
+    assert result["out"] == str(out)
+    assert result["bits_per_weight"] == 3.5
+    assert len(result["layers"]) == 14
+    assert (out / "config.json").exists()
+
+    code, stdout, err = invoke("quantize", model, *flags)
+    assert (code, stdout) == (3, "")
+    assert err.startswith(f"error: {out} exists\nhint: ")
+
+
+def test_calibrated_run_reports_layers_in_a_table(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
+    data = ("--data", text, "--samples", 4, "--seq-len", 32)
+    code, out, err = invoke(
+        "quantize", model, *data, "--bits", 3, "--group-size", 32, "--out", tmp_path / "out"
+    )
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if "model.layers.*" in line]
+    assert next(row[:3] for row in rows) == ["model.layers.*.self_attn.q_proj", "2", "gptq-like"]
+    assert len(rows) == 7
+    assert "quantize 2/2" in err
+
+
+def test_dry_run_does_not_import_torch_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(model), "--bits", "3", "--dry-run", "--json", "--out", str(tmp_path / "out")]
+    script = (
+        "import sys\nfrom qcli.cli.main import main\n"
+        f"try:\n    main({arguments!r})\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr == "0 False\n"
+    plan = json.loads(run.stdout)
+    assert [layer["bits"] for layer in plan["layers"]] == [3] * 14
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_tells_the_size_to_the_byte(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    flags = ("quantize", model, "--method", "rtn", "--group-size", 32, "--out", tmp_path / "out", "--json")
+    planned = json.loads(invoke(*flags, "--dry-run").out)
+    assert invoke(*flags).code == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert planned["bytes"] == written
+
+
+def test_groups_that_do_not_divide_are_listed(invoke: Invoke, model: Path) -> None:
+    code, out, err = invoke("quantize", model, "--group-size", 48, "--dry-run")
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == 8
+    assert "group_size 48 does not divide its 128 inputs: model.layers.*.mlp.down_proj (2 layers)" in lines[6]
+    assert lines[7].startswith("hint: groups of 64 divide every row")
+    assert invoke("quantize", model, "--group-size", 48, "--group-tail", "ragged", "--dry-run").code == 0
+
+
+def test_recipe_and_flags_together(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: not-there\nmethod: {name: rtn, bits: 2, group_size: 64}\n")
+    plan = json.loads(
+        invoke(
+            "quantize",
+            model,
+            "--recipe",
+            recipe,
+            "--bits",
+            5,
+            "--set",
+            "method.group_size=32",
+            "--dry-run",
+            "--json",
+        ).out
+    )
+    assert plan["model"] == str(model)
+    assert {(layer["bits"], layer["group_size"]) for layer in plan["layers"]} == {(5, 32)}
+
+
+def test_errors_name_flag_or_model(invoke: Invoke, tmp_path: Path) -> None:
+    code, out, err = invoke("quantize", "m", "--method", "rnt", "--bits", 12)
+    assert (code, out) == (2, "")
+    assert err == "error: --method: unknown method 'rnt'; did you mean 'rtn'?\n"
+    code, _, err = invoke("quantize", "m")
+    assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+    code, _, err = invoke("quantize", tmp_path / "nothing", "--dry-run")
+    assert code == 2
+    assert str(tmp_path / "nothing") in err.splitlines()[0]

