@@ -7,25 +7,24 @@ float32 `[in_features]`), with `hessians` one `hessians-00000.safetensors` a blo
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcli import __version__, shards
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens
+from qcli.data import calibration_tokens
 from qcli.errors import StateError
 from qcli.method import LinearGroup
 from qcli.methods.rtn import RTN
+from qcli.models.arch import Linear
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
+from qcli.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from qcli.recipe import Recipe
@@ -81,7 +80,7 @@ def calibrate(
 
     Raises:
         UsageError: no such model or data, or too little text.
-        StateError: `out` exists.
+        StateError: `out` exists, or is being written by something else.
         ResourceError: no space.
     """
     if out.exists():
@@ -113,30 +112,33 @@ def calibrate(
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,
     }
-    with _folder(out) as partial:
-        shards.write_tensors(partial / "tokens.safetensors", {"ids": tokens.ids})
+    with RunFolder(out, settings, recipe.resume) as run:
+        shards.write_tensors(run.path / "tokens.safetensors", {"ids": tokens.ids})
         statistics: dict[str, Tensor] = {}
         layers: dict[str, LayerStatistics] = {}
         fast = recipe.dtype == "auto" and has_fast_matmul(device)
         with matmul_precision(fast=fast), torch.inference_mode():
             stream = ModelStream(source, device=device, dtype=dtype)
-            for index, block, inputs in _blocks(stream, tokens, hessians, progress):
-                for linear in (linear for linear in linears if linear.block == index):
-                    seen = inputs[linear.group]
-                    path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
-                    weight = ModelStream.weight_of(block.get_submodule(path)).float()
-                    layers[linear.name] = _layer_statistics(weight, seen)
-                    statistics[f"{linear.name}.absmax"] = seen.absmax
-                    statistics[f"{linear.name}.second_moment"] = seen.second_moment
+            batches = torch.split(tokens.ids, max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
+            hidden = [stream.embed(batch) for batch in batches]
+            progress("calibrate", 0, stream.n_blocks)
+            for index in range(stream.n_blocks):
+                members = [linear for linear in linears if linear.block == index]
+                inputs = _run_block(stream, index, hidden, members, layers, hessians)
+                for linear in members:
+                    statistics[f"{linear.name}.absmax"] = inputs[linear.group].absmax
+                    statistics[f"{linear.name}.second_moment"] = inputs[linear.group].second_moment
                 if hessians:
-                    first = {linear.group: linear.name for linear in reversed(linears) if linear.block == index}
+                    first = {linear.group: linear.name for linear in reversed(members)}
                     shards.write_tensors(
-                        partial / f"hessians-{index:05d}.safetensors",
-                        {f"{name}.hessian": inputs[group].hessian for group, name in sorted(first.items())},
+                        run.path / f"hessians-{index:05d}.safetensors",
+                        {f"{first[group]}.hessian": seen.hessian for group, seen in enumerate(inputs)},
                     )
-        shards.write_tensors(partial / "statistics.safetensors", statistics)
+                progress("calibrate", index + 1, stream.n_blocks)
+        shards.write_tensors(run.path / "statistics.safetensors", statistics)
         result = Calibration(out, settings, layers)
-        shards.write_json(partial / "calibration.json", result.record())
+        shards.write_json(run.path / "calibration.json", result.record())
+        run.publish()
     return result
 
 
@@ -171,42 +173,33 @@ class _Inputs:
         return (self._products + self._products.T) / (2 * self.tokens)
 
 
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end; nothing stays of it after an error."""
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise shards.disk_problem(partial, error) from None
-    try:
-        yield partial
-        shards.publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _run_block(
+    stream: ModelStream,
+    index: int,
+    hidden: list[Tensor],
+    members: list[Linear],
+    layers: dict[str, LayerStatistics],
+    hessians: bool,
+) -> list[_Inputs]:
+    """Take all hidden states through one block, in place; describe its `members` in `layers`.
 
-
-def _blocks(
-    stream: ModelStream, tokens: Tokens, hessians: bool, progress: Progress
-) -> Iterator[tuple[int, nn.Module, list[_Inputs]]]:
-    """Each block, and the statistics of each of its groups of linears, over all tokens."""
-    progress("calibrate", 0, stream.n_blocks)
-    batches = tokens.ids.split(max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
-    hidden = [stream.embed(batch) for batch in batches]
-    for index in range(stream.n_blocks):
-        block = stream.load_block(index)
-        readers = [block.get_submodule(group.linears[0]) for group in stream.family.groups]
-        inputs = [
-            _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians) for reader in readers
-        ]
-        for reader, seen in zip(readers, inputs, strict=True):
-            reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
-        hidden = [stream.run_block(block, index, states) for states in hidden]
-        yield index, block, inputs
-        progress("calibrate", index + 1, stream.n_blocks)
+    Returns:
+        Statistics of the inputs of each group of linears; the block is gone.
+    """
+    block = stream.load_block(index)
+    inputs = []
+    for group in stream.family.groups:
+        reader = block.get_submodule(group.linears[0])
+        seen = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
+        reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
+        inputs.append(seen)
+    for number, states in enumerate(hidden):
+        hidden[number] = stream.run_block(block, index, states)
+    for linear in members:
+        path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
+        weight = ModelStream.weight_of(block.get_submodule(path)).float()
+        layers[linear.name] = _layer_statistics(weight, inputs[linear.group])
+    return inputs
 
 
 def _layer_statistics(weight: Tensor, seen: _Inputs) -> LayerStatistics:

@@ -131,3 +131,22 @@ def write_manifest(folder: Path, story: Mapping[str, Any], skip: Iterable[Path] 
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": shards.sha256(file)} for file in files},
     }
     shards.write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        VerificationError: there is none, or it is not one.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        complete = {"files", "layers", "recipe", "bits_per_weight", "source"} <= manifest.keys()
+    except FileNotFoundError:
+        raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?") from None
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise VerificationError(f"{file} is not a manifest", hint="copy the checkpoint again")
+    return dict(manifest)

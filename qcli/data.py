@@ -182,8 +182,9 @@ def evaluation_tokens(
 
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The longest sequence a model was made for; None where its config names no limit."""
+    text = config.get("text_config") or config  # of a multimodal model
     for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(limit := config.get(key), int):
+        if isinstance(limit := text.get(key), int):
             return limit
     return None
 
@@ -223,7 +224,7 @@ def _not_found(data: str) -> UsageError:
 
 
 def _read_named(name: str, *, calibration: bool) -> str:
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     chosen = NAMED[name]
     split = chosen.calibration if calibration else chosen.evaluation
@@ -257,13 +258,19 @@ def _read_jsonl(path: Path) -> str:
             raise UsageError(
                 f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}'
             )
+        try:
+            record["text"].encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{path}:{number}: 'text' holds half a character (a lone surrogate)", hint="remove the line"
+            ) from None
         documents.append(record["text"])
     return "\n\n".join(documents)
 
 
 def _read_parquet(path: Path) -> str:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         columns = pyarrow.parquet.read_schema(path).names
@@ -275,7 +282,7 @@ def _read_parquet(path: Path) -> str:
         raise UsageError(f"{path}: not a readable parquet file: {reason}", hint=_LOCAL) from None
     for row, document in enumerate(documents):
         if not isinstance(document, str):
-            raise UsageError(f"{path}: row {row}: 'text' holds {type(document).__name__}, not text")
+            raise UsageError(f"{path}: row {row}: 'text' holds no text", hint="remove such rows")
     return "\n\n".join(documents)
 
 
@@ -289,7 +296,7 @@ def _check_length(length: int, config: Mapping[str, Any]) -> None:
     if limit is not None and length > limit:
         raise UsageError(
             f"windows of {length} tokens do not fit the model's context of {limit}",
-            hint=f"use --seq-len {limit} (calibration) or --window {limit} (evaluation), or less",
+            hint=f"use --seq-len {limit} (to evaluate: --window {limit}) or less",
         )
 
 
@@ -303,9 +310,11 @@ def _from_folder(folder: Path, source: Source) -> Tokens:
     try:
         ids = load_file(file)["ids"]
     except (SafetensorError, KeyError):
-        raise UsageError(f"{file}: damaged", hint="run `qcli calibrate` again") from None
+        ids = torch.empty(0)
+    if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        raise UsageError(f"{file}: damaged", hint="run `qcli calibrate` again")
     vocabulary = source.hf_config().get_text_config().vocab_size
-    if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise UsageError(
             f"{folder}: its tokens are not those of a model with a vocabulary of {vocabulary}",
             hint="calibrate with the model that is quantized",

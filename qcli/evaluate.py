@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qcli import __version__
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, context_length, evaluation_tokens
+from qcli.data import SELF, Tokens, context_length, evaluation_tokens
 from qcli.errors import UsageError, VerificationError
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
@@ -115,7 +115,9 @@ class Evaluation:
         if self.baseline is None:
             return None
         tokens = [score.tokens for score in self.scores.values()]
-        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(tokens)
+        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(
+            tokens
+        )
 
 
 def evaluate(
@@ -147,18 +149,14 @@ def evaluate(
     where, precision = resolve_device(device), resolve_dtype(dtype)
     sources = [open_source(name) for name in (model, baseline) if name is not None]
     length = min([window or _WINDOW, *(_context(source) for source in sources if window is None)])
-    sets = [
-        _tokens(name, sources, length, max_windows, where, progress) for name in dict.fromkeys(data)
-    ]
+    sets = [_tokens(name, sources, length, max_windows, where, progress) for name in dict.fromkeys(data)]
 
     with matmul_precision(fast=False), torch.inference_mode():
         runs = []
         for name, source in zip((model, baseline), sources, strict=False):
             stream = ModelStream(source, device=where, dtype=precision)
             runs.append(_Run(str(name), stream, _run_blocks(stream, sets, f"evaluating {name}", progress)))
-        scores = {
-            tokens.source: _score(tokens, index, runs, progress) for index, tokens in enumerate(sets)
-        }
+        scores = {tokens.source: _score(tokens, index, runs, progress) for index, tokens in enumerate(sets)}
     return Evaluation(
         model=model,
         baseline=baseline,
@@ -201,10 +199,13 @@ def _tokens(
     progress: Progress,
 ) -> Tokens:
     """Windows of a data set, which must be the same for all models."""
-    options = {"window": window, "max_windows": max_windows}
-    if data == "self":
-        return evaluation_tokens(data, sources[-1], **options, device=device, progress=progress)
-    tokens = [evaluation_tokens(data, source, **options) for source in sources]
+    readers = sources[-1:] if data == SELF else sources
+    tokens = [
+        evaluation_tokens(
+            data, source, window=window, max_windows=max_windows, device=device, progress=progress
+        )
+        for source in readers
+    ]
     if len({each.sha256 for each in tokens}) > 1:
         raise UsageError(
             "model and baseline have different tokenizers: their predictions cannot be compared",
@@ -213,24 +214,27 @@ def _tokens(
     return tokens[0]
 
 
-def _run_blocks(
-    stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress
-) -> list[Tensor]:
+def _run_blocks(stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress) -> list[Tensor]:
     """Hidden states after the last block, on the CPU."""
     progress(stage, 0, stream.n_blocks)
     hidden = [torch.cat([stream.embed(ids).cpu() for ids in _batches(tokens.ids)]) for tokens in sets]
     for index in range(stream.n_blocks):
-        block = stream.load_block(index)
-        for states in hidden:
-            for batch in _batches(states):
-                batch.copy_(stream.run_block(block, index, batch.to(stream.device)))
+        _run_block(stream, index, hidden)
         progress(stage, index + 1, stream.n_blocks)
     return hidden
 
 
-def _batches(windows: Tensor) -> tuple[Tensor, ...]:
+def _run_block(stream: ModelStream, index: int, hidden: list[Tensor]) -> None:
+    """Take all hidden states through one block, in place; the block is gone afterwards."""
+    block = stream.load_block(index)
+    for states in hidden:
+        for batch in _batches(states):
+            batch.copy_(stream.run_block(block, index, batch.to(stream.device)))
+
+
+def _batches(windows: Tensor) -> Sequence[Tensor]:
     """Views of a few windows each."""
-    return windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
+    return torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
 
 
 def _score(tokens: Tokens, index: int, runs: list[_Run], progress: Progress) -> Score:
@@ -254,7 +258,9 @@ def _score(tokens: Tokens, index: int, runs: list[_Run], progress: Progress) -> 
                         hint="the baseline is the model that was quantized; or leave --baseline out",
                     )
                 agreed += (own.argmax(-1) == reference.argmax(-1)).sum().item()
-                kl += F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
+                kl += (
+                    F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
+                )
         progress(f"scoring {tokens.source}", row + 1, windows)
     count = windows * (window - 1)
     compared = len(runs) == 2
@@ -278,7 +284,8 @@ def _log_probabilities(run: _Run, hidden: Tensor) -> Tensor:
     logits = run.stream.logits(hidden[None].to(run.stream.device))[0].float()
     if not bool(logits.isfinite().all()):
         raise VerificationError(
-            f"{run.name}: its logits hold NaN or infinity", hint="use --dtype float32; if it stays, the model is broken"
+            f"{run.name}: its logits hold NaN or infinity",
+            hint="use --dtype float32; if it stays, the model is broken",
         )
     return logits.log_softmax(-1)
 

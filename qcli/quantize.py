@@ -21,6 +21,7 @@ from qcli.errors import QcliError
 from qcli.memory import peak_memory
 from qcli.method import CROSS, RESIDUAL_CROSS, LinearGroup, Method, Solution
 from qcli.models.arch import Linear
+from qcli.models.headers import read_header
 from qcli.models.moments import StagedBlock, gather
 from qcli.models.source import Source
 from qcli.models.stream import ModelStream
@@ -329,8 +330,8 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     """Assemble the checkpoint in the run's folder, manifest last, and publish it."""
     todo, folder = result.plan, run.path
     progress("write", 0, 1)
-    parts = [run.file(_part(block)) for block in range(len(todo.parts) - 1)] + [run.file(_OUTSIDE)]
-    shards.join(parts, folder, SHARD_SIZE)
+    parts = [*(_part(block) for block in range(len(todo.parts) - 1)), _OUTSIDE]
+    shards.join([read_header(run.file(part)) for part in parts], folder, SHARD_SIZE)
     formats = {name: None if method is None else method.format for name, method in todo.methods.items()}
     config = dict(todo.source.config)
     config["quantization_config"] = checkpoint.quantization_config(todo.layers, formats)

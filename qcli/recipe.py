@@ -22,6 +22,7 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from qcli.models.arch import Linear
 
 Model = TypeVar("Model", bound=BaseModel)
-METHODS = "qcli.methods"
+METHODS, EXPORTS = "qcli.methods", "qcli.exports"
 DEFAULT_METHOD = "gptq-like"
 _FLAGS = {  # flags that are not named after the last part of their path
     "model": "MODEL",
@@ -86,6 +87,13 @@ class Pack(_Section):
     shard_size: str = Field(
         default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="largest file"
     )
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (known := registry.names(EXPORTS)):
+            raise ValueError(unknown(f"format {name!r}", name, known))
+        return name
 
     @property
     def shard_bytes(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -70,7 +69,8 @@ def sample(
         numbers = range(first, min(first + batch, samples))
         generators = [random.Random(f"{seed}:{number}") for number in numbers]
         ids = torch.empty(len(numbers), length, dtype=torch.int64)
-        writer = _write(stream.model, generators, length, starts, ends, device)
+        cache = Cache(layers=[_Room(length) for _ in range(stream.n_blocks)])
+        writer = _write(stream.model, cache, generators, length, starts, ends, device)
         for step, tokens in enumerate(writer):
             ids[:, step] = tokens
             progress("sampling text from the model", first // batch * length + step + 1, steps)
@@ -78,11 +78,11 @@ def sample(
     return torch.cat(windows)
 
 
-class _Room(DynamicLayer):
+class _Room(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer in memory for a whole window: appending copies nothing that is there."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._length = length
 
     def update(
@@ -105,6 +105,7 @@ class _Room(DynamicLayer):
 @torch.inference_mode()
 def _write(
     model: torch.nn.Module,
+    cache: Cache,
     generators: list[random.Random],
     length: int,
     starts: list[int],
@@ -116,7 +117,6 @@ def _write(
     A document is masked from those before it and counts its positions from 0, so it is what the model writes
     with nothing in mind. (Left to see them, it soon repeats one-word documents without end.)
     """
-    cache = Cache(layer_class_to_replicate=partial(_Room, length))
     ending = torch.tensor(ends)
     takes_positions = "position_ids" in signature(model.forward).parameters
     tokens = torch.tensor([generator.choice(starts) for generator in generators])
@@ -127,13 +127,14 @@ def _write(
             return
         document = torch.arange(step, -1, -1) <= age[:, None]
         positions = {"position_ids": age.to(device)[:, None]} if takes_positions else {}
-        logits = model(
+        output = model(
             input_ids=tokens.to(device)[:, None],
             attention_mask=document.to(device, torch.int64),
             past_key_values=cache,
             use_cache=True,
             **positions,
-        ).logits[:, -1]
+        )
+        logits = output.logits[:, -1].float()
         draws = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
         fresh = torch.tensor([generator.choice(starts) for generator in generators])
         chosen = torch.where(age < _GREEDY, logits.argmax(-1).cpu(), _draw(logits, draws.to(device)).cpu())
@@ -143,14 +144,16 @@ def _write(
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens at temperature 1: logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
-    cumulative = logits.float().softmax(-1).double().cumsum(-1)
-    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    """Tokens at temperature 1: float32 logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    return (
+        torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+        .squeeze(1)
+        .clamp_(max=logits.shape[1] - 1)
+    )
 
 
-def _start_tokens(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]
-) -> list[int]:
+def _start_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]) -> list[int]:
     """The vocabulary without special tokens, and without rows of the embedding that stand for nothing."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids, ends)
@@ -166,11 +169,11 @@ def _check_memory(
     source: Source, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype
 ) -> int:
     """How many windows to write at once: by the model's size alone, so that every machine does the same."""
-    weights = sum(prod(tensor.shape) for tensor in source.tensors().values()) * dtype.itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights: int = sum(prod(tensor.shape) for tensor in source.tensors().values()) * dtype.itemsize
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = 2 * config.num_hidden_layers * heads * width * length * dtype.itemsize
-    batch = min(_BATCH, max(1, max(_CACHE_BYTES, weights) // window))
+    batch: int = min(_BATCH, max(1, max(_CACHE_BYTES, weights) // window))
     needed, free = weights + batch * window, _free_memory(device)
     if free is not None and needed > free:
         raise ResourceError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.errors import ResourceError
 from qcli.format import StoredTensor
-from qcli.models.headers import DTYPES, Extent, read_header
+from qcli.models.headers import DTYPES, Extent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,31 +103,26 @@ def shard_bytes(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) ->
     return total
 
 
-def join(parts: Sequence[Path], out: Path, shard_size: int) -> dict[str, str]:
-    """Join safetensors files into shards of at most `shard_size` bytes of tensors, with an index if several.
+def join(parts: Sequence[Mapping[str, Extent]], out: Path, shard_size: int) -> None:
+    """Copy tensors from other files into shards of at most `shard_size` bytes, with an index if several.
 
     Args:
-        parts: files with disjoint tensor names, in the order their tensors shall have.
+        parts: tensors that stay together, in the order they shall have; names are disjoint.
         out: folder of the shards.
         shard_size: a part larger than this becomes a shard of its own.
-
-    Returns:
-        The shard that each tensor is in.
     """
-    headers = [read_header(part) for part in parts]
-    stored = [{name: extent.stored for name, extent in header.items()} for header in headers]
+    stored = [{name: extent.stored for name, extent in part.items()} for part in parts]
     shards = grouped(stored, shard_size)
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        extents = {tensor: extent for index in members for tensor, extent in headers[index].items()}
+        extents = {tensor: extent for index in members for tensor, extent in parts[index].items()}
         _write_shard(out / name, extents)
         weight_map |= dict.fromkeys(extents, name)
     if len(shards) > 1:
         total = sum((out / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(out / INDEX, index)
-    return weight_map
 
 
 def _write_shard(file: Path, extents: Mapping[str, Extent]) -> None:

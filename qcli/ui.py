@@ -103,6 +103,8 @@ class Session:
         self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None
     ) -> None:
         """Print what the command is for: as `show` draws it, or with `--json` as one JSON object."""
+        if isinstance(self.progress, _Bars):
+            self.progress.stop()
         if self.json or show is None:
             print(json.dumps(_finite(data), indent=2), file=self.stdout, flush=True)
         else:
@@ -138,10 +140,12 @@ class Tables:
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+        drawn = Table(
+            box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+        )
         for i, column in enumerate(columns):
             numbers = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
-            drawn.add_column(column, justify="right" if numbers else "left", overflow="fold")
+            drawn.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers)
         for row in rows:
             drawn.add_row(*(Text(clean(_cell(value))) for value in row))
         self.console.print(drawn)
@@ -231,7 +235,9 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+    return str(value)
 
 
 def _finite(value: Any) -> Any:
@@ -303,6 +309,7 @@ class _Bars:
             progress.TimeRemainingColumn(elapsed_when_finished=True),
             progress.TextColumn("{task.fields[detail]}", markup=False),
             console=Console(stderr=True),
+            speed_estimate_period=3600,
             redirect_stdout=False,
         )
         bars.start()
@@ -311,3 +318,4 @@ class _Bars:
     def stop(self) -> None:
         if self.bars is not None:
             self.bars.stop()
+        self.bars, self.tasks = None, {}

@@ -19,11 +19,11 @@ LAYERS = (
     ("method", "methods", "solvers"),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
     ("yaml_places", "recipe_errors", "recipe_draft", "recipe_text", "recipe", "plan"),
-    ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection"),
+    ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection", "export", "exports"),
     ("doctor", "ui", "cli"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-VERBS = LAYERS[5]
+VERBS = ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
     *("errors", "registry", "progress", "format", "method", "yaml_places", "recipe", "recipe_errors"),
     *("recipe_draft", "recipe_text", "plan", "ui", "doctor", "cli", "formats", "methods"),

@@ -6,24 +6,34 @@ from typing import Any
 
 from qcli.ui import Tables
 
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+COLUMNS = {
+    "shape": "out, in",
+    "method": "method",
+    "bits": "bits",
+    "group_size": "group",
+    "bits_per_weight": "bpw",
+    "error": "error",
+    "measure": "of",
+    "divides_tensor_parallel": "splits over",
+    "why_dense": "dense because",
+}
+_TO_BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
-def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]]) -> None:
     """A row for each kind of layer; fractions that differ within a kind are averaged.
 
     Args:
-        layers: plain data with a `name`.
-        columns: keys of the layers, and their headings; keys that no layer has are left out.
+        layers: plain data with a `name`, and any of the keys of `COLUMNS`; keys that no layer has are left out.
     """
-    shown = [key for key in columns if any(layer.get(key) is not None for layer in layers)]
+    shown = [key for key in COLUMNS if any(layer.get(key) is not None for layer in layers)]
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:
         values = [layer.get(key) for key in shown]
         same = ("" if isinstance(value, float) else str(value) for value in values)
-        kinds.setdefault((_BLOCK.sub("*", layer["name"]), *same), []).append(layer)
+        kinds.setdefault((_TO_BLOCK.sub("", layer["name"]), *same), []).append(layer)
     tables.table(
-        ["layer", "count", *(columns[key] for key in shown)],
+        ["layer", "count", *(COLUMNS[key] for key in shown)],
         [
             [
                 _name(members),
@@ -37,7 +47,7 @@ def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]], columns: Ma
 
 def _name(members: Sequence[Mapping[str, Any]]) -> str:
     first: str = members[0]["name"]
-    return first if len(members) == 1 else _BLOCK.sub("*", first)
+    return first if len(members) == 1 else _TO_BLOCK.sub("", first)
 
 
 def _common(values: Sequence[Any]) -> Any:

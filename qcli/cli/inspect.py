@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables
+from qcli.cli._layers import show_layers
+from qcli.ui import Session, Tables, bits, duration, size
 
 
 def inspect(
@@ -24,4 +25,17 @@ def inspect(
 
 def show_checkpoint(tables: Tables, found: dict[str, Any]) -> None:
     """Layers, sizes and origin."""
-    tables.pairs({key: value for key, value in found.items() if not isinstance(value, dict | list)})
+    show_layers(tables, found["layers"])
+    method = found["recipe"]["method"]
+    tables.pairs(
+        {
+            "checkpoint": found["folder"],
+            "made from": f"{found['model']} ({found['family']})",
+            "with": ", ".join(f"{key} {str(value).lower()}" for key, value in method.items()),
+            "by": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+            "bits per weight": bits(found),
+            "size": size(found["bytes"]),
+            "time": duration(found["seconds"]),
+            "fallbacks": f"in {found['fallbacks']} layers" if found["fallbacks"] else "none",
+        }
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables
+from qcli.ui import Session, Tables, size
 
 
 def pack(
@@ -31,5 +31,14 @@ def pack(
 
 
 def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
-    """What was written."""
-    tables.pairs({key: value for key, value in packed.items() if not isinstance(value, dict | list)})
+    """What was written, and that it reads back."""
+    files = f"{packed['files']} file{'s' if packed['files'] > 1 else ''}"
+    tables.pairs(
+        {
+            "packed": packed["out"],
+            "format": packed["format"],
+            "size": f"{size(packed['bytes'])} in {files}",
+            "read back": f"weights equal; logits differ by at most {packed['max_logit_difference']:.3g}, "
+            f"KL {packed['kl']:.3g}",
+        }
+    )

@@ -96,17 +96,7 @@ def quantize(
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
     """What `--dry-run` found."""
-    columns = {
-        "shape": "out, in",
-        "method": "method",
-        "bits": "bits",
-        "group_size": "group",
-        "zero_point": "zero point",
-        "bits_per_weight": "bits/weight",
-        "divides_tensor_parallel": "divides over",
-        "why_dense": "dense because",
-    }
-    show_layers(tables, plan["layers"], columns)
+    show_layers(tables, plan["layers"])
     tables.pairs(
         {
             "bits per weight": bits(plan),
@@ -120,16 +110,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
 
 def show_result(tables: Tables, result: dict[str, Any]) -> None:
     """What was written, and how well it fits."""
-    columns = {
-        "method": "method",
-        "format": "format",
-        "bits": "bits",
-        "group_size": "group",
-        "bits_per_weight": "bits/weight",
-        "error": "relative error",
-        "measure": "of",
-    }
-    show_layers(tables, [{**layer, **layer["spec"]} for layer in result["layers"]], columns)
+    show_layers(tables, [{**layer, **layer["spec"]} for layer in result["layers"]])
     peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items())
     tables.pairs(
         {

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables
+from qcli.ui import Session, Tables, size
 
 
 def verify(
@@ -25,5 +25,12 @@ def verify(
 
 
 def show_verified(tables: Tables, found: dict[str, Any]) -> None:
-    """That all is well; anything else is an error."""
-    tables.line("verified")
+    """What was checked; that anything is wrong would be an error."""
+    tables.pairs(
+        {
+            "verified": found["folder"],
+            "files": f"{found['files']}, {size(found['bytes'])}",
+            "layers": f"{found['layers']}, {found['bits_per_weight']:.4g} bits per weight",
+            "not in the manifest": ", ".join(found["unlisted"]) or None,
+        }
+    )

@@ -21,10 +21,13 @@ class Group:
         linears: module paths inside the block.
         residual: path of the module whose input is the residual stream that these linears' outputs are added
             to; None when the outputs pass a norm first, or that point of the stream is nobody's input.
+        leads_out: whether the outputs leave the attention or the MLP; the groups before, whose outputs stay
+            inside, come to nothing else than these groups' inputs.
     """
 
     linears: tuple[str, ...]
     residual: str | None = None
+    leads_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,43 +80,47 @@ class Linear:
     shape: tuple[int, int]
 
 
+def _out(linear: str, residual: str | None = None) -> Group:
+    return Group((linear,), residual, leads_out=True)
+
+
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _LLAMA = (
     Group(_QKV),
-    Group(("self_attn.o_proj",), residual="input_layernorm"),
+    _out("self_attn.o_proj", "input_layernorm"),
     Group(_GATE_UP),
-    Group(("mlp.down_proj",), residual="post_attention_layernorm"),
+    _out("mlp.down_proj", "post_attention_layernorm"),
 )
-_POST_NORM = (Group(_QKV), Group(("self_attn.o_proj",)), Group(_GATE_UP), Group(("mlp.down_proj",)))
+_POST_NORM = (Group(_QKV), _out("self_attn.o_proj"), Group(_GATE_UP), _out("mlp.down_proj"))
 _STABLELM_PARALLEL = (
     Group((*_QKV, *_GATE_UP)),
-    Group(("self_attn.o_proj",), residual="input_layernorm"),
-    Group(("mlp.down_proj",)),
+    _out("self_attn.o_proj", "input_layernorm"),
+    _out("mlp.down_proj"),
 )
 _PHI3 = (
     Group(("self_attn.qkv_proj",)),
-    Group(("self_attn.o_proj",), residual="input_layernorm"),
+    _out("self_attn.o_proj", "input_layernorm"),
     Group(("mlp.gate_up_proj",)),
-    Group(("mlp.down_proj",), residual="post_attention_layernorm"),
+    _out("mlp.down_proj", "post_attention_layernorm"),
 )
 _OPT = (
     Group(_QKV),
-    Group(("self_attn.out_proj",), residual="self_attn_layer_norm"),
+    _out("self_attn.out_proj", "self_attn_layer_norm"),
     Group(("fc1",)),
-    Group(("fc2",), residual="final_layer_norm"),
+    _out("fc2", "final_layer_norm"),
 )
 _OPT_POST_NORM = (
     Group(_QKV),
-    Group(("self_attn.out_proj",), residual="self_attn.q_proj"),
+    _out("self_attn.out_proj", "self_attn.q_proj"),
     Group(("fc1",)),
-    Group(("fc2",), residual="fc1"),
+    _out("fc2", "fc1"),
 )
 _GPT2 = (
     Group(("attn.c_attn",)),
-    Group(("attn.c_proj",), residual="ln_1"),
+    _out("attn.c_proj", "ln_1"),
     Group(("mlp.c_fc",)),
-    Group(("mlp.c_proj",), residual="ln_2"),
+    _out("mlp.c_proj", "ln_2"),
 )
 
 
@@ -121,9 +128,9 @@ def _fused(attention: str, first_norm: str | None, second_norm: str | None) -> t
     """Groups of the fused-qkv families; a norm is where the stream that an output joins can be read."""
     return (
         Group((f"{attention}.query_key_value",)),
-        Group((f"{attention}.dense",), residual=first_norm),
+        _out(f"{attention}.dense", first_norm),
         Group(("mlp.dense_h_to_4h",)),
-        Group(("mlp.dense_4h_to_h",), residual=second_norm),
+        _out("mlp.dense_4h_to_h", second_norm),
     )
 
 
@@ -131,8 +138,8 @@ def _shared_input(first_norm: str) -> tuple[Group, ...]:
     """Groups of Falcon's parallel blocks with one norm for attention and MLP."""
     return (
         Group(("self_attention.query_key_value", "mlp.dense_h_to_4h")),
-        Group(("self_attention.dense",), residual=first_norm),
-        Group(("mlp.dense_4h_to_h",)),
+        _out("self_attention.dense", first_norm),
+        _out("mlp.dense_4h_to_h"),
     )
 
 

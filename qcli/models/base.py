@@ -99,7 +99,7 @@ class Source:
         raise NotImplementedError
 
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the quantizable layers."""
+        """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
         return self._bits(f"{linear.name}.weight" for linear in self.linears())
 
     def model_bits_per_weight(self) -> float:

@@ -42,10 +42,10 @@ class FolderSource(Source):
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
-        self._extents = _normalise(self.family, _shards(path))
+        self.extents = _normalise(self.family, _shards(path))
 
     def tensors(self) -> dict[str, StoredTensor]:
-        return {name: extent.stored for name, extent in self._extents.items()}
+        return {name: extent.stored for name, extent in self.extents.items()}
 
     def hf_config(self) -> PreTrainedConfig:
         from transformers import AutoConfig
@@ -80,15 +80,15 @@ class FolderSource(Source):
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         for name in names:
-            if name not in self._extents:
+            if name not in self.extents:
                 raise UsageError(f"{self.path} has no tensor {name}", hint="download the model again")
-        return read_tensors((name, self._extents[name]) for name in names)
+        return read_tensors((name, self.extents[name]) for name in names)
 
     def _stored_bytes(self, name: str) -> int:
-        return self._extents[name].bytes
+        return self.extents[name].bytes
 
     def _file_sizes(self) -> list[int]:
-        files = sorted({extent.file for extent in self._extents.values()})
+        files = sorted({extent.file for extent in self.extents.values()})
         return [file.stat().st_size for file in files]
 
 

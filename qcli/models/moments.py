@@ -2,8 +2,8 @@
 
 True sequential order: a group's inputs come from the block whose earlier groups are already quantized. A stage
 runs the block only up to the group's inputs. Linears of earlier groups are not computed again where their result
-is known to be unused: groups come in pairs, one that leads into the block's inside (q/k/v, gate/up) and one that
-leads back out of it (o, down), so once the inputs of the second are known, the first's outputs serve nobody.
+is known to be unused: groups alternate between those whose outputs stay inside (q/k/v, gate/up) and those that lead
+out of attention or MLP (o, down), so once the inputs of the latter are known, the former's outputs serve nobody.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class StagedBlock:
             except _Reached:
                 pass
         inputs = seen["inputs"].flatten(0, -2)
-        if _leads_out(group) and not runs_on:
+        if row.leads_out and not runs_on:
             self._inputs[group, batch] = inputs.to(self.keep)
         residual = seen.get("residual")
         return inputs, None if residual is None else residual.flatten(0, -2)
@@ -104,9 +104,9 @@ class StagedBlock:
         for earlier in range(group):
             for path in self.groups[earlier].linears:
                 module = self.linear(path)
-                if _leads_out(earlier):
+                if self.groups[earlier].leads_out:
                     module.forward = _On(module, self._inputs[earlier, batch])
-                elif earlier + 1 < group:
+                elif group > self._consumed_by(earlier):
                     module.forward = _Unused(len(ModelStream.weight_of(module)))
                 else:
                     continue
@@ -116,6 +116,14 @@ class StagedBlock:
         finally:
             for module in patched:
                 del module.forward
+
+
+    def _consumed_by(self, group: int) -> int:
+        """The last group whose inputs depend on the outputs of `group`, which stay inside."""
+        last = group + 1
+        while last + 1 < len(self.groups) and self.groups[last + 1].leads_out:
+            last += 1
+        return last
 
 
 class _On:
@@ -137,10 +145,6 @@ class _Unused:
 
     def __call__(self, like: Tensor) -> Tensor:
         return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
-
-
-def _leads_out(group: int) -> bool:
-    return group % 2 == 1
 
 
 def gather(

@@ -14,6 +14,7 @@ from qcli.models.folder import FolderSource
 from qcli.models.headers import read_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.quantized import QuantizedWeight
@@ -39,6 +40,14 @@ class NativeSource(FolderSource):
         layers = (name for name, _, _ in self._linear_names())
         return {layer: packed for layer in layers if (packed := self.layout.packed(layer)) is not None}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense tensors and of the decoded weights when the model runs, as its config says."""
+        import torch
+
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+
     def tensors(self) -> dict[str, StoredTensor]:
         """Headers as if the model were dense: a quantized layer has its weight, as float32."""
         logical = {}
@@ -57,8 +66,11 @@ class NativeSource(FolderSource):
     def read_quantized(self, layer: str) -> QuantizedWeight:
         """Codes and tables of a layer."""
         packed = self.packed[layer]
-        extents = ((name, self._extents[name]) for name in packed.stored(layer))
+        extents = ((name, self.extents[name]) for name in packed.stored(layer))
         return packed.restore(layer, read_tensors(extents))
+
+    def bits_per_weight(self) -> float:
+        return self._bits(f"{layer}.weight" for layer in self.packed)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         tensors = super()._read([name for name in names if name.removesuffix(".weight") not in self.packed])

@@ -6,14 +6,12 @@ rounded to their stored dtype, so that codes chosen afterwards see the grid that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from qcli.formats.affine import Affine
 
-_TILE = 1 << 19  # weights searched at a time: the candidates of a tile stay in cache
+_CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights at a time: a core's cache; enough to fill a GPU
 _CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits use
 _ROUNDS = 3  # ours: least-squares rounds after the clip search; a fourth no longer changes codes
 
@@ -45,7 +43,7 @@ def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, T
         uint8 codes `[out, in]` and the tables.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    rows, parts = max(1, _TILE // weight.shape[1]), []
+    rows, parts = _tile_rows(weight), []
     for start in range(0, len(weight), rows):
         tile = weight[start : start + rows].float()
         parts.append(minmax(tile, format))
@@ -65,16 +63,16 @@ def search(weight: Tensor, format: Affine, importance: Tensor | None = None, pow
         importance: float32 `[in]`, such as `diag(H)`; None: all ones.
         power: 2 with a Hessian's diagonal; 2.4 is what GPTQ implementations use without data.
     """
-    rows = max(1, _TILE // weight.shape[1])
+    rows, spread = _tile_rows(weight), _grouped_importance(weight, importance, format)
     parts = [
-        _search_rows(format.grouped(tile), _grouped_importance(weight, importance, format), format, power)
-        for tile in _row_tiles(weight, rows)
+        _search_rows(format.grouped(weight[start : start + rows]), spread, format, power)
+        for start in range(0, len(weight), rows)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _row_tiles(weight: Tensor, rows: int) -> Iterator[Tensor]:
-    return (weight[start : start + rows] for start in range(0, weight.shape[0], rows))
+def _tile_rows(weight: Tensor) -> int:
+    return max(1, (_CPU_TILE if weight.device.type == "cpu" else _GPU_TILE) // weight.shape[1])
 
 
 def _grouped_importance(weight: Tensor, importance: Tensor | None, format: Affine) -> Tensor:

@@ -9,6 +9,7 @@ from qcli.formats.affine import Affine
 from qcli.solvers.grid import rounded_scale, rounded_zero_point
 
 _RIDGE = 1e-3  # towards the current tables, relative to each unknown's own curvature
+_SYSTEMS = 1 << 26  # numbers in the systems that are solved together: half a gigabyte
 
 
 def refit_tables(
@@ -28,35 +29,46 @@ def refit_tables(
     Returns:
         The new tables, and how many rows kept the old ones because the solution was not usable.
     """
+    unknowns = format.groups(codes.shape[1]) * (2 if format.zero_point == "float" else 1)
+    rows = max(1, _SYSTEMS // unknowns**2)
+    parts, kept = [], 0
+    for start in range(0, len(codes), rows):
+        part = slice(start, start + rows)
+        own = {name: table[part] for name, table in tables.items()}
+        refitted, unusable = _refit_rows(target[part], codes[part], own, format, hessian)
+        parts.append(refitted)
+        kept += unusable
+    return {name: torch.cat([part[name] for part in parts]) for name in tables}, kept
+
+
+def _refit_rows(
+    target: Tensor, codes: Tensor, tables: dict[str, Tensor], format: Affine, hessian: Tensor
+) -> tuple[dict[str, Tensor], int]:
     free_offset = format.zero_point == "float"
     scale = tables["weight_scale"].float()
     zero_point = tables["weight_zero_point"].float() if format.zero_point != "none" else None
     basis = codes.float()
     if not free_offset:
-        center = format.center if zero_point is None else format.spread(zero_point, codes.shape[1])
-        basis = basis - center
+        basis = basis - (format.center if zero_point is None else format.spread(zero_point, codes.shape[1]))
 
     normal, right = _normal_equations(target, basis, hessian, format, ones=free_offset)
     current = torch.cat([scale, -scale * zero_point], 1) if free_offset and zero_point is not None else scale
-    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal = normal.diagonal(dim1=1, dim2=2).clone()
     ridge = _RIDGE * diagonal + 1e-12 * diagonal.amax(dim=1, keepdim=True)
-    normal = normal + torch.diag_embed(ridge)
+    normal.diagonal(dim1=1, dim2=2).add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(normal)
     solved = torch.cholesky_solve((right + ridge * current.double()).unsqueeze(-1), factor).squeeze(-1).float()
 
     groups = scale.shape[1]
-    new_scale = rounded_scale(solved[:, :groups])
-    usable = (failed == 0) & solved.isfinite().all(1) & (new_scale.abs() > 1e-3 * scale.abs()).all(1)
-    usable &= new_scale.isfinite().all(1)
+    new_scale, new_zero_point = rounded_scale(solved[:, :groups]), zero_point
+    usable = (failed == 0) & new_scale.isfinite().all(1) & (new_scale.abs() > 1e-3 * scale.abs()).all(1)
+    if free_offset:
+        new_zero_point = rounded_zero_point(-solved[:, groups:] / new_scale, format)
+        usable &= new_zero_point.isfinite().all(1)
     refitted = {"weight_scale": torch.where(usable[:, None], new_scale, scale).to(torch.float16)}
-    if zero_point is not None:
-        new_zero_point = zero_point
-        if free_offset:
-            fitted = rounded_zero_point(-solved[:, groups:] / new_scale, format)
-            usable &= fitted.isfinite().all(1)
-            new_zero_point = torch.where(usable[:, None], fitted, zero_point)
-            refitted["weight_scale"] = torch.where(usable[:, None], new_scale, scale).to(torch.float16)
-        refitted["weight_zero_point"] = new_zero_point.to(tables["weight_zero_point"].dtype)
+    if zero_point is not None and new_zero_point is not None:
+        chosen = torch.where(usable[:, None], new_zero_point, zero_point)
+        refitted["weight_zero_point"] = chosen.to(tables["weight_zero_point"].dtype)
     return refitted, int((~usable).sum())
 
 

@@ -34,8 +34,8 @@ def test_calibrated_run_reports_layers_in_a_table(
         "quantize", model, *data, "--bits", 3, "--group-size", 32, "--out", tmp_path / "out"
     )
     assert code == 0, err
-    rows = [line.split() for line in out.splitlines() if "model.layers.*" in line]
-    assert next(row[:3] for row in rows) == ["model.layers.*.self_attn.q_proj", "2", "gptq-like"]
+    rows = [line.split() for line in out.splitlines() if "gptq-like" in line]
+    assert next(row[:3] for row in rows) == ["self_attn.q_proj", "2", "gptq-like"]
     assert len(rows) == 7
     assert "quantize 2/2" in err
 

@@ -1,0 +1,168 @@
+"""Quality on SmolLM2-135M-Instruct by the protocol of the published anchors: python -m benchmarks.quality SUITE...
+
+Calibration: windows of 512 tokens at `random.Random(0)` offsets; score: WikiText-2 test, 20 windows of 512, no bos; KL
+is the mean over tokens of KL(full precision || quantized); only block linears are quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from qcli.evaluate import evaluate
+from qcli.quantize import quantize
+from qcli.recipe import load_recipe
+
+Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), method options
+
+W = {"w4g64": (4, 64), "w3g64": (3, 64), "w2g64": (2, 64), "w2g32": (2, 32)}
+FLOAT = {"zero_point": "float"}
+PLAIN = {"column_order": "none", "grid": "minmax", "refit_target": False, "residual": False, "refit_tables": False}
+
+
+def _bits(width: str) -> dict[str, Any]:
+    bits, group_size = W[width]
+    return {"bits": bits, "group_size": group_size}
+
+
+def _gptq(width: str, samples: int, **options: Any) -> Row:
+    name = " ".join([f"gptq-like {width}", *(f"{key}={value}" for key, value in options.items())])
+    return name, samples, {"name": "gptq-like", **_bits(width), **options}
+
+
+def _rtn(width: str, **options: Any) -> Row:
+    name = " ".join([f"rtn {width}", *(f"{key}={value}" for key, value in options.items())])
+    return name, 64 if options.get("grid") == "hessian" else 0, {"name": "rtn", **_bits(width), **options}
+
+
+SUITES: dict[str, list[Row]] = {
+    "rtn": [
+        *(_rtn(width, grid=grid) for width in W for grid in ("minmax", "search", "hessian")),
+        *(_rtn(width, symmetric=True) for width in ("w4g64", "w3g64")),
+    ],
+    "main": [
+        *(_gptq(width, 64, **FLOAT) for width in W),
+        *(_gptq(width, 64) for width in W),
+        *(_gptq(width, 64, symmetric=True) for width in W),
+        _gptq("w3g64", 16, **FLOAT),
+        _gptq("w2g64", 16, **FLOAT),
+    ],
+    "ablation": [
+        row
+        for width in ("w3g64", "w2g64")
+        for row in (
+            _gptq(width, 64, **FLOAT, refit_target=False),
+            _gptq(width, 64, **FLOAT, residual=False),
+            _gptq(width, 64, **FLOAT, column_order="none"),
+            _gptq(width, 64, **FLOAT, column_order="group-aware"),
+            _gptq(width, 64, **FLOAT, grid="minmax"),
+            _gptq(width, 64, **FLOAT, refit_tables=False),
+            _gptq(width, 64, **FLOAT, **PLAIN),
+            _gptq(width, 64, **FLOAT, refit_target=False, gptaq_alpha=0.25),
+        )
+    ],
+    "defaults": [
+        row
+        for width in ("w3g64", "w2g64")
+        for row in (
+            *(_gptq(width, 64, **FLOAT, ridge=ridge) for ridge in (0.02, 0.05, 0.2)),
+            *(_gptq(width, 64, **FLOAT, damping=damping) for damping in (0.003, 0.03, 0.1)),
+            _gptq(width, 128, **FLOAT),
+            _gptq(width, 256, **FLOAT),
+        )
+    ],
+    "transfer": [row for width in W for row in (_gptq(width, 64, **FLOAT), _gptq(width, 64))],
+}
+
+
+def measure(model: str, row: Row, data: Path, score: Path, windows: int) -> dict[str, Any]:
+    """Quantize and evaluate one row."""
+    name, samples, options = row
+    flags: dict[str, Any] = {f"method.{key}": value for key, value in options.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        flags |= {"model": model, "out": f"{folder}/out", "calibration.data": str(data)}
+        flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
+        recipe, _ = load_recipe(None, flags)
+        result = quantize(recipe)
+        found = evaluate(f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows)
+    (scored,) = found.scores.values()
+    return {
+        "name": name,
+        "samples": samples,
+        "method": options,
+        "bits_per_weight": found.bits_per_weight,
+        "kl": found.kl,
+        "perplexity": scored.perplexity,
+        "baseline_perplexity": scored.baseline_perplexity,
+        "top1_agreement": found.top1_agreement,
+        "seconds": round(result.seconds, 1),
+        "peak_memory": result.peak_memory,
+        "fallbacks": len(result.fallbacks),
+    }
+
+
+def full_precision(gguf: str, folder: Path) -> str:
+    """The GGUF file's weights as a float32 folder: the same model, opened faster."""
+    from transformers import AutoModelForCausalLM
+
+    from qcli.models.source import open_source
+
+    source = open_source(gguf)
+    model = AutoModelForCausalLM.from_config(source.hf_config(), dtype="float32")
+    model.load_state_dict(source.read(source.tensors()), strict=False)
+    model.tie_weights()
+    model.save_pretrained(folder / "float32")
+    source.copy_companions(folder / "float32")
+    return str(folder / "float32")
+
+
+def degridded(model: str, folder: Path) -> str:
+    """The model with function-preserving rescaling that takes it off the grid it was once quantized to."""
+    scripts = common.assets() / "scripts"
+    source = Path(model)
+    for script, arguments in (
+        ("gguf_to_hf.py", [str(source.parent), source.name, str(folder / "hf")]),
+        ("degrid.py", [str(folder / "hf"), str(folder / "degridded")]),
+    ):
+        subprocess.run([sys.executable, str(scripts / script), *arguments], check=True, stdout=sys.stderr)
+    return str(folder / "degridded")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", nargs="+", choices=SUITES)
+    parser.add_argument("--calibration", choices=("wikitext2", "c4"), default="wikitext2")
+    parser.add_argument("--degrid", action="store_true", help="score the de-gridded model")
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no row after this time")
+    arguments = parser.parse_args()
+    text = common.assets() / "text"
+    data = text / ("wikitext2.valid.detok.txt" if arguments.calibration == "wikitext2" else "c4_sample.jsonl")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = common.smollm2()
+        model = degridded(gguf, Path(folder)) if arguments.degrid else full_precision(gguf, Path(folder))
+        for suite in arguments.suite:
+            rows: list[dict[str, Any]] = []
+            for row in SUITES[suite]:
+                if arguments.only in row[0] and time.monotonic() - started < 60 * arguments.minutes:
+                    rows.append(measure(model, row, data, text / "wikitext2.test.detok.txt", arguments.windows))
+                    found = rows[-1]
+                    print(
+                        f"{found['name']:60} n={found['samples']:<3} bpw {found['bits_per_weight']:.3f} "
+                        f"KL {found['kl']:.4f} ppl {found['perplexity']:.2f} {found['seconds']:.0f} s",
+                        flush=True,
+                    )
+                    name = "-".join(["quality", suite, arguments.calibration, *["degrid"] * arguments.degrid])
+                    common.save(name, {"protocol": __doc__, "windows": arguments.windows, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The native checkpoint again, in files of another size: bytes are copied, nothing is decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from qcli import shards
+from qcli.export import Export
+from qcli.models.native import NativeSource
+from qcli.progress import Progress
+
+__all__ = ["Native"]
+
+
+class Native(Export):
+    """`quant_method: qcli`."""
+
+    name: ClassVar[str] = "qcli"
+
+    def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        progress("write", 0, 1)
+        shards.join([{name: extent} for name, extent in source.extents.items()], folder, shard_size)
+        progress("write", 1, 1)
+
+    def config(self, source: NativeSource) -> dict[str, Any]:
+        return source.config
