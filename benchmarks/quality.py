@@ -47,37 +47,37 @@ SUITES: dict[str, list[Row]] = {
         *(_rtn(width, symmetric=True) for width in ("w4g64", "w3g64")),
     ],
     "main": [
-        *(_gptq(width, 64, **FLOAT) for width in W),
-        *(_gptq(width, 64) for width in W),
-        *(_gptq(width, 64, symmetric=True) for width in W),
-        _gptq("w3g64", 16, **FLOAT),
-        _gptq("w2g64", 16, **FLOAT),
+        *(_gptq(width, 64, **FLOAT) for width in ("w3g64", "w2g64", "w2g32", "w4g64")),
+        *(_gptq(width, 64) for width in ("w3g64", "w2g64")),
+        *(_gptq(width, 64, symmetric=True) for width in ("w3g64", "w2g64")),
+    ],
+    "few-samples": [
+        *(_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64")),
+        _gptq("w3g64", 16),
+        _gptq("w3g64", 16, symmetric=True),
     ],
     "ablation": [
         row
         for width in ("w3g64", "w2g64")
         for row in (
-            _gptq(width, 64, **FLOAT, refit_target=False),
-            _gptq(width, 64, **FLOAT, residual=False),
-            _gptq(width, 64, **FLOAT, column_order="none"),
-            _gptq(width, 64, **FLOAT, column_order="group-aware"),
-            _gptq(width, 64, **FLOAT, grid="minmax"),
-            _gptq(width, 64, **FLOAT, refit_tables=False),
-            _gptq(width, 64, **FLOAT, **PLAIN),
-            _gptq(width, 64, **FLOAT, refit_target=False, gptaq_alpha=0.25),
+            _gptq(width, 16, **FLOAT, refit_target=False),
+            _gptq(width, 16, **FLOAT, residual=False),
+            _gptq(width, 16, **FLOAT, column_order="none"),
+            _gptq(width, 16, **FLOAT, grid="minmax"),
+            _gptq(width, 16, **FLOAT, refit_tables=False),
+            _gptq(width, 16, **FLOAT, column_order="group-aware"),
+            _gptq(width, 16, **FLOAT, **PLAIN),
+            _gptq(width, 16, **FLOAT, refit_target=False, gptaq_alpha=0.25),
         )
     ],
     "defaults": [
-        row
+        _gptq(width, samples, **FLOAT, ridge=ridge, damping=damping)
         for width in ("w3g64", "w2g64")
-        for row in (
-            *(_gptq(width, 64, **FLOAT, ridge=ridge) for ridge in (0.02, 0.05, 0.2)),
-            *(_gptq(width, 64, **FLOAT, damping=damping) for damping in (0.003, 0.03, 0.1)),
-            _gptq(width, 128, **FLOAT),
-            _gptq(width, 256, **FLOAT),
-        )
+        for samples in (16, 64)
+        for ridge in (0.1, 0.4)
+        for damping in (0.01, 0.1)
     ],
-    "transfer": [row for width in W for row in (_gptq(width, 64, **FLOAT), _gptq(width, 64))],
+    "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
 }
 
 

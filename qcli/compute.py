@@ -49,14 +49,17 @@ def has_fast_matmul(device: torch.device) -> bool:
 
 
 @contextmanager
-def matmul_precision(*, fast: bool) -> Iterator[None]:
-    """Within: float32 matrix products round their inputs to bf16 / TF32 (`fast`) or not at all.
+def matmul_precision(*, fast: bool, device: torch.device | None = None) -> Iterator[None]:
+    """Within: matrix products of float32 tensors use bf16 or TF32 units (`fast`), or are exact.
 
-    Accumulation, residual stream, norms and results stay float32 either way. The previous setting returns after.
+    With a `device`, linear layers and attention on it run in bf16 as well (autocast); the residual stream, norms
+    and accumulation stay float32 either way. The previous settings return after.
     """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if fast else "highest")
+    kind = "cpu" if device is None else device.type
     try:
-        yield
+        with torch.autocast(kind, torch.bfloat16, enabled=fast and device is not None, cache_enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(previous)

@@ -31,7 +31,7 @@ from qcli.quantized import QuantizedWeight
 from qcli.recipe import Recipe
 from qcli.run_folder import RunFolder
 
-BATCH_TOKENS = 8192  # tokens that run through a block at a time
+BATCH_TOKENS = 4096  # tokens that run through a block at a time
 _TOKENS, _OUTSIDE = "tokens", "outside"
 
 
@@ -173,7 +173,7 @@ class _Streamed:
         for index, members in enumerate(self._groups(block)):
             methods = {layer.name: method for layer in members if (method := self.todo.methods[layer.name]) is not None}
             needs = frozenset[str]().union(*(method.needs for method in methods.values()))
-            with matmul_precision(fast=self.fast):
+            with matmul_precision(fast=self.fast, device=self.stream.device):
                 group = gather(index, quantized, original, needs)
             for method in dict.fromkeys(methods.values()):
                 names = [name for name in methods if methods[name] == method]
@@ -190,7 +190,7 @@ class _Streamed:
         """Take the streams through a finished block exactly as `solve` did."""
         quantized, original = self._stage(block)
         for index, members in enumerate(self._groups(block)):
-            with matmul_precision(fast=self.fast):
+            with matmul_precision(fast=self.fast, device=self.stream.device):
                 gather(index, quantized, original, frozenset())
             for layer in members:
                 if layer.name in weights:
@@ -207,7 +207,7 @@ class _Streamed:
         return StagedBlock(self.stream, block, module, self.quantized, keep=self.keep), original
 
     def _advance(self, quantized: StagedBlock, original: StagedBlock | None) -> None:
-        with matmul_precision(fast=self.fast):
+        with matmul_precision(fast=self.fast, device=self.stream.device):
             self.quantized = list(quantized.outputs())
             if original is not None:
                 self.original = list(original.outputs())

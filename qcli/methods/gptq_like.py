@@ -36,8 +36,8 @@ class GPTQLike(AffineMethod):
     refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
     residual: bool = Field(default=True, description="layers that write to the residual stream repair its error")
     refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
-    damping: float = Field(default=0.01, gt=0, le=1, description="relative to the Hessian's mean diagonal")
-    ridge: float = Field(default=0.1, gt=0, description="of the target refit, relative to the mean diagonal")
+    damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")
+    ridge: float = Field(default=0.4, gt=0, description="of the target refit, relative to the mean diagonal")
     gptaq_alpha: float = Field(
         default=0.0, ge=0, le=1, description="weight of GPTAQ's asymmetric term; instead of refit_target"
     )

@@ -8,7 +8,7 @@ out of attention or MLP (o, down), so once the inputs of the latter are known, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class StagedBlock:
         self.stream, self.index, self.block, self.hidden = stream, index, block, hidden
         self.groups, self.keep, self.final = stream.family.groups, keep, final
         self._inputs: dict[tuple[int, int], Tensor] = {}  # (group, batch): inputs of groups that lead out
+        self._results: dict[tuple[int, int], Any] = {}  # and what their parents, attention or MLP, made of them
         self._outputs: dict[int, Tensor] = {}
 
     def linear(self, path: str) -> nn.Module:
@@ -99,24 +100,37 @@ class StagedBlock:
 
     @contextmanager
     def _without_known(self, group: int, batch: int) -> Iterator[None]:
-        """Within: linears before `group` use what is known of them instead of the inputs they are given."""
-        patched: list[nn.Module] = []
-        for earlier in range(group):
-            for path in self.groups[earlier].linears:
-                module = self.linear(path)
-                if self.groups[earlier].leads_out:
-                    module.forward = _On(module, self._inputs[earlier, batch])
-                elif group > self._consumed_by(earlier):
-                    module.forward = _Unused(len(ModelStream.weight_of(module)))
-                else:
-                    continue
-                patched.append(module)
-        try:
+        """Within: modules before `group` use what is known of them instead of the inputs they are given."""
+        with ExitStack() as patches:
+            for earlier in range(group):
+                for path in self.groups[earlier].linears:
+                    known = self._known(earlier, path, group, batch, patches)
+                    if known is not None:
+                        module, forward = known
+                        module.forward = forward
+                        patches.callback(delattr, module, "forward")
             yield
-        finally:
-            for module in patched:
-                del module.forward
 
+    def _known(
+        self, earlier: int, path: str, group: int, batch: int, hooks: ExitStack
+    ) -> tuple[nn.Module, Callable[..., Any]] | None:
+        """The module to patch for a linear of a group before `group`, and what it does instead."""
+        linear = self.linear(path)
+        if not self.groups[earlier].leads_out:
+            if group > self._consumed_by(earlier):
+                return linear, _Unused(len(ModelStream.weight_of(linear)))
+            return None
+        parent, key = path.rpartition(".")[0], (earlier, batch)
+        if key in self._results:
+            return self.linear(parent), _Again(self._results[key])
+        if parent and group < len(self.groups):  # a later stage will want it again
+
+            def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                self._results[key] = output
+                del self._inputs[key]
+
+            hooks.callback(self.linear(parent).register_forward_hook(keep).remove)
+        return linear, _On(linear, self._inputs[key])
 
     def _consumed_by(self, group: int) -> int:
         """The last group whose inputs depend on the outputs of `group`, which stay inside."""
@@ -135,6 +149,16 @@ class _On:
     def __call__(self, like: Tensor) -> Tensor:
         output: Tensor = self.forward(self.inputs.to(like.dtype).view(*like.shape[:-1], -1))
         return output
+
+
+class _Again:
+    """A module's forward that returns what it has returned before."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.result
 
 
 class _Unused:

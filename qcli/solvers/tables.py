@@ -91,12 +91,12 @@ def _normal_equations(
         reach = basis[:, columns] @ hessian[columns]
         normal[:, group, :groups] = _group_sums(basis * reach, format)
         if ones:
-            normal[:, group, groups:] = _group_sums(reach, format)
-            spread = hessian[columns].sum(0, keepdim=True)
-            normal[:, groups + group, :groups] = _group_sums(basis * spread, format)
-            normal[:, groups + group, groups:] = _group_sums(spread, format)
+            offsets = _group_sums(reach, format)
+            normal[:, group, groups:] = offsets
+            normal[:, groups:, group] = offsets
+            normal[:, groups + group, groups:] = _group_sums(hessian[columns].sum(0, keepdim=True), format)
     return normal, right
 
 
 def _group_sums(rows: Tensor, format: Affine) -> Tensor:
-    return format.grouped(rows).double().sum(-1)
+    return format.grouped(rows).sum(-1)

@@ -28,5 +28,5 @@ def refit(weight: Tensor, hessian: Tensor, cross: Tensor, residual_cross: Tensor
     if residual_cross is not None:
         right = right + residual_cross
     wide.diagonal().add_(strength)
-    factor = torch.linalg.cholesky(wide)
-    return torch.cholesky_solve(right.double().T, factor).T.float().contiguous()
+    factor = torch.linalg.cholesky(wide).float()
+    return torch.cholesky_solve(right.T, factor).T.contiguous()
