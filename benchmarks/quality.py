@@ -23,7 +23,13 @@ Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), me
 
 W = {"w4g64": (4, 64), "w3g64": (3, 64), "w2g64": (2, 64), "w2g32": (2, 32)}
 FLOAT = {"zero_point": "float"}
-PLAIN = {"column_order": "none", "grid": "minmax", "refit_target": False, "residual": False, "refit_tables": False}
+PLAIN = {
+    "column_order": "none",
+    "grid": "minmax",
+    "refit_target": False,
+    "residual": False,
+    "refit_tables": False,
+}
 
 
 def _bits(width: str) -> dict[str, Any]:

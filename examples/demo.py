@@ -48,7 +48,7 @@ def sentence(folder: Path) -> str:
 
     import qcli  # noqa: F401  (teaches transformers the format)
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)

@@ -68,9 +68,7 @@ class Calibration:
         return {**self.settings, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
 
 
-def calibrate(
-    recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False
-) -> Calibration:
+def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False) -> Calibration:
     """Run calibration text through a model, block by block, and write down what its layers see.
 
     Args:
@@ -113,7 +111,8 @@ def calibrate(
         "hessians": hessians,
     }
     with RunFolder(out, settings, recipe.resume) as run:
-        shards.write_tensors(run.path / "tokens.safetensors", {"ids": tokens.ids})
+        folder = run.result()
+        shards.write_tensors(folder / "tokens.safetensors", {"ids": tokens.ids})
         statistics: dict[str, Tensor] = {}
         layers: dict[str, LayerStatistics] = {}
         fast = recipe.dtype == "auto" and has_fast_matmul(device)
@@ -131,13 +130,13 @@ def calibrate(
                 if hessians:
                     first = {linear.group: linear.name for linear in reversed(members)}
                     shards.write_tensors(
-                        run.path / f"hessians-{index:05d}.safetensors",
+                        folder / f"hessians-{index:05d}.safetensors",
                         {f"{first[group]}.hessian": seen.hessian for group, seen in enumerate(inputs)},
                     )
                 progress("calibrate", index + 1, stream.n_blocks)
-        shards.write_tensors(run.path / "statistics.safetensors", statistics)
+        shards.write_tensors(folder / "statistics.safetensors", statistics)
         result = Calibration(out, settings, layers)
-        shards.write_json(run.path / "calibration.json", result.record())
+        shards.write_json(folder / "calibration.json", result.record())
         run.publish()
     return result
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from qcli.quantized import QuantizedWeight
 
 FORMAT_VERSION = 1
+_MANIFEST_TYPES = {
+    "files": dict,
+    "layers": list,
+    "recipe": dict,
+    "source": dict,
+    "versions": dict,
+    "bits_per_weight": float,
+    "seconds": float,
+}
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 
@@ -94,7 +104,9 @@ class Layout:
         layers, dense = config.get("layers"), config.get("dense", [])
         unknown = sorted(config.keys() - {"quant_method", "format_version", "layers", "dense"})
         if not isinstance(layers, list) or not isinstance(dense, list) or unknown:
-            raise VerificationError(f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})")
+            raise VerificationError(
+                f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})"
+            )
         self._entries: list[tuple[str, Packed | None]] = [(str(pattern), None) for pattern in dense]
         self._entries += [_entry(entry) for entry in layers]
 
@@ -114,15 +126,16 @@ def _entry(entry: Any) -> tuple[str, Packed]:
     return pattern, Packed(from_spec(spec), (rows, columns))
 
 
-def write_manifest(folder: Path, story: Mapping[str, Any], skip: Iterable[Path] = ()) -> None:
+def write_manifest(folder: Path, story: Mapping[str, Any]) -> None:
     """Hash every file of a finished folder and write the manifest, the last file of all.
 
     Args:
         story: what else is known of how the folder came to be.
-        skip: files that will be gone when the folder is published.
     """
-    passed = {folder / MANIFEST, *skip}
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file not in passed)
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     recipe = json.dumps(story["recipe"], sort_keys=True)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -142,10 +155,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        complete = {"files", "layers", "recipe", "bits_per_weight", "source"} <= manifest.keys()
+        complete = (
+            all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items())
+            and all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values())
+            and all("name" in layer for layer in manifest["layers"])
+        )
     except FileNotFoundError:
         raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         complete = False
     if not complete:
         raise VerificationError(f"{file} is not a manifest", hint="copy the checkpoint again")

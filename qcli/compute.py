@@ -45,7 +45,9 @@ def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
 
 def has_fast_matmul(device: torch.device) -> bool:
     """Whether float32 matrix products gain from bf16 or TF32 units inside."""
-    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager

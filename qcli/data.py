@@ -70,9 +70,7 @@ class NamedSet:
 
 # Slices and separators are those of the GPTQ papers' scripts, so that perplexities can be compared.
 NAMED = {
-    "wikitext2": NamedSet(
-        "Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", "\n\n", "train", "test"
-    ),
+    "wikitext2": NamedSet("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", "\n\n", "train", "test"),
     "c4": NamedSet(
         "allenai/c4",
         {
@@ -159,9 +157,7 @@ def evaluation_tokens(
         ResourceError: not enough memory to sample from the model.
     """
     if _is_folder(data):
-        raise UsageError(
-            f"{data} is a folder: evaluation needs text that the model was not calibrated on", hint=_LOCAL
-        )
+        raise UsageError(f"{data} is a folder: evaluation needs text that the model was not calibrated on", hint=_LOCAL)
     if window < 2:
         raise UsageError(f"window {window} holds no token to predict", hint="a window has at least 2 tokens")
     _check_length(window, source.config)
@@ -255,9 +251,7 @@ def _read_jsonl(path: Path) -> str:
                 f"{path}:{number}: not JSON: {error.msg}", hint="a .jsonl file holds one JSON object per line"
             ) from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UsageError(
-                f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}'
-            )
+            raise UsageError(f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}')
         try:
             record["text"].encode()
         except UnicodeEncodeError:

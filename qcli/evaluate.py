@@ -115,9 +115,7 @@ class Evaluation:
         if self.baseline is None:
             return None
         tokens = [score.tokens for score in self.scores.values()]
-        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(
-            tokens
-        )
+        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(tokens)
 
 
 def evaluate(
@@ -201,9 +199,7 @@ def _tokens(
     """Windows of a data set, which must be the same for all models."""
     readers = sources[-1:] if data == SELF else sources
     tokens = [
-        evaluation_tokens(
-            data, source, window=window, max_windows=max_windows, device=device, progress=progress
-        )
+        evaluation_tokens(data, source, window=window, max_windows=max_windows, device=device, progress=progress)
         for source in readers
     ]
     if len({each.sha256 for each in tokens}) > 1:
@@ -258,9 +254,7 @@ def _score(tokens: Tokens, index: int, runs: list[_Run], progress: Progress) -> 
                         hint="the baseline is the model that was quantized; or leave --baseline out",
                     )
                 agreed += (own.argmax(-1) == reference.argmax(-1)).sum().item()
-                kl += (
-                    F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
-                )
+                kl += F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
         progress(f"scoring {tokens.source}", row + 1, windows)
     count = windows * (window - 1)
     compared = len(runs) == 2

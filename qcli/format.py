@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
 """(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
-DTYPE_BYTES = {"F64": 8, "I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "I32": 4,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 class StoredTensor(NamedTuple):
@@ -82,7 +93,6 @@ class Format(BaseModel):
     def check(self, weight: QuantizedWeight) -> None:
         """Raise VerificationError unless shapes, dtypes and values are those this format allows."""
         raise NotImplementedError
-
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Bits of everything stored for this layer, divided by its number of weights."""

@@ -6,6 +6,7 @@ with the checkpoint's config before any weight is read, and every disagreement i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli.checkpoint import FORMAT_VERSION, Layout
 from qcli.errors import VerificationError
+from qcli.format import StoredTensor
 from qcli.models.headers import read_header
 from qcli.quantized import QuantLinear
 
 
-class QcliConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QcliConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint, kept as it is."""
 
     def __init__(self, **config: Any) -> None:
-        self.quant_method = "qcli"
+        self.quant_method: Any = "qcli"  # transformers types it as an enum of its own methods
         self.format_version = config.get("format_version", FORMAT_VERSION)
         self.layers = config.get("layers", [])
         self.dense = config.get("dense", [])
 
 
-class QcliQuantizer(HfQuantizer):  # type: ignore[misc]
+class QcliQuantizer(HfQuantizer):
     """Puts a `QuantLinear` where the checkpoint has packed tensors."""
 
     requires_calibration = False
@@ -44,7 +46,8 @@ class QcliQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise VerificationError(
-                "QcliConfig cannot quantize while loading", hint="run `qcli quantize MODEL --out DIR`, then load DIR"
+                "QcliConfig cannot quantize while loading",
+                hint="run `qcli quantize MODEL --out DIR`, then load DIR",
             )
         self.layout = Layout(quantization_config.to_dict())
 
@@ -53,7 +56,7 @@ class QcliQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         replaced = _replace_linears(model, self.layout)
         if checkpoint_files:
-            _check_files(checkpoint_files, replaced)
+            _check_files(checkpoint_files, model, replaced)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same tensors again."""
@@ -88,15 +91,32 @@ def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]
     return replaced
 
 
-def _check_files(files: list[str], replaced: dict[str, QuantLinear]) -> None:
+def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear]) -> None:
     found = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
     for layer, module in replaced.items():
         for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
             name = f"{layer}.{suffix}"
             if found.get(name) != stored:
                 has = "is missing" if name not in found else f"is {found[name]}"
-                raise VerificationError(f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder")
+                raise VerificationError(
+                    f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
+                )
     known = {f"{layer}.{suffix}" for layer, module in replaced.items() for suffix in dict(module.named_buffers())}
     surplus = sorted(name for name in found if name.endswith(".weight_packed") and name not in known)
     if surplus:
         raise VerificationError(f"{surplus[0]} belongs to no quantized layer of config.json")
+    _check_dense(found, model)
+
+
+def _check_dense(found: Mapping[str, StoredTensor], model: nn.Module) -> None:
+    """Tensors outside the quantized layers. transformers may rename some while loading, so a name alone proves nothing;
+    fewer tensors in the files than in the model do."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = [name for name in expected if name not in found and name not in tied]
+    surplus = [name for name in found if name not in expected and name not in tied]
+    if len(missing) > len(surplus):
+        raise VerificationError(f"{missing[0]} is missing from the checkpoint", hint="copy it again")
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            raise VerificationError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}")

@@ -79,5 +79,3 @@ class Method(BaseModel):
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """One solution for each of `group.weights`."""
         raise NotImplementedError
-
-

@@ -16,6 +16,7 @@ from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
+from qcli.run_folder import RunFolder
 
 _PROBE_TOKENS = 64
 
@@ -42,29 +43,35 @@ def pack(run: Path, out: Path, *, format: str, shard_size: int, progress: Progre
     source = open_source(str(run))
     if not isinstance(source, NativeSource):
         raise UsageError(f"{run} is not a checkpoint that qcli wrote", hint="quantize the model first")
-    if out.exists():
-        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise shards.disk_problem(partial, error) from None
-    try:
-        export.write(source, partial, shard_size, progress)
-        shards.write_json(partial / "config.json", export.config(source))
-        source.copy_companions(partial)
-        shutil.copyfile(run / checkpoint.RECIPE, partial / checkpoint.RECIPE)
-        difference = _compare(source, open_source(str(partial)), progress)
-        story = checkpoint.read_manifest(run) | {"packed_as": format}
-        checkpoint.write_manifest(partial, story)
-        files = sorted(partial.glob("*.safetensors"))
-        result = {"out": str(out), "format": format, "files": len(files), "bytes": sum(f.stat().st_size for f in files)}
-        shards.publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return result | difference
+    unfinished = out.absolute().with_name(f"{out.absolute().name}.partial")
+    if (unfinished / "run.json").exists():
+        raise StateError(f"{unfinished} holds an interrupted run", hint="finish it, remove it, or choose another --out")
+    with RunFolder(out, {"pack": format}, "never") as folder:
+        try:
+            result = _write(run, source, export, folder.result(), shard_size, progress)
+            folder.publish()
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+    return {"out": str(out), "format": format, **result}
+
+
+def _write(
+    run: Path, source: NativeSource, export: Export, folder: Path, shard_size: int, progress: Progress
+) -> dict[str, Any]:
+    export.write(source, folder, shard_size, progress)
+    shards.write_json(folder / "config.json", export.config(source))
+    source.copy_companions(folder)
+    shutil.copyfile(run / checkpoint.RECIPE, folder / checkpoint.RECIPE)
+    written = open_source(str(folder))
+    difference = _compare(source, written, progress)
+    size = {
+        "bits_per_weight": written.bits_per_weight(),
+        "model_bits_per_weight": written.model_bits_per_weight(),
+        "bytes": written.bytes(),
+    }
+    checkpoint.write_manifest(folder, checkpoint.read_manifest(run) | size | {"packed_as": export.name})
+    return {"files": len(list(folder.glob("*.safetensors"))), **size, **difference}
 
 
 def _compare(source: NativeSource, written: Source, progress: Progress) -> dict[str, float]:
@@ -73,7 +80,9 @@ def _compare(source: NativeSource, written: Source, progress: Progress) -> dict[
         progress("compare", number, len(names))
         expected, found = source.read([name])[name], written.read([name])[name]
         if not torch.equal(expected.to(found.dtype), found):
-            raise VerificationError(f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk")
+            raise VerificationError(
+                f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk"
+            )
     before, after = (_logits(model, source.dtype) for model in (source, written))
     progress("compare", len(names), len(names))
     kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()

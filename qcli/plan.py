@@ -7,10 +7,12 @@ from math import prod
 from typing import Any
 
 from qcli import shards
+from qcli.errors import UnsupportedError
 from qcli.format import StoredTensor
 from qcli.method import Method
 from qcli.models.arch import Linear
 from qcli.models.base import Source
+from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.recipe import Recipe
 
@@ -109,6 +111,8 @@ def plan(recipe: Recipe) -> Plan:
         UsageError: the model cannot be used, overrides match nothing, groups do not divide; all problems at once.
     """
     source = open_source(recipe.model)
+    if isinstance(source, NativeSource):
+        raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     layers = source.linears()
     methods = recipe.assign(layers)
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]

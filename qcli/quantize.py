@@ -104,19 +104,21 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
     started = time.monotonic()
     todo, out = plan(recipe), Path(recipe.out)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
+    fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {
-        "qcli": __version__,
-        "torch": torch.__version__,
-        "source": todo.source.fingerprint(),
+        "versions": versions(),
+        "compute": {"device": device.type, "bf16": fast},
+        "source": {"headers": todo.source.fingerprint(), "modified": _modified(todo.source.path)},
+        "data": _data_sha256(recipe.calibration.data) if todo.streamed else None,
         "recipe": recipe.fingerprint_fields(),
     }
     with RunFolder(out, identity, recipe.resume) as run:
-        shards.require_space(out, 2 * todo.bytes)
+        shards.require_space(out, 2 * todo.bytes - run.size())
         tokens = _tokens(todo, run, device, progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
-            fast = recipe.dtype == "auto" and has_fast_matmul(device)
             solver = _Streamed(todo, tokens, device, dtype, fast) if tokens is not None else _Alone(todo, device)
             reports, resumed = _blocks(todo, run, solver, progress)
+            del solver
         _outside(todo, run)
         result = Result(
             out=out,
@@ -179,7 +181,10 @@ class _Streamed:
                 names = [name for name in methods if methods[name] == method]
                 paths = {self._path(name): name for name in names}
                 part = LinearGroup(
-                    {path: group.weights[path] for path in paths}, group.hessian, group.cross, group.residual_cross
+                    {path: group.weights[path] for path in paths},
+                    group.hessian,
+                    group.cross,
+                    group.residual_cross,
                 )
                 for path, solution in method.quantize(part).items():
                     ModelStream.set_weight(quantized.linear(path), solution.weight.dense())
@@ -247,16 +252,15 @@ def _blocks(
                 tensors |= checkpoint.stored_tensors(name, solution.weight)
             dense = [name for name in todo.parts[block] if name not in tensors]
             tensors |= _dense(todo.source, dense)
-            run.commit(_part(block), tensors, [asdict(row) for row in rows])
+            ordered = {name: tensors[name] for name in todo.parts[block]}
+            run.commit(_part(block), ordered, [asdict(row) for row in rows])
         reports += rows
         worst = max((row.error for row in rows), default=0.0)
         progress("quantize", block + 1, count, f"worst layer error {worst:.2g}")
     return reports, resumed
 
 
-def _report(
-    name: str, method: Method, weight: Tensor, solution: Solution, group: LinearGroup | None
-) -> LayerReport:
+def _report(name: str, method: Method, weight: Tensor, solution: Solution, group: LinearGroup | None) -> LayerReport:
     try:
         solution.weight.check()
     except QcliError as problem:
@@ -264,16 +268,16 @@ def _report(
     target = weight if solution.target is None else solution.target
     difference = target - solution.weight.dense()
     if group is not None and group.hessian is not None:
-        error = ((difference @ group.hessian) * difference).sum() / ((target @ group.hessian) * target).sum()
-        measure = "output"
+        error = ((difference @ group.hessian) * difference).sum()
+        size, measure = ((target @ group.hessian) * target).sum(), "output"
     else:
-        error, measure = difference.square().sum() / target.square().sum(), "weight"
+        error, size, measure = difference.square().sum(), target.square().sum(), "weight"
     return LayerReport(
         name=name,
         method=method.name,
         spec=method.format.spec(),
         bits_per_weight=method.format.bits_per_weight(solution.weight.shape),
-        error=float(error.nan_to_num()),
+        error=float(error / size) if float(size) else 0.0,
         measure=measure,
         fallbacks=solution.fallbacks,
     )
@@ -322,13 +326,24 @@ def _tokens(todo: Plan, run: RunFolder, device: torch.device, progress: Progress
     return load_file(file)["tokens"]
 
 
+def _modified(path: Path) -> float:
+    """When the newest file of a model was written."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return max(file.stat().st_mtime for file in files)
+
+
+def _data_sha256(data: str) -> str | None:
+    """Of a local file; named sets, folders and `self` are known by their name."""
+    return shards.sha256(Path(data)) if Path(data).is_file() else None
+
+
 def _sha256(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     """Assemble the checkpoint in the run's folder, manifest last, and publish it."""
-    todo, folder = result.plan, run.path
+    todo, folder = result.plan, run.result()
     progress("write", 0, 1)
     parts = [*(_part(block) for block in range(len(todo.parts) - 1)), _OUTSIDE]
     shards.join([read_header(run.file(part)) for part in parts], folder, SHARD_SIZE)
@@ -348,12 +363,12 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
         "model_bits_per_weight": todo.model_bits_per_weight,
         "bytes": todo.bytes,
         "layers": [asdict(layer) for layer in result.layers],
-        "dense": {name: "recipe override" for name in result.dense}
-        | {name: "not a linear layer of a block" for name in todo.parts[-1]},
+        "dense": dict.fromkeys(result.dense, "recipe override")
+        | dict.fromkeys(todo.parts[-1], "not a linear layer of a block"),
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
     }
-    checkpoint.write_manifest(folder, story, skip=run.own_files())
+    checkpoint.write_manifest(folder, story)
     run.publish()
     progress("write", 1, 1)
 

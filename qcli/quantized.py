@@ -72,6 +72,11 @@ class QuantLinear(nn.Module):
             {name: getattr(self, name) for name in names}, (self.out_features, self.in_features)
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, float32 `[out_features, in_features]`: a copy, for those who only look."""
+        return self.quantized.dense()
+
     def forward(self, x: Tensor) -> Tensor:
         """`x W_hat^T + bias`; x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
         weight = self.quantized
@@ -86,7 +91,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves follow `model.to(...)`; dtypes do not: tables keep the precision they were stored with."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, table in before.items():
             moved = self._buffers[name]
             if table is not None and moved is not None and moved.dtype != table.dtype:

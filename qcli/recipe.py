@@ -104,12 +104,8 @@ class Pack(_Section):
 class Eval(_Section):
     """What `qcli run` measures."""
 
-    perplexity: list[str] = Field(
-        default=["wikitext2"], min_length=1, description="texts, as calibration.data"
-    )
-    window: int | None = Field(
-        default=None, ge=2, description="tokens of a window; default: the model's, up to 2048"
-    )
+    perplexity: list[str] = Field(default=["wikitext2"], min_length=1, description="texts, as calibration.data")
+    window: int | None = Field(default=None, ge=2, description="tokens of a window; default: the model's, up to 2048")
     max_windows: int | None = Field(default=None, ge=1, description="windows of each text; default: all")
     baseline: str | None = Field(default=None, description="compared with; default: the recipe's model")
 
@@ -143,10 +139,7 @@ class Recipe(_Section):
     def override_methods(self) -> list[Method | None]:
         """The full method of each override; None where it says `dense`."""
         base = method_fields(self.method)
-        return [
-            None if rule.method is None else build_method(_derived(base, rule.method))
-            for rule in self.overrides
-        ]
+        return [None if rule.method is None else build_method(_derived(base, rule.method)) for rule in self.overrides]
 
     def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
         """The method of every layer by name, None where it stays dense.
@@ -217,9 +210,7 @@ def build_method(fields: Mapping[str, Any]) -> Method:
     return _strictly(cls, options)
 
 
-def load_recipe(
-    path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()
-) -> tuple[Recipe, Origins]:
+def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> tuple[Recipe, Origins]:
     """The recipe that flags, `--set`, a file and the defaults give, in this order of precedence.
 
     Args:
@@ -237,9 +228,7 @@ def load_recipe(
         draft.add_set(text)
     for name, value in flags.items():
         if value is not None:
-            draft.put(
-                name.split("."), value, _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
-            )
+            draft.put(name.split("."), value, _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-")))
     return _checked(draft), draft.origins
 
 
@@ -271,9 +260,7 @@ def _checked(draft: Draft) -> Recipe:
         found += issues(error, Recipe)
     given = draft.data.get("method", {})
     method = _checked_method(given, ("method",), found)
-    inherited = (
-        method_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
-    )
+    inherited = method_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
     rules = draft.data.get("overrides")
     for i, rule in enumerate(rules if isinstance(rules, list) else []):
         partial = rule.get("method") if isinstance(rule, dict) else None
@@ -339,9 +326,7 @@ def _misfits(layers: Sequence[Linear], assigned: Mapping[str, Method | None]) ->
 def _assign_hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
     if any(problem.path == ("method",) for problem in problems):
         divisor = gcd(*(layer.shape[1] for layer in layers))
-        return (
-            f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
-        )
+        return f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
     if layers:
         return f"layers are named as {layers[0].name}"
     return None

@@ -32,9 +32,7 @@ class Draft:
         if not isinstance(document.data, dict):
             raise UsageError(f"{name}:1:1: a recipe is a mapping of keys to values", hint="model: ...")
         self.data = document.data
-        self.origins.by_path = {
-            at: f"{name}:{line}:{column}" for at, (line, column) in document.places.items()
-        }
+        self.origins.by_path = {at: f"{name}:{line}:{column}" for at, (line, column) in document.places.items()}
         for at, (line, column), message in document.problems:
             key = "" if "?" in at else f"{dotted(at)}: "
             self.lines.append(f"{name}:{line}:{column}: {key}{message}")

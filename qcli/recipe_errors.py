@@ -74,9 +74,7 @@ class Origins:
         return ": ".join(filter(None, (origin, key, problem.message)))
 
 
-def issues(
-    error: ValidationError, cls: type[BaseModel], prefix: KeyPath = (), owner: str = "known"
-) -> Iterator[Issue]:
+def issues(error: ValidationError, cls: type[BaseModel], prefix: KeyPath = (), owner: str = "known") -> Iterator[Issue]:
     """The errors of validating `cls`, whose data stands at `prefix` of the recipe and is called `owner`."""
     for detail in error.errors(include_url=False):
         loc = detail["loc"]

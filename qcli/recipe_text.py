@@ -29,9 +29,7 @@ def _lines(data: Mapping[str, Any], path: KeyPath, origins: Origins | None) -> l
         if isinstance(value, Mapping) and value:
             lines += [(f"{indent}{key}:", ""), *_lines(value, here, origins)]
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            items = [
-                (f"{indent}  - {_flow(item)}", _comment((*here, i), origins)) for i, item in enumerate(value)
-            ]
+            items = [(f"{indent}  - {_flow(item)}", _comment((*here, i), origins)) for i, item in enumerate(value)]
             lines += [(f"{indent}{key}:", ""), *items]
         else:
             lines.append((f"{indent}{key}: {_flow(value)}", _comment(here, origins)))

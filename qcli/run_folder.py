@@ -1,7 +1,8 @@
-"""The folder of a run in progress: finished blocks, a journal, and what the run is of.
+"""The folder of a run in progress: finished parts, a journal, what the run is of, and the result being assembled.
 
-It lives beside the result as `OUT.partial` and becomes it at the end. A block is in the journal only after its
-file is complete on disk, so a run killed at any moment continues after its last whole block.
+It lives beside the result as `OUT.partial`. A part is in the journal only after its file is complete on disk, so a run
+killed at any moment continues after its last whole part. The result is assembled in a folder inside and renamed to
+`OUT` in one step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qcli.errors import StateError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_IDENTITY, _JOURNAL, _LOCK = "run.json", "journal.jsonl", "lock"
+_IDENTITY, _JOURNAL, _LOCK, _RESULT = "run.json", "journal.jsonl", "lock", "result"
 
 
 class RunFolder:
@@ -38,27 +39,32 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Literal["auto", "required", "never"]) -> None:
-        self.out, self.path = out, out.with_name(f"{out.name}.partial")
-        if out.exists():
-            raise StateError(f"{out} exists", hint="choose another --out, or remove it")
-        if resume == "required" and not (self.path / _IDENTITY).exists():
-            raise StateError(f"there is no interrupted run of {out} to resume", hint="leave out --resume required")
-        fresh = not (self.path / _IDENTITY).exists() or resume == "never"
+        self.out = out.absolute()
+        self.path = self.out.with_name(f"{self.out.name}.partial")
+        self._refuse_existing()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("w")
         except OSError as error:
             raise shards.disk_problem(self.path, error) from None
-        self._lock = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out") from None
-        if fresh:
+        self._refuse_existing()  # another process may have finished in between
+        journal = self._read_journal()
+        if resume == "required" and not journal:
+            self._lock.close()
+            shutil.rmtree(self.path)
+            raise StateError(f"there is no interrupted run of {out} to resume", hint="leave out --resume required")
+        if resume == "never" or not journal:
             self._clear()
+            journal = []
             shards.write_json(self.path / _IDENTITY, identity)
         else:
             self._compare(identity)
-        self._entries = {entry["part"]: entry for entry in self._read_journal()}
+        self._entries = {entry["part"]: entry for entry in journal}
+        self._intact: dict[str, bool] = {}
 
     def __enter__(self) -> RunFolder:
         return self
@@ -68,10 +74,11 @@ class RunFolder:
 
     def done(self, part: str) -> Path | None:
         """The file of a finished part, or None. A file that does not match its journal entry does not count."""
-        entry, file = self._entries.get(part), self.file(part)
-        if entry is None or not file.exists() or shards.sha256(file) != entry["sha256"]:
-            return None
-        return file
+        file = self.file(part)
+        if part not in self._intact:
+            entry = self._entries.get(part)
+            self._intact[part] = entry is not None and file.exists() and shards.sha256(file) == entry["sha256"]
+        return file if self._intact[part] else None
 
     def report(self, part: str) -> Any:
         """What `commit` was given besides the tensors."""
@@ -89,20 +96,31 @@ class RunFolder:
         except OSError as error:
             raise shards.disk_problem(self.path / _JOURNAL, error) from None
         self._entries[part] = entry
+        self._intact[part] = True
 
     def file(self, part: str) -> Path:
         """Where a part lies."""
         return self.path / f"part-{part}.safetensors"
 
-    def publish(self) -> None:
-        """Remove the parts and the journal, and give the folder its final name."""
-        for file in self.own_files():
-            file.unlink(missing_ok=True)
-        shards.publish(self.path, self.out)
+    def result(self) -> Path:
+        """An empty folder to assemble the result in."""
+        folder = self.path / _RESULT
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
-    def own_files(self) -> list[Path]:
-        """What is in the folder only while the run goes on."""
-        return [*self.path.glob("part-*"), *(self.path / name for name in (_JOURNAL, _IDENTITY, _LOCK))]
+    def publish(self) -> None:
+        """Give the assembled result its name, and remove everything else."""
+        shards.publish(self.path / _RESULT, self.out)
+        shutil.rmtree(self.path)
+
+    def size(self) -> int:
+        """Bytes of the finished parts."""
+        return sum(self.file(part).stat().st_size for part in self._entries if self.done(part))
+
+    def _refuse_existing(self) -> None:
+        if self.out.exists():
+            raise StateError(f"{self.out} exists", hint="choose another --out, or remove it")
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
@@ -112,11 +130,8 @@ class RunFolder:
                 entry.unlink()
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
-        before = _flat(json.loads((self.path / _IDENTITY).read_text()))
-        now = _flat(json.loads(json.dumps(identity)))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            described = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4])
+        described = differences(json.loads((self.path / _IDENTITY).read_text()), identity)
+        if described:
             raise StateError(
                 f"{self.path} holds an interrupted run with other settings: {described}",
                 hint="repeat its settings to continue it, or start over with --resume never",
@@ -134,10 +149,17 @@ class RunFolder:
         return [json.loads(line) for line in whole]
 
 
+def differences(before: Any, now: Any) -> str:
+    """What changed between two nested mappings of plain data, in words; empty when they are equal."""
+    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted keys."""
     if not isinstance(value, dict):
-        return {prefix: value}
+        return {prefix: value} if prefix else {}
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))

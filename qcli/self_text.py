@@ -78,16 +78,14 @@ def sample(
     return torch.cat(windows)
 
 
-class _Room(DynamicLayer):  # type: ignore[no-untyped-call]
+class _Room(DynamicLayer):
     """Keys and values of one layer in memory for a whole window: appending copies nothing that is there."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = length
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -144,7 +142,7 @@ def _write(
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens at temperature 1: float32 logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
+    """Tokens at T = 1: float32 logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
     cumulative = logits.softmax(-1).double().cumsum(-1)
     return (
         torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)

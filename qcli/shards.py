@@ -6,6 +6,7 @@ so a checkpoint of any size is assembled in constant memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {name: StoredTensor(_DTYPE[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()}
-    raw = (memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in contents.values())
+    raw = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values())
     _write_whole(file, chain([header_text(entries)], raw))
 
 
@@ -142,6 +143,8 @@ def _write_shard(file: Path, extents: Mapping[str, Extent]) -> None:
 def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
     while count:
         data = source.read(min(chunk, count))
+        if not data:
+            raise OSError(errno.EIO, "a file it is joined from has become shorter")
         target.write(data)
         count -= len(data)
 
@@ -150,9 +153,6 @@ def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-
 
 
 def sync_folder(folder: Path) -> None:

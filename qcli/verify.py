@@ -9,7 +9,7 @@ from typing import Any
 from qcli import checkpoint, shards
 from qcli.errors import QcliError, VerificationError
 from qcli.models.native import NativeSource
-from qcli.models.source import open_source
+from qcli.models.source import Source, open_source
 from qcli.progress import Progress, silent
 
 
@@ -56,13 +56,12 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
     source = open_source(str(folder))
-    if isinstance(source, NativeSource):
-        _check_values(source, progress)
-        if abs(source.bits_per_weight() - manifest["bits_per_weight"]) > 1e-9:
-            raise VerificationError(
-                f"{folder}: {source.bits_per_weight():.4f} bits per weight, "
-                f"the manifest says {manifest['bits_per_weight']:.4f}"
-            )
+    _check_values(source, progress)
+    if abs(source.bits_per_weight() - manifest["bits_per_weight"]) > 1e-9:
+        raise VerificationError(
+            f"{folder}: {source.bits_per_weight():.4f} bits per weight, "
+            f"the manifest says {manifest['bits_per_weight']:.4f}"
+        )
     return Verified(
         folder=str(folder),
         files=len(listed),
@@ -73,13 +72,13 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     )
 
 
-def _check_values(source: NativeSource, progress: Progress) -> None:
+def _check_values(source: Source, progress: Progress) -> None:
     names = list(source.tensors())
     for number, name in enumerate(names):
         progress("check", number, len(names))
         layer = name.removesuffix(".weight")
         try:
-            if layer in source.packed:
+            if isinstance(source, NativeSource) and layer in source.packed:
                 source.read_quantized(layer).check()
             else:
                 source.read([name])

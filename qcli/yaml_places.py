@@ -128,9 +128,7 @@ class _Reader:
             raise self.refuse(event, f"nested more than {MAX_DEPTH} levels deep")
         kind = _kind(event)
         if kind == "Alias":
-            self.problem(
-                event, path, f"aliases (*{event.anchor}) are not allowed; quote text that starts with *"
-            )
+            self.problem(event, path, f"aliases (*{event.anchor}) are not allowed; quote text that starts with *")
             return None
         if event.anchor is not None:
             self.problem(event, path, f"anchors (&{event.anchor}) are not allowed; write the value out")

@@ -75,9 +75,7 @@ def test_statistics_are_those_of_the_whole_model(family: str, tmp_path: Path, te
         hessians |= load_file(file)
 
     assert list(result.layers) == [linear.name for linear in linears]
-    assert statistics.keys() == {
-        f"{linear.name}.{kind}" for linear in linears for kind in ("absmax", "second_moment")
-    }
+    assert statistics.keys() == {f"{linear.name}.{kind}" for linear in linears for kind in ("absmax", "second_moment")}
 
     def close(found: Tensor, direct: Tensor) -> None:
         torch.testing.assert_close(found.double(), direct, rtol=1e-4, atol=1e-5)
@@ -120,9 +118,7 @@ def test_dead_channels_are_counted(tmp_path: Path, text: str) -> None:
     model.save_pretrained(folder)
     layers = calibrate(recipe(folder, text), tmp_path / "out").layers
     dead = {name.removeprefix("model."): layer.dead_channels for name, layer in layers.items()}
-    assert {name for name, count in dead.items() if count} == {
-        f"layers.1.self_attn.{which}_proj" for which in "qkv"
-    }
+    assert {name for name, count in dead.items() if count} == {f"layers.1.self_attn.{which}_proj" for which in "qkv"}
     assert dead["layers.1.self_attn.q_proj"] == 3
 
 

@@ -65,9 +65,7 @@ def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Calla
     assert tokens.sha256 != calibration_tokens(data, source, samples=5, seq_len=32, seed=4).sha256
 
 
-def test_evaluation_windows_follow_each_other_without_bos(
-    source: Source, file: Callable[[str, str], str]
-) -> None:
+def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:
     data, ids = file("a.txt", TEXT), ids_of(source, TEXT)
     tokens = evaluation_tokens(data, source, window=100)
     assert tokens.ids.flatten().tolist() == ids[: len(ids) // 100 * 100].tolist()

@@ -97,12 +97,8 @@ def test_no_heavy_import_at_the_top_of_light_modules(file: Path) -> None:
 
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter has imported after `code`."""
-    script = (
-        f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\n' + ' '.join(sys.modules))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent
-    )
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\n' + ' '.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     return {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
 
 
@@ -117,9 +113,7 @@ def test_help_imports_neither_torch_nor_pydantic_nor_rich(arguments: list[str]) 
     assert not after & (HEAVY | {"pydantic", "rich", "ruamel", "numpy"})
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nope"], ["quantize", "--help"], ["quantize", "--nope"], ["recipe"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["quantize", "--help"], ["quantize", "--nope"], ["recipe"]])
 def test_wrong_usage_and_help_of_commands_are_light_too(arguments: list[str]) -> None:
     after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
     assert not after & (HEAVY | {"rich", "ruamel", "numpy"})

@@ -27,21 +27,15 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def problems(
-    path: Path | None, flags: dict[str, object] | None = None, sets: tuple[str, ...] = ()
-) -> list[str]:
+def problems(path: Path | None, flags: dict[str, object] | None = None, sets: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(UsageError) as caught:
         load_recipe(path, flags or {}, sets)
     return caught.value.message.splitlines()
 
 
 def test_flag_wins_over_set_over_file_over_default(tmp_path: Path) -> None:
-    file = write(
-        tmp_path, "model: m\nmethod: {name: rtn, bits: 2, group_size: 32}\ncalibration: {samples: 7}\n"
-    )
-    recipe, origins = load_recipe(
-        file, {"method.bits": 5, "out": None}, ["method.bits=3", "method.group_size=16"]
-    )
+    file = write(tmp_path, "model: m\nmethod: {name: rtn, bits: 2, group_size: 32}\ncalibration: {samples: 7}\n")
+    recipe, origins = load_recipe(file, {"method.bits": 5, "out": None}, ["method.bits=3", "method.group_size=16"])
     assert recipe.method == RTN(bits=5, group_size=16)
     assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.out) == (7, 2048, None)
     assert origins.of(("method", "bits")) == "--bits"
@@ -77,9 +71,7 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
         "  - {match: '*.z', method: {name: gptq}}\n"
         "eval: {perplexity: []}\n",
     )
-    assert sorted(
-        problems(file, {"method.group_tail": "raged"}, ("pack.format=", "oops", "model.x=1"))
-    ) == sorted(
+    assert sorted(problems(file, {"method.group_tail": "raged"}, ("pack.format=", "oops", "model.x=1"))) == sorted(
         [
             f"{file}:5:1: model: given twice; first on line 1",
             "--set oops: must be key=value, as in method.bits=3",
@@ -233,9 +225,7 @@ def test_assign_refuses_to_do_nothing() -> None:
 def test_fingerprint_ignores_what_does_not_change_the_bytes() -> None:
     flags = {"model": "m", "method.name": "rtn"}
     plain, _ = load_recipe(None, flags)
-    elsewhere, _ = load_recipe(
-        None, flags | {"out": "x", "device": "cpu", "resume": "never"}, ["eval={}", "pack={}"]
-    )
+    elsewhere, _ = load_recipe(None, flags | {"out": "x", "device": "cpu", "resume": "never"}, ["eval={}", "pack={}"])
     other, _ = load_recipe(None, flags | {"seed": 1})
     assert plain.fingerprint_fields() == elsewhere.fingerprint_fields()
     assert plain.fingerprint_fields() != other.fingerprint_fields()
@@ -249,9 +239,7 @@ def test_recipes_are_frozen() -> None:
 
 def test_sections_from_flags_alone() -> None:
     assert from_flags(Pack, {"shard_size": "2GB"}).shard_bytes == 2 * 10**9
-    with pytest.raises(
-        UsageError, match=r"^--shard-size: must be written as '500MB' or '5GB', not '5 gigs'$"
-    ):
+    with pytest.raises(UsageError, match=r"^--shard-size: must be written as '500MB' or '5GB', not '5 gigs'$"):
         from_flags(Pack, {"shard_size": "5 gigs"})
 
 

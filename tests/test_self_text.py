@@ -44,9 +44,7 @@ def written(model: torch.nn.Module, generator: random.Random, length: int) -> li
     return window
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mistral"]
-)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mistral"])
 @pytest.mark.usefixtures("exact")
 def test_documents_are_what_the_model_writes_from_nothing(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,9 +86,7 @@ def test_first_tokens_are_spread_over_the_vocabulary_without_special_tokens(tmp_
     assert len(set(first.tolist())) > 150
 
 
-def test_a_model_that_does_not_fit_the_memory_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(tiny_model("llama", tmp_path)))
     monkeypatch.setattr(self_text, "_free_memory", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"sampling text from the model needs .* GB") as caught:

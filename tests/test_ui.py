@@ -43,9 +43,7 @@ def test_bugs_hint_at_the_traceback_and_vv_shows_it(capsys: pytest.CaptureFixtur
             raise ZeroDivisionError("oops")
         assert caught.value.code == 1
         err = capsys.readouterr().err
-        assert err.endswith(
-            "error: ZeroDivisionError: oops\nhint: this is a bug; run with -vv for the traceback\n"
-        )
+        assert err.endswith("error: ZeroDivisionError: oops\nhint: this is a bug; run with -vv for the traceback\n")
         assert ("Traceback" in err) == (verbose == 2)
 
 

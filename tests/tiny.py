@@ -112,9 +112,7 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast_tokenizer: Any = PreTrainedTokenizerFast
-    fast = fast_tokenizer(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2]
-    )
+    fast = fast_tokenizer(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2])
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

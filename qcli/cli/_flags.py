@@ -10,14 +10,10 @@ OptionalModel = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="Hub id, folder or .gguf file; may come from --recipe."),
 ]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="Start from a YAML recipe.")
-]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Start from a YAML recipe.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any recipe field, as method.ridge=0.05; may be repeated."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, as method.ridge=0.05; may be repeated."),
 ]
 Data = Annotated[
     str | None,
@@ -36,16 +32,12 @@ DType = Annotated[
     typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or float16, while computing. Default: auto."),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the result; must not exist.")]
-OptionalOut = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Folder of the result; must not exist.")
-]
+OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the result; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[
     int,
-    typer.Option(
-        "--verbose", "-v", count=True, metavar="", help="Tell more; -vv adds tracebacks.", show_default=False
-    ),
+    typer.Option("--verbose", "-v", count=True, metavar="", help="Tell more; -vv adds tracebacks.", show_default=False),
 ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.errors import StateError
+from qcli.run_folder import differences
 from qcli.shards import write_json
 
 RECORD = "stages.json"
@@ -39,24 +40,10 @@ class Stages:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD, self.record)
             return False
-        before, now = _flat(self.record.get(name)), _flat(json.loads(json.dumps(inputs)))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            described = "; ".join(
-                f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:4]
-            )
+        described = differences(self.record.get(name), inputs)
+        if described:
             raise StateError(
                 f"{result} was made with other settings: {described}",
                 hint=f"choose another --out, or remove {result}",
             )
         return True
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -18,9 +18,7 @@ def calibrate(
     data: flags.Data = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
-    hessians: Annotated[
-        bool, typer.Option("--hessians", help="Write the Hessian of every input as well.")
-    ] = False,
+    hessians: Annotated[bool, typer.Option("--hessians", help="Write the Hessian of every input as well.")] = False,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,

@@ -24,13 +24,9 @@ def evaluate(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(
-            metavar="W", min=2, help="Tokens of a window. Default: the model's context, up to 2048."
-        ),
+        typer.Option(metavar="W", min=2, help="Tokens of a window. Default: the model's context, up to 2048."),
     ] = None,
-    max_windows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows.")
-    ] = None,
+    max_windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows.")] = None,
     device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,

@@ -12,12 +12,8 @@ from qcli.ui import Session, Tables, bits, duration, size
 
 def quantize(
     model: flags.OptionalModel = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="rtn or gptq-like. Default: gptq-like.")
-    ] = None,
-    bits: Annotated[
-        int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="rtn or gptq-like. Default: gptq-like.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(metavar="G", help="Weights that share a scale; -1: the whole row. Default: 64."),
@@ -28,9 +24,7 @@ def quantize(
     ] = None,
     group_tail: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOW", help="Rows that the group size does not divide: error or ragged. Default: error."
-        ),
+        typer.Option(metavar="HOW", help="Rows that the group size does not divide: error or ragged. Default: error."),
     ] = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
@@ -43,9 +37,7 @@ def quantize(
     set_: flags.Sets = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."
-        ),
+        typer.Option(metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, from the model's headers.")
@@ -81,9 +73,7 @@ def quantize(
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
         if not dry_run and resolved.out is None:
-            raise UsageError(
-                "--out: required", hint="name the folder of the result, or look first with --dry-run"
-            )
+            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
         if dry_run:
             from qcli.plan import plan
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Affine"]
 
+ZeroPoint = Literal["none", "integer", "float"]
+
 
 class Affine(Format):
     """`bits` wide codes on one uniform grid per `group_size` weights of a row.
@@ -33,7 +35,7 @@ class Affine(Format):
     name: ClassVar[str] = "affine"
 
     group_size: int = Field(ge=-1, description="weights of a row that share a scale; -1: the whole row")
-    zero_point: Literal["none", "integer", "float"] = "integer"
+    zero_point: ZeroPoint = "integer"
 
     @property
     def center(self) -> int:

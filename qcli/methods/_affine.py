@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from qcli.formats.affine import Affine
-from qcli.method import Method
+from qcli.method import Method, Solution
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
 
 
 class AffineMethod(Method):
@@ -20,7 +25,8 @@ class AffineMethod(Method):
     )
     symmetric: bool = Field(default=False, description="no zero point; the longer side gets the extra code")
     zero_point: Literal["integer", "float"] = Field(
-        default="integer", description="how the zero point of asymmetric groups is stored: bits wide, or float16"
+        default="integer",
+        description="how the zero point of asymmetric groups is stored: bits wide, or float16",
     )
 
     @property
@@ -30,6 +36,14 @@ class AffineMethod(Method):
             group_size=self.group_size,
             zero_point="none" if self.symmetric else self.zero_point,
         )
+
+    def solution(self, weight: QuantizedWeight, target: Tensor | None, fallbacks: list[str]) -> Solution:
+        """A solution that also reports scales below float16's full precision."""
+        from qcli.solvers.grid import SMALLEST_NORMAL_SCALE
+
+        tiny = int((weight.tables["weight_scale"].float().abs() < SMALLEST_NORMAL_SCALE).sum())
+        note = [f"{tiny} scales are too small for float16's full precision"] if tiny else []
+        return Solution(weight, target, [*fallbacks, *note])
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         if self.group_size == 0:

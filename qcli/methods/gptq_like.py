@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Solution
 from qcli.methods._affine import AffineMethod
@@ -42,6 +42,12 @@ class GPTQLike(AffineMethod):
         default=0.0, ge=0, le=1, description="weight of GPTAQ's asymmetric term; instead of refit_target"
     )
 
+    @model_validator(mode="after")
+    def _one_correction(self) -> GPTQLike:
+        if self.gptaq_alpha and self.refit_target:
+            raise ValueError("gptaq_alpha replaces refit_target: set refit_target to false")
+        return self
+
     @property
     def needs(self) -> frozenset[str]:
         needs = {HESSIAN}
@@ -62,17 +68,18 @@ class GPTQLike(AffineMethod):
         assert group.hessian is not None
         stacked = torch.cat(list(group.weights.values()))
         hessian, target = feedback.without_dead_inputs(group.hessian, stacked)
+        fallbacks = []
         if self.refit_target:
             assert group.cross is not None
             residual = group.residual_cross if self.residual else None
-            _, target = feedback.without_dead_inputs(
-                group.hessian, refit(target, group.hessian, group.cross, residual, self.ridge)
-            )
-        fallbacks = []
+            target, ridge = refit(target, group.hessian, group.cross, residual, self.ridge)
+            _, target = feedback.without_dead_inputs(group.hessian, target)
+            if ridge != self.ridge:
+                fallbacks.append(f"ridge raised to {ridge:g}")
         width = self.format.group_width(target.shape[1])
         order = feedback.column_order(hessian, width, self.column_order)
         factor, damping = feedback.inverse_factor(hessian[order][:, order], self.damping)
-        if damping != self.damping:
+        if factor is not None and damping != self.damping:
             fallbacks.append(f"damping raised to {damping:g}")
 
         def fit(weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
@@ -119,7 +126,7 @@ class GPTQLike(AffineMethod):
         solutions, first = {}, 0
         for name, weight in group.weights.items():
             rows = slice(first, first := first + len(weight))
-            solutions[name] = Solution(
+            solutions[name] = self.solution(
                 QuantizedWeight(
                     self.format,
                     (weight.shape[0], weight.shape[1]),

@@ -41,5 +41,6 @@ class RTN(AffineMethod):
                     assert group.hessian is not None
                     tables = grid.search(weight, self.format, group.hessian.diagonal())
                 codes = self.format.encode(weight, tables)
-            solutions[name] = Solution(QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables))
+            weight_codes = QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables)
+            solutions[name] = self.solution(weight_codes, None, [])
         return solutions

@@ -191,9 +191,7 @@ _ROWS = (
         "transformer.h",
         _fused("self_attention", "input_layernorm", "post_attention_layernorm"),
         tuple_output=True,
-        variants=(
-            Variant({"apply_residual_connection_post_layernorm": True}, _fused("self_attention", None, None)),
-        ),
+        variants=(Variant({"apply_residual_connection_post_layernorm": True}, _fused("self_attention", None, None)),),
         defaults={"apply_residual_connection_post_layernorm": False},
     ),
     Family(
@@ -229,9 +227,7 @@ def family(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise UsageError(
-            "config.json names no model_type", hint="is this the folder of a transformers model?"
-        )
+        raise UsageError("config.json names no model_type", hint="is this the folder of a transformers model?")
     row = FAMILIES.get(model_type)
     if row is None:
         if any(config.get(key) for key in _EXPERT_KEYS):

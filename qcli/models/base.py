@@ -68,8 +68,7 @@ class Source:
         self._refuse_leftovers()
         stored = self.tensors()
         return [
-            arch.Linear(name, block, group, self._shape(name, stored))
-            for name, block, group in self._linear_names()
+            arch.Linear(name, block, group, self._shape(name, stored)) for name, block, group in self._linear_names()
         ]
 
     def leftovers(self) -> list[str]:
@@ -138,9 +137,7 @@ class Source:
         if weight is None:
             raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
         if weight.dtype not in _WEIGHT_DTYPES:
-            raise UnsupportedError(
-                f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights"
-            )
+            raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
         if len(weight.shape) != 2:
             raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, expected a matrix")
         rows, columns = weight.shape
@@ -151,8 +148,7 @@ class Source:
         if leftovers:
             more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
             raise UnsupportedError(
-                f"this {self.family.model_type} has weights that qcli does not know: "
-                f"{', '.join(leftovers[:3])}{more}",
+                f"this {self.family.model_type} has weights that qcli does not know: {', '.join(leftovers[:3])}{more}",
                 hint="nothing is skipped silently; is it a variant of the architecture?",
             )
 

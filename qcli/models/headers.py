@@ -142,9 +142,7 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(
-            f"{file}: its header names {twice} twice", hint="the file is broken or tampered with"
-        )
+        raise UsageError(f"{file}: its header names {twice} twice", hint="the file is broken or tampered with")
     return table
 
 

@@ -9,12 +9,13 @@ out of attention or MLP (o, down), so once the inputs of the latter are known, t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qcli.errors import UsageError
 from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.models.stream import ModelStream
 
@@ -79,10 +80,8 @@ class StagedBlock:
             hooks.callback(handle.remove)
             if row.residual is not None:
                 hooks.callback(self.linear(row.residual).register_forward_pre_hook(note).remove)
-            try:
+            with suppress(_Reached):
                 self._outputs[batch] = self.stream.run_block(self.block, self.index, self.hidden[batch])
-            except _Reached:
-                pass
         inputs = seen["inputs"].flatten(0, -2)
         if row.leads_out and not runs_on:
             self._inputs[group, batch] = inputs.to(self.keep)
@@ -171,9 +170,7 @@ class _Unused:
         return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
 
 
-def gather(
-    group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]
-) -> LinearGroup:
+def gather(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
     """Reach `group` in both streams, batch by batch, and average the moments that `needs` names.
 
     Args:
@@ -202,6 +199,11 @@ def gather(
             _add(moments, RESIDUAL_CROSS, true_residual - residual, inputs)
     for moment in moments.values():
         moment.div_(tokens)
+        if not bool(moment.isfinite().all()):
+            raise UsageError(
+                f"block {quantized.index}: the inputs of {paths[0]} are not finite",
+                hint="activations overflow in this dtype: use --dtype float32",
+            )
     if HESSIAN in moments:
         moments[HESSIAN] = (moments[HESSIAN] + moments[HESSIAN].T) / 2
     return LinearGroup(weights, **moments)

@@ -96,9 +96,7 @@ class NativeSource(FolderSource):
                 )
             for name, stored in packed.stored(layer).items():
                 if name not in found:
-                    raise VerificationError(
-                        f"{self.path} has no tensor {name}", hint="the checkpoint is incomplete"
-                    )
+                    raise VerificationError(f"{self.path} has no tensor {name}", hint="the checkpoint is incomplete")
                 if found[name] != stored:
                     raise VerificationError(
                         f"{self.path}: {name} is {_words(found[name])}, its config says {_words(stored)}"

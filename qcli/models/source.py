@@ -42,9 +42,7 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
 
 def _download(model: str) -> Path:
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
-        raise UsageError(
-            f"{model} does not exist", hint="give a folder, a .gguf file, or a hub id such as org/name"
-        )
+        raise UsageError(f"{model} does not exist", hint="give a folder, a .gguf file, or a hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 

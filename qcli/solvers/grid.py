@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcli.formats.affine import Affine
 
+SMALLEST_SCALE, SMALLEST_NORMAL_SCALE = 2.0**-24, 2.0**-14  # of float16
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights at a time: a core's cache; enough to fill a GPU
 _CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits use
 _ROUNDS = 3  # ours: least-squares rounds after the clip search; a fourth no longer changes codes
@@ -162,9 +163,10 @@ def _spanning(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor
 
 
 def rounded_scale(scale: Tensor) -> Tensor:
-    """The nearest float16 scales, as float32; 1 for groups of zeros, whose codes all stand for 0."""
+    """The nearest float16 scales other than 0, as float32; 1 for groups of zeros, whose codes all stand for 0."""
     stored = scale.to(torch.float16).float()
-    return torch.where(stored == 0, 1.0, stored)
+    smallest = torch.copysign(torch.full_like(scale, SMALLEST_SCALE), scale)
+    return torch.where(scale == 0, 1.0, torch.where(stored == 0, smallest, stored))
 
 
 def rounded_zero_point(zero_point: Tensor, format: Affine) -> Tensor:

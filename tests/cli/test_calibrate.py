@@ -15,9 +15,7 @@ def test_its_folder_is_calibration_data(invoke: Invoke, model: Path, text: Path,
     assert code == 0, err
     found = json.loads(out)
     assert len(found["layers"]) == 14
-    assert all(
-        layer["sensitivity"]["2"] > layer["sensitivity"]["4"] > 0 for layer in found["layers"].values()
-    )
+    assert all(layer["sensitivity"]["2"] > layer["sensitivity"]["4"] > 0 for layer in found["layers"].values())
     assert (folder / "hessians-00001.safetensors").exists()
 
     code, stdout, err = invoke(*flags)

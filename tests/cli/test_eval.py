@@ -8,9 +8,7 @@ from pathlib import Path
 from tests.cli.conftest import Invoke
 
 
-def test_json_holds_the_protocol_and_the_losses(
-    invoke: Invoke, model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     assert invoke("quantize", model, "--method", "rtn", "--bits", 8, "--out", small).code == 0
     flags = ("--data", text, "--window", 64, "--max-windows", 4)

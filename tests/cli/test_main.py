@@ -55,9 +55,7 @@ def test_recipe_alone_shows_its_help(invoke: Invoke) -> None:
         (["recipe", "sow"], "No such command 'sow'. Did you mean 'show'?", "see `qcli recipe --help`"),
     ],
 )
-def test_wrong_usage_is_one_line_and_a_hint(
-    invoke: Invoke, arguments: list[str], message: str, hint: str
-) -> None:
+def test_wrong_usage_is_one_line_and_a_hint(invoke: Invoke, arguments: list[str], message: str, hint: str) -> None:
     code, out, err = invoke(*arguments)
     assert (code, out) == (2, "")
     first, second = err.splitlines()

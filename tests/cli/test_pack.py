@@ -60,9 +60,7 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
     assert {layer["bits"] for layer in found["layers"] if layer["method"]} == {3}
     code, out, _ = invoke("inspect", checkpoint)
     assert code == 0
-    assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [
-        ["self_attn.k_proj", "2"]
-    ]
+    assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [["self_attn.k_proj", "2"]]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +70,7 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
         (("--shard-size", "5 gigs"), "--shard-size: must be written as '500MB' or '5GB', not '5 gigs'"),
     ],
 )
-def test_wrong_flags_are_named(
-    invoke: Invoke, tmp_path: Path, arguments: tuple[str, str], message: str
-) -> None:
+def test_wrong_flags_are_named(invoke: Invoke, tmp_path: Path, arguments: tuple[str, str], message: str) -> None:
     code, out, err = invoke("pack", tmp_path, "--out", tmp_path / "packed", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message}")

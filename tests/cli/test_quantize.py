@@ -26,13 +26,9 @@ def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: P
     assert err.startswith(f"error: {out} exists\nhint: ")
 
 
-def test_calibrated_run_reports_layers_in_a_table(
-    invoke: Invoke, model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_calibrated_run_reports_layers_in_a_table(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
     data = ("--data", text, "--samples", 4, "--seq-len", 32)
-    code, out, err = invoke(
-        "quantize", model, *data, "--bits", 3, "--group-size", 32, "--out", tmp_path / "out"
-    )
+    code, out, err = invoke("quantize", model, *data, "--bits", 3, "--group-size", 32, "--out", tmp_path / "out")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines() if "gptq-like" in line]
     assert next(row[:3] for row in rows) == ["self_attn.q_proj", "2", "gptq-like"]

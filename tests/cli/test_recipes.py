@@ -16,9 +16,7 @@ RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_recipe_quantizes(invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path) -> None:
     small = ("--data", text, "--samples", 4, "--seq-len", 32, "--group-size", 32)
-    code, out, err = invoke(
-        "quantize", model, "--recipe", recipe, *small, "--out", tmp_path / "out", "--json"
-    )
+    code, out, err = invoke("quantize", model, "--recipe", recipe, *small, "--out", tmp_path / "out", "--json")
     assert code == 0, err
     assert len(json.loads(out)["layers"]) == 14
 

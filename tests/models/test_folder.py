@@ -81,9 +81,7 @@ def test_linears_come_in_order_with_their_logical_shape(tmp_path: Path) -> None:
     assert [linear.block for linear in linears] == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize(
-    ("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama", "model.")]
-)
+@pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama", "model.")])
 def test_checkpoints_of_the_base_model_get_its_prefix(model_type: str, prefix: str, tmp_path: Path) -> None:
     path = tiny_model(model_type, tmp_path, tie_word_embeddings=True)
     expected = open_source(str(path)).tensors()
@@ -293,9 +291,7 @@ def test_weights_in_eight_bits_are_refused(llama: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_not_finite_are_refused_when_read(
-    value: float, dtype: torch.dtype, llama: Path
-) -> None:
+def test_weights_that_are_not_finite_are_refused_when_read(value: float, dtype: torch.dtype, llama: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
 
     def poison(tensors: dict[str, torch.Tensor]) -> None:

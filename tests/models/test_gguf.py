@@ -48,9 +48,7 @@ def write_gguf(folder: Path, extra: dict[str, Any] | None = None) -> Path:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     tokens.append(tokens[10] + tokens[11])
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(tokens))]
-    )
+    writer.add_token_types([gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(tokens))])
     writer.add_token_merges([f"{tokens[10]} {tokens[11]}"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

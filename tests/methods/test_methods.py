@@ -1,0 +1,130 @@
+"""Every method on a layer's own objective: the output error on the inputs the layer will get."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from qcli.method import LinearGroup
+from qcli.methods.gptq_like import GPTQLike
+from qcli.methods.rtn import RTN
+
+PLAIN: dict[str, Any] = {
+    "refit_target": False,
+    "refit_tables": False,
+    "grid": "minmax",
+    "column_order": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[LinearGroup, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(96, 96, generator=generator) * (0.2 + 3 * torch.rand(96, generator=generator))
+    x = torch.randn(1500, 96, generator=generator) @ mix / 10
+    noisy = x + 0.15 * torch.randn(1500, 96, generator=generator)
+    weights = {
+        "a": torch.randn(64, 96, generator=generator) * 0.04,
+        "b": torch.randn(48, 96, generator=generator) * 0.04,
+    }
+    return LinearGroup(weights, noisy.T @ noisy / 1500, x.T @ noisy / 1500), x, noisy
+
+
+def loss(method: RTN | GPTQLike, case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> float:
+    group, x, noisy = case
+    solutions = method.quantize(group)
+    total = 0.0
+    for name, weight in group.weights.items():
+        solution = solutions[name]
+        solution.weight.check()
+        assert solution.fallbacks == []
+        total += float((x @ weight.T - noisy @ solution.weight.dense().T).square().sum())
+    return total
+
+
+OPTIONS = [{"symmetric": True}, {}, {"zero_point": "float"}]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_step_of_gptq_like_helps(
+    bits: int, options: dict[str, Any], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]
+) -> None:
+    base: dict[str, Any] = {"bits": bits, "group_size": 32, **options}
+    rtn = loss(RTN(**base), case)
+    plain = loss(GPTQLike(**base, **PLAIN), case)
+    ordered = loss(GPTQLike(**base, **(PLAIN | {"grid": "search", "column_order": "static"})), case)
+    full = loss(GPTQLike(**base, ridge=0.1), case)
+    assert plain < rtn
+    assert ordered < plain
+    assert full < ordered
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"column_order": "group-aware"},
+        {"column_order": "none"},
+        {"refit_target": False, "gptaq_alpha": 0.25},
+        {"group_size": 40, "group_tail": "ragged"},
+        {"group_size": -1},
+        {"group_size": 40, "group_tail": "ragged", "column_order": "group-aware"},
+    ],
+)
+def test_options_beat_rtn(options: dict[str, Any], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+    shared = {"bits": 3, "group_size": 32} | {
+        key: options[key] for key in ("group_size", "group_tail") if key in options
+    }
+    assert loss(GPTQLike(**({"bits": 3, "group_size": 32} | options)), case) < loss(RTN(**shared), case)
+
+
+@pytest.mark.parametrize("grid", ["search", "hessian"])
+def test_searched_rtn_beats_minmax_on_what_it_minimises(
+    grid: Literal["search", "hessian"], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]
+) -> None:
+    group = case[0]
+    assert group.hessian is not None
+    importance = group.hessian.diagonal() if grid == "hessian" else torch.ones(96)
+    power = 2.0 if grid == "hessian" else 2.4
+
+    def weight_error(method: RTN) -> float:
+        solutions = method.quantize(group)
+        return sum(
+            float(((solutions[name].weight.dense() - weight).abs().pow(power) * importance).sum())
+            for name, weight in group.weights.items()
+        )
+
+    assert weight_error(RTN(bits=2, group_size=32, grid=grid)) < weight_error(RTN(bits=2, group_size=32))
+
+
+def test_stacking_layers_changes_nothing(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+    group, method = case[0], GPTQLike(bits=3, group_size=32)
+    together = method.quantize(group)
+    for name, weight in group.weights.items():
+        alone = method.quantize(LinearGroup({name: weight}, group.hessian, group.cross))[name]
+        same = (alone.weight.codes == together[name].weight.codes).float().mean()
+        assert float(same) > 0.999
+
+
+def test_a_hopeless_hessian_is_reported(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+    hopeless = torch.eye(96)
+    hopeless[0, 1] = hopeless[1, 0] = 50.0
+    weights = case[0].weights
+    solutions = GPTQLike(bits=4, group_size=32, refit_target=False).quantize(LinearGroup(weights, hopeless))
+    assert all("rounded to nearest" in solution.fallbacks[0] for solution in solutions.values())
+
+
+def test_needs_follow_the_options() -> None:
+    assert GPTQLike().needs == {"hessian", "cross", "residual_cross"}
+    assert GPTQLike(residual=False).needs == {"hessian", "cross"}
+    assert GPTQLike(refit_target=False).needs == {"hessian"}
+    assert RTN().needs == frozenset()
+    assert RTN(grid="hessian").needs == {"hessian"}
+
+
+@pytest.mark.parametrize(("group_size", "fits"), [(32, True), (-1, True), (40, False), (0, False)])
+def test_groups_that_do_not_divide_are_a_misfit(group_size: int, fits: bool) -> None:
+    assert (RTN(group_size=group_size).misfit((8, 96)) is None) is fits
+    assert RTN(group_size=40, group_tail="ragged").misfit((8, 96)) is None
