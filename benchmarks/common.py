@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def assets() -> Path:
-    """The folder of `--assets` or QCLI_ASSETS: texts and small models, see benchmarks/README.md."""
+    """The folder of QCLI_ASSETS: texts and small models, see benchmarks/README.md."""
     folder = Path(os.environ.get("QCLI_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
     if not folder.is_dir():
         raise SystemExit(f"assets folder {folder} not found: set QCLI_ASSETS")

@@ -87,7 +87,7 @@ class Session:
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
         if code in (INTERRUPTED, TERMINATED):
-            pass
+            print(lines, file=sys.stderr)
         else:
             show_error(lines, hint)
         raise SystemExit(code) from None
@@ -95,7 +95,7 @@ class Session:
     def note(self, text: str) -> None:
         """Tell something that is not the result."""
         if not self.quiet:
-            pass
+            print(clean(text), file=sys.stderr)
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print what the command is for: as `show` draws it, or with `--json` as one JSON object."""
@@ -184,10 +184,10 @@ def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str
 
 def show_error(message: str, hint: str | None = None) -> None:
     """One `error:` line for each line of `message`, then the hint, on stderr."""
-    for _line in message.splitlines():
-        pass
+    for line in message.splitlines():
+        print(f"error: {clean(line)}", file=sys.stderr)
     if hint:
-        pass
+        print(f"hint: {clean(hint)}", file=sys.stderr)
 
 
 def clean(text: str) -> str:
@@ -267,9 +267,14 @@ class _Lines:
         self.told[stage] = now
         elapsed = now - self.started[stage]
         if 0 < done < total:
-            f", {duration(elapsed / done * (total - done))} left"
+            rest = f", {duration(elapsed / done * (total - done))} left"
         else:
-            f", {duration(elapsed)}" if done else ""
+            rest = f", {duration(elapsed)}" if done else ""
+        print(
+            clean(f"{stage} {done}/{total}{rest}{f'; {detail}' if detail else ''}"),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Bars:

@@ -164,9 +164,7 @@ def test_nothing_is_written_for_data_that_is_too_short(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_killed_it_leaves_no_result_and_can_be_repeated(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_it_leaves_no_result_and_can_be_repeated(tmp_path: Path, text: str) -> None:
     folder, out = tiny_model("llama", tmp_path), tmp_path / "out"
 
     def killed(stage: str, done: int, total: int, detail: str = "") -> None:
@@ -176,8 +174,6 @@ def test_killed_it_leaves_no_result_and_can_be_repeated(
     with pytest.raises(KeyboardInterrupt):
         calibrate(recipe(folder, text), out, killed)
     assert not out.exists()
-    with pytest.raises(StateError, match="seed was 3, is 4"):
-        calibrate(recipe(folder, text).model_copy(update={"seed": 4}), out)
     calibrate(recipe(folder, text), out)
     calibrate(recipe(folder, text), tmp_path / "straight")
     for file in (tmp_path / "straight").iterdir():
