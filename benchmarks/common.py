@@ -55,11 +55,24 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, content: dict[str, Any]) -> Path:
     """Write `results/NAME.json`, or into the folder of QCLI_RESULTS."""
-    folder = Path(os.environ.get("QCLI_RESULTS", RESULTS))
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.json"
+    file = _result(name)
     file.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
     return file
+
+
+def save_row(name: str, key: tuple[str, ...], row: dict[str, Any], protocol: str | None) -> None:
+    """Add a row to the table `results/NAME.json`; it replaces the one with the same values of `key`."""
+    file = _result(name)
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = [old for old in rows if any(old.get(part) != row[part] for part in key)]
+    rows.append(row | {"machine": machine()})
+    file.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
+
+
+def _result(name: str) -> Path:
+    folder = Path(os.environ.get("QCLI_RESULTS", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json"
 
 
 def _processor() -> str:

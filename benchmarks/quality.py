@@ -156,18 +156,16 @@ def main() -> None:
         gguf = common.smollm2()
         model = degridded(gguf, Path(folder)) if arguments.degrid else full_precision(gguf, Path(folder))
         for suite in arguments.suite:
-            rows: list[dict[str, Any]] = []
             for row in SUITES[suite]:
                 if arguments.only in row[0] and time.monotonic() - started < 60 * arguments.minutes:
-                    rows.append(measure(model, row, data, text / "wikitext2.test.detok.txt", arguments.windows))
-                    found = rows[-1]
+                    found = measure(model, row, data, text / "wikitext2.test.detok.txt", arguments.windows)
                     print(
                         f"{found['name']:60} n={found['samples']:<3} bpw {found['bits_per_weight']:.3f} "
                         f"KL {found['kl']:.4f} ppl {found['perplexity']:.2f} {found['seconds']:.0f} s",
                         flush=True,
                     )
                     name = "-".join(["quality", suite, arguments.calibration, *["degrid"] * arguments.degrid])
-                    common.save(name, {"protocol": __doc__, "windows": arguments.windows, "rows": rows})
+                    common.save_row(name, ("name", "samples"), found | {"windows": arguments.windows}, __doc__)
 
 
 if __name__ == "__main__":
