@@ -7,6 +7,7 @@ is the mean over tokens of KL(full precision || quantized); only block linears a
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--calibration", choices=("wikitext2", "c4"), default="wikitext2")
     parser.add_argument("--degrid", action="store_true", help="score the de-gridded model")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name has a match of this pattern")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no row after this time")
     arguments = parser.parse_args()
     text = common.assets() / "text"
@@ -157,7 +158,7 @@ def main() -> None:
         model = degridded(gguf, Path(folder)) if arguments.degrid else full_precision(gguf, Path(folder))
         for suite in arguments.suite:
             for row in SUITES[suite]:
-                if arguments.only in row[0] and time.monotonic() - started < 60 * arguments.minutes:
+                if re.search(arguments.only, row[0]) and time.monotonic() - started < 60 * arguments.minutes:
                     found = measure(model, row, data, text / "wikitext2.test.detok.txt", arguments.windows)
                     print(
                         f"{found['name']:60} n={found['samples']:<3} bpw {found['bits_per_weight']:.3f} "

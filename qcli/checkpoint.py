@@ -15,7 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from qcli import shards
+from qcli.activations import Activations
 from qcli.errors import VerificationError
 from qcli.format import Format, StoredTensor, from_spec
 from qcli.models.arch import Linear
@@ -38,7 +41,9 @@ _MANIFEST_TYPES = {
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 
-def quantization_config(layers: Sequence[Linear], formats: Mapping[str, Format | None]) -> dict[str, Any]:
+def quantization_config(
+    layers: Sequence[Linear], formats: Mapping[str, Format | None], activations: Activations | None = None
+) -> dict[str, Any]:
     """What the checkpoint's `config.json` says of its layers.
 
     A kind of layer that has one format in every block is one entry with `*` for the block; where blocks differ,
@@ -47,6 +52,7 @@ def quantization_config(layers: Sequence[Linear], formats: Mapping[str, Format |
     Args:
         layers: all quantizable layers of the model.
         formats: by layer name; None for those that stay dense.
+        activations: how the inputs of the quantized layers are quantized; None: not at all.
     """
     kinds: dict[str, list[Linear]] = {}
     for layer in layers:
@@ -62,7 +68,8 @@ def quantization_config(layers: Sequence[Linear], formats: Mapping[str, Format |
                 dense.append(match)
             else:
                 entries.append({"match": match, "shape": list(member.shape), **format.spec()})
-    return {"quant_method": "qcli", "format_version": FORMAT_VERSION, "layers": entries, "dense": dense}
+    config = {"quant_method": "qcli", "format_version": FORMAT_VERSION, "layers": entries, "dense": dense}
+    return config if activations is None else config | {"activations": activations.model_dump()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,9 @@ def stored_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 class Layout:
     """`quantization_config` read back: the format of each layer.
 
+    Attributes:
+        activations: how the inputs of the quantized layers are quantized while the model runs; None: not at all.
+
     Raises:
         VerificationError: another version, an unknown format, or entries that are not understood.
     """
@@ -102,13 +112,14 @@ class Layout:
                 hint="use the version of qcli named in its qcli.manifest.json",
             )
         layers, dense = config.get("layers"), config.get("dense", [])
-        unknown = sorted(config.keys() - {"quant_method", "format_version", "layers", "dense"})
+        unknown = sorted(config.keys() - {"quant_method", "format_version", "layers", "dense", "activations"})
         if not isinstance(layers, list) or not isinstance(dense, list) or unknown:
             raise VerificationError(
                 f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})"
             )
         self._entries: list[tuple[str, Packed | None]] = [(str(pattern), None) for pattern in dense]
         self._entries += [_entry(entry) for entry in layers]
+        self.activations = _activations(config["activations"]) if "activations" in config else None
 
     def packed(self, layer: str) -> Packed | None:
         """How a layer is stored, by its module name; None when it is dense."""
@@ -124,6 +135,15 @@ def _entry(entry: Any) -> tuple[str, Packed]:
     except (KeyError, TypeError, ValueError):
         raise VerificationError(f"quantization_config: a layer entry is not understood: {entry!r:.80}") from None
     return pattern, Packed(from_spec(spec), (rows, columns))
+
+
+def _activations(spec: Any) -> Activations:
+    try:
+        return Activations.model_validate(spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["activations", *map(str, first["loc"])])
+        raise VerificationError(f"quantization_config: {place}: {first['msg']}") from None
 
 
 def write_manifest(folder: Path, story: Mapping[str, Any]) -> None:

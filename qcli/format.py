@@ -81,6 +81,10 @@ class Format(BaseModel):
         """float32 `[out, in]`; differentiable in floating-point tables."""
         raise NotImplementedError
 
+    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
+        return {name: table[rows] for name, table in tables.items()}
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         """Nearest values for one column at a time, for error feedback.
 

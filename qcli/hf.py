@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcli.checkpoint import FORMAT_VERSION, Layout
+from qcli.checkpoint import Layout
 from qcli.errors import VerificationError
 from qcli.format import StoredTensor
 from qcli.models.headers import read_header
@@ -28,13 +28,11 @@ from qcli.quantized import QuantLinear
 
 
 class QcliConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint, kept as it is."""
+    """`quantization_config` of a checkpoint, kept as it is: `Layout` refuses what it does not know."""
 
     def __init__(self, **config: Any) -> None:
+        vars(self).update(config)
         self.quant_method: Any = "qcli"  # transformers types it as an enum of its own methods
-        self.format_version = config.get("format_version", FORMAT_VERSION)
-        self.layers = config.get("layers", [])
-        self.dense = config.get("dense", [])
 
 
 class QcliQuantizer(HfQuantizer):
@@ -87,6 +85,8 @@ def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]
             raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {packed.shape}")
         bias: Tensor | None = None if module.bias is None else module.bias.detach()
         replaced[name] = QuantLinear(packed.format, columns, rows, bias).to(module.weight.device)
+        if layout.activations is not None:
+            layout.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])
     return replaced
 
@@ -101,8 +101,9 @@ def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLi
                 raise VerificationError(
                     f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
                 )
-    known = {f"{layer}.{suffix}" for layer, module in replaced.items() for suffix in dict(module.named_buffers())}
-    surplus = sorted(name for name in found if name.endswith(".weight_packed") and name not in known)
+    linears = {name for name, module in model.named_modules() if isinstance(module, QuantLinear | nn.Linear | Conv1D)}
+    unknown = sorted(found.keys() - model.state_dict().keys())
+    surplus = [name for name in unknown if name.rpartition(".")[0] in linears or name.endswith(".weight_packed")]
     if surplus:
         raise VerificationError(f"{surplus[0]} belongs to no quantized layer of config.json")
     _check_dense(found, model)

@@ -14,7 +14,11 @@ from qcli.models.source import open_source
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts of one checkpoint; `layers` has a row for every quantizable layer."""
+    """Facts of one checkpoint; `layers` has a row for every quantizable layer.
+
+    Attributes:
+        activations: how the inputs of quantized layers are quantized; None: not at all.
+    """
 
     folder: str
     model: str
@@ -26,6 +30,7 @@ class Inspection:
     versions: dict[str, str]
     recipe: dict[str, Any]
     fallbacks: int
+    activations: dict[str, Any] | None
     layers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,5 +74,6 @@ def inspect(folder: Path) -> Inspection:
         versions=manifest["versions"],
         recipe=manifest["recipe"],
         fallbacks=sum(bool(layer["fallbacks"]) for layer in manifest["layers"]),
+        activations=None if source.activations is None else source.activations.model_dump(),
         layers=rows,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from qcli.format import Format
+from qcli.transform import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,11 @@ class Method(BaseModel):
     def needs(self) -> frozenset[str]:
         """The moments of `LinearGroup` this method reads; the model stream collects only these."""
         return frozenset()
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """Rewrites of each block that belong to the method and come first."""
+        return ()
 
     @property
     def format(self) -> Format:

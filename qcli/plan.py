@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcli import shards
 from qcli.errors import UnsupportedError
-from qcli.format import StoredTensor
+from qcli.format import Format, StoredTensor
 from qcli.method import Method
 from qcli.models.arch import Linear
 from qcli.models.base import Source
 from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_SIZE = 5 * 10**9
 TENSOR_PARALLEL = (2, 4, 8)
@@ -28,15 +32,36 @@ class Plan:
         layers: all quantizable layers, in order.
         methods: by layer name; None: stays dense.
         parts: stored tensors by name, of each block and then of everything outside the blocks.
-        streamed: whether calibration text runs through the model.
+        formats: by layer name, with what low-rank compensation adds; None: stays dense.
     """
 
     source: Source
     recipe: Recipe
     layers: list[Linear]
     methods: dict[str, Method | None]
+    formats: dict[str, Format | None]
     parts: list[dict[str, StoredTensor]]
-    streamed: bool
+
+    @property
+    def held_out(self) -> int:
+        """Samples at the end of the calibration text that nothing is fitted to."""
+        return self.recipe.calibration.held_out if self.recipe.trained else 0
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Moments that some layer needs."""
+        methods = dict.fromkeys(method for method in self.methods.values() if method is not None)
+        return frozenset[str]().union(*map(self.needs_of, methods))
+
+    def needs_of(self, method: Method) -> frozenset[str]:
+        """Moments that a layer of this method needs, with what follows the method."""
+        after = (self.recipe.low_rank, self.recipe.refine)
+        return method.needs.union(*(step.needs for step in after if step is not None))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether calibration text runs through the model."""
+        return self.recipe.trained or bool(self.needs)
 
     @property
     def bytes(self) -> int:
@@ -46,8 +71,8 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized layers, tables included, per weight."""
-        chosen = [(layer.shape, method) for layer in self.layers if (method := self.methods[layer.name]) is not None]
-        bits = sum(method.format.bits_per_weight(shape) * prod(shape) for shape, method in chosen)
+        chosen = [(layer.shape, format) for layer in self.layers if (format := self.formats[layer.name]) is not None]
+        bits = sum(format.bits_per_weight(shape) * prod(shape) for shape, format in chosen)
         return bits / sum(prod(shape) for shape, _ in chosen)
 
     @property
@@ -73,6 +98,18 @@ class Plan:
         activations = tokens * (2 * 4 * hidden + 2 * 2 * hidden + 2 * widest)
         return _RUNTIME + 2 * outside + 3 * block + activations + 8 * 6 * widest**2
 
+    def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
+        """Of the vectors of a block (norm weights, biases), by name in the block."""
+        import torch
+
+        dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
+        prefix = f"{self.source.family.blocks}.{block}."
+        return {
+            name.removeprefix(prefix): dtypes[tensor.dtype]
+            for name, tensor in self.parts[block].items()
+            if len(tensor.shape) == 1 and tensor.dtype in dtypes
+        }
+
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         return {
@@ -90,9 +127,9 @@ class Plan:
     def _row(self, layer: Linear) -> dict[str, Any]:
         method = self.methods[layer.name]
         row: dict[str, Any] = {"name": layer.name, "shape": list(layer.shape)}
-        if method is None:
+        format = self.formats[layer.name]
+        if method is None or format is None:
             return row | {"method": None, "format": None, "why_dense": "recipe override"}
-        format = method.format
         return row | {
             "method": method.name,
             **format.spec(),
@@ -117,11 +154,12 @@ def plan(recipe: Recipe) -> Plan:
     methods = recipe.assign(layers)
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()
+    formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}
     for layer in layers:
-        method = methods[layer.name]
-        if method is not None:
+        format = formats[layer.name]
+        if format is not None:
             quantized.add(f"{layer.name}.weight")
-            for suffix, stored in method.format.stored(layer.shape).items():
+            for suffix, stored in format.stored(layer.shape).items():
                 parts[layer.block][f"{layer.name}.{suffix}"] = stored
     outside: dict[str, StoredTensor] = {}
     prefix = f"{source.family.blocks}."
@@ -131,8 +169,11 @@ def plan(recipe: Recipe) -> Plan:
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
         home = parts[int(block)] if block.isdigit() else outside
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
-    streamed = any(method is not None and method.needs for method in methods.values())
-    return Plan(source, recipe, layers, methods, [*parts, outside], streamed)
+    return Plan(source, recipe, layers, methods, formats, [*parts, outside])
+
+
+def _format(method: Method, recipe: Recipe) -> Format:
+    return method.format if recipe.low_rank is None else recipe.low_rank.format(method.format)
 
 
 def _divides(layer: Linear, method: Method, ranks: int) -> bool:

@@ -16,6 +16,7 @@ TORCH_DTYPE = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 _TILE = 1 << 20  # weights decoded at a time: the scratch of a forward pass, not a second model
@@ -83,9 +84,10 @@ class QuantLinear(nn.Module):
         rows = max(1, _TILE // self.in_features)
         parts = []
         for start in range(0, self.out_features, rows):
-            tile = self.format.decode(*_rows(weight, start, start + rows)).to(x.dtype)
-            bias = None if self.bias is None else self.bias[start : start + rows].to(x.dtype)
-            parts.append(F.linear(x, tile, bias))
+            tile = slice(start, start + rows)
+            decoded = self.format.decode(weight.codes[tile], self.format.tile(weight.tables, tile)).to(x.dtype)
+            bias = None if self.bias is None else self.bias[tile].to(x.dtype)
+            parts.append(F.linear(x, decoded, bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -101,8 +103,3 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.spec()}"
-
-
-def _rows(weight: QuantizedWeight, start: int, stop: int) -> tuple[Tensor, dict[str, Tensor]]:
-    per_row = {name: table[start:stop] for name, table in weight.tables.items()}
-    return weight.codes[start:stop], per_row

@@ -27,18 +27,22 @@ from pydantic import (
 )
 
 from qcli import registry
+from qcli.activations import Activations
 from qcli.errors import UsageError
+from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
 from qcli.recipe_draft import Draft
 from qcli.recipe_errors import Issue, Origins, issues, unknown
 from qcli.recipe_text import to_yaml
+from qcli.refine import Refine
+from qcli.transform import Transform
 from qcli.yaml_places import KeyPath
 
 if TYPE_CHECKING:
     from qcli.models.arch import Linear
 
 Model = TypeVar("Model", bound=BaseModel)
-METHODS, EXPORTS = "qcli.methods", "qcli.exports"
+METHODS, TRANSFORMS, EXPORTS = "qcli.methods", "qcli.transforms", "qcli.exports"
 DEFAULT_METHOD = "gptq-like"
 _FLAGS = {  # flags that are not named after the last part of their path
     "model": "MODEL",
@@ -62,6 +66,9 @@ class Calibration(_Section):
     )
     samples: int = Field(default=128, ge=1, description="token sequences")
     seq_len: int = Field(default=2048, ge=2, description="tokens of a sequence")
+    held_out: int = Field(
+        default=4, ge=1, description="of these samples, for choosing the best step; used where something is trained"
+    )
 
 
 class Override(_Section):
@@ -130,15 +137,42 @@ class Recipe(_Section):
     )
     calibration: Calibration = Calibration()
     method: InstanceOf[Method] = Field(default_factory=lambda: build_method({}))
+    transforms: list[InstanceOf[Transform]] = Field(
+        default=[], description="rewrites that leave the model's function as it is, before the method, in this order"
+    )
+    low_rank: LowRankCompensation | None = Field(
+        default=None, description="a product of two thin matrices beside each quantized weight"
+    )
+    refine: Refine | None = Field(default=None, description="reconstruction by gradient after the method")
+    activations: Activations | None = Field(
+        default=None, description="simulated quantization of what quantized layers read"
+    )
     overrides: list[Override] = Field(default=[], description="first match wins; each must match a layer")
     pack: Pack | None = None
     eval: Eval | None = None
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
 
+    @property
+    def all_transforms(self) -> list[Transform]:
+        """The recipe's own, and what the method begins with."""
+        return [*self.transforms, *self.method.transforms]
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything is trained by gradient, which takes held-out samples."""
+        return self.refine is not None or bool(self.all_transforms)
+
+    def without_samples(self) -> Issue | None:
+        """What is wrong when held-out samples leave none to calibrate on."""
+        samples, held_out = self.calibration.samples, self.calibration.held_out
+        if not self.trained or samples > held_out:
+            return None
+        return Issue(("calibration", "samples"), f"training holds out {held_out} of {samples} samples: none is left")
+
     def override_methods(self) -> list[Method | None]:
         """The full method of each override; None where it says `dense`."""
-        base = method_fields(self.method)
+        base = _named_fields(self.method)
         return [None if rule.method is None else build_method(_derived(base, rule.method)) for rule in self.overrides]
 
     def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
@@ -153,7 +187,8 @@ class Recipe(_Section):
             layer.name: others[matching[0]] if matching else self.method
             for layer, matching in zip(layers, rules, strict=True)
         }
-        problems = [*self._idle_overrides(rules), *_misfits(layers, assigned)]
+        problems = [*self._idle_overrides(rules), *_misfits(layers, assigned, self.low_rank)]
+        problems += self._transforming_overrides(others)
         if layers and not any(assigned.values()):
             problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
         if problems:
@@ -162,8 +197,9 @@ class Recipe(_Section):
 
     def to_dict(self) -> dict[str, Any]:
         """All values as plain data, without those that are None."""
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"method"}) | {
-            "method": method_fields(self.method)
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
+            "method": _named_fields(self.method),
+            "transforms": [_named_fields(transform) for transform in self.transforms],
         }
         return {name: data[name] for name in Recipe.model_fields if name in data}
 
@@ -173,11 +209,18 @@ class Recipe(_Section):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""
-        decisive = ("model", "seed", "dtype", "calibration", "method", "overrides")
+        decisive = {*Recipe.model_fields} - {"device", "out", "resume", "pack", "eval"}
         return {name: value for name, value in self.to_dict().items() if name in decisive}
 
     def _rules(self, name: str) -> list[int]:
         return [i for i, rule in enumerate(self.overrides) if fnmatchcase(name, rule.match)]
+
+    def _transforming_overrides(self, others: Sequence[Method | None]) -> list[Issue]:
+        return [
+            Issue(("overrides", i, "method", "name"), f"{method.name} transforms whole blocks, not single layers")
+            for i, method in enumerate(others)
+            if method is not None and method.transforms and method.name != self.method.name
+        ]
 
     def _idle_overrides(self, rules: Sequence[Sequence[int]]) -> list[Issue]:
         matched = {i for matching in rules for i in matching}
@@ -193,9 +236,9 @@ class Recipe(_Section):
         ]
 
 
-def method_fields(method: Method) -> dict[str, Any]:
-    """A method as plain data, as it stands in a recipe."""
-    return {"name": method.name, **method.model_dump(mode="json")}
+def _named_fields(plugin: Method | Transform) -> dict[str, Any]:
+    """A method or transform as plain data, as it stands in a recipe."""
+    return {"name": plugin.name, **plugin.model_dump(mode="json")}
 
 
 def build_method(fields: Mapping[str, Any]) -> Method:
@@ -252,7 +295,7 @@ def _flag(path: str) -> str:
 def _checked(draft: Draft) -> Recipe:
     """The valid recipe, or every error at once."""
     found: list[Issue] = []
-    rest = {key: value for key, value in draft.data.items() if key != "method"}
+    rest = {key: value for key, value in draft.data.items() if key not in ("method", "transforms")}
     recipe: Recipe | None = None
     try:
         recipe = _strictly(Recipe, rest)
@@ -260,7 +303,8 @@ def _checked(draft: Draft) -> Recipe:
         found += issues(error, Recipe)
     given = draft.data.get("method", {})
     method = _checked_method(given, ("method",), found)
-    inherited = method_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
+    transforms = _checked_transforms(draft.data.get("transforms", []), found)
+    inherited = _named_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
     rules = draft.data.get("overrides")
     for i, rule in enumerate(rules if isinstance(rules, list) else []):
         partial = rule.get("method") if isinstance(rule, dict) else None
@@ -269,8 +313,10 @@ def _checked(draft: Draft) -> Recipe:
     lines = draft.lines + [draft.origins.line(issue) for issue in found if not draft.is_spoilt(issue.path)]
     if recipe is None or method is None or lines:
         raise UsageError("\n".join(dict.fromkeys(lines)), hint=_usage_hint(found))
-    recipe = recipe.model_copy(update={"method": method})
+    recipe = recipe.model_copy(update={"method": method, "transforms": transforms})
     recipe._origins = draft.origins
+    if problem := recipe.without_samples():
+        raise draft.origins.error([problem])
     return recipe
 
 
@@ -278,14 +324,34 @@ def _checked_method(fields: Any, path: KeyPath, found: list[Issue]) -> Method | 
     if not isinstance(fields, dict):
         found.append(Issue(path, "must be a mapping of keys to values, as {name: rtn, bits: 4}"))
         return None
-    name, known = fields.get("name", DEFAULT_METHOD), registry.names(METHODS)
+    checked: Method | None = _checked_plugin("method", METHODS, {"name": DEFAULT_METHOD} | fields, path, found)
+    return checked
+
+
+def _checked_transforms(given: Any, found: list[Issue]) -> list[Transform]:
+    if not isinstance(given, list):
+        found.append(Issue(("transforms",), "must be a list, as [{name: teq}]"))
+        return []
+    transforms: list[Transform] = []
+    for i, entry in enumerate(given):
+        fields = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(fields, dict) or "name" not in fields:
+            found.append(Issue(("transforms", i), "must be a name, or a mapping as {name: teq, steps: 200}"))
+        elif checked := _checked_plugin("transform", TRANSFORMS, fields, ("transforms", i), found):
+            transforms.append(checked)
+    return transforms
+
+
+def _checked_plugin(kind: str, package: str, fields: dict[str, Any], path: KeyPath, found: list[Issue]) -> Any:
+    name, known = fields["name"], registry.names(package)
     if name not in known:
-        found.append(Issue((*path, "name"), unknown(f"method {name!r}", str(name), known)))
+        found.append(Issue((*path, "name"), unknown(f"{kind} {name!r}", str(name), known)))
         return None
+    cls = registry.load(package, name)
     try:
-        return build_method(fields)
+        return _strictly(cls, {key: value for key, value in fields.items() if key != "name"})
     except ValidationError as error:
-        found += issues(error, registry.load(METHODS, name), path, owner=f"method {name!r} has")
+        found += issues(error, cls, path, owner=f"{kind} {name!r} has")
         return None
 
 
@@ -309,12 +375,16 @@ def _derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, A
     return {**base, **partial, "name": new}
 
 
-def _misfits(layers: Sequence[Linear], assigned: Mapping[str, Method | None]) -> list[Issue]:
+def _misfits(
+    layers: Sequence[Linear], assigned: Mapping[str, Method | None], low_rank: LowRankCompensation | None
+) -> list[Issue]:
     """One line for layers that differ only in the number of their block."""
     reasons: Counter[tuple[str, str]] = Counter()
     for layer in layers:
         method = assigned[layer.name]
-        reason = method.misfit(layer.shape) if method else None
+        if method is None:
+            continue
+        reason = method.misfit(layer.shape) or (low_rank.misfit(layer.shape) if low_rank else None)
         if reason:
             reasons[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), reason] += 1
     return [
@@ -349,6 +419,9 @@ def recipe_schema() -> dict[str, Any]:
         schema["$defs"][name] = method
     schema["properties"]["method"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
     options = {key: value for method in methods.values() for key, value in method["properties"].items()}
+    schema["properties"]["transforms"]["items"] = {
+        "anyOf": [_transform_schema(name) for name in registry.names(TRANSFORMS)]
+    }
     partial = {
         "type": "object",
         "additionalProperties": False,
@@ -356,3 +429,9 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["$defs"]["Override"]["properties"]["method"] = partial
     return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}
+
+
+def _transform_schema(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = registry.load(TRANSFORMS, name).model_json_schema()
+    schema["properties"] = {"name": {"const": name, "description": "the transform"}} | schema["properties"]
+    return {"anyOf": [{"const": name}, schema | {"required": ["name"]}]}

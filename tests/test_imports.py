@@ -16,17 +16,17 @@ ROOT = Path(qcli.__file__).parent
 LAYERS = (
     ("errors", "registry", "bits", "progress", "memory", "_autoload"),
     ("format", "quantized", "formats"),
-    ("method", "methods", "solvers"),
+    ("method", "methods", "solvers", "training", "refine", "transform", "transforms", "low_rank", "activations"),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
     ("yaml_places", "recipe_errors", "recipe_draft", "recipe_text", "recipe", "plan"),
-    ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection", "export", "exports"),
+    ("block_loop", "calibrate", "quantize", "pack", "evaluate", "verify", "inspection", "export", "exports"),
     ("doctor", "ui", "cli"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 VERBS = ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
     *("errors", "registry", "progress", "format", "method", "yaml_places", "recipe", "recipe_errors"),
-    *("recipe_draft", "recipe_text", "plan", "ui", "doctor", "cli", "formats", "methods"),
+    *("recipe_draft", "recipe_text", "refine", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qcli import shards
+from qcli.errors import UnsupportedError
 from qcli.export import Export
 from qcli.models.headers import read_header
 from qcli.models.native import NativeSource
@@ -15,11 +16,20 @@ __all__ = ["Dense"]
 
 
 class Dense(Export):
-    """An unquantized model whose weights are those that the codes stand for."""
+    """An unquantized model whose weights are those that the codes stand for.
+
+    Raises:
+        UnsupportedError: the checkpoint quantizes activations, which an ordinary model cannot do.
+    """
 
     name: ClassVar[str] = "dense"
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        if source.activations is not None:
+            raise UnsupportedError(
+                f"{source.path} quantizes activations to {source.activations.bits} bits, a dense model cannot",
+                hint="pack it as qcli, or quantize without activations",
+            )
         names = list(source.tensors())
         parts = []
         for number, name in enumerate(names):

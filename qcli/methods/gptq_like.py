@@ -34,7 +34,9 @@ class GPTQLike(AffineMethod):
         default="search", description="grids searched under the input energy, or spanning each group's range"
     )
     refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
-    residual: bool = Field(default=True, description="layers that write to the residual stream repair its error")
+    residual: Literal["auto", True, False] = Field(
+        default="auto", description="layers that write to the residual stream repair its error; auto: with refit_target"
+    )
     refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
     damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")
     ridge: float = Field(default=0.4, gt=0, description="of the target refit, relative to the mean diagonal")
@@ -43,17 +45,24 @@ class GPTQLike(AffineMethod):
     )
 
     @model_validator(mode="after")
-    def _one_correction(self) -> GPTQLike:
+    def _corrections_agree(self) -> GPTQLike:
         if self.gptaq_alpha and self.refit_target:
             raise ValueError("gptaq_alpha replaces refit_target: set refit_target to false")
+        if self.residual is True and not self.refit_target:
+            raise ValueError("residual is a part of refit_target: leave residual at auto, or set refit_target to true")
         return self
+
+    @property
+    def repairs_residual(self) -> bool:
+        """What `residual` comes to."""
+        return self.refit_target and self.residual is not False
 
     @property
     def needs(self) -> frozenset[str]:
         needs = {HESSIAN}
         if self.refit_target or self.gptaq_alpha:
             needs.add(CROSS)
-        if self.refit_target and self.residual:
+        if self.repairs_residual:
             needs.add(RESIDUAL_CROSS)
         return frozenset(needs)
 
@@ -71,7 +80,7 @@ class GPTQLike(AffineMethod):
         fallbacks = []
         if self.refit_target:
             assert group.cross is not None
-            residual = group.residual_cross if self.residual else None
+            residual = group.residual_cross if self.repairs_residual else None
             target, ridge = refit(target, group.hessian, group.cross, residual, self.ridge)
             _, target = feedback.without_dead_inputs(group.hessian, target)
             if ridge != self.ridge:
@@ -88,6 +97,7 @@ class GPTQLike(AffineMethod):
             return grid.search(weight, self.format, importance)
 
         start = fit(target, hessian.diagonal())
+        usable = torch.ones(len(target), dtype=torch.bool)
         if factor is None:
             fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
             codes, final = self.format.encode(target, start), dict(start)
@@ -119,13 +129,13 @@ class GPTQLike(AffineMethod):
             )
             final = dict(fitted)
             if self.refit_tables:
-                final, kept = tables.refit_tables(target, codes, final, self.format, hessian)
-                if kept:
-                    fallbacks.append(f"scale refit unusable in {kept} of {len(target)} rows: kept the searched scales")
+                final, usable = tables.refit_tables(target, codes, final, self.format, hessian)
 
         solutions, first = {}, 0
         for name, weight in group.weights.items():
             rows = slice(first, first := first + len(weight))
+            kept = int((~usable[rows]).sum())
+            note = [f"scale refit unusable in {kept} of {len(weight)} rows: kept the searched scales"] if kept else []
             solutions[name] = self.solution(
                 QuantizedWeight(
                     self.format,
@@ -134,7 +144,7 @@ class GPTQLike(AffineMethod):
                     {key: table[rows] for key, table in final.items()},
                 ),
                 target=target[rows] if self.refit_target else None,
-                fallbacks=list(fallbacks),
+                fallbacks=[*fallbacks, *note],
             )
         return solutions
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from qcli.activations import Activations
+
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -29,9 +31,11 @@ class Source:
         config: `config.json` as a dict.
         trust_remote_code: whether Python files of the model may run; only ever set from the command line.
         dense_dtype: what tensors that stay dense are written as; None: as they are stored.
+        activations: how the inputs of `activated_linears` are quantized while the model runs; None: not at all.
     """
 
     dense_dtype: str | None = None
+    activations: Activations | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         self.path, self.config, self.trust_remote_code = path, config, trust_remote_code
@@ -70,6 +74,10 @@ class Source:
         return [
             arch.Linear(name, block, group, self._shape(name, stored)) for name, block, group in self._linear_names()
         ]
+
+    def activated_linears(self) -> Iterable[str]:
+        """The layers that `activations` applies to, by name."""
+        return ()
 
     def leftovers(self) -> list[str]:
         """Matrices (and stacks of matrices) of the blocks that the family's row does not cover."""

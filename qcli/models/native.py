@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ class NativeSource(FolderSource):
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
         self.layout = Layout(config["quantization_config"])
+        self.activations = self.layout.activations
         self._check()
 
     @cached_property
@@ -62,6 +63,9 @@ class NativeSource(FolderSource):
             elif name not in parts:
                 logical[name] = stored
         return logical
+
+    def activated_linears(self) -> Iterable[str]:
+        return self.packed
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
         """Codes and tables of a layer."""
@@ -102,14 +106,16 @@ class NativeSource(FolderSource):
                         f"{self.path}: {name} is {_words(found[name])}, its config says {_words(stored)}"
                     )
         known = {name for layer, packed in self.packed.items() for name in packed.stored(layer)}
-        surplus = [name for name in _quantized_names(found) if name not in known]
+        linears = {layer for layer, _, _ in self._linear_names()}
+        surplus = [name for name in found if name not in known and _is_quantized(name, linears)]
         if surplus:
             raise VerificationError(f"{self.path}: {surplus[0]} belongs to no quantized layer of its config")
 
 
-def _quantized_names(names: Iterable[str]) -> list[str]:
-    """Names that only tensors of quantized layers have."""
-    return [name for name in names if "weight_" in name.rpartition(".")[2]]
+def _is_quantized(name: str, linears: Container[str]) -> bool:
+    """Whether only a quantized layer has a tensor of this name: a linear layer's that is neither weight nor bias."""
+    owner, _, part = name.rpartition(".")
+    return "weight_" in part or (owner in linears and part not in ("weight", "bias"))
 
 
 def _words(stored: StoredTensor) -> str:

@@ -9,11 +9,13 @@ no family needs code of its own here.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -73,9 +75,17 @@ class ModelStream:
         return len(self._blocks)
 
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, on the stream's device and dtype; a fresh module at every call."""
+        """Block `index` with its weights, on the stream's device and dtype; a fresh module at every call.
+
+        Where the source quantizes activations, the block does.
+        """
         block: nn.Module = copy.deepcopy(self._blocks[index])
-        self._load(block, prefix=f"{self.family.blocks}.{index}.")
+        prefix = f"{self.family.blocks}.{index}."
+        self._load(block, prefix=prefix)
+        if self.source.activations is not None:
+            for layer in self.source.activated_linears():
+                if layer.startswith(prefix):
+                    self.source.activations.simulate(block.get_submodule(layer.removeprefix(prefix)))
         return block
 
     @torch.no_grad()
@@ -93,10 +103,23 @@ class ModelStream:
             self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
         return self._calls[key]
 
-    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape."""
+    def run_block(
+        self, block: nn.Module, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape.
+
+        Args:
+            weights: `[out, in]` by path of a linear in the block: used in place of the block's own, differentiably.
+        """
         call = self.calls(*hidden.shape[:2])[index]
-        output = block(hidden, *call.args, **call.kwargs)
+        if weights is None:
+            output = block(hidden, *call.args, **call.kwargs)
+        else:
+            own = {
+                f"{path}.weight": (weight.T if self.family.conv1d else weight).to(self.dtype)
+                for path, weight in weights.items()
+            }
+            output = functional_call(block, own, (hidden, *call.args), call.kwargs)
         result: Tensor = output[0] if self.family.tuple_output else output
         return result
 

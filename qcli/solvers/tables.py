@@ -14,7 +14,7 @@ _SYSTEMS = 1 << 26  # numbers in the systems that are solved together: half a gi
 
 def refit_tables(
     target: Tensor, codes: Tensor, tables: dict[str, Tensor], format: Affine, hessian: Tensor
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Tables that minimise `(w* - w_hat) H (w* - w_hat)^T` for each row at fixed codes.
 
     With a float zero point the unknowns of a row are `scale` and `offset = -scale * zero_point` of each group
@@ -27,23 +27,23 @@ def refit_tables(
         hessian: `[in, in]`.
 
     Returns:
-        The new tables, and how many rows kept the old ones because the solution was not usable.
+        The new tables, and for which rows the solution was usable, bool `[out]`; the others kept the old ones.
     """
     unknowns = format.groups(codes.shape[1]) * (2 if format.zero_point == "float" else 1)
     rows = max(1, _SYSTEMS // unknowns**2)
-    parts, kept = [], 0
+    parts, usable = [], []
     for start in range(0, len(codes), rows):
         part = slice(start, start + rows)
         own = {name: table[part] for name, table in tables.items()}
-        refitted, unusable = _refit_rows(target[part], codes[part], own, format, hessian)
+        refitted, accepted = _refit_rows(target[part], codes[part], own, format, hessian)
         parts.append(refitted)
-        kept += unusable
-    return {name: torch.cat([part[name] for part in parts]) for name in tables}, kept
+        usable.append(accepted)
+    return {name: torch.cat([part[name] for part in parts]) for name in tables}, torch.cat(usable)
 
 
 def _refit_rows(
     target: Tensor, codes: Tensor, tables: dict[str, Tensor], format: Affine, hessian: Tensor
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], Tensor]:
     free_offset = format.zero_point == "float"
     scale = tables["weight_scale"].float()
     zero_point = tables["weight_zero_point"].float() if format.zero_point != "none" else None
@@ -69,7 +69,7 @@ def _refit_rows(
     if zero_point is not None and new_zero_point is not None:
         chosen = torch.where(usable[:, None], new_zero_point, zero_point)
         refitted["weight_zero_point"] = chosen.to(tables["weight_zero_point"].dtype)
-    return refitted, int((~usable).sum())
+    return refitted, usable
 
 
 def _normal_equations(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from qcli.errors import UsageError
 from qcli.method import LinearGroup
 from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
+from qcli.recipe import load_recipe
 
 PLAIN: dict[str, Any] = {
     "refit_target": False,
@@ -114,6 +118,34 @@ def test_a_hopeless_hessian_is_reported(case: tuple[LinearGroup, torch.Tensor, t
     weights = case[0].weights
     solutions = GPTQLike(bits=4, group_size=32, refit_target=False).quantize(LinearGroup(weights, hopeless))
     assert all("rounded to nearest" in solution.fallbacks[0] for solution in solutions.values())
+
+
+def test_each_layer_reports_only_its_own_rows(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+    """A row of zeros has no scale to solve for."""
+    weights = {name: weight.clone() for name, weight in case[0].weights.items()}
+    weights["a"][:3] = 0
+    solutions = GPTQLike(bits=3, group_size=32, refit_target=False).quantize(LinearGroup(weights, case[0].hessian))
+    assert solutions["a"].fallbacks == ["scale refit unusable in 3 of 64 rows: kept the searched scales"]
+    assert solutions["b"].fallbacks == []
+    assert not solutions["a"].weight.dense()[:3].any()
+
+
+def test_residual_goes_with_the_target_refit() -> None:
+    assert GPTQLike().repairs_residual
+    assert not GPTQLike(refit_target=False).repairs_residual
+    assert not GPTQLike(residual=False).repairs_residual
+    with pytest.raises(ValidationError, match="residual is a part of refit_target"):
+        GPTQLike(refit_target=False, residual=True)
+
+
+def test_switching_the_target_refit_off_reads_back(tmp_path: Path) -> None:
+    recipe, _ = load_recipe(None, {"model": "m"}, ["method.refit_target=false"])
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert "residual: auto" in recipe.to_yaml()
+    assert load_recipe(file, {})[0] == recipe
+    with pytest.raises(UsageError, match=r"method: residual is a part of refit_target"):
+        load_recipe(file, {}, ["method.residual=true"])
 
 
 def test_needs_follow_the_options() -> None:

@@ -1,0 +1,155 @@
+"""Reconstruction: tune codes and tables so that a linear's or a block's output comes back.
+
+Block-wise with latent weights it is ZeroQuant-V2's ZQ-Global (arXiv 2303.08302, section 4) and EfficientQAT's first
+phase (arXiv 2407.11062, section 3.2); linear by linear it is ZQ-Local. Written over `encode` and `decode`, it serves
+every format. Ours: latents in units of the quantization step and tables relative to themselves, so that one rate fits
+every layer; a start exactly at the codes the method chose; the best step chosen on samples that nothing was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
+    from qcli.training import Objective, Outcome
+
+_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
+
+
+class Refine(BaseModel):
+    """Options of the reconstruction that follows the method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: Literal["block", "linear"] = Field(
+        default="block", description="whose output is reconstructed: each transformer block's, or each linear's"
+    )
+    steps: int = Field(default=100, ge=1, description="of the optimizer, for each block or group of linears")
+    train: tuple[Literal["tables", "weights"], ...] = Field(
+        default=("tables", "weights"), description="scales and zero points, and the weights behind the codes"
+    )
+    tables_lr: float = Field(default=3e-3, gt=0, description="learning rate of tables, relative to their size")
+    weights_lr: float = Field(default=3e-3, gt=0, description="learning rate of weights, in quantization steps")
+    batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, at least one sample")
+
+    @model_validator(mode="after")
+    def _something(self) -> Refine:
+        if not self.train:
+            raise ValueError("train must name tables, weights or both")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Moments that reconstruction reads besides the method's."""
+        return frozenset({HESSIAN, CROSS, RESIDUAL_CROSS}) if self.scope == "linear" else frozenset()
+
+    def refine(
+        self,
+        weights: Mapping[str, QuantizedWeight],
+        targets: Mapping[str, Tensor],
+        objective: Objective,
+        progress: Progress = silent,
+    ) -> tuple[dict[str, QuantizedWeight], Outcome]:
+        """Train the weights of one objective together.
+
+        Args:
+            weights: as the method left them, by path.
+            targets: float32 `[out, in]`: what each one's codes were fitted to; latents start as near to it as the
+                codes allow.
+            objective: judges dense weights by the same paths.
+
+        Returns:
+            New weights of the same formats, or the given ones where nothing better was found; and how it went.
+        """
+        import torch
+
+        from qcli.training import Schedule, train
+
+        layers = {path: _Trained(weight, targets[path], self.train) for path, weight in weights.items()}
+        latents = [layer.latent for layer in layers.values() if layer.latent.requires_grad]
+        tables = [table for layer in layers.values() for table in layer.relative.values()]
+        groups = [{"params": tables, "lr": self.tables_lr}, {"params": latents, "lr": self.weights_lr}]
+        outcome = train(
+            [group for group in groups if group["params"]],
+            lambda final: {path: layer.dense(final=final) for path, layer in layers.items()},
+            objective,
+            Schedule(self.steps),
+            progress=progress,
+        )
+        if outcome.best_step == 0:
+            return dict(weights), outcome
+        with torch.no_grad():
+            return {path: layer.weight() for path, layer in layers.items()}, outcome
+
+
+class _Trained:
+    """One quantized weight as parameters: `latent` in steps from its start, `relative` changes of its tables."""
+
+    def __init__(self, weight: QuantizedWeight, target: Tensor, train: tuple[str, ...]) -> None:
+        import torch
+
+        self.given, self.format = weight, weight.format
+        dense = weight.dense()
+        # The distance to the code that differs in the lowest bit: the local step of every format.
+        self.step = (self.format.decode(weight.codes ^ 1, weight.tables) - dense).abs_()
+        reach = _INSIDE * self.step
+        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
+        moved = self.format.encode(start, weight.tables) != weight.codes
+        self.start = torch.where(moved, dense, start)
+        self.latent = torch.zeros_like(dense).requires_grad_("weights" in train)
+        self.unit: dict[str, Tensor] = {}
+        self.relative: dict[str, Tensor] = {}
+        for name, table in weight.tables.items():
+            if table.is_floating_point() and "tables" in train:
+                size = table.float().abs()
+                self.unit[name] = torch.maximum(size, 0.1 * size.mean())
+                self.relative[name] = torch.zeros_like(size).requires_grad_()
+
+    def tables(self, *, stored: bool) -> dict[str, Tensor]:
+        """Tables as they are now; as they will be `stored`, or float32 to be trained."""
+        import torch
+
+        tables = dict(self.given.tables)
+        for name, change in self.relative.items():
+            given = tables[name]
+            table = given.float() + self.unit[name] * change
+            if stored:
+                rounded = table.to(given.dtype)
+                table = torch.where(rounded.isfinite() & ((rounded != 0) | (given == 0)), rounded, given)
+            tables[name] = table
+        return tables
+
+    def dense(self, *, final: bool) -> Tensor:
+        """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
+        import torch
+
+        if final:
+            return self.weight().dense()
+        tables = self.tables(stored=False)
+        if not self.latent.requires_grad:
+            return self.format.decode(self.given.codes, tables)
+        latent = self.start + self.step * self.latent
+        with torch.no_grad():
+            codes = self.format.encode(latent, tables)
+        value = self.format.decode(codes, tables)
+        inside = (latent.detach() - value.detach()).abs_() <= self.step
+        return value + inside * (latent - latent.detach())
+
+    def weight(self) -> QuantizedWeight:
+        """As it will be stored."""
+        from qcli.quantized import QuantizedWeight
+
+        tables = self.tables(stored=True)
+        codes = self.given.codes
+        if self.latent.requires_grad:
+            codes = self.format.encode(self.start + self.step * self.latent.detach(), tables)
+        return QuantizedWeight(self.format, self.given.shape, codes, tables)

@@ -1,0 +1,1 @@
+"""Rewrites before any method: one file a transform, registered under the file's name."""

@@ -1,0 +1,178 @@
+"""Transforms, compensation, refinement and activations around a method, through the main verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qcli import run_folder
+from qcli.errors import UsageError
+from qcli.evaluate import evaluate
+from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
+from qcli.quantize import Result, quantize
+from qcli.recipe import load_recipe
+from qcli.verify import verify
+from tests.tiny import CONFIGS, VARIANTS, tiny_model
+
+TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
+TEQ = "transforms=[{name: teq, steps: 6, lr: 0.02}]"
+EVERYTHING = (TEQ, "low_rank.rank=2", "refine.steps=6", "activations.bits=8")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(600)))
+    return file
+
+
+def run(model: Path, out: Path, text: Path, *sets: str, **flags: Any) -> Result:
+    given = {"model": str(model), "out": str(out), "method.bits": 3, "method.group_size": 32}
+    given |= {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
+    recipe, _ = load_recipe(None, given | flags, sets)
+    return quantize(recipe)
+
+
+def loss(model: Path, out: Path, text: Path) -> float:
+    found = evaluate(str(out), baseline=str(model), data=[str(text)], window=32, max_windows=16).kl
+    assert found is not None
+    return found
+
+
+def streamed(folder: Path) -> torch.Tensor:
+    stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        hidden = stream.embed(TOKENS)
+        for index in range(stream.n_blocks):
+            hidden = stream.run_block(stream.load_block(index), index, hidden)
+        return stream.logits(hidden)
+
+
+def packed(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in CONFIGS), *VARIANTS], ids=str)
+def test_everything_at_once_on_every_family(
+    model_type: str, overrides: dict[str, Any], tmp_path: Path, text: Path
+) -> None:
+    model, out = tiny_model(model_type, tmp_path, **overrides), tmp_path / "out"
+    result = run(model, out, text, *EVERYTHING)
+    assert verify(out).layers == len(result.layers)
+    torch.testing.assert_close(packed(out), streamed(out), rtol=1e-4, atol=1e-4)
+    assert {what.split(" ", 2)[2] for what in result.training} == {"teq", "refine"}
+    assert len(result.training) == 4
+    for outcome in result.training.values():
+        assert outcome["after"] <= outcome["before"]
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("refine.steps=40",),
+        ("refine.steps=40", "refine.scope=linear"),
+        ("low_rank.rank=4", "low_rank.weighted=false"),
+        ("low_rank.rank=4",),
+        ("transforms=[{name: teq, steps: 40, lr: 0.02}]",),
+        ("transforms=[{name: teq, steps: 40, lr: 0.02, loss: kl}]",),
+    ],
+    ids=str,
+)
+def test_each_part_brings_rtn_closer_to_the_model(sets: tuple[str, ...], tmp_path: Path, text: Path) -> None:
+    model, plain, better = tiny_model("llama", tmp_path), tmp_path / "plain", tmp_path / "better"
+    run(model, plain, text, "method.name=rtn")
+    run(model, better, text, "method.name=rtn", *sets)
+    assert loss(model, better, text) < 0.9 * loss(model, plain, text)
+
+
+def test_fewer_activation_bits_cost_more(tmp_path: Path, text: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    losses = []
+    for bits in (8, 4):
+        out = tmp_path / f"a{bits}"
+        run(model, out, text, "method.bits=8", f"activations.bits={bits}")
+        losses.append(loss(model, out, text))
+    assert losses[1] > 3 * losses[0]
+
+
+def test_method_teq_is_the_transform_and_then_rtn(tmp_path: Path, text: Path) -> None:
+    model, short, long = tiny_model("llama", tmp_path), tmp_path / "short", tmp_path / "long"
+    run(model, short, text, "method.name=teq", "method.steps=6", "method.lr=0.02")
+    run(model, long, text, "method.name=rtn", TEQ)
+    assert (short / "model.safetensors").read_bytes() == (long / "model.safetensors").read_bytes()
+
+
+def test_transformed_dense_layers_and_norms_are_written(tmp_path: Path, text: Path) -> None:
+    """What nobody quantizes is folded all the same."""
+    model, plain, out = tiny_model("llama", tmp_path), tmp_path / "plain", tmp_path / "out"
+    sets = ("method.name=rtn", "overrides=[{match: '*.k_proj', dense: true}]")
+    run(model, plain, text, *sets)
+    run(model, out, text, *sets, "transforms=[{name: teq, steps: 40, lr: 0.02}]")
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    norm, dense = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.k_proj.weight"
+    alpha = before[norm] / after[norm]
+    assert not torch.equal(alpha, torch.ones_like(alpha))
+    torch.testing.assert_close(after[dense], before[dense] * alpha)
+    assert loss(model, out, text) < loss(model, plain, text)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [EVERYTHING, ("transforms=[{name: teq, steps: 6, lr: 0.02, loss: kl}]", "refine.scope=linear", "refine.steps=6")],
+    ids=("block by block", "whole model"),
+)
+def test_interrupted_after_every_commit_gives_the_same_bytes(
+    sets: tuple[str, ...], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", tmp_path)
+    run(model, tmp_path / "whole", text, *sets)
+    commit = run_folder.RunFolder.commit
+
+    class Stop(Exception):
+        pass
+
+    def commit_and_stop(*arguments: Any, **named: Any) -> None:
+        commit(*arguments, **named)
+        raise Stop
+
+    monkeypatch.setattr(run_folder.RunFolder, "commit", commit_and_stop)
+    stops = 0
+    while not (tmp_path / "pieces").exists():
+        try:
+            run(model, tmp_path / "pieces", text, *sets)
+        except Stop:
+            stops += 1
+    assert stops >= 5  # tokens, transforms, two blocks, the rest
+    whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert whole.read_bytes() == pieces.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sets", "place"),
+    [
+        (("refine.steps=0",), "refine.steps"),
+        (("refine.train=[]",), "refine"),
+        (("refine.scope=model",), "refine.scope"),
+        (("transforms=[tek]",), "did you mean 'teq'"),
+        (("transforms=teq",), "must be a list"),
+        (("transforms=[{name: teq, step: 3}]",), "did you mean 'steps'"),
+        (("low_rank.rank=64",), "low_rank.rank 64 must be below 32"),
+        (("activations.bits=2",), "activations.bits"),
+        (("refine.steps=5", "calibration.held_out=12"), "none is left"),
+        (("method.name=rtn", "overrides=[{match: '*.k_proj', method: {name: teq}}]"), "transforms whole blocks"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_told_before_any_work(sets: tuple[str, ...], place: str, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match=place.replace(".", r"\.")):
+        run(tiny_model("llama", tmp_path), tmp_path / "out", text, *sets)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -1,0 +1,173 @@
+"""Refinement on single weights: where it starts, what it may change, and that it finds what is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcli.format import Format
+from qcli.formats.affine import Affine
+from qcli.formats.low_rank import LowRank
+from qcli.method import LinearGroup
+from qcli.models.objectives import LinearObjective
+from qcli.quantized import QuantizedWeight
+from qcli.refine import Refine, _Trained
+from qcli.solvers import grid
+
+OUT, IN, TOKENS = 12, 64, 400
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:
+    codes, tables = grid.round_to_minmax(weight, format)
+    return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), codes, tables)
+
+
+def with_low_rank(weight: Tensor, base: Affine) -> QuantizedWeight:
+    format = LowRank.around(base, 2, 16)
+    shared = rounded(weight, base)
+    factors = {"lowrank_a": 0.01 * random(OUT, 2, seed=5).half(), "lowrank_b": 0.1 * random(2, IN, seed=6).half()}
+    return format.wrap(shared, factors)
+
+
+FORMATS = [
+    Affine(bits=bits, group_size=group_size, zero_point=zero_point)
+    for bits, group_size in ((2, 16), (3, 64), (4, -1))
+    for zero_point in ("none", "integer", "float")
+]
+
+
+@pytest.fixture
+def layer() -> tuple[LinearGroup, LinearGroup]:
+    """Correlated inputs of a linear and what quantization has made of them: for training, and held out."""
+    mixed, weight = random(IN, IN, seed=1) / 8, random(OUT, IN, seed=2)
+
+    def moments(seed: int) -> LinearGroup:
+        original = random(TOKENS, IN, seed=seed) @ mixed
+        inputs = original + 0.05 * random(TOKENS, IN, seed=seed + 1)
+        return LinearGroup({"w": weight}, inputs.T @ inputs / TOKENS, original.T @ inputs / TOKENS)
+
+    return moments(10), moments(20)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_training_starts_exactly_at_the_given_codes(format: Affine) -> None:
+    weight = random(OUT, IN)
+    given = rounded(weight, format)
+    trained = _Trained(given, weight + 0.3 * random(OUT, IN, seed=3), ("tables", "weights"))
+    assert torch.equal(trained.weight().codes, given.codes)
+    assert torch.equal(trained.dense(final=True), given.dense())
+    torch.testing.assert_close(trained.dense(final=False), given.dense(), rtol=0, atol=1e-6)
+
+
+def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
+    weight, format = random(OUT, IN), Affine(bits=3, group_size=64)
+    given = rounded(weight, format)
+    start = _Trained(given, weight, ("weights",)).start
+    scale = format.spread(given.tables["weight_scale"].float(), IN)
+    assert bool(((start - given.dense()).abs() <= 0.49 * scale + 1e-6).all())
+    inside = (weight - given.dense()).abs() < 0.49 * scale
+    torch.testing.assert_close(start[inside], weight[inside])
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -> None:
+    weight = random(OUT, IN)
+    given, pull = rounded(weight, format), random(OUT, IN, seed=4)
+    trained = _Trained(given, weight, ("tables", "weights"))
+    (trained.dense(final=False) * pull).sum().backward()
+    scale = given.tables["weight_scale"].float()
+    zero_point = given.tables["weight_zero_point"].float() if format.zero_point != "none" else format.center
+    zero_points = format.spread(zero_point, IN) if isinstance(zero_point, Tensor) else zero_point
+    by_hand = format.grouped((given.codes.float() - zero_points) * pull).sum(-1) * trained.unit["weight_scale"]
+    torch.testing.assert_close(trained.relative["weight_scale"].grad, by_hand, rtol=1e-4, atol=1e-5)
+    assert trained.latent.grad is not None
+    torch.testing.assert_close(trained.latent.grad, pull * trained.step)
+    assert torch.equal(trained.step, format.spread(scale.abs(), IN))
+
+
+@pytest.mark.parametrize("train", [("tables",), ("weights",), ("tables", "weights")])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_held_out_error_falls(
+    layer: tuple[LinearGroup, LinearGroup], train: tuple[Literal["tables", "weights"], ...], low_rank: bool
+) -> None:
+    group, held = layer
+    base = Affine(bits=2, group_size=32, zero_point="float")
+    given = with_low_rank(group.weights["w"], base) if low_rank else rounded(group.weights["w"], base)
+    objective = LinearObjective(group, held)
+    refine = Refine(scope="linear", steps=80, train=train, weights_lr=1e-2)
+    refined, outcome = refine.refine({"w": given}, group.weights, objective)
+    found = refined["w"]
+    found.check()
+    assert found.format == given.format
+    assert outcome.after == pytest.approx(objective.held_out({"w": found.dense()}))
+    assert outcome.after < 0.97 * outcome.before
+    assert torch.equal(found.codes, given.codes) is (train == ("tables",))
+    same = {name: torch.equal(table, given.tables[name]) for name, table in found.tables.items()}
+    assert all(same.values()) is (train == ("weights",))
+
+
+def test_linear_objective_is_the_real_output_error() -> None:
+    weight, quantized = random(OUT, IN), random(OUT, IN, seed=1)
+    original, inputs, lost = random(TOKENS, IN, seed=2), random(TOKENS, IN, seed=3), random(TOKENS, OUT, seed=4)
+    group = LinearGroup(
+        {"w": weight}, inputs.T @ inputs / TOKENS, original.T @ inputs / TOKENS, lost.T @ inputs / TOKENS
+    )
+    objective = LinearObjective(group, group)
+    size = (inputs @ weight.T).square().sum() / TOKENS
+
+    def by_hand(candidate: Tensor) -> Tensor:
+        return (original @ weight.T + lost - inputs @ candidate.T).square().sum() / TOKENS / size
+
+    found = objective.held_out({"w": quantized}) - objective.held_out({"w": weight})
+    assert found == pytest.approx(float(by_hand(quantized) - by_hand(weight)), rel=1e-4)
+
+
+class Spoiled:
+    """An objective whose training side leads away from what the held-out side wants."""
+
+    def __init__(self, wanted: Tensor) -> None:
+        self.wanted = wanted
+
+    def loss(self, weights: Mapping[str, Tensor], step: int) -> Tensor:
+        return -(weights["w"] - self.wanted).square().mean()
+
+    def held_out(self, weights: Mapping[str, Tensor]) -> float:
+        return float((weights["w"] - self.wanted).square().mean())
+
+
+def test_start_is_kept_when_training_does_not_help() -> None:
+    weight = random(OUT, IN)
+    given = rounded(weight, Affine(bits=3, group_size=16))
+    refined, outcome = Refine(steps=20).refine({"w": given}, {"w": weight}, Spoiled(weight))
+    assert (outcome.best_step, outcome.after) == (0, outcome.before)
+    assert refined["w"] is given
+
+
+def test_loss_that_is_not_finite_ends_training() -> None:
+    class Broken(Spoiled):
+        def loss(self, weights: Mapping[str, Tensor], step: int) -> Tensor:
+            return super().loss(weights, step) * (torch.nan if step == 3 else 1)
+
+    weight = random(OUT, IN)
+    given = rounded(weight, Affine(bits=3, group_size=16))
+    refined, outcome = Refine(steps=20).refine({"w": given}, {"w": weight}, Broken(weight))
+    assert outcome.steps == 3
+    assert refined["w"] is given
+
+
+def test_global_generator_is_left_alone(layer: tuple[LinearGroup, LinearGroup]) -> None:
+    format: Format = Affine(bits=3, group_size=16)
+    assert isinstance(format, Affine)
+    before = torch.get_rng_state()
+    Refine(scope="linear", steps=5).refine(
+        {"w": rounded(layer[0].weights["w"], format)}, layer[0].weights, LinearObjective(*layer)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
