@@ -20,9 +20,11 @@ from qcli.evaluate import evaluate
 from qcli.quantize import quantize
 from qcli.recipe import load_recipe
 
-Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), method options
+Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 
 W = {"w4g64": (4, 64), "w3g64": (3, 64), "w2g64": (2, 64), "w2g32": (2, 32)}
+OTHER = {"w8g64": (8, 64), "w4row": (4, -1), "w3row": (3, -1)}
+SECTIONS = ("transforms", "refine", "low_rank", "activations")  # options that are no method's
 FLOAT = {"zero_point": "float"}
 PLAIN = {
     "column_order": "none",
@@ -34,18 +36,21 @@ PLAIN = {
 
 
 def _bits(width: str) -> dict[str, Any]:
-    bits, group_size = W[width]
+    bits, group_size = (W | OTHER)[width]
     return {"bits": bits, "group_size": group_size}
 
 
+def _row(method: str, width: str, samples: int, options: dict[str, Any]) -> Row:
+    name = " ".join([f"{method} {width}", *(f"{key}={value}" for key, value in options.items())])
+    return name, samples, {"name": method, **_bits(width), **options}
+
+
 def _gptq(width: str, samples: int, **options: Any) -> Row:
-    name = " ".join([f"gptq-like {width}", *(f"{key}={value}" for key, value in options.items())])
-    return name, samples, {"name": "gptq-like", **_bits(width), **options}
+    return _row("gptq-like", width, samples, options)
 
 
 def _rtn(width: str, **options: Any) -> Row:
-    name = " ".join([f"rtn {width}", *(f"{key}={value}" for key, value in options.items())])
-    return name, 64 if options.get("grid") == "hessian" else 0, {"name": "rtn", **_bits(width), **options}
+    return _row("rtn", width, 64 if options.get("grid") == "hessian" else 0, options)
 
 
 SUITES: dict[str, list[Row]] = {
@@ -84,6 +89,44 @@ SUITES: dict[str, list[Row]] = {
         for ridge in (0.1, 0.4)
         for damping in (0.01, 0.1)
     ],
+    "refined": [
+        *(_gptq(width, 128, **FLOAT, **{"refine.steps": 200}) for width in ("w2g64", "w3g64", "w2g32")),
+        *(_gptq(width, 128, **FLOAT) for width in ("w2g64", "w3g64", "w2g32")),
+    ],
+    "ptq": [
+        *(
+            _row("rtn", width, 64, {"refine.scope": scope})
+            for width in ("w3g64", "w2g64")
+            for scope in ("linear", "block")
+        ),
+    ],
+    "low-rank": [
+        *(
+            _gptq(width, 16, **FLOAT, **{"low_rank.rank": 8}, **options)
+            for width in ("w3g64", "w2g64")
+            for options in ({}, {"low_rank.of": "weight"}, {"low_rank.weighted": False, "low_rank.of": "weight"})
+        ),
+        *(
+            _row("rtn", width, samples, {"low_rank.rank": 8, "low_rank.weighted": samples > 0})
+            for width in ("w3g64", "w2g64")
+            for samples in (0, 16)
+        ),
+    ],
+    "activations": [
+        *(
+            _row(method, width, samples, {"activations.bits": 8})
+            for width in ("w4g64", "w8g64")
+            for method, samples in (("rtn", 0), ("gptq-like", 16))
+        ),
+    ],
+    "teq": [
+        *(_row("teq", width, 16, {"steps": 200}) for width in ("w4g64", "w3g64", "w2g64")),
+        *(_row("teq", width, 16, {"steps": 200}) for width in ("w4row", "w3row")),
+        *(_rtn(width) for width in ("w4row", "w3row")),
+        *(_gptq(width, 16, **FLOAT, transforms=[{"name": "teq", "steps": 200}]) for width in ("w3g64", "w2g64")),
+        *(_gptq(width, 16, **FLOAT, **PLAIN, transforms=[{"name": "teq", "steps": 200}]) for width in ("w3g64",)),
+        *(_row("teq", "w3g64", 16, {"steps": 200, "loss": loss}) for loss in ("kl", "cross-entropy")),
+    ],
     "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
 }
 
@@ -91,7 +134,9 @@ SUITES: dict[str, list[Row]] = {
 def measure(model: str, row: Row, data: Path, score: Path, windows: int) -> dict[str, Any]:
     """Quantize and evaluate one row."""
     name, samples, options = row
-    flags: dict[str, Any] = {f"method.{key}": value for key, value in options.items()}
+    flags: dict[str, Any] = {
+        key if key.partition(".")[0] in SECTIONS else f"method.{key}": value for key, value in options.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         flags |= {"model": model, "out": f"{folder}/out", "calibration.data": str(data)}
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
@@ -102,7 +147,7 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int) -> dict
     return {
         "name": name,
         "samples": samples,
-        "method": options,
+        "options": options,
         "bits_per_weight": found.bits_per_weight,
         "kl": found.kl,
         "perplexity": scored.perplexity,
@@ -111,6 +156,7 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int) -> dict
         "seconds": round(result.seconds, 1),
         "peak_memory": result.peak_memory,
         "fallbacks": len(result.fallbacks),
+        "training": result.training,
     }
 
 

@@ -54,12 +54,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     packed = torch.empty(rows, words_per_row(columns, bits), dtype=torch.int32, device=codes.device)
     step = max(1, _TILE // max(1, columns))
+    work = torch.empty(2, min(step, rows) * -(-columns // 8), dtype=torch.int64, device=codes.device)
     for start in range(0, rows, step):
-        packed[start : start + step] = _pack_rows(codes[start : start + step], bits)
+        packed[start : start + step] = _pack_rows(codes[start : start + step], bits, work)
     return packed
 
 
-def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+def _pack_rows(codes: Tensor, bits: int, work: Tensor) -> Tensor:
+    """Packed rows; `work`, int64 `[2, >= rows * ceil(columns / 8)]`, is overwritten."""
     rows, columns = codes.shape
     words = words_per_row(columns, bits)
     eights = -(-columns // 8)
@@ -67,8 +69,10 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, eights * 8 - columns))
     lanes = codes.reshape(-1).view(torch.int64)
     if bits < 8:
+        even, odd = work[:, : lanes.numel()]
         for shift, low, high in _folds(bits):
-            lanes = (lanes >> shift).bitwise_and_(high).bitwise_or_(lanes & low)
+            torch.bitwise_right_shift(lanes, shift, out=odd).bitwise_and_(high)
+            lanes = torch.bitwise_and(lanes, low, out=even).bitwise_or_(odd)
     stream = _leading_bytes(lanes, bits).view(rows, eights * bits)
     if stream.shape[1] != words * 4:  # rows of eights may end before or after rows of words
         shared = min(words * 4, stream.shape[1])

@@ -26,6 +26,7 @@ from qcli.models.moments import StagedBlock, gather
 from qcli.models.objectives import BlockObjective, LinearObjective, ModelObjective
 from qcli.models.stream import ModelStream
 from qcli.plan import Plan
+from qcli.progress import Progress
 from qcli.quantized import QuantizedWeight
 from qcli.run_folder import RunFolder
 from qcli.training import Outcome
@@ -111,9 +112,17 @@ class Streamed:
     """
 
     def __init__(
-        self, todo: Plan, run: RunFolder, tokens: Tensor, device: torch.device, dtype: torch.dtype, fast: bool
+        self,
+        todo: Plan,
+        run: RunFolder,
+        tokens: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        fast: bool,
+        progress: Progress,
     ) -> None:
-        self.todo, self.run, self.fast, self.refine = todo, run, fast, todo.recipe.refine
+        self.todo, self.run, self.fast, self.refine, self.progress = todo, run, fast, todo.recipe.refine, progress
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(todo.source, device=device, dtype=dtype)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
@@ -207,7 +216,7 @@ class Streamed:
             paths = [path for group in self.stream.family.groups for path in group.linears]
             weights = {path: self.stream.weight_of(module.get_submodule(path)).float() for path in paths}
             formats = {path: method.format for path, method in self._methods(block).items()}
-            alphas, outcome = transform.fit(weights, formats, scales, objective)
+            alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
             found = {f"{block}.{number}": alpha for number, alpha in enumerate(alphas)}
             self.run.commit(part, found, {transform.name: asdict(outcome)})
         found = load_file(self.run.file(part))
@@ -238,7 +247,7 @@ class Streamed:
             seed=f"{self.todo.recipe.seed}:{part}",
             fast=self.fast,
         )
-        alphas, outcome = transform.fit(weights, formats, scales, objective)
+        alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
         self.run.commit(part, dict(zip(names, alphas, strict=True)), {transform.name: asdict(outcome)})
 
     def _methods(self, block: int) -> dict[str, Method]:
@@ -283,7 +292,7 @@ class Streamed:
         assert self.refine is not None
         weights = {name: solution.weight for name, solution in solutions.items()}
         targets = {name: group.weights[name] if s.target is None else s.target for name, s in solutions.items()}
-        refined, outcome = self.refine.refine(weights, targets, LinearObjective(group, held))
+        refined, outcome = self.refine.refine(weights, targets, LinearObjective(group, held), self.progress)
         solved.training[f"refine {' '.join(self._path(name) for name in solutions)}"] = outcome
         return {name: replace(solution, weight=refined[name]) for name, solution in solutions.items()}
 
@@ -294,7 +303,7 @@ class Streamed:
         )
         names = {self._path(name): name for name in solved.weights}
         weights = {path: solved.weights[name] for path, name in names.items()}
-        refined, outcome = self.refine.refine(weights, stage.targets, objective)
+        refined, outcome = self.refine.refine(weights, stage.targets, objective, self.progress)
         solved.training["refine"] = outcome
         for path, weight in refined.items():
             solved.weights[names[path]] = weight

@@ -83,7 +83,8 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated bytes at the peak: one block in float32 (two with both streams), activations, moments."""
+        """Estimated bytes at the peak: one block in float32 (two with both streams, more to train it), activations,
+        moments."""
         blocks: dict[int, int] = {}
         for layer in self.layers:
             blocks[layer.block] = blocks.get(layer.block, 0) + 4 * prod(layer.shape)
@@ -96,7 +97,9 @@ class Plan:
         hidden = self.layers[0].shape[1]
         tokens = self.recipe.calibration.samples * self.recipe.calibration.seq_len
         activations = tokens * (2 * 4 * hidden + 2 * 2 * hidden + 2 * widest)
-        return _RUNTIME + 2 * outside + 3 * block + activations + 8 * 6 * widest**2
+        copies = 3 + (_TRAINED_COPIES if self.recipe.trained else 0)
+        model = sum(blocks.values()) if any(transform.whole_model for transform in self.recipe.all_transforms) else 0
+        return _RUNTIME + 2 * outside + copies * block + 4 * model + activations + 8 * 6 * widest**2
 
     def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
         """Of the vectors of a block (norm weights, biases), by name in the block."""
@@ -139,6 +142,9 @@ class Plan:
 
 
 _RUNTIME = 450 * 10**6  # torch and transformers themselves
+_TRAINED_COPIES = (
+    9  # of a block: latents, their start, step, gradient, both moments, the best; values and their gradient
+)
 
 
 def plan(recipe: Recipe) -> Plan:

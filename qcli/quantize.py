@@ -96,7 +96,9 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
         shards.require_space(out, 2 * todo.bytes - run.size())
         tokens = _tokens(todo, run, device, progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
-            loop = Streamed(todo, run, tokens, device, dtype, fast) if tokens is not None else Alone(todo, device)
+            loop: Alone | Streamed = Alone(todo, device)
+            if tokens is not None:
+                loop = Streamed(todo, run, tokens, device, dtype, fast=fast, progress=progress)
             layers, training, resumed = _blocks(todo, run, loop, progress)
             del loop
         _outside(todo, run)

@@ -33,12 +33,12 @@ class Refine(BaseModel):
     scope: Literal["block", "linear"] = Field(
         default="block", description="whose output is reconstructed: each transformer block's, or each linear's"
     )
-    steps: int = Field(default=100, ge=1, description="of the optimizer, for each block or group of linears")
+    steps: int = Field(default=200, ge=1, description="of the optimizer, for each block or group of linears")
     train: tuple[Literal["tables", "weights"], ...] = Field(
         default=("tables", "weights"), description="scales and zero points, and the weights behind the codes"
     )
-    tables_lr: float = Field(default=3e-3, gt=0, description="learning rate of tables, relative to their size")
-    weights_lr: float = Field(default=3e-3, gt=0, description="learning rate of weights, in quantization steps")
+    tables_lr: float = Field(default=1e-3, gt=0, description="learning rate of tables, relative to their size")
+    weights_lr: float = Field(default=1e-2, gt=0, description="learning rate of weights, in quantization steps")
     batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, at least one sample")
 
     @model_validator(mode="after")
@@ -132,6 +132,8 @@ class _Trained:
         """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
         import torch
 
+        from qcli.training import straight_through
+
         if final:
             return self.weight().dense()
         tables = self.tables(stored=False)
@@ -141,8 +143,7 @@ class _Trained:
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
         value = self.format.decode(codes, tables)
-        inside = (latent.detach() - value.detach()).abs_() <= self.step
-        return value + inside * (latent - latent.detach())
+        return straight_through(value, latent, (latent.detach() - value.detach()).abs_() <= self.step)
 
     def weight(self) -> QuantizedWeight:
         """As it will be stored."""

@@ -80,7 +80,6 @@ def train(
     weights: Callable[[bool], Weights],
     objective: Objective,
     schedule: Schedule,
-    after_step: Callable[[], None] = lambda: None,
     progress: Progress = silent,
 ) -> Outcome:
     """Train parameters in place and leave them at the best held-out step.
@@ -91,18 +90,18 @@ def train(
             will be stored (tables rounded), without gradients.
         objective: what they are judged by.
         schedule: how long and how fast.
-        after_step: keeps parameters in bounds.
-        progress: told after each judgement.
+        progress: told at the start and after each judgement.
 
     Returns:
         Held-out losses. Steps whose loss is not finite end the training; what was best before them is kept.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     best = before = _judged(weights, objective)
     kept, best_step, done = [parameter.detach().clone() for parameter in parameters], 0, 0
     judged_at = {round(schedule.steps * (n + 1) / schedule.judgements) for n in range(schedule.judgements)}
+    progress("train", 0, schedule.steps)
     with torch.enable_grad():
         for step in range(schedule.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -114,20 +113,36 @@ def train(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            with torch.no_grad():
-                after_step()
             done = step + 1
             if done in judged_at:
                 found = _judged(weights, objective)
                 if found < best:
                     best, best_step = found, done
                     kept = [parameter.detach().clone() for parameter in parameters]
-                progress("train", done, schedule.steps, f"held-out {best:.4g} (from {before:.4g})")
+                progress("train", done, schedule.steps, f"held-out loss {best:.3g}, was {before:.3g}")
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
             parameter.grad = None
     return Outcome(before, best, best_step, done)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, value: Tensor, latent: Tensor, inside: Tensor) -> Tensor:
+        context.save_for_backward(inside)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (inside,) = context.saved_tensors
+        return gradients[0], gradients[0] * inside, None
+
+
+def straight_through(value: Tensor, latent: Tensor, inside: Tensor) -> Tensor:
+    """`value`, whose gradient reaches `latent` too, unchanged, where `inside` is true; all of one shape."""
+    found: Tensor = _StraightThrough.apply(value, latent, inside)  # type: ignore[no-untyped-call]
+    return found
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`qcli quantize`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,9 @@ from qcli.ui import Session, Tables, bits, duration, size
 
 def quantize(
     model: flags.OptionalModel = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="rtn or gptq-like. Default: gptq-like.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="gptq-like, rtn or teq. Default: gptq-like.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")] = None,
     group_size: Annotated[
         int | None,
@@ -113,6 +116,22 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             "stayed dense": f"{len(result['dense'])} layers, by override" if result["dense"] else None,
             "fallbacks": len(result["fallbacks"]) or "none",
         }
+        | trained(result["training"])
     )
     for name, steps in result["fallbacks"].items():
         tables.line(f"  {name}: {'; '.join(steps)}")
+
+
+def trained(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A line for each kind of training: held-out losses, averaged over blocks."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for what, outcome in training.items():
+        kinds.setdefault(what.split()[2], []).append(outcome)
+    lines = {}
+    for kind, outcomes in kinds.items():
+        before, after = (sum(outcome[key] for outcome in outcomes) / len(outcomes) for key in ("before", "after"))
+        kept = sum(outcome["best_step"] == 0 for outcome in outcomes)
+        lines[kind] = f"held-out loss {before:.3g} -> {after:.3g}" + (
+            f"; {kept} of {len(outcomes)} kept as they were" if kept else ""
+        )
+    return lines

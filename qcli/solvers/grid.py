@@ -29,9 +29,7 @@ def minmax(weight: Tensor, format: Affine) -> dict[str, Tensor]:
     Returns:
         Tables of `format` for the whole weight.
     """
-    groups = format.grouped(weight)
-    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-    return _tables(*_spanning(low, high, format), format)
+    return _tables(*_spanning(*_range(format.grouped(weight)), format), format)
 
 
 def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,11 +42,18 @@ def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, T
         uint8 codes `[out, in]` and the tables.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    rows, parts = _tile_rows(weight), []
+    signed = codes.view(torch.int8) if format.bits < 8 else codes  # float to int8 is vectorised, to uint8 is not
+    rows, parts = min(_tile_rows(weight), len(weight)), []
+    tile = torch.empty(rows, weight.shape[1], device=weight.device)
+    steps = torch.empty_like(format.grouped(tile))
     for start in range(0, len(weight), rows):
-        tile = weight[start : start + rows].float()
-        parts.append(minmax(tile, format))
-        codes[start : start + rows] = format.encode(tile, parts[-1])
+        part = weight[start : start + rows]
+        groups = format.grouped(tile[: len(part)].copy_(part) if part.dtype != torch.float32 else part)
+        scale, zero_point = _spanning(*_range(groups), format)
+        stepped = torch.div(groups, scale[..., None], out=steps[: len(part)])
+        stepped.add_(zero_point[..., None]).round_().clamp_(0, (1 << format.bits) - 1)
+        signed[start : start + rows] = stepped.view(len(part), -1)[:, : weight.shape[1]]
+        parts.append(_tables(scale, zero_point, format))
     return codes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -83,7 +88,7 @@ def _grouped_importance(weight: Tensor, importance: Tensor | None, format: Affin
 
 
 def _search_rows(groups: Tensor, importance: Tensor, format: Affine, power: float) -> dict[str, Tensor]:
-    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    low, high = _range(groups)
     best = _Best(groups, importance, format, power)
     best.offer(*_spanning(low, high, format))
     for clip in _CLIPS:
@@ -150,6 +155,11 @@ def _least_squares(
         refit = mean(centred * groups) / mean(centred.square()).clamp(min=1e-30)
         scale = rounded_scale(torch.where(usable & (refit.abs() > 1e-12), refit, scale))
     return scale, torch.where(usable, zero_point, current.zero_point)
+
+
+def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest weight of each group, or 0 where that lies outside."""
+    return groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
 
 
 def _spanning(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor]:

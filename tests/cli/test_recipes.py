@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import qcli
+from qcli import registry
+from qcli.recipe import METHODS
 from tests.cli.conftest import Invoke
 
 RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -15,11 +17,15 @@ RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_recipe_quantizes(invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path) -> None:
-    small = ("--data", text, "--samples", 4, "--seq-len", 32, "--group-size", 32)
+    small: tuple[object, ...] = ("--data", text, "--samples", 6, "--seq-len", 32, "--group-size", 32)
+    described = recipe.read_text()
+    small += ("--set", "refine.steps=4") if "refine:" in described else ()
+    small += ("--set", "method.steps=4") if "steps: 200" in described and "name: teq" in described else ()
+    small += ("--set", "low_rank.rank=2") if "low_rank:" in described else ()
     code, out, err = invoke("quantize", model, "--recipe", recipe, *small, "--out", tmp_path / "out", "--json")
     assert code == 0, err
     assert len(json.loads(out)["layers"]) == 14
 
 
 def test_there_is_one_for_every_method() -> None:
-    assert {"rtn", "gptq-like"} <= {recipe.stem for recipe in RECIPES}
+    assert set(registry.names(METHODS)) <= {recipe.stem for recipe in RECIPES}

@@ -77,10 +77,16 @@ def test_zeros_stay_zeros(zero_point: ZeroPoint) -> None:
         assert not format.decode(format.encode(torch.zeros(3, 16), tables), tables).any()
 
 
-def test_one_pass_gives_what_two_steps_give() -> None:
-    format = Affine(bits=4, group_size=32, zero_point="integer")
-    weight = normal(70, 9000)
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 50), (7, -1), (8, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_gives_what_two_steps_give(
+    bits: int, group_size: int, zero_point: ZeroPoint, dtype: torch.dtype
+) -> None:
+    """To the bit, over several tiles, the last one smaller, and ragged groups."""
+    format = Affine(bits=bits, group_size=group_size, zero_point=zero_point)
+    weight = normal(70, 9000).to(dtype)
     codes, tables = grid.round_to_minmax(weight, format)
-    expected = grid.minmax(weight, format)
+    expected = grid.minmax(weight.float(), format)
     assert all(torch.equal(tables[name], expected[name]) for name in expected)
     assert torch.equal(codes, format.encode(weight, expected))

@@ -1,0 +1,89 @@
+"""Objectives against the same thing computed plainly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from qcli.models.objectives import BlockObjective, ModelObjective, _Order
+from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
+from tests.tiny import tiny_model
+
+TOKENS = torch.randint(3, 300, (7, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny_model(request.param, tmp_path)
+
+
+@pytest.fixture
+def stream(folder: Path) -> ModelStream:
+    return ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_block_objective_is_the_mean_relative_error_of_tokens(stream: ModelStream) -> None:
+    block, paths = stream.load_block(0), [path for group in stream.family.groups for path in group.linears]
+    batches = [stream.embed(part) for part in torch.split(TOKENS, 2)]
+    targets = [stream.run_block(block, 0, batch) for batch in batches]
+    generator = torch.Generator().manual_seed(2)
+    weights = {}
+    for path in paths:
+        weight = stream.weight_of(block.get_submodule(path))
+        weights[path] = weight + 0.05 * torch.randn(weight.shape, generator=generator)
+    objective = BlockObjective(
+        stream, 0, block, batches[:3], targets[:3], batches[3:], targets[3:], batch_tokens=32, seed="s", fast=False
+    )
+    original = {path: stream.weight_of(block.get_submodule(path)).clone() for path in paths}
+    assert objective.held_out(original) == pytest.approx(0, abs=1e-9)
+
+    changed = stream.load_block(0)
+    for path, weight in weights.items():
+        stream.set_weight(changed.get_submodule(path), weight)
+
+    def error(number: int) -> float:
+        hidden, target = batches[number // 2][number % 2], targets[number // 2][number % 2]
+        output = stream.run_block(changed, 0, hidden[None])[0]
+        return float(((output - target).square().sum(-1) / target.square().sum(-1)).mean())
+
+    assert objective.held_out(weights) == pytest.approx(error(6), rel=1e-4)
+    picks = objective.order.take(1, 2)
+    expected = sum(error(number) for number in picks) / 2
+    assert float(objective.loss(weights, 1)) == pytest.approx(expected, rel=1e-4)
+    for path in paths:
+        assert torch.equal(stream.weight_of(block.get_submodule(path)), original[path])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("predictions", [False, True])
+def test_model_objective_is_the_models_own_loss(stream: ModelStream, folder: Path, predictions: bool) -> None:
+    blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
+    (path, *_) = stream.family.groups[-1].linears
+    weight = 0.5 * stream.weight_of(blocks[1].get_submodule(path))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    original = model(TOKENS[5:]).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    module = model.get_submodule(f"{stream.family.blocks}.1.{path}")
+    stream.set_weight(module, weight)
+    found = model(TOKENS[5:]).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    expected = F.nll_loss(found, TOKENS[5:, 1:].flatten())
+    if predictions:
+        expected = (original.exp() * (original - found)).sum(-1).mean()
+    objective = ModelObjective(
+        stream, blocks, TOKENS[:5], TOKENS[5:], predictions=predictions, batch_tokens=32, seed="s", fast=False
+    )
+    assert objective.held_out({f"1.{path}": weight}) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_order_takes_every_sample_once_before_any_again() -> None:
+    order = _Order(5, "seed")
+    taken = [number for step in range(5) for number in order.take(step, 2)]
+    assert sorted(taken[:5]) == sorted(taken[5:]) == list(range(5))
+    assert taken[:5] != taken[5:]
+    assert order.take(3, 2) == _Order(5, "seed").take(3, 2)
+    assert order.take(0, 7)[:5] == taken[:5]

@@ -1,0 +1,73 @@
+"""The training loop: its schedule, what it keeps, and the straight-through gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcli.training import Schedule, Weights, straight_through, train
+
+
+class Distance:
+    """Half the squared distance to one point, and for held-out samples to another."""
+
+    def __init__(self, wanted: float, held: float) -> None:
+        self.wanted, self.held = wanted, held
+
+    def loss(self, weights: Weights, step: int) -> Tensor:
+        return 0.5 * (weights["w"] - self.wanted).square().sum()
+
+    def held_out(self, weights: Weights) -> float:
+        return float(0.5 * (weights["w"] - self.held).square().sum())
+
+
+def test_rate_rises_then_falls_to_the_floor() -> None:
+    schedule = Schedule(100, warmup=0.1, floor=0.05)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05, abs=1e-3)
+    assert Schedule(1).rate(0) > 0
+
+
+def test_best_held_out_step_is_kept() -> None:
+    """Training passes the held-out optimum half way: what is kept is the judged step nearest to it."""
+    parameter = torch.zeros(3, requires_grad=True)
+    seen: list[float] = []
+
+    def weights(final: bool) -> Weights:
+        if final:
+            seen.append(float(parameter.detach()[0]))
+        return {"w": parameter}
+
+    outcome = train([{"params": [parameter], "lr": 0.05}], weights, Distance(1.0, 0.5), Schedule(60, judgements=20))
+    best = min(range(len(seen)), key=lambda place: abs(seen[place] - 0.5))
+    assert 0 < best < 20
+    assert outcome.best_step == 3 * best
+    assert parameter.tolist() == pytest.approx([seen[best]] * 3)
+    assert outcome.before == pytest.approx(0.375)
+    assert outcome.after == pytest.approx(1.5 * (seen[best] - 0.5) ** 2)
+    assert outcome.steps == 60
+
+
+def test_each_group_has_its_own_rate() -> None:
+    fast, slow = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    train(
+        [{"params": [fast], "lr": 1e-2}, {"params": [slow], "lr": 1e-3}],
+        lambda final: {"w": torch.cat([fast, slow])},
+        Distance(10.0, 10.0),
+        Schedule(5),
+    )
+    assert float(fast.detach() / slow.detach()) == pytest.approx(10, rel=1e-3)
+
+
+def test_straight_through_gradient() -> None:
+    value, latent = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    inside = torch.tensor([True, False, True, False])
+    found = straight_through(value, latent, inside)
+    assert torch.equal(found, value)
+    found.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert value.grad is not None and value.grad.tolist() == [1, 2, 3, 4]
+    assert latent.grad is not None and latent.grad.tolist() == [1, 0, 3, 0]
