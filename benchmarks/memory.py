@@ -91,7 +91,6 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="32 blocks are 4 GB")
     parser.add_argument("--methods", nargs="+", default=["rtn"], help="of these, gptq-like takes hours at this size")
     blocks = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(" ".join(f"w{(n * 7919) % VOCAB}" for n in range(3000)))
@@ -99,9 +98,9 @@ def main() -> None:
             model = Path(folder) / f"llama-{count}"
             write_llama(model, count)
             for method in blocks.methods:
-                rows.append({"blocks": count, **quantized(model, Path(folder) / f"out-{count}-{method}", method, text)})
-                print(rows[-1], flush=True)
-    common.save("memory", {"what": __doc__, "rows": rows})
+                row = {"blocks": count, **quantized(model, Path(folder) / f"out-{count}-{method}", method, text)}
+                print(row, flush=True)
+                common.save_row("memory", ("blocks", "method"), row, __doc__)
 
 
 if __name__ == "__main__":

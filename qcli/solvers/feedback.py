@@ -1,7 +1,7 @@
 """Error feedback: quantize column by column and let the columns to come absorb each column's error.
 
 GPTQ (arXiv 2210.17323, section 3) and GPTAQ's asymmetric term (arXiv 2504.02692, eq. 14), for any format.
-The factor comes from one Cholesky of the flipped Hessian and one triangular inverse (ours), in float64.
+The factor comes from one Cholesky of the flipped Hessian and one triangular inverse in place (ours), in float64.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from qcli.format import Format
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)
+_DIRECT = 256  # rows of a triangle that is inverted in one piece
 _LAZY = 64  # columns whose errors are applied to the rest of the matrix in one product
 
 
@@ -26,21 +27,35 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, floa
         hessian: `[in, in]`; dead inputs must have a non-zero diagonal (see `without_dead_inputs`).
     """
     for strength in (damping, *(step for step in DAMPINGS if step > damping)):
-        damped = hessian.double().flip(0, 1)
+        damped = hessian.flip(0, 1).double()
         damped.diagonal().add_(strength * damped.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # at 28,672 inputs each of these matrices takes 6.6 GB
         if not bool(failed) and bool(lower.isfinite().all()):
-            upper = lower.flip(0, 1)
-            del lower
-            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, identity, upper=True).float(), strength
+            _invert_lower(lower)
+            return lower.float().flip(0, 1), strength
+        del lower
     return None, DAMPINGS[-1]
 
 
+def _invert_lower(matrix: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: `[[A, 0], [B, C]]^-1 = [[A', 0], [-C' B A', C']]`."""
+    if len(matrix) <= _DIRECT:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = len(matrix) // 2
+    first, last = matrix[:half, :half], matrix[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    matrix[half:, :half] = (last @ matrix[half:, :half]).neg_() @ first
+
+
 def without_dead_inputs(hessian: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs that are always 0 get `H_jj = 1` and `w_j = 0`; copies are returned."""
+    """Inputs that are always 0 get `H_jj = 1` and `w_j = 0`, in copies; without such inputs nothing is copied."""
     dead = hessian.diagonal() <= 0
+    if not bool(dead.any()):
+        return hessian, weight
     hessian, weight = hessian.clone(), weight.clone()
     hessian.diagonal().masked_fill_(dead, 1.0)
     weight[:, dead] = 0

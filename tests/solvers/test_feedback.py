@@ -50,15 +50,16 @@ def test_lazy_blocks_equal_the_textbook(inputs: int) -> None:
     assert float(agree) > 0.995, "float32 may differ where a value lies between two codes"
 
 
-def test_factor_is_the_upper_root_of_the_inverse() -> None:
-    _, x, _ = problem()
+@pytest.mark.parametrize("inputs", [24, 700])
+def test_factor_is_the_upper_root_of_the_inverse(inputs: int) -> None:
+    _, x, _ = problem(inputs, tokens=2 * inputs)
     hessian = x.T @ x / len(x)
     factor, damping = feedback.inverse_factor(hessian, 0.01)
     assert factor is not None
     assert damping == 0.01
-    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(inputs)
     assert torch.equal(factor, factor.triu())
-    assert torch.allclose(factor.double().T @ factor.double() @ damped, torch.eye(24).double(), atol=1e-4)
+    assert torch.allclose(factor.double().T @ factor.double() @ damped, torch.eye(inputs).double(), atol=1e-4)
 
 
 def test_damping_climbs_and_gives_up_loudly() -> None:
