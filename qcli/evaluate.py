@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcli import __version__
+from qcli.checkpoint import MANIFEST, read_manifest
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import SELF, Tokens, context_length, evaluation_tokens
-from qcli.errors import UsageError, VerificationError
+from qcli.data import SELF, Tokens, calibration_tokens, context_length, evaluation_tokens, is_folder
+from qcli.errors import ResourceError, UsageError, VerificationError
+from qcli.memory import free_memory
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
@@ -139,7 +141,9 @@ def evaluate(
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
 
     Raises:
-        UsageError: no such model or data, text too short, or model and baseline do not share a vocabulary.
+        UsageError: no such model or data, text too short or that of the model's calibration, or model and baseline
+            do not share a vocabulary.
+        ResourceError: the hidden states of all windows do not fit the memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
     if not data:
@@ -147,7 +151,10 @@ def evaluate(
     where, precision = resolve_device(device), resolve_dtype(dtype)
     sources = [open_source(name) for name in (model, baseline) if name is not None]
     length = min([window or _WINDOW, *(_context(source) for source in sources if window is None)])
+    for folder in filter(is_folder, data):
+        _refuse_seen(folder, sources[0])
     sets = [_tokens(name, sources, length, max_windows, where, progress) for name in dict.fromkeys(data)]
+    _check_memory(sets, sources, precision)
 
     with matmul_precision(fast=False), torch.inference_mode():
         runs = []
@@ -186,6 +193,31 @@ def _protocol(score: Score) -> dict[str, Any]:
 
 def _context(source: Source) -> int:
     return context_length(source.config) or _WINDOW
+
+
+def _refuse_seen(folder: str, source: Source) -> None:
+    """A folder of `qcli calibrate` may hold the very tokens that a checkpoint was calibrated on."""
+    if not (source.path / MANIFEST).is_file():
+        return
+    seen = read_manifest(source.path).get("calibration_tokens_sha256")
+    if seen == calibration_tokens(folder, source, samples=1, seq_len=2, seed=0).sha256:
+        raise UsageError(
+            f"{source.path} was calibrated on {folder}: it must be evaluated on other text",
+            hint="for another folder: qcli calibrate --seed 1",
+        )
+
+
+def _check_memory(sets: list[Tokens], sources: list[Source], dtype: torch.dtype) -> None:
+    """What is held of every window until it is scored: its last hidden states, in each model."""
+    positions = sum(tokens.ids.numel() for tokens in sets)
+    widths = sum(source.hf_config().get_text_config().hidden_size for source in sources)
+    needed, free = positions * widths * dtype.itemsize, free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"the hidden states of {positions} tokens take {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free",
+            hint="use fewer: --max-windows N",
+        )
 
 
 def _tokens(

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator
 from inspect import signature
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qcli.compute import has_fast_matmul
 from qcli.errors import ResourceError
+from qcli.memory import free_memory
 from qcli.models.source import Source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
@@ -172,29 +172,10 @@ def _check_memory(
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = 2 * config.num_hidden_layers * heads * width * length * dtype.itemsize
     batch: int = min(_BATCH, max(1, max(_CACHE_BYTES, weights) // window))
-    needed, free = weights + batch * window, _free_memory(device)
+    needed, free = weights + batch * window, free_memory(device)
     if free is not None and needed > free:
         raise ResourceError(
             f"sampling text from the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             hint="calibrate on text instead: --data FILE, or a named set; the rest works block by block",
         )
     return batch
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    free = int(fields["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # not in a group, or `max`: no limit
-        return free
-    return min(free, limit - int(used["anon"]))

@@ -103,6 +103,9 @@ def test_a_calibration_folder_gives_its_tokens_verbatim(source: Source, tmp_path
     save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
     tokens = calibration_tokens(str(tmp_path / "calibration"), source, samples=9, seq_len=99, seed=5)
     assert torch.equal(tokens.ids, ids)
+    found = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
+    assert torch.equal(found.ids, ids[:3])
+    assert torch.equal(evaluation_tokens(str(tmp_path / "calibration"), source, window=8).ids, ids[:, :8])
 
 
 @pytest.mark.parametrize(
@@ -213,4 +216,4 @@ def test_folders_that_are_no_calibration(source: Source, tmp_path: Path) -> None
     assert "damaged" in problem(calibration_tokens, str(folder), source, **options)
     save_file({"ids": torch.full((1, 8), 320)}, folder / "tokens.safetensors")
     assert "vocabulary of 320" in problem(calibration_tokens, str(folder), source, **options)
-    assert "is a folder" in problem(evaluation_tokens, str(folder), source, window=8)
+    assert "vocabulary of 320" in problem(evaluation_tokens, str(folder), source, window=8)

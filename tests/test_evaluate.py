@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qcli import evaluate as module
-from qcli.errors import UsageError, VerificationError
+from qcli.calibrate import calibrate
+from qcli.errors import ResourceError, UsageError, VerificationError
 from qcli.evaluate import Evaluation, evaluate
 from qcli.models.stream import ModelStream
-from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
+from qcli.quantize import quantize
+from qcli.recipe import load_recipe
+from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(80))
 
@@ -133,6 +136,32 @@ def test_self_is_sampled_from_the_baseline(tmp_path: Path) -> None:
     alone = evaluate(str(baseline), **options)
     assert against.scores["self"].sha256 == alone.scores["self"].sha256
     assert against.scores["self"].baseline_perplexity == alone.scores["self"].perplexity
+
+
+def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    folders = [tmp_path / name for name in ("seen", "unseen")]
+    for seed, folder in enumerate(folders):
+        flags = {"model": model, "calibration.data": text, "calibration.samples": 4, "calibration.seq_len": 32}
+        calibrate(load_recipe(None, flags | {"seed": seed})[0], folder)
+    flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
+    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    found = evaluate(str(tmp_path / "out"), baseline=model, data=[str(folders[1])], device="cpu")
+    (score,) = found.scores.values()
+    assert (score.windows, score.window) == (4, 32)
+    with pytest.raises(UsageError, match="was calibrated on .*seen"):
+        evaluate(str(tmp_path / "out"), data=[str(folders[0])], max_windows=2, device="cpu")
+    assert evaluate(model, data=[str(folders[0])], device="cpu").scores, "an unquantized model has seen nothing"
+
+
+def test_more_text_than_memory_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
+    model = str(tiny_model("llama", tmp_path))
+    options: dict[str, Any] = {"baseline": model, "data": [text], "window": 32, "device": "cpu"}
+    with pytest.raises(ResourceError, match="hidden states of 96 tokens take") as caught:
+        evaluate(model, max_windows=3, **options)
+    assert "--max-windows" in str(caught.value.hint)
+    evaluate(model, max_windows=2, **options)
 
 
 def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_first_tokens_are_spread_over_the_vocabulary_without_special_tokens(tmp_
 
 def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(tiny_model("llama", tmp_path)))
-    monkeypatch.setattr(self_text, "_free_memory", lambda _: 1000)
+    monkeypatch.setattr(self_text, "free_memory", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"sampling text from the model needs .* GB") as caught:
         sample(source, 2, 16, "a")
     assert "--data" in str(caught.value.hint)

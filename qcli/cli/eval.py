@@ -18,8 +18,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="SRC",
-            help="Text: wikitext2, c4, ptb, self (sampled from the baseline) or a .txt, .jsonl or .parquet file; "
-            "may be repeated. Default: wikitext2.",
+            help="Text: wikitext2, c4, ptb, self (sampled from the baseline), a .txt, .jsonl or .parquet file, or a "
+            "folder of `qcli calibrate` that the model has not seen; may be repeated. Default: wikitext2.",
         ),
     ] = None,
     window: Annotated[

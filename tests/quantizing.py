@@ -1,0 +1,43 @@
+"""What the tests of quantizing share: a text, a run on a tiny model, and what to look at afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qcli.quantize import Result, quantize
+from qcli.recipe import load_recipe
+
+TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
+
+
+def write_text(folder: Path) -> Path:
+    """A file of text to calibrate on."""
+    file = folder / "text.txt"
+    file.write_text(" ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(400)))
+    return file
+
+
+def run(model: Path, out: Path, text: Path | None = None, **flags: Any) -> Result:
+    """Quantize in groups of 32; `flags` are recipe fields, `__` for the dots."""
+    given: dict[str, Any] = {"model": str(model), "out": str(out), "method.group_size": 32}
+    if text is not None:
+        given |= {"calibration.data": str(text), "calibration.samples": 6, "calibration.seq_len": 32}
+    recipe, _ = load_recipe(None, given | {key.replace("__", "."): value for key, value in flags.items()})
+    return quantize(recipe)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Of a folder, loaded as any transformers user would."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(TOKENS).logits
+    return found
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint but its manifest, which tells the time."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "qcli.manifest.json"}
