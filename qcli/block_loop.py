@@ -13,27 +13,23 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qcli.block_transforms import TRAINED_TOKENS, BlockTransforms
 from qcli.compute import matmul_precision
 from qcli.errors import QcliError
-from qcli.format import Format
 from qcli.method import CROSS, RESIDUAL_CROSS, LinearGroup, Method, Solution
 from qcli.models.arch import Linear
-from qcli.models.folding import channel_scales, fold
 from qcli.models.moments import StagedBlock, gather
-from qcli.models.objectives import BlockObjective, LinearObjective, ModelObjective
+from qcli.models.objectives import BlockObjective, LinearObjective
 from qcli.models.stream import ModelStream
 from qcli.plan import Plan
 from qcli.progress import Progress
 from qcli.quantized import QuantizedWeight
 from qcli.run_folder import RunFolder
 from qcli.training import Outcome
-from qcli.transform import ChannelScale, Transform
 
 BATCH_TOKENS = 4096  # tokens that run through a block at a time
-_TRANSFORM_TOKENS = 1024  # of a transform's training step
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Alone:
             group = LinearGroup({layer.name: weight})
             solution = _solutions(self.todo, method, group)[layer.name]
             solved.weights[layer.name] = solution.weight
-            solved.layers.append(_report(layer.name, method, solution, group))
+            solved.layers.append(_report(layer.name, method, solution, weight, group))
         return solved
 
     def replay(self, block: int, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -132,35 +128,22 @@ class Streamed:
         compares = todo.recipe.trained or todo.needs & {CROSS, RESIDUAL_CROSS}
         self.original = list(self.quantized) if compares else None
         self.held_original = list(self.held)
-        self.transforms = [
-            (f"transform-{number}", transform) for number, transform in enumerate(todo.recipe.all_transforms)
-        ]
-        for part, transform in self.transforms:
-            if transform.whole_model and run.done(part) is None:
-                self._fit_model(part, transform)
+        self.transforms = BlockTransforms(todo, run, self.stream, fast=fast, progress=progress)
+        self.transforms.fit_model(self.tokens, self.held_tokens)
 
     def solve(self, block: int) -> SolvedBlock:
         """Quantize a block whose inputs come through the blocks before it."""
-        stage, solved = self._stage(block), SolvedBlock()
-        prefix = f"{self.stream.family.blocks}.{block}."
+        stage = self._stage(block)
         for index, members in enumerate(self._groups(block)):
-            for layer, solution in self._solve_group(index, members, stage, solved).items():
-                stage.set_weight(self._path(layer), solution.weight.dense())
-                solved.weights[layer] = solution.weight
+            for path, solution in self._solve_group(index, members, stage).items():
+                stage.set_weight(path, solution.weight)
                 if solution.target is not None:
-                    stage.targets[self._path(layer)] = solution.target
+                    stage.targets[path] = solution.target
         self._advance_original(stage)
-        if self.refine is not None and self.refine.scope == "block" and solved.weights:
-            self._refine_block(stage, solved)
+        if self.refine is not None and self.refine.scope == "block" and stage.weights:
+            self._refine_block(stage)
         self._advance(stage)
-        dense = {prefix + name: tensor for name, tensor in stage.changed.items()}
-        solved.dense = {
-            name: tensor for name, tensor in dense.items() if name.removesuffix(".weight") not in solved.weights
-        }
-        for part, transform in self.transforms:
-            report = self.run.report(part if transform.whole_model else f"{block:05d}-{part}")
-            solved.training |= {what: Outcome(**outcome) for what, outcome in report.items()}
-        return solved
+        return stage.solved(f"{self.stream.family.blocks}.{block}.", self.transforms.outcomes(block))
 
     def replay(self, block: int, weights: Mapping[str, QuantizedWeight]) -> None:
         """Take the streams through a finished block exactly as `solve` did."""
@@ -169,8 +152,7 @@ class Streamed:
             self._gather(index, stage.quantized, stage.original, frozenset())
             for layer in members:
                 if layer.name in weights:
-                    dense = weights[layer.name].to(self.stream.device).dense()
-                    stage.set_weight(self._path(layer.name), dense)
+                    stage.set_weight(layer.path, weights[layer.name].to(self.stream.device))
         self._advance_original(stage)
         self._advance(stage)
 
@@ -180,82 +162,22 @@ class Streamed:
     def _stage(self, block: int) -> _Stage:
         module = self.stream.load_block(block)
         twin = copy.deepcopy(module) if self.original is not None else None
-        for path in self._methods(block):
-            if self.todo.recipe.activations is not None:
+        if self.todo.recipe.activations is not None:
+            for path in self.todo.methods_of(block):
                 self.todo.recipe.activations.simulate(module.get_submodule(path))
-        changed = self._transform(block, module, twin) if twin is not None else {}
-        return _Stage(self, block, module, twin, changed)
+        stage = _Stage(self, block, module, twin)
+        if twin is not None:
 
-    def _transform(self, block: int, module: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
-        """Fold every transform into the block and its twin; returns the tensors that changed, by path."""
-        scales = channel_scales(module, self.stream.family, self.stream.config)
-        stored = self.todo.stored_dtypes(block)
-        changed: dict[str, None] = {}
-        for part, transform in self.transforms:
-            alphas = self._alphas(part, transform, block, module, twin, scales)
-            changed |= dict.fromkeys(fold(module, scales, alphas, stored))
-            fold(twin, scales, alphas, stored)
-        return {name: module.get_parameter(name) for name in changed}
+            def objective(part: str) -> BlockObjective:
+                assert self.original is not None
+                targets = self._through(twin, block, self.original)
+                held_targets = self._through(twin, block, self.held_original)
+                return self._block_objective(stage, targets, held_targets, TRAINED_TOKENS, part)
 
-    def _alphas(
-        self,
-        part: str,
-        transform: Transform,
-        block: int,
-        module: nn.Module,
-        twin: nn.Module,
-        scales: list[ChannelScale],
-    ) -> list[Tensor]:
-        """One for each scale of the block: what an earlier run found, or newly fitted."""
-        part = part if transform.whole_model else f"{block:05d}-{part}"
-        if self.run.done(part) is None:
-            assert self.original is not None
-            targets = self._through(twin, block, self.original)
-            held_targets = self._through(twin, block, self.held_original)
-            objective = self._block_objective(block, module, targets, held_targets, _TRANSFORM_TOKENS, part)
-            paths = [path for group in self.stream.family.groups for path in group.linears]
-            weights = {path: self.stream.weight_of(module.get_submodule(path)).float() for path in paths}
-            formats = {path: method.format for path, method in self._methods(block).items()}
-            alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
-            found = {f"{block}.{number}": alpha for number, alpha in enumerate(alphas)}
-            self.run.commit(part, found, {transform.name: asdict(outcome)})
-        found = load_file(self.run.file(part))
-        return [found[f"{block}.{number}"].to(self.stream.device) for number in range(len(scales))]
-
-    def _fit_model(self, part: str, transform: Transform) -> None:
-        """Train the alphas of all blocks together, for what the whole model predicts; it is held in memory."""
-        blocks = [self.stream.load_block(block) for block in range(self.stream.n_blocks)]
-        weights: dict[str, Tensor] = {}
-        formats: dict[str, Format | None] = {}
-        scales: list[ChannelScale] = []
-        names: list[str] = []
-        for block, module in enumerate(blocks):
-            methods = self._methods(block)
-            for path in (path for group in self.stream.family.groups for path in group.linears):
-                weights[f"{block}.{path}"] = self.stream.weight_of(module.get_submodule(path)).float()
-                formats[f"{block}.{path}"] = methods[path].format if path in methods else None
-            for number, scale in enumerate(channel_scales(module, self.stream.family, self.stream.config)):
-                names.append(f"{block}.{number}")
-                scales.append(scale.within(f"{block}."))
-        objective = ModelObjective(
-            self.stream,
-            blocks,
-            self.tokens,
-            self.held_tokens,
-            predictions=transform.loss == "kl",
-            batch_tokens=_TRANSFORM_TOKENS,
-            seed=f"{self.todo.recipe.seed}:{part}",
-            fast=self.fast,
-        )
-        alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
-        self.run.commit(part, dict(zip(names, alphas, strict=True)), {transform.name: asdict(outcome)})
-
-    def _methods(self, block: int) -> dict[str, Method]:
-        """Of the layers of a block that are quantized, by path."""
-        members = (layer for layer in self.todo.layers if layer.block == block)
-        return {
-            self._path(layer.name): method for layer in members if (method := self.todo.methods[layer.name]) is not None
-        }
+            stage.changed = self.transforms.fold(block, module, twin, objective)
+            paths = self.transforms.paths
+            stage.targets = {path: self.stream.weight_of(twin.get_submodule(path)).float() for path in paths}
+        return stage
 
     def _gather(
         self, index: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]
@@ -263,71 +185,56 @@ class Streamed:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             return gather(index, quantized, original, needs)
 
-    def _solve_group(
-        self, index: int, members: list[Linear], stage: _Stage, solved: SolvedBlock
-    ) -> dict[str, Solution]:
-        methods = {layer.name: method for layer in members if (method := self.todo.methods[layer.name]) is not None}
+    def _solve_group(self, index: int, members: list[Linear], stage: _Stage) -> dict[str, Solution]:
+        """By path, for the layers of the group that are quantized."""
+        names = {layer.path: layer.name for layer in members}
+        methods = {path: method for path, method in self.todo.methods_of(stage.block).items() if path in names}
         needs = frozenset[str]().union(*(self.todo.needs_of(method) for method in methods.values()))
-        gathered = self._gather(index, stage.quantized, stage.original, needs)
-        group = _renamed(gathered, {self._path(layer.name): layer.name for layer in members})
+        group, held = self._gather(index, stage.quantized, stage.original, needs), None
         if self.refine is not None and self.refine.scope == "linear" and methods:
             held = self._gather(index, stage.held, stage.held_original, needs)
-            held = _renamed(held, {self._path(layer.name): layer.name for layer in members})
-        else:
-            held = None
         solutions: dict[str, Solution] = {}
         for method in dict.fromkeys(methods.values()):
-            names = [name for name in methods if methods[name] == method]
-            part = _part(group, names)
+            paths = [path for path in methods if methods[path] == method]
+            part = _part(group, paths)
             found = _solutions(self.todo, method, part)
             if held is not None:
-                found = self._refine_linears(index, part, _part(held, names), found, solved)
-            solved.layers += [_report(name, method, solution, part) for name, solution in found.items()]
+                found = self._refine_linears(part, _part(held, paths), found, stage)
+            stage.layers += [_report(names[path], method, found[path], part.weights[path], part) for path in paths]
             solutions |= found
         return solutions
 
     def _refine_linears(
-        self, index: int, group: LinearGroup, held: LinearGroup, solutions: dict[str, Solution], solved: SolvedBlock
+        self, group: LinearGroup, held: LinearGroup, solutions: dict[str, Solution], stage: _Stage
     ) -> dict[str, Solution]:
         assert self.refine is not None
-        weights = {name: solution.weight for name, solution in solutions.items()}
-        targets = {name: group.weights[name] if s.target is None else s.target for name, s in solutions.items()}
+        weights = {path: solution.weight for path, solution in solutions.items()}
+        targets = {path: group.weights[path] if s.target is None else s.target for path, s in solutions.items()}
         refined, outcome = self.refine.refine(weights, targets, LinearObjective(group, held), self.progress)
-        solved.training[f"refine {' '.join(self._path(name) for name in solutions)}"] = outcome
-        return {name: replace(solution, weight=refined[name]) for name, solution in solutions.items()}
+        stage.training[f"refine {' '.join(solutions)}"] = outcome
+        return {path: replace(solution, weight=refined[path]) for path, solution in solutions.items()}
 
-    def _refine_block(self, stage: _Stage, solved: SolvedBlock) -> None:
+    def _refine_block(self, stage: _Stage) -> None:
         assert self.refine is not None and self.original is not None
-        objective = self._block_objective(
-            stage.block, stage.module, self.original, self.held_original, self.refine.batch_tokens, "refine"
-        )
-        names = {self._path(name): name for name in solved.weights}
-        weights = {path: solved.weights[name] for path, name in names.items()}
-        refined, outcome = self.refine.refine(weights, stage.targets, objective, self.progress)
-        solved.training["refine"] = outcome
+        tokens = self.refine.batch_tokens
+        objective = self._block_objective(stage, self.original, self.held_original, tokens, "refine")
+        refined, stage.training["refine"] = self.refine.refine(stage.weights, stage.targets, objective, self.progress)
         for path, weight in refined.items():
-            solved.weights[names[path]] = weight
-            stage.set_weight(path, weight.dense())
+            stage.set_weight(path, weight)
 
     def _block_objective(
-        self,
-        block: int,
-        module: nn.Module,
-        targets: list[Tensor],
-        held_targets: list[Tensor],
-        batch_tokens: int,
-        purpose: str,
+        self, stage: _Stage, targets: list[Tensor], held_targets: list[Tensor], batch_tokens: int, purpose: str
     ) -> BlockObjective:
         return BlockObjective(
             self.stream,
-            block,
-            module,
+            stage.block,
+            stage.module,
             self.quantized,
             targets,
             self.held,
             held_targets,
             batch_tokens=batch_tokens,
-            seed=f"{self.todo.recipe.seed}:{block}:{purpose}",
+            seed=f"{self.todo.recipe.seed}:{stage.block}:{purpose}",
             fast=self.fast,
         )
 
@@ -359,23 +266,19 @@ class Streamed:
                 groups[layer.group].append(layer)
         return groups
 
-    def _path(self, layer: str) -> str:
-        """Inside its block."""
-        return layer.removeprefix(f"{self.stream.family.blocks}.").partition(".")[2]
-
 
 class _Stage:
     """A block on its way: the module that becomes quantized, its full-precision twin, and the streams inside.
 
     Attributes:
         changed: tensors of the module that transforms have rewritten, by path.
+        weights: what has been quantized so far, by path.
         targets: what each linear's codes are fitted to, by path; the original weight where a method names nothing.
+        layers, training: as in `SolvedBlock`.
     """
 
-    def __init__(
-        self, loop: Streamed, block: int, module: nn.Module, twin: nn.Module | None, changed: dict[str, Tensor]
-    ) -> None:
-        self.block, self.module, self.twin, self.changed = block, module, twin, changed
+    def __init__(self, loop: Streamed, block: int, module: nn.Module, twin: nn.Module | None) -> None:
+        self.block, self.module, self.twin = block, module, twin
         stream, keep = loop.stream, loop.keep
 
         def staged(of: nn.Module, hidden: list[Tensor], *, final: bool) -> StagedBlock:
@@ -384,17 +287,31 @@ class _Stage:
         self.quantized = staged(module, loop.quantized, final=False)
         self.held = staged(module, loop.held, final=False)
         self.original = self.held_original = None
+        self.targets: dict[str, Tensor] = {}
         if twin is not None and loop.original is not None:
             self.original = staged(twin, loop.original, final=True)
             self.held_original = staged(twin, loop.held_original, final=False)
-        self.targets: dict[str, Tensor] = {}
-        if twin is not None:
-            paths = [path for group in stream.family.groups for path in group.linears]
-            self.targets = {path: stream.weight_of(twin.get_submodule(path)).float() for path in paths}
+        self.changed: dict[str, Tensor] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.layers: list[LayerReport] = []
+        self.training: dict[str, Outcome] = {}
 
-    def set_weight(self, path: str, weight: Tensor) -> None:
-        """Let the block go on with these values."""
-        ModelStream.set_weight(self.module.get_submodule(path), weight)
+    def set_weight(self, path: str, weight: QuantizedWeight) -> None:
+        """Let the block go on with what has been chosen for a layer."""
+        self.weights[path] = weight
+        ModelStream.set_weight(self.module.get_submodule(path), weight.dense())
+
+    def solved(self, prefix: str, transforms: dict[str, Outcome]) -> SolvedBlock:
+        """The finished block; `prefix` stands before every path."""
+        dense = {
+            name: tensor for name, tensor in self.changed.items() if name.removesuffix(".weight") not in self.weights
+        }
+        return SolvedBlock(
+            {prefix + path: weight for path, weight in self.weights.items()},
+            {prefix + name: tensor for name, tensor in dense.items()},
+            self.layers,
+            transforms | self.training,
+        )
 
 
 def _solutions(todo: Plan, method: Method, group: LinearGroup) -> dict[str, Solution]:
@@ -403,21 +320,17 @@ def _solutions(todo: Plan, method: Method, group: LinearGroup) -> dict[str, Solu
     return solutions if low_rank is None else low_rank.compensate(method, group, solutions)
 
 
-def _renamed(group: LinearGroup, names: Mapping[str, str]) -> LinearGroup:
-    return replace(group, weights={names[path]: weight for path, weight in group.weights.items()})
+def _part(group: LinearGroup, paths: Sequence[str]) -> LinearGroup:
+    return replace(group, weights={path: group.weights[path] for path in paths})
 
 
-def _part(group: LinearGroup, names: Sequence[str]) -> LinearGroup:
-    return replace(group, weights={name: group.weights[name] for name in names})
-
-
-def _report(name: str, method: Method, solution: Solution, group: LinearGroup) -> LayerReport:
+def _report(name: str, method: Method, solution: Solution, original: Tensor, group: LinearGroup) -> LayerReport:
     weight = solution.weight
     try:
         weight.check()
     except QcliError as problem:
         raise type(problem)(f"{name}: {problem.message}", hint=problem.hint) from None
-    target = group.weights[name] if solution.target is None else solution.target
+    target = original if solution.target is None else solution.target
     difference = target - weight.dense()
     if group.hessian is not None:
         error = ((difference @ group.hessian) * difference).sum()

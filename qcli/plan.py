@@ -101,6 +101,14 @@ class Plan:
         model = sum(blocks.values()) if any(transform.whole_model for transform in self.recipe.all_transforms) else 0
         return _RUNTIME + 2 * outside + copies * block + 4 * model + activations + 8 * 6 * widest**2
 
+    def methods_of(self, block: int) -> dict[str, Method]:
+        """Of the layers of a block that are quantized, by path in the block."""
+        return {
+            layer.path: method
+            for layer in self.layers
+            if layer.block == block and (method := self.methods[layer.name]) is not None
+        }
+
     def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
         """Of the vectors of a block (norm weights, biases), by name in the block."""
         import torch

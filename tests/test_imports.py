@@ -19,7 +19,18 @@ LAYERS = (
     ("method", "methods", "solvers", "training", "refine", "transform", "transforms", "low_rank", "activations"),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
     ("yaml_places", "recipe_errors", "recipe_draft", "recipe_text", "recipe", "plan"),
-    ("block_loop", "calibrate", "quantize", "pack", "evaluate", "verify", "inspection", "export", "exports"),
+    (
+        "block_transforms",
+        "block_loop",
+        "calibrate",
+        "quantize",
+        "pack",
+        "evaluate",
+        "verify",
+        "inspection",
+        "export",
+        "exports",
+    ),
     ("doctor", "ui", "cli"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -112,6 +112,11 @@ class Linear:
     group: int
     shape: tuple[int, int]
 
+    @property
+    def path(self) -> str:
+        """Module path inside the block, `self_attn.q_proj`."""
+        return self.name.partition(f".{self.block}.")[2]
+
 
 def _out(linear: str, residual: str | None = None) -> Group:
     return Group((linear,), residual, leads_out=True)

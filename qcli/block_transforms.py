@@ -1,0 +1,128 @@
+"""The recipe's transforms on their way into the blocks: fitted once, kept in the run's folder, folded.
+
+What a fit has found is a part of the run like a finished block, so a resumed run folds exactly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qcli.format import Format
+from qcli.models.folding import channel_scales, fold
+from qcli.models.objectives import ModelObjective
+from qcli.models.stream import ModelStream
+from qcli.plan import Plan
+from qcli.progress import Progress
+from qcli.run_folder import RunFolder
+from qcli.training import Objective, Outcome
+from qcli.transform import ChannelScale, Transform
+
+TRAINED_TOKENS = 1024  # of a training step
+
+
+class BlockTransforms:
+    """All transforms of a run, in order.
+
+    Args:
+        fast: whether the model may use bf16 or TF32 matrix products.
+    """
+
+    def __init__(self, todo: Plan, run: RunFolder, stream: ModelStream, *, fast: bool, progress: Progress) -> None:
+        self.todo, self.run, self.stream, self.fast, self.progress = todo, run, stream, fast, progress
+        self.transforms = todo.recipe.all_transforms
+        self.paths = [path for group in stream.family.groups for path in group.linears]
+
+    def fit_model(self, tokens: Tensor, held: Tensor) -> None:
+        """Fit the transforms that look at the whole model, which is held in memory meanwhile.
+
+        Args:
+            tokens, held: int64 `[samples, length]`, to train on and held out.
+        """
+        for number, transform in enumerate(self.transforms):
+            if transform.whole_model and self.run.done(self._part(number, 0)) is None:
+                self._fit_model(self._part(number, 0), transform, tokens, held)
+
+    def fold(
+        self, block: int, module: nn.Module, twin: nn.Module, objective: Callable[[str], Objective]
+    ) -> dict[str, Tensor]:
+        """Fold every transform into the block and its twin.
+
+        Args:
+            module: will be quantized; weights are the original's.
+            twin: the same, and stays in full precision.
+            objective: judges weights of `module` by path; called with a name for the seed.
+
+        Returns:
+            The tensors of `module` that changed, by path.
+        """
+        scales = channel_scales(module, self.stream.family, self.stream.config)
+        stored = self.todo.stored_dtypes(block)
+        changed: dict[str, None] = {}
+        for number, transform in enumerate(self.transforms):
+            part = self._part(number, block)
+            if self.run.done(part) is None:
+                self._fit_block(part, transform, block, module, scales, objective(part))
+            found = load_file(self.run.file(part))
+            alphas = [found[_key(block, place)].to(self.stream.device) for place in range(len(scales))]
+            changed |= dict.fromkeys(fold(module, scales, alphas, stored))
+            fold(twin, scales, alphas, stored)
+        return {name: module.get_parameter(name) for name in changed}
+
+    def outcomes(self, block: int) -> dict[str, Outcome]:
+        """How the fits that this block was folded with went, by name of the transform."""
+        reports = [self.run.report(self._part(number, block)) for number in range(len(self.transforms))]
+        return {what: Outcome(**outcome) for report in reports for what, outcome in report.items()}
+
+    def _part(self, number: int, block: int) -> str:
+        """Where the run keeps what a transform has found for a block."""
+        name = f"transform-{number}"
+        return name if self.transforms[number].whole_model else f"{block:05d}-{name}"
+
+    def _fit_block(
+        self,
+        part: str,
+        transform: Transform,
+        block: int,
+        module: nn.Module,
+        scales: list[ChannelScale],
+        objective: Objective,
+    ) -> None:
+        weights = {path: self._weight(module, path) for path in self.paths}
+        formats = {path: method.format for path, method in self.todo.methods_of(block).items()}
+        alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
+        found = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
+        self.run.commit(part, found, {transform.name: asdict(outcome)})
+
+    def _fit_model(self, part: str, transform: Transform, tokens: Tensor, held: Tensor) -> None:
+        blocks = [self.stream.load_block(block) for block in range(self.stream.n_blocks)]
+        weights: dict[str, Tensor] = {}
+        formats: dict[str, Format | None] = {}
+        scales: dict[str, ChannelScale] = {}
+        for block, module in enumerate(blocks):
+            weights |= {f"{block}.{path}": self._weight(module, path) for path in self.paths}
+            formats |= {f"{block}.{path}": method.format for path, method in self.todo.methods_of(block).items()}
+            for place, scale in enumerate(channel_scales(module, self.stream.family, self.stream.config)):
+                scales[_key(block, place)] = scale.within(f"{block}.")
+        objective = ModelObjective(
+            self.stream,
+            blocks,
+            tokens,
+            held,
+            predictions=transform.loss == "kl",
+            batch_tokens=TRAINED_TOKENS,
+            seed=f"{self.todo.recipe.seed}:{part}",
+            fast=self.fast,
+        )
+        alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
+        self.run.commit(part, dict(zip(scales, alphas, strict=True)), {transform.name: asdict(outcome)})
+
+    def _weight(self, module: nn.Module, path: str) -> Tensor:
+        return self.stream.weight_of(module.get_submodule(path)).float()
+
+
+def _key(block: int, place: int) -> str:
+    return f"{block}.{place}"
