@@ -67,7 +67,8 @@ def test_wrong_usage_is_one_line_and_a_hint(invoke: Invoke, arguments: list[str]
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_run_with_one_line(signum: signal.Signals, code: int) -> None:
     script = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell starts with &
         "def quantize(recipe, progress):\n"
         "    progress('quantize', 0, 30)\n"
         "    time.sleep(60)\n"
