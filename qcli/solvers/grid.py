@@ -14,6 +14,9 @@ from qcli.formats.affine import Affine
 SMALLEST_SCALE, SMALLEST_NORMAL_SCALE = 2.0**-24, 2.0**-14  # of float16
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights at a time: a core's cache; enough to fill a GPU
 _CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits use
+_LEANING = tuple(  # ours: one side clipped more than the other, by up to 0.2 of the range
+    (low / 10, high / 10) for low in range(4, 11) for high in range(4, 11) if 0 < abs(low - high) <= 2
+)
 _ROUNDS = 3  # ours: least-squares rounds after the clip search; a fourth no longer changes codes
 
 
@@ -60,9 +63,9 @@ def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, T
 def search(weight: Tensor, format: Affine, importance: Tensor | None = None, power: float = 2.0) -> dict[str, Tensor]:
     """The grid with the least `sum importance * |w - w_hat|**power` in each group.
 
-    Candidates are clipped ranges, at 2 and 3 bits each with the neighbouring integer zero points too; then, for
-    `power` 2, rounds of weighted least squares for scale and offset at fixed codes, kept where they help. A group
-    is never worse than with `minmax`.
+    Candidates are clipped ranges: with integer zero points at 2 and 3 bits each with the neighbouring ones too, with
+    float zero points also ranges clipped more on one side; then, for `power` 2, rounds of weighted least squares for
+    scale and offset at fixed codes, kept where they help. A group is never worse than with `minmax`.
 
     Args:
         weight: float32 `[out, in]`.
@@ -97,6 +100,9 @@ def _search_rows(groups: Tensor, importance: Tensor, format: Affine, power: floa
         if format.zero_point == "integer" and format.bits <= 3:
             for step in (-1, 1):
                 best.offer(scale, (zero_point + step).clamp_(0, (1 << format.bits) - 1))
+    if format.zero_point == "float":
+        for low_clip, high_clip in _LEANING:
+            best.offer(*_spanning(low * low_clip, high * high_clip, format))
     if power == 2.0:
         for _ in range(_ROUNDS):
             best.offer(*_least_squares(groups, best.codes(), importance, best, format))
