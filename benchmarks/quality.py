@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import common
 from qcli.evaluate import evaluate
 from qcli.quantize import quantize
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 
 Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 

@@ -150,9 +150,7 @@ class Plan:
 
 
 _RUNTIME = 450 * 10**6  # torch and transformers themselves
-_TRAINED_COPIES = (
-    9  # of a block: latents, their start, step, gradient, both moments, the best; values and their gradient
-)
+_TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments, the best; values and their gradient
 
 
 def plan(recipe: Recipe) -> Plan:

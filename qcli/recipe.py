@@ -5,14 +5,12 @@ No torch here: every error of a recipe is told within a second, all of them at o
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,34 +19,22 @@ from pydantic import (
     InstanceOf,
     JsonValue,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from qcli import registry
 from qcli.activations import Activations
-from qcli.errors import UsageError
 from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
-from qcli.recipe_draft import Draft
-from qcli.recipe_errors import Issue, Origins, issues, unknown
+from qcli.plugins import EXPORTS, build_method, derived, named_fields
+from qcli.recipe_errors import Issue, Origins, unknown
 from qcli.recipe_text import to_yaml
 from qcli.refine import Refine
 from qcli.transform import Transform
-from qcli.yaml_places import KeyPath
 
 if TYPE_CHECKING:
     from qcli.models.arch import Linear
-
-Model = TypeVar("Model", bound=BaseModel)
-METHODS, TRANSFORMS, EXPORTS = "qcli.methods", "qcli.transforms", "qcli.exports"
-DEFAULT_METHOD = "gptq-like"
-_FLAGS = {  # flags that are not named after the last part of their path
-    "model": "MODEL",
-    "method.name": "--method",
-    "method.symmetric": "--symmetric/--asymmetric",
-}
 
 
 class _Section(BaseModel):
@@ -172,8 +158,8 @@ class Recipe(_Section):
 
     def override_methods(self) -> list[Method | None]:
         """The full method of each override; None where it says `dense`."""
-        base = _named_fields(self.method)
-        return [None if rule.method is None else build_method(_derived(base, rule.method)) for rule in self.overrides]
+        base = named_fields(self.method)
+        return [None if rule.method is None else build_method(derived(base, rule.method)) for rule in self.overrides]
 
     def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
         """The method of every layer by name, None where it stays dense.
@@ -198,8 +184,8 @@ class Recipe(_Section):
     def to_dict(self) -> dict[str, Any]:
         """All values as plain data, without those that are None."""
         data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
-            "method": _named_fields(self.method),
-            "transforms": [_named_fields(transform) for transform in self.transforms],
+            "method": named_fields(self.method),
+            "transforms": [named_fields(transform) for transform in self.transforms],
         }
         return {name: data[name] for name in Recipe.model_fields if name in data}
 
@@ -236,145 +222,6 @@ class Recipe(_Section):
         ]
 
 
-def _named_fields(plugin: Method | Transform) -> dict[str, Any]:
-    """A method or transform as plain data, as it stands in a recipe."""
-    return {"name": plugin.name, **plugin.model_dump(mode="json")}
-
-
-def build_method(fields: Mapping[str, Any]) -> Method:
-    """The method that `name` and its options describe.
-
-    Raises:
-        UsageError: unknown name.
-        ValidationError: unknown or invalid options.
-    """
-    options = dict(fields)
-    cls: type[Method] = registry.load(METHODS, options.pop("name", DEFAULT_METHOD))
-    return _strictly(cls, options)
-
-
-def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> tuple[Recipe, Origins]:
-    """The recipe that flags, `--set`, a file and the defaults give, in this order of precedence.
-
-    Args:
-        path: a YAML file, or None.
-        flags: values by dotted path (`method.bits`); None means not given.
-        sets: `a.b=c` texts, c in YAML.
-
-    Raises:
-        UsageError: everything that is wrong, a line each.
-    """
-    draft = Draft()
-    if path is not None:
-        draft.add_file(path)
-    for text in sets:
-        draft.add_set(text)
-    for name, value in flags.items():
-        if value is not None:
-            draft.put(name.split("."), value, _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-")))
-    return _checked(draft), draft.origins
-
-
-def from_flags(cls: type[Model], values: Mapping[str, Any]) -> Model:
-    """One section of a recipe (`Pack`) from flags named as its fields.
-
-    Raises:
-        UsageError: everything that is wrong, a line each.
-    """
-    try:
-        return _strictly(cls, values)
-    except ValidationError as error:
-        flags = Origins(by_path={(name,): _flag(name) for name in values})
-        raise flags.error(list(issues(error, cls))) from None
-
-
-def _flag(path: str) -> str:
-    return _FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
-
-
-def _checked(draft: Draft) -> Recipe:
-    """The valid recipe, or every error at once."""
-    found: list[Issue] = []
-    rest = {key: value for key, value in draft.data.items() if key not in ("method", "transforms")}
-    recipe: Recipe | None = None
-    try:
-        recipe = _strictly(Recipe, rest)
-    except ValidationError as error:
-        found += issues(error, Recipe)
-    given = draft.data.get("method", {})
-    method = _checked_method(given, ("method",), found)
-    transforms = _checked_transforms(draft.data.get("transforms", []), found)
-    inherited = _named_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
-    rules = draft.data.get("overrides")
-    for i, rule in enumerate(rules if isinstance(rules, list) else []):
-        partial = rule.get("method") if isinstance(rule, dict) else None
-        if isinstance(partial, dict):
-            _checked_method(_derived(inherited, partial), ("overrides", i, "method"), found)
-    lines = draft.lines + [draft.origins.line(issue) for issue in found if not draft.is_spoilt(issue.path)]
-    if recipe is None or method is None or lines:
-        raise UsageError("\n".join(dict.fromkeys(lines)), hint=_usage_hint(found))
-    recipe = recipe.model_copy(update={"method": method, "transforms": transforms})
-    recipe._origins = draft.origins
-    if problem := recipe.without_samples():
-        raise draft.origins.error([problem])
-    return recipe
-
-
-def _checked_method(fields: Any, path: KeyPath, found: list[Issue]) -> Method | None:
-    if not isinstance(fields, dict):
-        found.append(Issue(path, "must be a mapping of keys to values, as {name: rtn, bits: 4}"))
-        return None
-    checked: Method | None = _checked_plugin("method", METHODS, {"name": DEFAULT_METHOD} | fields, path, found)
-    return checked
-
-
-def _checked_transforms(given: Any, found: list[Issue]) -> list[Transform]:
-    if not isinstance(given, list):
-        found.append(Issue(("transforms",), "must be a list, as [{name: teq}]"))
-        return []
-    transforms: list[Transform] = []
-    for i, entry in enumerate(given):
-        fields = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(fields, dict) or "name" not in fields:
-            found.append(Issue(("transforms", i), "must be a name, or a mapping as {name: teq, steps: 200}"))
-        elif checked := _checked_plugin("transform", TRANSFORMS, fields, ("transforms", i), found):
-            transforms.append(checked)
-    return transforms
-
-
-def _checked_plugin(kind: str, package: str, fields: dict[str, Any], path: KeyPath, found: list[Issue]) -> Any:
-    name, known = fields["name"], registry.names(package)
-    if name not in known:
-        found.append(Issue((*path, "name"), unknown(f"{kind} {name!r}", str(name), known)))
-        return None
-    cls = registry.load(package, name)
-    try:
-        return _strictly(cls, {key: value for key, value in fields.items() if key != "name"})
-    except ValidationError as error:
-        found += issues(error, cls, path, owner=f"{kind} {name!r} has")
-        return None
-
-
-def _strictly(cls: type[Model], data: Mapping[str, Any]) -> Model:
-    """Validate as strict JSON: text is not a number, 1 is not true, but a list may become a tuple."""
-    return cls.model_validate_json(json.dumps(data), strict=True)
-
-
-def _derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
-    """`partial`, and what it leaves unsaid from `base`.
-
-    Of another method only the options that both have from a common class are taken over: an option of the
-    same name may mean something else.
-    """
-    known = registry.names(METHODS)
-    old, new = base.get("name", DEFAULT_METHOD), partial.get("name", base.get("name", DEFAULT_METHOD))
-    if new != old and new in known and old in known:
-        ours, theirs = registry.load(METHODS, new), registry.load(METHODS, old)
-        shared = next(cls for cls in ours.__mro__ if issubclass(theirs, cls)).model_fields
-        base = {key: value for key, value in base.items() if key in shared}
-    return {**base, **partial, "name": new}
-
-
 def _misfits(
     layers: Sequence[Linear], assigned: Mapping[str, Method | None], low_rank: LowRankCompensation | None
 ) -> list[Issue]:
@@ -400,38 +247,3 @@ def _assign_hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | N
     if layers:
         return f"layers are named as {layers[0].name}"
     return None
-
-
-def _usage_hint(found: Sequence[Issue]) -> str | None:
-    if Issue(("model",), "required") in found:
-        return "give MODEL, or --recipe FILE that has `model:`"
-    return None
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe with the options of every method, for editors."""
-    schema = Recipe.model_json_schema()
-    names = registry.names(METHODS)
-    methods = {name: registry.load(METHODS, name).model_json_schema() for name in names}
-    for name, method in methods.items():
-        method["properties"] = {"name": {"const": name, "description": "the method"}} | method["properties"]
-        method["required"] = [] if name == DEFAULT_METHOD else ["name"]
-        schema["$defs"][name] = method
-    schema["properties"]["method"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
-    options = {key: value for method in methods.values() for key, value in method["properties"].items()}
-    schema["properties"]["transforms"]["items"] = {
-        "anyOf": [_transform_schema(name) for name in registry.names(TRANSFORMS)]
-    }
-    partial = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": options | {"name": {"enum": names}},
-    }
-    schema["$defs"]["Override"]["properties"]["method"] = partial
-    return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}
-
-
-def _transform_schema(name: str) -> dict[str, Any]:
-    schema: dict[str, Any] = registry.load(TRANSFORMS, name).model_json_schema()
-    schema["properties"] = {"name": {"const": name, "description": "the transform"}} | schema["properties"]
-    return {"anyOf": [{"const": name}, schema | {"required": ["name"]}]}

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
 from qcli.quantize import Result, quantize
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 
 TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
 
@@ -36,6 +38,16 @@ def logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(TOKENS).logits
     return found
+
+
+def streamed(folder: Path) -> torch.Tensor:
+    """Logits of a folder through the stream that calibration and evaluation use."""
+    stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        hidden = stream.embed(TOKENS)
+        for index in range(stream.n_blocks):
+            hidden = stream.run_block(stream.load_block(index), index, hidden)
+        return stream.logits(hidden)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

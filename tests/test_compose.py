@@ -8,19 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from qcli import run_folder
 from qcli.errors import UsageError
 from qcli.evaluate import evaluate
-from qcli.models.source import open_source
-from qcli.models.stream import ModelStream
 from qcli.quantize import Result, quantize
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
+from tests.quantizing import logits, streamed
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
-TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
 TEQ = "transforms=[{name: teq, steps: 6, lr: 0.02}]"
 EVERYTHING = (TEQ, "low_rank.rank=2", "refine.steps=6", "activations.bits=8")
 
@@ -45,22 +42,6 @@ def loss(model: Path, out: Path, text: Path) -> float:
     return found
 
 
-def streamed(folder: Path) -> torch.Tensor:
-    stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
-    with torch.no_grad():
-        hidden = stream.embed(TOKENS)
-        for index in range(stream.n_blocks):
-            hidden = stream.run_block(stream.load_block(index), index, hidden)
-        return stream.logits(hidden)
-
-
-def packed(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found: torch.Tensor = model(TOKENS).logits
-    return found
-
-
 @pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in CONFIGS), *VARIANTS], ids=str)
 def test_everything_at_once_on_every_family(
     model_type: str, overrides: dict[str, Any], tmp_path: Path, text: Path
@@ -68,7 +49,7 @@ def test_everything_at_once_on_every_family(
     model, out = tiny_model(model_type, tmp_path, **overrides), tmp_path / "out"
     result = run(model, out, text, *EVERYTHING)
     assert verify(out).layers == len(result.layers)
-    torch.testing.assert_close(packed(out), streamed(out), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
     assert {what.split(" ", 2)[2] for what in result.training} == {"teq", "refine"}
     assert len(result.training) == 4
     for outcome in result.training.values():

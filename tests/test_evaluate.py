@@ -19,7 +19,7 @@ from qcli.errors import ResourceError, UsageError, VerificationError
 from qcli.evaluate import Evaluation, evaluate
 from qcli.models.stream import ModelStream
 from qcli.quantize import quantize
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(80))

@@ -18,7 +18,10 @@ LAYERS = (
     ("format", "quantized", "formats"),
     ("method", "methods", "solvers", "training", "refine", "transform", "transforms", "low_rank", "activations"),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
-    ("yaml_places", "recipe_errors", "recipe_draft", "recipe_text", "recipe", "plan"),
+    (
+        *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
+        *("recipe", "recipe_loading", "recipe_schema", "plan"),
+    ),
     (
         "block_transforms",
         "block_loop",
@@ -37,7 +40,8 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 VERBS = ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
     *("errors", "registry", "progress", "format", "method", "yaml_places", "recipe", "recipe_errors"),
-    *("recipe_draft", "recipe_text", "refine", "plan", "ui", "doctor", "cli", "formats", "methods"),
+    *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
+    *("refine", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}

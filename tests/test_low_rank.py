@@ -25,16 +25,15 @@ from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
 from qcli.models.native import NativeSource
 from qcli.models.source import open_source
-from qcli.models.stream import ModelStream
 from qcli.pack import pack
 from qcli.quantize import quantize
 from qcli.quantized import QuantizedWeight
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 from qcli.solvers.low_rank import factors, leading_directions, weighted_error
 from qcli.verify import verify
+from tests.quantizing import logits, streamed
 from tests.tiny import tiny_model
 
-TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
 BASE = Affine(bits=3, group_size=16, zero_point="integer")
 
 
@@ -233,22 +232,6 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     size = {"bits_per_weight": open_source(str(out)).bits_per_weight()}
     checkpoint.write_manifest(out, checkpoint.read_manifest(bare) | size)
     return out
-
-
-def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
-
-
-def streamed(folder: Path) -> Tensor:
-    stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
-    with torch.no_grad():
-        hidden = stream.embed(TOKENS)
-        for index in range(stream.n_blocks):
-            hidden = stream.run_block(stream.load_block(index), index, hidden)
-        return stream.logits(hidden)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

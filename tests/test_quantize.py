@@ -17,7 +17,7 @@ from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.pack import pack
 from qcli.quantize import quantize
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
 from tests.quantizing import TOKENS, logits, run, write_text
 from tests.tiny import CONFIGS, VARIANTS, tiny_model

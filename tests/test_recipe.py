@@ -12,7 +12,10 @@ from qcli.errors import UsageError
 from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
 from qcli.models.arch import Linear
-from qcli.recipe import METHODS, Pack, Recipe, build_method, from_flags, load_recipe, recipe_schema
+from qcli.plugins import METHODS, build_method
+from qcli.recipe import Pack, Recipe
+from qcli.recipe_loading import from_flags, load_recipe
+from qcli.recipe_schema import recipe_schema
 
 LAYERS = [
     Linear(f"model.layers.{block}.mlp.{name}", block, group, shape)

@@ -34,7 +34,7 @@ def calibrate(
     --data DIR.
     """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.recipe import load_recipe
+        from qcli.recipe_loading import load_recipe
 
         resolved, _ = load_recipe(
             recipe,

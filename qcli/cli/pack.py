@@ -21,7 +21,8 @@ def pack(
     """Write a deployable checkpoint and read it back."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.pack import pack as write
-        from qcli.recipe import Pack, from_flags
+        from qcli.recipe import Pack
+        from qcli.recipe_loading import from_flags
 
         wanted = from_flags(Pack, {"format": format, "shard_size": shard_size})
         session.result(

@@ -55,7 +55,7 @@ def quantize(
     --set method.NAME=VALUE; `qcli recipe schema` lists them.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.recipe import load_recipe
+        from qcli.recipe_loading import load_recipe
 
         given = flags.recipe_fields(
             model=model,

@@ -28,7 +28,7 @@ def validate(
     """Check recipes: every error of every file, with its place."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.errors import UsageError
-        from qcli.recipe import load_recipe
+        from qcli.recipe_loading import load_recipe
 
         errors, hints = [], []
         for recipe in recipes:
@@ -58,7 +58,7 @@ def show(
 ) -> None:
     """Print the resolved recipe; comments tell where each value comes from."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.recipe import load_recipe
+        from qcli.recipe_loading import load_recipe
 
         resolved, origins = load_recipe(recipe, {}, set_ or ())
         if json:
@@ -71,6 +71,6 @@ def show(
 def schema() -> None:
     """Print the JSON schema of recipes, with the options of every method."""
     with Session() as session:
-        from qcli.recipe import recipe_schema
+        from qcli.recipe_schema import recipe_schema
 
         session.result(recipe_schema())

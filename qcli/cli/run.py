@@ -33,7 +33,7 @@ def run(
     DIR/eval.json. What is done already is skipped.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.recipe import load_recipe
+        from qcli.recipe_loading import load_recipe
 
         resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:

@@ -9,7 +9,7 @@ import pytest
 
 import qcli
 from qcli import registry
-from qcli.recipe import METHODS
+from qcli.plugins import METHODS
 from tests.cli.conftest import Invoke
 
 RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -13,7 +13,7 @@ from qcli.errors import UsageError
 from qcli.method import LinearGroup
 from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
-from qcli.recipe import load_recipe
+from qcli.recipe_loading import load_recipe
 
 PLAIN: dict[str, Any] = {
     "refit_target": False,
