@@ -85,6 +85,15 @@ def test_fewer_activation_bits_cost_more(tmp_path: Path, text: Path) -> None:
     assert losses[1] > 3 * losses[0]
 
 
+def test_calibration_sees_quantized_activations(tmp_path: Path, text: Path) -> None:
+    """The Hessian is that of the inputs that layers will really get."""
+    model, plain, seen = tiny_model("llama", tmp_path), tmp_path / "plain", tmp_path / "seen"
+    run(model, plain, text)
+    run(model, seen, text, "activations.bits=4")
+    first, other = load_file(plain / "model.safetensors"), load_file(seen / "model.safetensors")
+    assert any(not torch.equal(first[name], other[name]) for name in first if ".layers.0." in name)
+
+
 def test_method_teq_is_the_transform_and_then_rtn(tmp_path: Path, text: Path) -> None:
     model, short, long = tiny_model("llama", tmp_path), tmp_path / "short", tmp_path / "long"
     run(model, short, text, "method.name=teq", "method.steps=6", "method.lr=0.02")

@@ -11,6 +11,7 @@ COLUMNS = {
     "method": "method",
     "bits": "bits",
     "group_size": "group",
+    "rank": "rank",
     "bits_per_weight": "bpw",
     "error": "error",
     "measure": "of",
@@ -24,8 +25,10 @@ def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]]) -> None:
     """A row for each kind of layer; fractions that differ within a kind are averaged.
 
     Args:
-        layers: plain data with a `name`, and any of the keys of `COLUMNS`; keys that no layer has are left out.
+        layers: plain data with a `name`, and any of the keys of `COLUMNS`, some of them under `base` where one format
+            wraps another; keys that no layer has are left out.
     """
+    layers = [{**layer.get("base", {}), **layer} for layer in layers]
     shown = [key for key in COLUMNS if any(layer.get(key) is not None for layer in layers)]
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:

@@ -26,12 +26,19 @@ def inspect(
 def show_checkpoint(tables: Tables, found: dict[str, Any]) -> None:
     """Layers, sizes and origin."""
     show_layers(tables, found["layers"])
-    method = found["recipe"]["method"]
+    recipe, method = found["recipe"], found["recipe"]["method"]
+    around = {
+        "transforms": "; ".join(map(_options, recipe.get("transforms", []))),
+        "low rank": _options(recipe.get("low_rank", {})),
+        "refined": _options(recipe.get("refine", {})),
+        "activations": _options(found["activations"] or {}),
+    }
     tables.pairs(
         {
             "checkpoint": found["folder"],
             "made from": f"{found['model']} ({found['family']})",
-            "with": ", ".join(f"{key} {str(value).lower()}" for key, value in method.items()),
+            "with": _options(method),
+            **{what: how for what, how in around.items() if how},
             "by": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
             "bits per weight": bits(found),
             "size": size(found["bytes"]),
@@ -39,3 +46,7 @@ def show_checkpoint(tables: Tables, found: dict[str, Any]) -> None:
             "fallbacks": f"in {found['fallbacks']} layers" if found["fallbacks"] else "none",
         }
     )
+
+
+def _options(section: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {str(value).lower()}" for key, value in section.items())

@@ -63,6 +63,20 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
     assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [["self_attn.k_proj", "2"]]
 
 
+def test_inspect_shows_what_stands_around_the_method(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ("--method", "rtn", "--group-size", 32, "--data", text, "--samples", 6, "--seq-len", 32)
+    sets = ("low_rank.rank=2", "refine.steps=1", "activations.bits=6", "transforms=[{name: teq, steps: 1}]")
+    assert invoke("quantize", model, *flags, *(f"--set={text}" for text in sets), "--out", out).code == 0
+    lines = {line.split("  ")[0].strip(): line for line in invoke("inspect", out).out.splitlines()}
+    layer = next(line for name, line in lines.items() if name.startswith("self_attn.q_proj"))
+    assert layer.split()[:8] == ["self_attn.q_proj", "2", "64,", "64", "rtn", "4", "32", "2"]
+    assert "rank 2" in lines["low rank"]
+    assert "steps 1" in lines["refined"]
+    assert "bits 6" in lines["activations"]
+    assert "name teq" in lines["transforms"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

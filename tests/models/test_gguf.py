@@ -128,6 +128,14 @@ def test_tensors_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
         open_source(str(file))
 
 
+def test_the_reader_of_the_gguf_package_is_back_afterwards(tmp_path: Path) -> None:
+    own = gguf.GGUFReader
+    source = open_source(str(write_gguf(tmp_path)))
+    source.hf_config()
+    source.tensors()
+    assert gguf.GGUFReader is own
+
+
 @pytest.mark.parametrize("keep", [0, 100, 2000, -1000])
 def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
     file = write_gguf(tmp_path)
