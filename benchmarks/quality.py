@@ -22,10 +22,13 @@ from qcli.recipe_loading import load_recipe
 
 Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 
+BLOCKS = 30
 W = {"w4g64": (4, 64), "w3g64": (3, 64), "w2g64": (2, 64), "w2g32": (2, 32)}
 OTHER = {"w8g64": (8, 64), "w4row": (4, -1), "w3row": (3, -1)}
 SECTIONS = ("transforms", "refine", "low_rank", "activations")  # options that are no method's
 FLOAT = {"zero_point": "float"}
+A8 = {"activations.bits": 8}
+TEQ = [{"name": "teq", "steps": 100}]
 PLAIN = {
     "column_order": "none",
     "grid": "minmax",
@@ -98,11 +101,13 @@ SUITES: dict[str, list[Row]] = {
         *(_gptq(width, 128, **FLOAT) for width in ("w2g64", "w3g64", "w2g32")),
     ],
     "ptq": [
+        *(_rtn(width) for width in ("w3g64", "w2g64")),
         *(
-            _row("rtn", width, 64, {"refine.scope": scope})
+            _row("rtn", width, 64, {"refine.scope": scope, "refine.steps": 100})
             for width in ("w3g64", "w2g64")
             for scope in ("linear", "block")
         ),
+        *(_gptq(width, 64) for width in ("w3g64", "w2g64")),
     ],
     "low-rank": [
         *(
@@ -117,32 +122,43 @@ SUITES: dict[str, list[Row]] = {
         ),
     ],
     "activations": [
-        *(
-            _row(method, width, samples, {"activations.bits": 8})
-            for width in ("w4g64", "w8g64")
-            for method, samples in (("rtn", 0), ("gptq-like", 16))
-        ),
+        row
+        for width in ("w4g64", "w8g64")
+        for row in (
+            _rtn(width),
+            _rtn(width, **A8),
+            _gptq(width, 16),
+            _gptq(width, 16, **A8),
+            *(
+                _row("rtn", width, 16, {**A8, "refine.scope": scope, "refine.steps": 50})
+                for scope in ("linear", "block")
+            ),
+        )
     ],
     "teq": [
-        *(_row("teq", width, 16, {"steps": 200}) for width in ("w4g64", "w3g64", "w2g64")),
-        *(_row("teq", width, 16, {"steps": 200}) for width in ("w4row", "w3row")),
-        *(_rtn(width) for width in ("w4row", "w3row")),
-        *(_gptq(width, 16, **FLOAT, transforms=[{"name": "teq", "steps": 200}]) for width in ("w3g64", "w2g64")),
-        *(_gptq(width, 16, **FLOAT, **PLAIN, transforms=[{"name": "teq", "steps": 200}]) for width in ("w3g64",)),
-        *(_row("teq", "w3g64", 16, {"steps": 200, "loss": loss}) for loss in ("kl", "cross-entropy")),
+        *(_row("teq", width, 16, {"steps": 100}) for width in ("w3g64", "w4g64", "w2g64", "w4row", "w3row")),
+        *(_rtn(width) for width in ("w3g64", "w4g64", "w2g64", "w4row", "w3row")),
+        _gptq("w3g64", 16, **FLOAT, **PLAIN),
+        _gptq("w3g64", 16, **FLOAT, **PLAIN, transforms=TEQ),
+        *(_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64")),
+        *(_gptq(width, 16, **FLOAT, transforms=TEQ) for width in ("w3g64", "w2g64")),
+        *(_row("teq", "w3g64", 16, {"steps": 100, "loss": loss}) for loss in ("kl", "cross-entropy")),
+        _row("teq", "w3g64", 16, {"steps": 100, "gradient": "straight-through"}),
+        _row("teq", "w3g64", 16, {"steps": 1000}),
     ],
     "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
 }
 
 
-def measure(model: str, row: Row, data: Path, score: Path, windows: int) -> dict[str, Any]:
-    """Quantize and evaluate one row."""
+def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks: int) -> dict[str, Any]:
+    """Quantize and evaluate one row; only the first `blocks` of the model's 30."""
     name, samples, options = row
     flags: dict[str, Any] = {
         key if key.partition(".")[0] in SECTIONS else f"method.{key}": value for key, value in options.items()
     }
     with tempfile.TemporaryDirectory() as folder:
         flags |= {"model": model, "out": f"{folder}/out", "calibration.data": str(data)}
+        flags |= {"overrides": [{"match": f"model.layers.{n}.*", "dense": True} for n in range(blocks, BLOCKS)]}
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
         recipe, _ = load_recipe(None, flags)
         result = quantize(recipe)
@@ -197,11 +213,14 @@ def main() -> None:
     parser.add_argument("--calibration", choices=("wikitext2", "c4"), default="wikitext2")
     parser.add_argument("--degrid", action="store_true", help="score the de-gridded model")
     parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="quantize the first ones only: cheap screening")
     parser.add_argument("--only", default="", help="rows whose name has a match of this pattern")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no row after this time")
     arguments = parser.parse_args()
     text = common.assets() / "text"
     data = text / ("wikitext2.valid.detok.txt" if arguments.calibration == "wikitext2" else "c4_sample.jsonl")
+    score = text / "wikitext2.test.detok.txt"
+    screening = [] if arguments.blocks == BLOCKS else [f"{arguments.blocks}-blocks"]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         gguf = common.smollm2()
@@ -209,13 +228,15 @@ def main() -> None:
         for suite in arguments.suite:
             for row in SUITES[suite]:
                 if re.search(arguments.only, row[0]) and time.monotonic() - started < 60 * arguments.minutes:
-                    found = measure(model, row, data, text / "wikitext2.test.detok.txt", arguments.windows)
+                    found = measure(model, row, data, score, arguments.windows, arguments.blocks)
                     print(
                         f"{found['name']:60} n={found['samples']:<3} bpw {found['bits_per_weight']:.3f} "
                         f"KL {found['kl']:.4f} ppl {found['perplexity']:.2f} {found['seconds']:.0f} s",
                         flush=True,
                     )
-                    name = "-".join(["quality", suite, arguments.calibration, *["degrid"] * arguments.degrid])
+                    name = "-".join(
+                        ["quality", suite, arguments.calibration, *["degrid"] * arguments.degrid, *screening]
+                    )
                     common.save_row(name, ("name", "samples"), found | {"windows": arguments.windows}, __doc__)
 
 
