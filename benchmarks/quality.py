@@ -143,7 +143,7 @@ SUITES: dict[str, list[Row]] = {
         *(_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64")),
         *(_gptq(width, 16, **FLOAT, transforms=TEQ) for width in ("w3g64", "w2g64")),
         *(_row("teq", "w3g64", 16, {"steps": 100, "loss": loss}) for loss in ("kl", "cross-entropy")),
-        _row("teq", "w3g64", 16, {"steps": 100, "gradient": "straight-through"}),
+        _row("rtn", "w3g64", 16, {"transforms": [{**TEQ[0], "gradient": "straight-through"}]}),
         _row("teq", "w3g64", 16, {"steps": 1000}),
     ],
     "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
