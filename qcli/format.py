@@ -81,6 +81,29 @@ class Format(BaseModel):
         """float32 `[out, in]`; differentiable in floating-point tables."""
         raise NotImplementedError
 
+    def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tables as numbers that training can move: float32, and `decode` gives the same. Integers that have
+        no scale stay what they are."""
+        return {name: table.float() if table.is_floating_point() else table for name, table in tables.items()}
+
+    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `relaxed`: the nearest tables that can be stored, for every name in `given`.
+
+        Entries of floating-point tables that would become 0 or infinite keep those of `given`.
+        """
+        tables = dict(given)
+        for name, table in given.items():
+            if table.is_floating_point():
+                nearest = relaxed[name].to(table.dtype)
+                tables[name] = nearest.where(nearest.isfinite() & ((nearest != 0) | (table == 0)), table)
+        return tables
+
+    def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For every table that training moves, what a change of 1 means to each entry, so that one learning rate
+        fits all; in shapes that broadcast to the table's. Here: an entry's own size, or a tenth of the mean's."""
+        sizes = {name: table.abs() for name, table in relaxed.items() if table.is_floating_point()}
+        return {name: size.clamp(min=0.1 * float(size.mean())) for name, size in sizes.items()}
+
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
         return {name: table[rows] for name, table in tables.items()}

@@ -106,27 +106,22 @@ class _Trained:
         moved = self.format.encode(start, weight.tables) != weight.codes
         self.start = torch.where(moved, dense, start)
         self.latent = torch.zeros_like(dense).requires_grad_("weights" in train)
-        self.unit: dict[str, Tensor] = {}
-        self.relative: dict[str, Tensor] = {}
-        for name, table in weight.tables.items():
-            if table.is_floating_point() and "tables" in train:
-                size = table.float().abs()
-                self.unit[name] = torch.maximum(size, 0.1 * size.mean())
-                self.relative[name] = torch.zeros_like(size).requires_grad_()
+        self.relaxed = self.format.relaxed(weight.tables)
+        self.unit = self.format.units(self.relaxed) if "tables" in train else {}
+        self.relative = {name: torch.zeros_like(self.relaxed[name]).requires_grad_() for name in self.unit}
 
-    def tables(self, *, stored: bool) -> dict[str, Tensor]:
-        """Tables as they are now; as they will be `stored`, or float32 to be trained."""
+    def moved(self) -> dict[str, Tensor]:
+        """Relaxed tables as they are now; differentiable."""
+        return self.relaxed | {name: self.relaxed[name] + self.unit[name] * self.relative[name] for name in self.unit}
+
+    def tables(self) -> dict[str, Tensor]:
+        """Relaxed tables as they will be stored; their gradient reaches `moved` unchanged."""
         import torch
 
-        tables = dict(self.given.tables)
-        for name, change in self.relative.items():
-            given = tables[name]
-            table = given.float() + self.unit[name] * change
-            if stored:
-                rounded = table.to(given.dtype)
-                table = torch.where(rounded.isfinite() & ((rounded != 0) | (given == 0)), rounded, given)
-            tables[name] = table
-        return tables
+        moved = self.moved()
+        with torch.no_grad():
+            stored = self.format.relaxed(self.format.restored(moved, self.given.tables))
+        return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
 
     def dense(self, *, final: bool) -> Tensor:
         """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
@@ -136,7 +131,7 @@ class _Trained:
 
         if final:
             return self.weight().dense()
-        tables = self.tables(stored=False)
+        tables = self.tables()
         if not self.latent.requires_grad:
             return self.format.decode(self.given.codes, tables)
         latent = self.start + self.step * self.latent
@@ -149,7 +144,7 @@ class _Trained:
         """As it will be stored."""
         from qcli.quantized import QuantizedWeight
 
-        tables = self.tables(stored=True)
+        tables = self.format.restored(self.moved(), self.given.tables)
         codes = self.given.codes
         if self.latent.requires_grad:
             codes = self.format.encode(self.start + self.step * self.latent.detach(), tables)

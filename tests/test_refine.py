@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcli.format import Format
 from qcli.formats.affine import Affine
-from qcli.formats.low_rank import LowRank
+from qcli.formats.low_rank import FactorBits, LowRank
 from qcli.method import LinearGroup
 from qcli.models.objectives import LinearObjective
 from qcli.quantized import QuantizedWeight
@@ -30,11 +30,11 @@ def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:
     return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), codes, tables)
 
 
-def with_low_rank(weight: Tensor, base: Affine) -> QuantizedWeight:
-    format = LowRank.around(base, 2, 16)
+def with_low_rank(weight: Tensor, base: Affine, bits: FactorBits) -> QuantizedWeight:
+    format = LowRank.around(base, 2, bits)
     shared = rounded(weight, base)
-    factors = {"lowrank_a": 0.01 * random(OUT, 2, seed=5).half(), "lowrank_b": 0.1 * random(2, IN, seed=6).half()}
-    return format.wrap(shared, factors)
+    a, b = 0.01 * random(OUT, 2, seed=5), 0.1 * random(2, IN, seed=6)
+    return format.wrap(shared, format.round_factor("a", a) | format.round_factor("b", b))
 
 
 FORMATS = [
@@ -67,6 +67,21 @@ def test_training_starts_exactly_at_the_given_codes(format: Affine) -> None:
     torch.testing.assert_close(trained.dense(final=False), given.dense(), rtol=0, atol=1e-6)
 
 
+def test_training_sees_what_will_be_stored() -> None:
+    """Tables on the way are rounded as they will be, in 8 bits too, and their gradient passes the rounding."""
+    given = with_low_rank(random(OUT, IN), Affine(bits=2, group_size=16, zero_point="float"), 8)
+    trained = _Trained(given, given.dense(), ("tables",))
+    with torch.no_grad():
+        for change in trained.relative.values():
+            change += 0.05 * random(*change.shape, seed=8)
+    dense = trained.dense(final=False)
+    assert torch.equal(dense, trained.weight().dense())
+    assert not torch.equal(dense, given.dense())
+    dense.square().sum().backward()
+    assert all(change.grad is not None and bool(change.grad.any()) for change in trained.relative.values())
+    assert trained.relative.keys() == {"weight_scale", "weight_zero_point", "lowrank_a", "lowrank_b"}
+
+
 def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
     weight, format = random(OUT, IN), Affine(bits=3, group_size=64)
     given = rounded(weight, format)
@@ -94,13 +109,13 @@ def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -
 
 
 @pytest.mark.parametrize("train", [("tables",), ("weights",), ("tables", "weights")])
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("low_rank", [None, 8, 16])
 def test_held_out_error_falls(
-    layer: tuple[LinearGroup, LinearGroup], train: tuple[Literal["tables", "weights"], ...], low_rank: bool
+    layer: tuple[LinearGroup, LinearGroup], train: tuple[Literal["tables", "weights"], ...], low_rank: FactorBits | None
 ) -> None:
     group, held = layer
     base = Affine(bits=2, group_size=32, zero_point="float")
-    given = with_low_rank(group.weights["w"], base) if low_rank else rounded(group.weights["w"], base)
+    given = with_low_rank(group.weights["w"], base, low_rank) if low_rank else rounded(group.weights["w"], base)
     objective = LinearObjective(group, held)
     refine = Refine(scope="linear", steps=80, train=train, weights_lr=1e-2)
     refined, outcome = refine.refine({"w": given}, group.weights, objective)

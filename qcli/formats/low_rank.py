@@ -86,6 +86,20 @@ class LowRank(Format):
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         return self.base.decode(codes, self._of_base(tables)) + self.product(tables)
 
+    def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = {"lowrank_a": self.factor("a", tables), "lowrank_b": self.factor("b", tables)}
+        return {**self.base.relaxed(self._of_base(tables)), **factors}
+
+    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.factor_bits == 16:
+            return super().restored(relaxed, given)
+        base = self.base.restored(self._of_base(relaxed), self._of_base(given))
+        return base | self.round_factor("a", relaxed["lowrank_a"]) | self.round_factor("b", relaxed["lowrank_b"])
+
+    def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = {name: table for name, table in relaxed.items() if _is_factor(name)}
+        return self.base.units(self._of_base(relaxed)) | super().units(factors)
+
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         factors = {name: table for name, table in tables.items() if _is_factor(name)}
         return {**self.base.tile(self._of_base(tables), rows), **factors, "lowrank_a": factors["lowrank_a"][rows]}
@@ -119,9 +133,9 @@ class LowRank(Format):
 
     def factor(self, which: Factor, tables: Mapping[str, Tensor]) -> Tensor:
         """Factor A `[out, rank]` or B `[rank, in]`, float32; differentiable in floating-point tables."""
-        values = tables[f"lowrank_{which}"].float()
-        if self.factor_bits == 16:
-            return values
+        values = tables[f"lowrank_{which}"]
+        if values.is_floating_point():
+            return values.float()
         scale = tables[f"lowrank_{which}_scale"].float()
         return values * (scale if which == "a" else scale[:, None])
 
