@@ -81,11 +81,12 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x W_hat^T + bias`; x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
         weight = self.quantized
+        tables = self.format.relaxed(weight.tables)
         rows = max(1, _TILE // self.in_features)
         parts = []
         for start in range(0, self.out_features, rows):
             tile = slice(start, start + rows)
-            decoded = self.format.decode(weight.codes[tile], self.format.tile(weight.tables, tile)).to(x.dtype)
+            decoded = self.format.decode(weight.codes[tile], self.format.tile(tables, tile)).to(x.dtype)
             bias = None if self.bias is None else self.bias[tile].to(x.dtype)
             parts.append(F.linear(x, decoded, bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

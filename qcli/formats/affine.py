@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
 from qcli.errors import VerificationError
-from qcli.format import Format, Rounder, StoredTensor
+from qcli.format import Rounder, StoredTensor
+from qcli.formats._grouped import Grouped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ __all__ = ["Affine"]
 ZeroPoint = Literal["none", "integer", "float"]
 
 
-class Affine(Format):
+class Affine(Grouped):
     """`bits` wide codes on one uniform grid per `group_size` weights of a row.
 
     Tables: `weight_scale` float16 `[out, groups]`; `weight_zero_point` uint8 (integer) or float16 (float)
@@ -34,21 +33,12 @@ class Affine(Format):
 
     name: ClassVar[str] = "affine"
 
-    group_size: int = Field(ge=-1, description="weights of a row that share a scale; -1: the whole row")
     zero_point: ZeroPoint = "integer"
 
     @property
     def center(self) -> int:
         """The code that stands for 0 when there is no zero point."""
         return 1 << (self.bits - 1)
-
-    def group_width(self, in_features: int) -> int:
-        """Weights that share one scale in a row of `in_features`."""
-        return in_features if self.group_size == -1 else min(self.group_size, in_features)
-
-    def groups(self, in_features: int) -> int:
-        """Groups in a row, the ragged last one included."""
-        return -(-in_features // self.group_width(in_features))
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
         out_features, in_features = shape
@@ -107,7 +97,7 @@ class Affine(Format):
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         import torch
 
-        groups = columns // self.group_size if self.group_size > 0 else columns * 0
+        groups = self.groups_of(columns)
         scale = tables["weight_scale"].float().T[groups]
         if self.zero_point == "none":
             zero_point = torch.full((len(columns), 1), float(self.center), device=columns.device)
@@ -120,15 +110,6 @@ class Affine(Format):
             return codes, (codes - zero_point[column]).mul_(scale[column])
 
         return nearest
-
-    def grouped(self, rows: Tensor) -> Tensor:
-        """`[out, in]` -> `[out, groups, group_size]`; a ragged last group is filled up with zeros."""
-        from torch.nn import functional as F
-
-        width, in_features = self.group_width(rows.shape[1]), rows.shape[1]
-        if in_features % width:
-            rows = F.pad(rows, (0, width - in_features % width))
-        return rows.reshape(rows.shape[0], -1, width)
 
     def check(self, weight: QuantizedWeight) -> None:
         for name, tensor in self.to_stored(weight).items():

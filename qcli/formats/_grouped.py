@@ -1,0 +1,39 @@
+"""What formats with tables for each group of a row share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from qcli.format import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Grouped(Format):
+    """A format whose tables hold numbers for every `group_size` weights of a row; a row's last group may be shorter."""
+
+    group_size: int = Field(ge=-1, description="weights of a row that share a group's numbers; -1: the whole row")
+
+    def group_width(self, in_features: int) -> int:
+        """Weights of a whole group in a row of `in_features`."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row, the ragged last one included."""
+        return -(-in_features // self.group_width(in_features))
+
+    def groups_of(self, columns: Tensor) -> Tensor:
+        """The group that each column belongs to, int64."""
+        return columns // self.group_size if self.group_size > 0 else columns * 0
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """`[out, in]` -> `[out, groups, group_size]`; a ragged last group is filled up with zeros."""
+        from torch.nn import functional as F
+
+        width, in_features = self.group_width(rows.shape[1]), rows.shape[1]
+        if in_features % width:
+            rows = F.pad(rows, (0, width - in_features % width))
+        return rows.reshape(rows.shape[0], -1, width)
