@@ -85,20 +85,23 @@ class Codebook(Grouped):
         """Every group's codebook, float32 `[out, groups, 2**bits]`; differentiable in relaxed tables."""
         tables = self.relaxed(tables)
         scale, entries = tables[SCALE], -tables[OFFSET][..., None]
-        basis = self._spread(tables[BASIS], len(scale))
+        basis = self.spread(tables[BASIS], len(scale))
         for direction in range(self.rank):  # no matrix product: its rounding depends on shapes and precision settings
             entries = entries + scale[..., direction, None] * basis[:, direction, None]
         return entries
+
+    def spread(self, basis: Tensor, rows: int) -> Tensor:
+        """One basis for each row `[rows, ...]`, or for all `[1, ...]`; bases that have been spread stay so."""
+        if len(basis) in (1, rows):
+            return basis
+        return basis.repeat_interleave(self.basis_rows, dim=0)[:rows]
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         import torch
 
         relaxed, rows = self.relaxed(tables), max(1, _TILE // weight.shape[1])
         tiles = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-        parts = [
-            _Boundaries(self.entries(self.tile(relaxed, tile))).codes(self.grouped(weight[tile].float()))
-            for tile in tiles
-        ]
+        parts = [nearest(self.grouped(weight[tile].float()), self.entries(self.tile(relaxed, tile))) for tile in tiles]
         return torch.cat(parts).view(len(weight), -1)[:, : weight.shape[1]]
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
@@ -122,12 +125,12 @@ class Codebook(Grouped):
         reach = reach.clamp(min=0.1 * float(reach.mean()))
         size = relaxed[BASIS].abs().amax(-1, keepdim=True)
         size = size.clamp(min=1e-3 * float(size.max()))
-        largest = self._spread(size, len(reach)).squeeze(-1)
+        largest = self.spread(size, len(reach)).squeeze(-1)
         return {BASIS: size, SCALE: reach[..., None] / largest[:, None], OFFSET: reach}
 
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         relaxed = self.relaxed(tables)
-        basis = self._spread(relaxed[BASIS], len(relaxed[SCALE]))
+        basis = self.spread(relaxed[BASIS], len(relaxed[SCALE]))
         basis = basis if len(basis) == 1 else basis[rows]
         return {BASIS: basis, SCALE: relaxed[SCALE][rows], OFFSET: relaxed[OFFSET][rows]}
 
@@ -184,11 +187,10 @@ class Codebook(Grouped):
     def _blocks(self, rows: int) -> int:
         return -(-rows // self.basis_rows) if self.basis_rows else 1
 
-    def _spread(self, basis: Tensor, rows: int) -> Tensor:
-        """One basis for each row `[rows, ...]`, or for all `[1, ...]`; bases that have been spread stay so."""
-        if len(basis) in (1, rows):
-            return basis
-        return basis.repeat_interleave(self.basis_rows, dim=0)[:rows]
+
+def nearest(values: Tensor, entries: Tensor) -> Tensor:
+    """Codes uint8 `[..., n]` of the entries `[..., K]` that are nearest to `values` `[..., n]`."""
+    return _Boundaries(entries).codes(values)
 
 
 class _Boundaries:

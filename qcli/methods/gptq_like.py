@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Solution
+from qcli.method import CROSS, LinearGroup, Solution
 from qcli.methods._affine import AffineMethod
+from qcli.methods._feedback import ErrorFeedback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GPTQLike"]
 
 
-class GPTQLike(AffineMethod):
+class GPTQLike(AffineMethod, ErrorFeedback):
     """Error feedback under the Hessian of the layer's inputs."""
 
     name: ClassVar[str] = "gptq-like"
@@ -33,13 +34,7 @@ class GPTQLike(AffineMethod):
     grid: Literal["search", "minmax"] = Field(
         default="search", description="grids searched under the input energy, or spanning each group's range"
     )
-    refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
-    residual: Literal["auto", True, False] = Field(
-        default="auto", description="layers that write to the residual stream repair its error; auto: with refit_target"
-    )
     refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
-    damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")
-    ridge: float = Field(default=0.4, gt=0, description="of the target refit, relative to the mean diagonal")
     gptaq_alpha: float = Field(
         default=0.0, ge=0, le=1, description="weight of GPTAQ's asymmetric term; instead of refit_target"
     )
@@ -48,23 +43,11 @@ class GPTQLike(AffineMethod):
     def _corrections_agree(self) -> GPTQLike:
         if self.gptaq_alpha and self.refit_target:
             raise ValueError("gptaq_alpha replaces refit_target: set refit_target to false")
-        if self.residual is True and not self.refit_target:
-            raise ValueError("residual is a part of refit_target: leave residual at auto, or set refit_target to true")
         return self
 
     @property
-    def repairs_residual(self) -> bool:
-        """What `residual` comes to."""
-        return self.refit_target and self.residual is not False
-
-    @property
     def needs(self) -> frozenset[str]:
-        needs = {HESSIAN}
-        if self.refit_target or self.gptaq_alpha:
-            needs.add(CROSS)
-        if self.repairs_residual:
-            needs.add(RESIDUAL_CROSS)
-        return frozenset(needs)
+        return super().needs | ({CROSS} if self.gptaq_alpha else frozenset())
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """All layers of the group share one factor and are solved as one matrix, rows stacked."""
@@ -72,24 +55,10 @@ class GPTQLike(AffineMethod):
 
         from qcli.quantized import QuantizedWeight
         from qcli.solvers import feedback, grid, tables
-        from qcli.solvers.target import refit
 
-        assert group.hessian is not None
-        stacked = torch.cat(list(group.weights.values()))
-        hessian, target = feedback.without_dead_inputs(group.hessian, stacked)
-        fallbacks = []
-        if self.refit_target:
-            assert group.cross is not None
-            residual = group.residual_cross if self.repairs_residual else None
-            target, ridge = refit(target, group.hessian, group.cross, residual, self.ridge)
-            _, target = feedback.without_dead_inputs(group.hessian, target)
-            if ridge != self.ridge:
-                fallbacks.append(f"ridge raised to {ridge:g}")
-        width = self.format.group_width(target.shape[1])
-        order = feedback.column_order(hessian, width, self.column_order)
-        factor, damping = feedback.inverse_factor(hessian[order][:, order], self.damping)
-        if factor is not None and damping != self.damping:
-            fallbacks.append(f"damping raised to {damping:g}")
+        width = self.format.group_width(next(iter(group.weights.values())).shape[1])
+        problem = self.problem(group, self.column_order, width)
+        target, hessian, order, factor = problem.target, problem.hessian, problem.order, problem.factor
 
         def fit(weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
             if self.grid == "minmax":
@@ -99,7 +68,6 @@ class GPTQLike(AffineMethod):
         start = fit(target, hessian.diagonal())
         usable = torch.ones(len(target), dtype=torch.bool)
         if factor is None:
-            fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
             codes, final = self.format.encode(target, start), dict(start)
         else:
             asymmetry = None
@@ -144,7 +112,7 @@ class GPTQLike(AffineMethod):
                     {key: table[rows] for key, table in final.items()},
                 ),
                 target=target[rows] if self.refit_target else None,
-                fallbacks=[*fallbacks, *note],
+                fallbacks=[*problem.fallbacks, *note],
             )
         return solutions
 

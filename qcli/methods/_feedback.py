@@ -1,0 +1,97 @@
+"""Options and first steps that every method with error feedback shares: what to aim at, and under which Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.methods._grouped import GroupedMethod
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import Tensor
+
+
+@dataclass
+class Problem:
+    """Linears that read one input as one matrix, rows stacked.
+
+    Attributes:
+        target: float32 `[rows, in]`, what the codes should stand for.
+        hessian: `[in, in]`, its diagonal without zeros.
+        order: columns in the order of their quantization, int64 `[in]`.
+        factor: `U` of the Hessian in this order (`solvers.feedback.inverse_factor`); None: no damping helped.
+        fallbacks: every step that did not go as configured.
+    """
+
+    target: Tensor
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor | None
+    fallbacks: list[str]
+
+
+class ErrorFeedback(GroupedMethod):
+    """A method that quantizes column by column under the Hessian of the layer's inputs."""
+
+    refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
+    residual: Literal["auto", True, False] = Field(
+        default="auto", description="layers that write to the residual stream repair its error; auto: with refit_target"
+    )
+    damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")
+    ridge: float = Field(default=0.4, gt=0, description="of the target refit, relative to the mean diagonal")
+
+    @model_validator(mode="after")
+    def _residual_needs_a_target(self) -> Self:
+        if self.residual is True and not self.refit_target:
+            raise ValueError("residual is a part of refit_target: leave residual at auto, or set refit_target to true")
+        return self
+
+    @property
+    def repairs_residual(self) -> bool:
+        """What `residual` comes to."""
+        return self.refit_target and self.residual is not False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = {HESSIAN}
+        if self.refit_target:
+            needs.add(CROSS)
+        if self.repairs_residual:
+            needs.add(RESIDUAL_CROSS)
+        return frozenset(needs)
+
+    def problem(self, group: LinearGroup, column_order: str, group_width: int) -> Problem:
+        """What error feedback starts from.
+
+        Args:
+            column_order: as for `solvers.feedback.column_order`.
+            group_width: likewise.
+        """
+        import torch
+
+        from qcli.solvers import feedback
+        from qcli.solvers.target import refit
+
+        assert group.hessian is not None
+        stacked = torch.cat(list(group.weights.values()))
+        hessian, target = feedback.without_dead_inputs(group.hessian, stacked)
+        fallbacks = []
+        if self.refit_target:
+            assert group.cross is not None
+            residual = group.residual_cross if self.repairs_residual else None
+            target, ridge = refit(target, group.hessian, group.cross, residual, self.ridge)
+            _, target = feedback.without_dead_inputs(group.hessian, target)
+            if ridge != self.ridge:
+                fallbacks.append(f"ridge raised to {ridge:g}")
+        order = feedback.column_order(hessian, group_width, column_order)
+        factor, damping = feedback.inverse_factor(hessian[order][:, order], self.damping)
+        if factor is None:
+            fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
+        elif damping != self.damping:
+            fallbacks.append(f"damping raised to {damping:g}")
+        return Problem(target, hessian, order, factor, fallbacks)
