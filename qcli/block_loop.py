@@ -118,7 +118,7 @@ class Streamed:
         fast: bool,
         progress: Progress,
     ) -> None:
-        self.todo, self.run, self.fast, self.refine, self.progress = todo, run, fast, todo.recipe.refine, progress
+        self.todo, self.run, self.fast, self.refine, self.progress = todo, run, fast, todo.recipe.refinement, progress
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(todo.source, device=device, dtype=dtype)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qcli.quantized import QuantizedWeight
+    from qcli.refine import Refine
 
 HESSIAN, CROSS, RESIDUAL_CROSS = "hessian", "cross", "residual_cross"
 
@@ -72,6 +73,11 @@ class Method(BaseModel):
     def transforms(self) -> tuple[Transform, ...]:
         """Rewrites of each block that belong to the method and come first."""
         return ()
+
+    @property
+    def refine(self) -> Refine | None:
+        """The reconstruction that belongs to the method and comes last, unless the recipe names another."""
+        return None
 
     @property
     def format(self) -> Format:

@@ -55,7 +55,7 @@ class Plan:
 
     def needs_of(self, method: Method) -> frozenset[str]:
         """Moments that a layer of this method needs, with what follows the method."""
-        after = (self.recipe.low_rank, self.recipe.refine)
+        after = (self.recipe.low_rank, self.recipe.refinement)
         return method.needs.union(*(step.needs for step in after if step is not None))
 
     @property

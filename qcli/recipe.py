@@ -145,9 +145,14 @@ class Recipe(_Section):
         return [*self.transforms, *self.method.transforms]
 
     @property
+    def refinement(self) -> Refine | None:
+        """The recipe's own, or what the method ends with."""
+        return self.refine or self.method.refine
+
+    @property
     def trained(self) -> bool:
         """Whether anything is trained by gradient, which takes held-out samples."""
-        return self.refine is not None or bool(self.all_transforms)
+        return self.refinement is not None or bool(self.all_transforms)
 
     def without_samples(self) -> Issue | None:
         """What is wrong when held-out samples leave none to calibrate on."""

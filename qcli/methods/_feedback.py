@@ -39,7 +39,7 @@ class ErrorFeedback(GroupedMethod):
     """A method that quantizes column by column under the Hessian of the layer's inputs."""
 
     refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
-    residual: Literal["auto", True, False] = Field(
+    residual: bool | Literal["auto"] = Field(
         default="auto", description="layers that write to the residual stream repair its error; auto: with refit_target"
     )
     damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")

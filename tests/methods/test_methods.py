@@ -14,6 +14,7 @@ from qcli.method import LinearGroup
 from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
 from qcli.recipe_loading import load_recipe
+from tests.methods.conftest import Case, loss
 
 PLAIN: dict[str, Any] = {
     "refit_target": False,
@@ -23,39 +24,12 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def case() -> tuple[LinearGroup, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(96, 96, generator=generator) * (0.2 + 3 * torch.rand(96, generator=generator))
-    x = torch.randn(1500, 96, generator=generator) @ mix / 10
-    noisy = x + 0.15 * torch.randn(1500, 96, generator=generator)
-    weights = {
-        "a": torch.randn(64, 96, generator=generator) * 0.04,
-        "b": torch.randn(48, 96, generator=generator) * 0.04,
-    }
-    return LinearGroup(weights, noisy.T @ noisy / 1500, x.T @ noisy / 1500), x, noisy
-
-
-def loss(method: RTN | GPTQLike, case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> float:
-    group, x, noisy = case
-    solutions = method.quantize(group)
-    total = 0.0
-    for name, weight in group.weights.items():
-        solution = solutions[name]
-        solution.weight.check()
-        assert solution.fallbacks == []
-        total += float((x @ weight.T - noisy @ solution.weight.dense().T).square().sum())
-    return total
-
-
 OPTIONS = [{"symmetric": True}, {}, {"zero_point": "float"}]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_step_of_gptq_like_helps(
-    bits: int, options: dict[str, Any], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]
-) -> None:
+def test_every_step_of_gptq_like_helps(bits: int, options: dict[str, Any], case: Case) -> None:
     base: dict[str, Any] = {"bits": bits, "group_size": 32, **options}
     rtn = loss(RTN(**base), case)
     plain = loss(GPTQLike(**base, **PLAIN), case)
@@ -77,7 +51,7 @@ def test_every_step_of_gptq_like_helps(
         {"group_size": 40, "group_tail": "ragged", "column_order": "group-aware"},
     ],
 )
-def test_options_beat_rtn(options: dict[str, Any], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+def test_options_beat_rtn(options: dict[str, Any], case: Case) -> None:
     shared = {"bits": 3, "group_size": 32} | {
         key: options[key] for key in ("group_size", "group_tail") if key in options
     }
@@ -85,9 +59,7 @@ def test_options_beat_rtn(options: dict[str, Any], case: tuple[LinearGroup, torc
 
 
 @pytest.mark.parametrize("grid", ["search", "hessian"])
-def test_searched_rtn_beats_minmax_on_what_it_minimises(
-    grid: Literal["search", "hessian"], case: tuple[LinearGroup, torch.Tensor, torch.Tensor]
-) -> None:
+def test_searched_rtn_beats_minmax_on_what_it_minimises(grid: Literal["search", "hessian"], case: Case) -> None:
     group = case[0]
     assert group.hessian is not None
     importance = group.hessian.diagonal() if grid == "hessian" else torch.ones(96)
@@ -103,7 +75,7 @@ def test_searched_rtn_beats_minmax_on_what_it_minimises(
     assert weight_error(RTN(bits=2, group_size=32, grid=grid)) < weight_error(RTN(bits=2, group_size=32))
 
 
-def test_stacking_layers_changes_nothing(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+def test_stacking_layers_changes_nothing(case: Case) -> None:
     group, method = case[0], GPTQLike(bits=3, group_size=32)
     together = method.quantize(group)
     for name, weight in group.weights.items():
@@ -112,7 +84,7 @@ def test_stacking_layers_changes_nothing(case: tuple[LinearGroup, torch.Tensor, 
         assert float(same) > 0.999
 
 
-def test_a_hopeless_hessian_is_reported(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+def test_a_hopeless_hessian_is_reported(case: Case) -> None:
     hopeless = torch.eye(96)
     hopeless[0, 1] = hopeless[1, 0] = 50.0
     weights = case[0].weights
@@ -120,7 +92,7 @@ def test_a_hopeless_hessian_is_reported(case: tuple[LinearGroup, torch.Tensor, t
     assert all("rounded to nearest" in solution.fallbacks[0] for solution in solutions.values())
 
 
-def test_each_layer_reports_only_its_own_rows(case: tuple[LinearGroup, torch.Tensor, torch.Tensor]) -> None:
+def test_each_layer_reports_only_its_own_rows(case: Case) -> None:
     """A row of zeros has no scale to solve for."""
     weights = {name: weight.clone() for name, weight in case[0].weights.items()}
     weights["a"][:3] = 0

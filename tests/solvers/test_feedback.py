@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from qcli.format import Format
 from qcli.formats.affine import Affine, ZeroPoint
-from qcli.solvers import feedback, grid, tables
+from qcli.formats.codebook import Codebook
+from qcli.solvers import codebook, feedback, grid, tables
 from qcli.solvers.target import refit
 
 
@@ -21,7 +23,7 @@ def problem(inputs: int = 24, outputs: int = 10, tokens: int = 200) -> tuple[tor
 
 
 def textbook(
-    weight: torch.Tensor, hessian: torch.Tensor, format: Affine, grid_: dict[str, torch.Tensor]
+    weight: torch.Tensor, hessian: torch.Tensor, format: Format, grid_: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """OBQ with a fixed order, in float64: quantize a column, spread its error by H^-1, eliminate the column."""
     rest, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
@@ -36,13 +38,19 @@ def textbook(
     return codes
 
 
+@pytest.mark.parametrize("kind", ["affine", "codebook"])
 @pytest.mark.parametrize("inputs", [24, 150])
-def test_lazy_blocks_equal_the_textbook(inputs: int) -> None:
+def test_lazy_blocks_equal_the_textbook(inputs: int, kind: str) -> None:
     weight, x, _ = problem(inputs, tokens=4 * inputs)
-    format = Affine(bits=3, group_size=8, zero_point="integer")
     hessian = x.T @ x / len(x)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
-    fixed = grid.minmax(weight, format)
+    format: Format
+    if kind == "affine":
+        format = Affine(bits=3, group_size=8, zero_point="integer")
+        fixed = grid.minmax(weight, format)
+    else:
+        format = Codebook(bits=2, group_size=8, rank=2, table_bits=8)
+        fixed = codebook.fit(weight, format)
     factor, _ = feedback.inverse_factor(hessian, 1e-12)
     assert factor is not None
     codes, _ = feedback.quantize_columns(weight, factor, torch.arange(inputs), format, fixed)

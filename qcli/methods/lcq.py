@@ -1,0 +1,88 @@
+"""LCQ: low-rank codebooks (arXiv 2405.20973).
+
+Groups with codebooks of their own, all made of a few shapes. The paper learns them by gradient on the block's output;
+here that is the last of five steps: codebooks are fitted by alternating least squares under `diag(H)`, columns are
+quantized with error feedback on them, scales and offsets are solved for once the codes are fixed, and the block's
+reconstruction (`steps`) trains codes and tables together, rounded as they will be stored.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from qcli.formats.codebook import Codebook
+from qcli.method import LinearGroup, Solution
+from qcli.methods._feedback import ErrorFeedback, Problem
+from qcli.refine import Refine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
+
+__all__ = ["LCQ"]
+
+
+class LCQ(ErrorFeedback):
+    """Codebooks `C = S^T V - B` of rank `rank`, one row for each group."""
+
+    name: ClassVar[str] = "lcq"
+
+    rank: int = Field(default=1, ge=1, le=16, description="shapes that the codebooks of a layer are made of")
+    table_bits: Literal[8, 16] = Field(
+        default=8, description="of a group's scales and offset; 8: with one float16 scale for 256 of them"
+    )
+    basis_rows: int = Field(default=0, ge=0, description="rows of a weight that share a basis; 0: all")
+    error_feedback: bool = Field(default=True, description="columns to come absorb each column's error")
+    refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
+    steps: int = Field(
+        default=200, ge=0, description="of the block reconstruction that ends the method, if the recipe names no other"
+    )
+
+    @property
+    def format(self) -> Codebook:
+        return Codebook(
+            bits=self.bits,
+            group_size=self.group_size,
+            rank=self.rank,
+            table_bits=self.table_bits,
+            basis_rows=self.basis_rows,
+        )
+
+    @property
+    def refine(self) -> Refine | None:
+        return Refine(steps=self.steps) if self.steps else None
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        if self.rank >= 1 << self.bits:
+            return f"rank {self.rank} must be below 2**bits = {1 << self.bits}"
+        return super().misfit(shape)
+
+    def quantize(self, group: LinearGroup) -> dict[str, Solution]:
+        """All layers of the group share one factor; each has a basis of its own."""
+        problem = self.problem(group, "static", 0)
+        solutions, first = {}, 0
+        for name, weight in group.weights.items():
+            target = problem.target[first : first + len(weight)]
+            first += len(weight)
+            found, notes = self._solve(target, problem)
+            fallbacks = [*problem.fallbacks, *notes]
+            solutions[name] = Solution(found, target if self.refit_target else None, fallbacks)
+        return solutions
+
+    def _solve(self, target: Tensor, problem: Problem) -> tuple[QuantizedWeight, list[str]]:
+        from qcli.quantized import QuantizedWeight
+        from qcli.solvers import codebook, feedback
+
+        tables = codebook.fit(target, self.format, problem.hessian.diagonal())
+        if self.error_feedback and problem.factor is not None:
+            codes, _ = feedback.quantize_columns(target, problem.factor, problem.order, self.format, tables)
+        else:
+            codes = self.format.encode(target, tables)
+        weight = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
+        if not self.refit_tables:
+            return weight, []
+        weight, better = codebook.refit(target, weight, self.format, problem.hessian)
+        return weight, [] if better else ["scale refit did not help: kept the fitted scales"]
