@@ -24,10 +24,14 @@ Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), op
 
 BLOCKS = 30
 W = {"w4g64": (4, 64), "w3g64": (3, 64), "w2g64": (2, 64), "w2g32": (2, 32)}
-OTHER = {"w8g64": (8, 64), "w4row": (4, -1), "w3row": (3, -1)}
+OTHER = {
+    **{"w8g64": (8, 64), "w4row": (4, -1), "w3row": (3, -1)},
+    **{f"w{bits}g{group_size}": (bits, group_size) for bits in (2, 3, 4) for group_size in (32, 48, 96)},
+}
 SECTIONS = ("transforms", "refine", "low_rank", "activations")  # options that are no method's
 FLOAT = {"zero_point": "float"}
 A8 = {"activations.bits": 8}
+REFINED = {"refine.steps": 100}
 TEQ = [{"name": "teq", "steps": 100}]
 PLAIN = {
     "column_order": "none",
@@ -50,6 +54,10 @@ def _row(method: str, width: str, samples: int, options: dict[str, Any]) -> Row:
 
 def _gptq(width: str, samples: int, **options: Any) -> Row:
     return _row("gptq-like", width, samples, options)
+
+
+def _lcq(width: str, **options: Any) -> Row:
+    return _row("lcq", width, 64, {"steps": 100, **options})
 
 
 def _rtn(width: str, **options: Any) -> Row:
@@ -145,6 +153,28 @@ SUITES: dict[str, list[Row]] = {
         *(_row("teq", "w3g64", 16, {"steps": 100, "loss": loss}) for loss in ("kl", "cross-entropy")),
         _row("rtn", "w3g64", 16, {"transforms": [{**TEQ[0], "gradient": "straight-through"}]}),
         _row("teq", "w3g64", 16, {"steps": 1000}),
+    ],
+    "lcq": [  # by bits per weight: rank 1 against higher ranks, against uniform grids trained just as long
+        *(_lcq(width) for width in ("w2g32", "w3g32", "w2g64", "w3g64", "w4g64", "w2g96", "w3g96")),
+        *(_gptq(width, 64, **FLOAT, **REFINED) for width in ("w2g64", "w3g64")),
+        *(_gptq(width, 64, **REFINED) for width in ("w2g64", "w3g64", "w2g96", "w4g64")),
+        *(_lcq(width, rank=rank) for width, rank in (("w2g48", 2), ("w2g64", 3), ("w2g64", 2), ("w2g96", 2))),
+        *(_lcq(width, rank=rank) for width, rank in (("w3g48", 2), ("w3g96", 2), ("w3g96", 4))),
+    ],
+    "lcq-ablation": [
+        row
+        for width in ("w2g32", "w3g32")
+        for row in (
+            _lcq(width),
+            _lcq(width, rank=2),
+            _lcq(width, table_bits=16),
+            _lcq(width, basis_rows=64),
+            _lcq(width, refit_tables=False),
+            _lcq(width, error_feedback=False),
+            _lcq(width, steps=0),
+            _lcq(width, steps=0, refit_tables=False),
+            _lcq(width, steps=0, error_feedback=False),
+        )
     ],
     "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
 }
