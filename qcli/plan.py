@@ -101,6 +101,15 @@ class Plan:
         model = sum(blocks.values()) if any(transform.whole_model for transform in self.recipe.all_transforms) else 0
         return _RUNTIME + 2 * outside + copies * block + 4 * model + activations + 8 * 6 * widest**2
 
+    @property
+    def unscaled(self) -> list[str]:
+        """Paths, in a block, of quantized layers that the recipe's transforms cannot reach."""
+        if not self.recipe.all_transforms:
+            return []
+        names, prefix = self.source.tensors(), f"{self.source.family.blocks}.0."
+        paths = self.source.family.unscaled(lambda path: f"{prefix}{path}.weight" in names)
+        return [path for path in paths if path in self.methods_of(0)]
+
     def methods_of(self, block: int) -> dict[str, Method]:
         """Of the layers of a block that are quantized, by path in the block."""
         return {
@@ -131,6 +140,7 @@ class Plan:
             "source_bytes": self.source.bytes(),
             "peak_memory_estimate": self.peak_memory,
             "calibrated": self.streamed,
+            "unscaled": self.unscaled,
             "layers": [self._row(layer) for layer in self.layers],
             "outside": sorted(self.parts[-1]),
         }

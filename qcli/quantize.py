@@ -66,6 +66,7 @@ class Result:
             "fallbacks": self.fallbacks,
             "dense": self.dense,
             "training": self.training,
+            "unscaled": self.plan.unscaled,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -236,6 +237,7 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
         "bytes": todo.bytes,
         "layers": [asdict(layer) for layer in result.layers],
         "training": result.training,
+        "unscaled": todo.unscaled,
         "dense": dict.fromkeys(result.dense, "recipe override")
         | dict.fromkeys(todo.parts[-1], "not a linear layer of a block"),
         "seconds": result.seconds,

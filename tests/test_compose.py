@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_calibration_sees_quantized_activations(tmp_path: Path, text: Path) -> N
     run(model, seen, text, "activations.bits=4")
     first, other = load_file(plain / "model.safetensors"), load_file(seen / "model.safetensors")
     assert any(not torch.equal(first[name], other[name]) for name in first if ".layers.0." in name)
+
+
+def test_layers_that_no_transform_reaches_are_told(tmp_path: Path, text: Path) -> None:
+    """GPT-2's MLP has an activation that no scale passes; its norms and attention are scaled."""
+    model, out = tiny_model("gpt2", tmp_path), tmp_path / "out"
+    result = run(model, out, text, "method.name=rtn", TEQ)
+    assert result.to_json()["unscaled"] == ["mlp.c_proj"]
+    assert json.loads((out / "qcli.manifest.json").read_text())["unscaled"] == ["mlp.c_proj"]
+    assert run(model, tmp_path / "plain", text, "method.name=rtn").to_json()["unscaled"] == []
 
 
 def test_method_teq_is_the_transform_and_then_rtn(tmp_path: Path, text: Path) -> None:

@@ -1,6 +1,6 @@
 """`qcli quantize`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -96,6 +96,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
             "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; now {size(plan['source_bytes'])})",
             "peak memory": f"about {size(plan['peak_memory_estimate'])}",
             "calibration": "yes" if plan["calibrated"] else "not needed",
+            "not transformed": _unscaled(plan["unscaled"]),
             "outside blocks": f"{len(plan['outside'])} tensors stay as they are",
         }
     )
@@ -114,12 +115,18 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             "peak memory": peak,
             "resumed": f"{result['resumed_blocks']} blocks" if result["resumed_blocks"] else None,
             "stayed dense": f"{len(result['dense'])} layers, by override" if result["dense"] else None,
+            "not transformed": _unscaled(result["unscaled"]),
             "fallbacks": len(result["fallbacks"]) or "none",
         }
         | trained(result["training"])
     )
     for name, steps in result["fallbacks"].items():
         tables.line(f"  {name}: {'; '.join(steps)}")
+
+
+def _unscaled(paths: Sequence[str]) -> str | None:
+    """Layers that transforms cannot reach."""
+    return f"{', '.join(paths)}: nothing before them can take the inverse of a scale" if paths else None
 
 
 def trained(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -7,7 +7,7 @@ model of each class: the streamed forward equals the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -94,6 +94,15 @@ class Family:
     variants: tuple[Variant, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+
+    def unscaled(self, has_weight: Callable[[str], bool]) -> list[str]:
+        """Paths of linears whose inputs no fold can scale, in order of computation.
+
+        Args:
+            has_weight: whether the module at a path has a weight; a norm without one has nothing to fold into.
+        """
+        scaled = {reader for fold in self.folds if has_weight(fold.producer) for reader in fold.readers}
+        return [path for group in self.groups for path in group.linears if path not in scaled]
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,6 @@ def channel_scales(block: nn.Module, family: Family, config: PreTrainedConfig) -
     return [_channel_scale(block, fold, heads, family.norm_offset) for fold in folds]
 
 
-def without_producer(family: Family, scales: Sequence[ChannelScale]) -> list[str]:
-    """Linears of a block whose inputs nothing can scale, in order of computation."""
-    scaled = {reader for scale in scales for reader in scale.readers}
-    return [path for group in family.groups for path in group.linears if path not in scaled]
-
-
 @torch.no_grad()
 def fold(
     block: nn.Module,
