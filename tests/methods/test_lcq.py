@@ -18,7 +18,7 @@ from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
 from tests.methods.conftest import Case, loss
 from tests.quantizing import logits, run, streamed, write_text
-from tests.tiny import CONFIGS, tiny_model
+from tests.tiny import tiny_model
 
 SHARED: dict[str, Any] = {"group_size": 32, "ridge": 0.1}
 
@@ -85,8 +85,8 @@ def test_the_reconstruction_is_the_methods_own() -> None:
     assert (refine.steps, refine.scope) == (7, "block")
 
 
-@pytest.mark.parametrize("model_type", list(CONFIGS))
-def test_packed_is_streamed_on_every_family(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon"])
+def test_packed_is_streamed(model_type: str, tmp_path: Path) -> None:
     model, out = tiny_model(model_type, tmp_path), tmp_path / "out"
     flags: dict[str, Any] = {"method__name": "lcq", "method__bits": 2, "method__rank": 2, "method__steps": 3}
     result = run(model, out, write_text(tmp_path), **flags)
