@@ -15,7 +15,11 @@ from qcli.training import Weights
 
 
 class BlockObjective:
-    """Relative squared error of a block's output, a mean over tokens of `|y - y^|^2 / |y|^2`.
+    """Relative squared error of a block's output, a mean over tokens of `|y - y^|^2 / (|y| min(|y|, m))`.
+
+    `m` is the median of `|y|` over the training tokens.
+    The few tokens whose outputs are a hundred times the others' size carry the attention of all that follow. Relative
+    to `|y|^2` they count for nothing, and training ruins them; relative to `m^2` nothing else counts (ours).
 
     Args:
         stream: the model.
@@ -46,6 +50,7 @@ class BlockObjective:
         self.stream, self.index, self.block, self.fast = stream, index, block, fast
         self.inputs, self.targets = inputs, targets
         self.held = list(zip(held_inputs, held_targets, strict=True))
+        self.median = torch.cat([_lengths(batch).flatten() for batch in targets]).median()
         self.size = max(1, batch_tokens // inputs[0].shape[1])
         self.order = _Order(sum(len(batch) for batch in inputs), seed)
 
@@ -60,8 +65,8 @@ class BlockObjective:
     def _error(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             outputs = self.stream.run_block(self.block, self.index, inputs, weights).float()
-        targets = targets.float()
-        return (outputs - targets).square().sum(-1) / targets.square().sum(-1).clamp(min=1e-12)
+        length = _lengths(targets)
+        return (outputs - targets.float()).square().sum(-1) / (length * length.minimum(self.median)).clamp(min=1e-12)
 
 
 class LinearObjective:
@@ -154,6 +159,11 @@ def _quadratic(group: LinearGroup) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         right[path] = right[path] + group.residual_cross
     stacked = torch.cat(list(group.weights.values()))
     return group.hessian, right, (stacked @ group.hessian * stacked).sum()
+
+
+def _lengths(outputs: Tensor) -> Tensor:
+    """`|y|` of each token, float32."""
+    return outputs.float().square().sum(-1).sqrt()
 
 
 class _Order:
