@@ -37,15 +37,15 @@ def named_fields(plugin: Method | Transform) -> dict[str, Any]:
 def derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
     """`partial`, and what it leaves unsaid from `base`.
 
-    Of another method only the options that both have from a common class are taken over: an option of the
+    Of another method only the options that both have from common classes are taken over: an option of the
     same name may mean something else.
     """
     known = registry.names(METHODS)
     old, new = base.get("name", DEFAULT_METHOD), partial.get("name", base.get("name", DEFAULT_METHOD))
     if new != old and new in known and old in known:
         ours, theirs = registry.load(METHODS, new), registry.load(METHODS, old)
-        shared = next(cls for cls in ours.__mro__ if issubclass(theirs, cls)).model_fields
-        base = {key: value for key, value in base.items() if key in shared}
+        common = [cls for cls in ours.__mro__ if issubclass(theirs, cls) and issubclass(cls, BaseModel)]
+        base = {key: value for key, value in base.items() if any(key in cls.model_fields for cls in common)}
     return {**base, **partial, "name": new}
 
 

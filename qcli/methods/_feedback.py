@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
-from qcli.methods._grouped import GroupedMethod
+from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Method
 
 if TYPE_CHECKING:
     from typing import Self
@@ -35,7 +34,7 @@ class Problem:
     fallbacks: list[str]
 
 
-class ErrorFeedback(GroupedMethod):
+class ErrorFeedback(Method):
     """A method that quantizes column by column under the Hessian of the layer's inputs."""
 
     refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")

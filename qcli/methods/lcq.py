@@ -15,6 +15,7 @@ from pydantic import Field
 from qcli.formats.codebook import Codebook
 from qcli.method import LinearGroup, Solution
 from qcli.methods._feedback import ErrorFeedback, Problem
+from qcli.methods._grouped import GroupedMethod
 from qcli.refine import Refine
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["LCQ"]
 
 
-class LCQ(ErrorFeedback):
+class LCQ(GroupedMethod, ErrorFeedback):
     """Codebooks `C = S^T V - B` of rank `rank`, one row for each group."""
 
     name: ClassVar[str] = "lcq"
