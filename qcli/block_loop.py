@@ -141,6 +141,7 @@ class Streamed:
                     stage.targets[path] = solution.target
         self._advance_original(stage)
         if self.refine is not None and self.refine.scope == "block" and stage.weights:
+            stage.release()
             self._refine_block(stage)
         self._advance(stage)
         return stage.solved(f"{self.stream.family.blocks}.{block}.", self.transforms.outcomes(block))
@@ -300,6 +301,12 @@ class _Stage:
         """Let the block go on with what has been chosen for a layer."""
         self.weights[path] = weight
         ModelStream.set_weight(self.module.get_submodule(path), weight.dense())
+
+    def release(self) -> None:
+        """Forget what the streams kept inside the block: room for training."""
+        for staged in (self.quantized, self.held, self.original, self.held_original):
+            if staged is not None:
+                staged.release()
 
     def solved(self, prefix: str, transforms: dict[str, Outcome]) -> SolvedBlock:
         """The finished block; `prefix` stands before every path."""

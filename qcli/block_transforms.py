@@ -19,7 +19,7 @@ from qcli.plan import Plan
 from qcli.progress import Progress
 from qcli.run_folder import RunFolder
 from qcli.training import Objective, Outcome
-from qcli.transform import ChannelScale, Transform
+from qcli.transform import ChannelScale
 
 TRAINED_TOKENS = 1024  # of a training step
 
@@ -44,7 +44,7 @@ class BlockTransforms:
         """
         for number, transform in enumerate(self.transforms):
             if transform.whole_model and self.run.done(self._part(number, 0)) is None:
-                self._fit_model(self._part(number, 0), transform, tokens, held)
+                self._fit_model(number, tokens, held)
 
     def fold(
         self, block: int, module: nn.Module, twin: nn.Module, objective: Callable[[str], Objective]
@@ -62,12 +62,11 @@ class BlockTransforms:
         scales = channel_scales(module, self.stream.family, self.stream.config)
         stored = self.todo.stored_dtypes(block)
         changed: dict[str, None] = {}
-        for number, transform in enumerate(self.transforms):
+        for number in range(len(self.transforms)):
             part = self._part(number, block)
             if self.run.done(part) is None:
-                self._fit_block(part, transform, block, module, scales, objective(part))
-            found = load_file(self.run.file(part))
-            alphas = [found[_key(block, place)].to(self.stream.device) for place in range(len(scales))]
+                self._fit_block(number, block, module, scales, objective(part))
+            alphas = self._found(number, block, len(scales))
             changed |= dict.fromkeys(fold(module, scales, alphas, stored))
             fold(twin, scales, alphas, stored)
         return {name: module.get_parameter(name) for name in changed}
@@ -82,31 +81,44 @@ class BlockTransforms:
         name = f"transform-{number}"
         return name if self.transforms[number].whole_model else f"{block:05d}-{name}"
 
+    def _label(self, number: int) -> str:
+        """Name of a transform in reports; a second one of the same name is told apart."""
+        name = self.transforms[number].name
+        again = sum(transform.name == name for transform in self.transforms[:number])
+        return f"{name}-{again + 1}" if again else name
+
+    def _found(self, number: int, block: int, count: int) -> list[Tensor]:
+        """The alphas of the `count` scales of a block."""
+        found = load_file(self.run.file(self._part(number, block)))
+        return [found[_key(block, place)].to(self.stream.device) for place in range(count)]
+
     def _fit_block(
-        self,
-        part: str,
-        transform: Transform,
-        block: int,
-        module: nn.Module,
-        scales: list[ChannelScale],
-        objective: Objective,
+        self, number: int, block: int, module: nn.Module, scales: list[ChannelScale], objective: Objective
     ) -> None:
         weights = {path: self._weight(module, path) for path in self.paths}
         formats = {path: method.format for path, method in self.todo.methods_of(block).items()}
-        alphas, outcome = transform.fit(weights, formats, scales, objective, self.progress)
+        alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress)
         found = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
-        self.run.commit(part, found, {transform.name: asdict(outcome)})
+        self.run.commit(self._part(number, block), found, {self._label(number): asdict(outcome)})
 
-    def _fit_model(self, part: str, transform: Transform, tokens: Tensor, held: Tensor) -> None:
+    def _fit_model(self, number: int, tokens: Tensor, held: Tensor) -> None:
+        """Fit on the model as earlier transforms, which are of the whole model too, have left it."""
         blocks = [self.stream.load_block(block) for block in range(self.stream.n_blocks)]
         weights: dict[str, Tensor] = {}
         formats: dict[str, Format | None] = {}
         scales: dict[str, ChannelScale] = {}
+        quantized: list[nn.Module] = []
         for block, module in enumerate(blocks):
+            own = channel_scales(module, self.stream.family, self.stream.config)
+            for earlier in range(number):
+                fold(module, own, self._found(earlier, block, len(own)), self.todo.stored_dtypes(block))
+            methods = self.todo.methods_of(block)
+            quantized += [module.get_submodule(path) for path in methods]
             weights |= {f"{block}.{path}": self._weight(module, path) for path in self.paths}
-            formats |= {f"{block}.{path}": method.format for path, method in self.todo.methods_of(block).items()}
-            for place, scale in enumerate(channel_scales(module, self.stream.family, self.stream.config)):
+            formats |= {f"{block}.{path}": method.format for path, method in methods.items()}
+            for place, scale in enumerate(own):
                 scales[_key(block, place)] = scale.within(f"{block}.")
+        transform, part = self.transforms[number], self._part(number, 0)
         objective = ModelObjective(
             self.stream,
             blocks,
@@ -116,9 +128,10 @@ class BlockTransforms:
             batch_tokens=TRAINED_TOKENS,
             seed=f"{self.todo.recipe.seed}:{part}",
             fast=self.fast,
+            simulated=(self.todo.recipe.activations, quantized),
         )
         alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
-        self.run.commit(part, dict(zip(scales, alphas, strict=True)), {transform.name: asdict(outcome)})
+        self.run.commit(part, dict(zip(scales, alphas, strict=True)), {self._label(number): asdict(outcome)})
 
     def _weight(self, module: nn.Module, path: str) -> Tensor:
         return self.stream.weight_of(module.get_submodule(path)).float()

@@ -78,7 +78,11 @@ class LowRankCompensation(BaseModel):
             again = method.quantize(LinearGroup(rest, hessian=group.hessian, cross=group.hessian))
             for name, aim in aims.items():
                 fitted = self._fit(name, aim, again[name], hessian)
-                latest[name] = replace(fitted, target=solutions[name].target)
+                latest[name] = replace(
+                    fitted,
+                    target=solutions[name].target,
+                    fallbacks=[*solutions[name].fallbacks, *fitted.fallbacks],
+                )
                 best[name] = min(
                     best[name], latest[name], key=lambda found: weighted_error(aim - found.weight.dense(), hessian)
                 )

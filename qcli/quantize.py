@@ -48,8 +48,10 @@ class Result:
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
-        """By layer, where there were any."""
-        return {layer.name: layer.fallbacks for layer in self.layers if layer.fallbacks}
+        """By layer, or by what was trained, where there were any."""
+        layers = {layer.name: layer.fallbacks for layer in self.layers if layer.fallbacks}
+        stopped = {what: outcome["stopped"] for what, outcome in self.training.items()}
+        return layers | {what: [reason] for what, reason in stopped.items() if reason is not None}
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

@@ -32,6 +32,7 @@ from qcli.recipe_errors import Issue, Origins, unknown
 from qcli.recipe_text import to_yaml
 from qcli.refine import Refine
 from qcli.transform import Transform
+from qcli.yaml_places import KeyPath
 
 if TYPE_CHECKING:
     from qcli.models.arch import Linear
@@ -154,12 +155,20 @@ class Recipe(_Section):
         """Whether anything is trained by gradient, which takes held-out samples."""
         return self.refinement is not None or bool(self.all_transforms)
 
-    def without_samples(self) -> Issue | None:
-        """What is wrong when held-out samples leave none to calibrate on."""
+    def contradictions(self) -> list[Issue]:
+        """What is wrong between sections that are right each on their own."""
+        found = []
         samples, held_out = self.calibration.samples, self.calibration.held_out
-        if not self.trained or samples > held_out:
-            return None
-        return Issue(("calibration", "samples"), f"training holds out {held_out} of {samples} samples: none is left")
+        if self.trained and samples <= held_out:
+            message = f"training holds out {held_out} of {samples} samples: none is left"
+            found.append(Issue(("calibration", "samples"), message))
+        whole = [transform.whole_model for transform in self.all_transforms]
+        for i, late in enumerate(whole):
+            if late and not all(whole[:i]):
+                path: KeyPath = ("transforms", i) if i < len(self.transforms) else ("method",)
+                message = "is trained on the whole model, which transforms block by block have not changed yet"
+                found.append(Issue(path, f"{message}: name it before them"))
+        return found
 
     def override_methods(self) -> list[Method | None]:
         """The full method of each override; None where it says `dense`."""
@@ -179,7 +188,7 @@ class Recipe(_Section):
             for layer, matching in zip(layers, rules, strict=True)
         }
         problems = [*self._idle_overrides(rules), *_misfits(layers, assigned, self.low_rank)]
-        problems += self._transforming_overrides(others)
+        problems += [*self._untransformable(assigned), *self._overrides_of_blocks(others)]
         if layers and not any(assigned.values()):
             problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
         if problems:
@@ -206,11 +215,25 @@ class Recipe(_Section):
     def _rules(self, name: str) -> list[int]:
         return [i for i, rule in enumerate(self.overrides) if fnmatchcase(name, rule.match)]
 
-    def _transforming_overrides(self, others: Sequence[Method | None]) -> list[Issue]:
+    def _overrides_of_blocks(self, others: Sequence[Method | None]) -> list[Issue]:
+        """Overrides that name another transform or reconstruction than the block they are in can have."""
+        found = []
+        for i, method in enumerate(others):
+            if method is None:
+                continue
+            wanted, given = (method.transforms, method.refine), (self.method.transforms, self.method.refine)
+            if wanted != given and (any(wanted) or method.name == self.method.name):
+                message = f"{method.name} transforms or reconstructs whole blocks, not single layers"
+                found.append(Issue(("overrides", i, "method"), f"{message}: set its steps in the recipe's method"))
+        return found
+
+    def _untransformable(self, assigned: Mapping[str, Method | None]) -> list[Issue]:
+        formats = dict.fromkeys(method.format for method in assigned.values() if method is not None)
         return [
-            Issue(("overrides", i, "method", "name"), f"{method.name} transforms whole blocks, not single layers")
-            for i, method in enumerate(others)
-            if method is not None and method.transforms and method.name != self.method.name
+            Issue(("transforms", i) if i < len(self.transforms) else ("method",), reason)
+            for i, transform in enumerate(self.all_transforms)
+            for format in formats
+            if (reason := transform.misfit(format))
         ]
 
     def _idle_overrides(self, rules: Sequence[Sequence[int]]) -> list[Issue]:
@@ -231,17 +254,19 @@ def _misfits(
     layers: Sequence[Linear], assigned: Mapping[str, Method | None], low_rank: LowRankCompensation | None
 ) -> list[Issue]:
     """One line for layers that differ only in the number of their block."""
-    reasons: Counter[tuple[str, str]] = Counter()
+    reasons: Counter[tuple[str, KeyPath, str]] = Counter()
     for layer in layers:
         method = assigned[layer.name]
         if method is None:
             continue
-        reason = method.misfit(layer.shape) or (low_rank.misfit(layer.shape) if low_rank else None)
-        if reason:
-            reasons[re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), reason] += 1
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        if reason := method.misfit(layer.shape):
+            reasons[kind, ("method",), reason] += 1
+        if low_rank is not None and (reason := low_rank.misfit(layer.shape)):
+            reasons[kind, ("low_rank", "rank"), reason] += 1
     return [
-        Issue(("method",), f"{reason}: {name} ({count} layer{'s' if count > 1 else ''})")
-        for (name, reason), count in reasons.items()
+        Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
+        for (kind, path, reason), count in reasons.items()
     ]
 
 
@@ -249,6 +274,6 @@ def _assign_hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | N
     if any(problem.path == ("method",) for problem in problems):
         divisor = gcd(*(layer.shape[1] for layer in layers))
         return f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
-    if layers:
+    if layers and any(problem.path[0] == "overrides" for problem in problems):
         return f"layers are named as {layers[0].name}"
     return None

@@ -87,8 +87,8 @@ def _checked(draft: Draft) -> Recipe:
         raise UsageError("\n".join(dict.fromkeys(lines)), hint=_usage_hint(found))
     recipe = recipe.model_copy(update={"method": method, "transforms": transforms})
     recipe._origins = draft.origins
-    if problem := recipe.without_samples():
-        raise draft.origins.error([problem])
+    if problems := recipe.contradictions():
+        raise draft.origins.error(problems)
     return recipe
 
 

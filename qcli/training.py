@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qcli.errors import UsageError
 from qcli.progress import Progress, silent
 
+_EPSILON = 1e-15  # ours: gradients of a relative error fall with the size of a layer, and 1e-8 would stop large ones
 Weights = Mapping[str, Tensor]
 """Float32 `[out, in]` by layer name."""
 
@@ -67,12 +69,14 @@ class Outcome:
         after: held-out loss of what was kept: never above `before`.
         best_step: after how many steps that was; 0: the start was best and is kept.
         steps: how many were made.
+        stopped: why there were not more, if there should have been.
     """
 
     before: float
     after: float
     best_step: int
     steps: int
+    stopped: str | None = None
 
 
 def train(
@@ -93,13 +97,19 @@ def train(
         progress: told at the start and after each judgement.
 
     Returns:
-        Held-out losses. Steps whose loss is not finite end the training; what was best before them is kept.
+        Held-out losses. A step whose loss is not finite ends the training; what was best before it is kept.
+
+    Raises:
+        UsageError: the held-out loss of the start is not finite.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, eps=_EPSILON, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     best = before = _judged(weights, objective)
+    if not math.isfinite(before):
+        raise UsageError("the loss on held-out samples is not finite before any training", hint="use --dtype float32")
     kept, best_step, done = [parameter.detach().clone() for parameter in parameters], 0, 0
+    stopped = None
     judged_at = {round(schedule.steps * (n + 1) / schedule.judgements) for n in range(schedule.judgements)}
     progress("train", 0, schedule.steps)
     with torch.enable_grad():
@@ -108,6 +118,7 @@ def train(
                 group["lr"] = rate * schedule.rate(step)
             loss = objective.loss(weights(False), step)
             if not bool(loss.isfinite()):
+                stopped = f"training stopped before step {step + 1} of {schedule.steps}: its loss is not finite"
                 break
             gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -124,7 +135,7 @@ def train(
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
             parameter.grad = None
-    return Outcome(before, best, best_step, done)
+    return Outcome(before, best, best_step, done, stopped)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -34,6 +34,10 @@ class Transform(BaseModel):
         """Whether it is trained for what the model predicts, all blocks together."""
         return self.loss != "block"
 
+    def misfit(self, format: Format) -> str | None:
+        """Why layers of `format` cannot be prepared; None when they can."""
+        return None
+
     def fit(
         self,
         weights: Mapping[str, Tensor],
@@ -71,11 +75,11 @@ class ChannelScale:
         readers = tuple(prefix + reader for reader in self.readers)
         return replace(self, producer=prefix + self.producer, readers=readers)
 
-    def of_outputs(self, alpha: Tensor) -> Tensor:
-        """What each output of the producer is divided by; 1 where it has no alpha."""
+    def of_outputs(self, alpha: Tensor, without: float = 1.0) -> Tensor:
+        """What each output of the producer is divided by; `without` where it has no alpha."""
         import torch
 
-        return torch.cat([alpha, alpha.new_ones(1)])[self.outputs]
+        return torch.cat([alpha, alpha.new_full((1,), without)])[self.outputs]
 
     def of_inputs(self, alpha: Tensor) -> Tensor:
         """What each column of a reader is multiplied by."""

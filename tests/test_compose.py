@@ -54,7 +54,8 @@ def test_everything_at_once_on_every_family(
     assert {what.split(" ", 2)[2] for what in result.training} == {"teq", "refine"}
     assert len(result.training) == 4
     for outcome in result.training.values():
-        assert outcome["after"] <= outcome["before"]
+        assert outcome["steps"] == 6
+        assert outcome["stopped"] is None
 
 
 @pytest.mark.parametrize(
@@ -87,12 +88,29 @@ def test_fewer_activation_bits_cost_more(tmp_path: Path, text: Path) -> None:
 
 
 def test_calibration_sees_quantized_activations(tmp_path: Path, text: Path) -> None:
-    """The Hessian is that of the inputs that layers will really get."""
+    """The Hessian is that of the inputs that layers will really get, whichever layer of a group stays dense."""
     model, plain, seen = tiny_model("llama", tmp_path), tmp_path / "plain", tmp_path / "seen"
-    run(model, plain, text)
-    run(model, seen, text, "activations.bits=4")
+    sets = ("overrides=[{match: '*.q_proj', dense: true}]",)
+    run(model, plain, text, *sets)
+    run(model, seen, text, *sets, "activations.bits=4")
     first, other = load_file(plain / "model.safetensors"), load_file(seen / "model.safetensors")
-    assert any(not torch.equal(first[name], other[name]) for name in first if ".layers.0." in name)
+    name = "model.layers.0.self_attn.k_proj.weight_packed"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_transforms_of_the_whole_model_build_on_each_other(tmp_path: Path, text: Path) -> None:
+    model, teq = tiny_model("llama", tmp_path), "{name: teq, steps: 20, lr: 0.02, loss: kl}"
+    result = run(model, tmp_path / "out", text, "method.name=rtn", f"transforms=[{teq}, {teq}]")
+    first, second = (result.training[f"block 0 {name}"] for name in ("teq", "teq-2"))
+    assert first["after"] < first["before"]
+    assert second["before"] == pytest.approx(first["after"], rel=0.05)
+
+
+def test_overrides_may_leave_a_reconstructed_block_to_others(tmp_path: Path, text: Path) -> None:
+    model, sets = tiny_model("llama", tmp_path), ("method.name=lcq", "method.steps=4")
+    result = run(model, tmp_path / "out", text, *sets, "overrides=[{match: '*.k_proj', method: {name: rtn}}]")
+    assert {layer.method for layer in result.layers if layer.name.endswith("k_proj")} == {"rtn"}
+    assert result.training["block 0 refine"]["steps"] == 4
 
 
 def test_layers_that_no_transform_reaches_are_told(tmp_path: Path, text: Path) -> None:
@@ -127,8 +145,12 @@ def test_transformed_dense_layers_and_norms_are_written(tmp_path: Path, text: Pa
 
 @pytest.mark.parametrize(
     "sets",
-    [EVERYTHING, ("transforms=[{name: teq, steps: 6, lr: 0.02, loss: kl}]", "refine.scope=linear", "refine.steps=6")],
-    ids=("block by block", "whole model"),
+    [
+        EVERYTHING,
+        ("transforms=[{name: teq, steps: 6, lr: 0.02, loss: kl}]", "refine.scope=linear", "refine.steps=6"),
+        ("method.name=lcq", "method.rank=2", "method.steps=6", TEQ, "low_rank.rank=2", "low_rank.bits=16"),
+    ],
+    ids=("block by block", "whole model", "codebooks"),
 )
 def test_interrupted_after_every_commit_gives_the_same_bytes(
     sets: tuple[str, ...], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +190,14 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
         (("low_rank.rank=64",), "low_rank.rank 64 must be below 32"),
         (("activations.bits=2",), "activations.bits"),
         (("refine.steps=5", "calibration.held_out=12"), "none is left"),
-        (("method.name=rtn", "overrides=[{match: '*.k_proj', method: {name: teq}}]"), "transforms whole blocks"),
+        (
+            ("method.name=rtn", "overrides=[{match: '*.k_proj', method: {name: teq}}]"),
+            "transforms or reconstructs whole blocks",
+        ),
+        (("method.name=rtn", "overrides=[{match: '*.k_proj', method: {name: lcq}}]"), "reconstructs whole blocks"),
+        (("method.name=lcq", "overrides=[{match: '*.k_proj', method: {steps: 0}}]"), "set its steps in the recipe"),
+        (("transforms=[teq, {name: teq, loss: kl}]",), "name it before them"),
+        (("method.name=lcq", "method.rank=8"), "rank 8 must be below"),
     ],
     ids=str,
 )

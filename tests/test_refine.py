@@ -11,12 +11,13 @@ from torch import Tensor
 
 from qcli.format import Format
 from qcli.formats.affine import Affine
+from qcli.formats.codebook import Codebook, TableBits
 from qcli.formats.low_rank import FactorBits, LowRank
 from qcli.method import LinearGroup
 from qcli.models.objectives import LinearObjective
 from qcli.quantized import QuantizedWeight
 from qcli.refine import Refine, _Trained
-from qcli.solvers import grid
+from qcli.solvers import codebook, grid
 
 OUT, IN, TOKENS = 12, 64, 400
 
@@ -127,6 +128,27 @@ def test_held_out_error_falls(
     assert torch.equal(found.codes, given.codes) is (train == ("tables",))
     same = {name: torch.equal(table, given.tables[name]) for name, table in found.tables.items()}
     assert all(same.values()) is (train == ("weights",))
+
+
+@pytest.mark.parametrize("table_bits", [8, 16])
+@pytest.mark.parametrize("low_rank", [None, 8, 16])
+def test_codebooks_are_refined_too(
+    layer: tuple[LinearGroup, LinearGroup], table_bits: TableBits, low_rank: FactorBits | None
+) -> None:
+    group, held = layer
+    weight, format = group.weights["w"], Codebook(bits=2, group_size=16, rank=2, table_bits=table_bits)
+    tables = codebook.fit(weight, format)
+    given = QuantizedWeight(format, (OUT, IN), format.encode(weight, tables), tables)
+    if low_rank is not None:
+        wrapped = LowRank.around(format, 2, low_rank)
+        a, b = 0.01 * random(OUT, 2, seed=5), 0.1 * random(2, IN, seed=6)
+        given = wrapped.wrap(given, wrapped.round_factor("a", a) | wrapped.round_factor("b", b))
+    objective = LinearObjective(group, held)
+    refined, outcome = Refine(scope="linear", steps=60).refine({"w": given}, group.weights, objective)
+    refined["w"].check()
+    assert outcome.after == pytest.approx(objective.held_out({"w": refined["w"].dense()}))
+    assert outcome.after < 0.98 * outcome.before
+    assert all(not torch.equal(refined["w"].tables[name], table) for name, table in given.tables.items())
 
 
 def test_linear_objective_is_the_real_output_error() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcli.errors import UsageError
 from qcli.training import Schedule, Weights, straight_through, train
 
 
@@ -61,6 +62,35 @@ def test_each_group_has_its_own_rate() -> None:
         Schedule(5),
     )
     assert float(fast.detach() / slow.detach()) == pytest.approx(10, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_small_losses_train_as_well(scale: float) -> None:
+    """A relative error's gradients fall with the size of a layer."""
+    parameter = torch.zeros(3, requires_grad=True)
+
+    class Scaled(Distance):
+        def loss(self, weights: Weights, step: int) -> Tensor:
+            return scale * 1e-3 * super().loss(weights, step)
+
+    outcome = train([{"params": [parameter], "lr": 0.05}], lambda final: {"w": parameter}, Scaled(1, 1), Schedule(40))
+    assert outcome.after < 0.05 * outcome.before
+
+
+def test_losses_that_are_not_finite_are_told() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+
+    class Breaking(Distance):
+        def loss(self, weights: Weights, step: int) -> Tensor:
+            return super().loss(weights, step) * (torch.nan if step == 7 else 1)
+
+    outcome = train([{"params": [parameter], "lr": 0.05}], lambda final: {"w": parameter}, Breaking(1, 1), Schedule(40))
+    assert (outcome.steps, outcome.best_step) == (7, 4)
+    assert outcome.stopped == "training stopped before step 8 of 40: its loss is not finite"
+    with pytest.raises(UsageError, match="not finite before any training"):
+        train(
+            [{"params": [parameter], "lr": 0.05}], lambda final: {"w": parameter}, Distance(1, torch.nan), Schedule(4)
+        )
 
 
 def test_straight_through_gradient() -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from qcli.errors import VerificationError
 from qcli.format import Rounder, StoredTensor
 from qcli.formats._grouped import Grouped
+from qcli.formats._tables import check_tables, symmetric_int8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,6 @@ __all__ = ["Codebook"]
 TableBits = Literal[8, 16]
 BASIS, SCALE, OFFSET = "codebook_basis", "codebook_scale", "codebook_offset"
 SHARED = 256  # neighbouring 8-bit entries under one float16 scale
-_TOP = 127  # of an 8-bit entry: symmetric, so that 0 is a value
-_SMALLEST_SCALE = 2.0**-24  # of float16
 _COUNTED = 16  # codebook entries up to which counting boundaries beats searching them
 _TILE = 1 << 20  # weights encoded at a time
 
@@ -135,43 +134,34 @@ class Codebook(Grouped):
         return {BASIS: basis, SCALE: relaxed[SCALE][rows], OFFSET: relaxed[OFFSET][rows]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        groups = self.groups_of(columns).tolist()
-        entries = self.entries(tables)
-        own = {group: entries[:, group].contiguous() for group in set(groups)}
-        boundaries = {group: _Boundaries(codebooks) for group, codebooks in own.items()}
+        groups = self.groups_of(columns)
+        present = groups.unique()
+        relaxed = self.relaxed(tables)
+        own = {BASIS: relaxed[BASIS], SCALE: relaxed[SCALE][:, present], OFFSET: relaxed[OFFSET][:, present]}
+        entries = self.entries(own).transpose(0, 1).contiguous()
+        boundaries = _Boundaries(entries)
+        places = (groups[:, None] == present).long().argmax(1).tolist()
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            group = groups[column]
-            codes = boundaries[group].codes(values[:, None])
-            return codes[:, 0].float(), own[group].gather(1, codes.long())[:, 0]
+            place = places[column]
+            codes = boundaries.codes_of(place, values)
+            return codes.float(), entries[place].gather(1, codes[:, None])[:, 0]
 
         return nearest
 
     def round_table(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """S `[out, groups, rank]` or beta `[out, groups]` in 8 bits: float -> its tables."""
-        import torch
         from torch.nn import functional as F
 
         flat = values.reshape(-1, self.rank if name == SCALE else 1)
         padded = F.pad(flat, (0, 0, 0, -len(flat) % SHARED)).view(-1, SHARED, flat.shape[1])
-        scale = (padded.abs().amax(1, keepdim=True) / _TOP).clamp(min=_SMALLEST_SCALE).half()
-        codes = (padded / scale.float()).round().clamp(-_TOP, _TOP).to(torch.int8)
+        codes, scale = symmetric_int8(padded, 1)
         codes = codes.view(-1, flat.shape[1])[: len(flat)].view(values.shape)
         return {name: codes, f"{name}_scale": scale.squeeze(1) if name == SCALE else scale.flatten()}
 
     def check(self, weight: QuantizedWeight) -> None:
-        from qcli.quantized import TORCH_DTYPE
-
-        for name, stored in self.stored(weight.shape).items():
-            if name == "weight_packed":
-                continue
-            table = weight.tables[name]
-            if tuple(table.shape) != stored.shape or table.dtype != TORCH_DTYPE[stored.dtype]:
-                raise VerificationError(
-                    f"{name} is {table.dtype} {list(table.shape)}, not {stored.dtype} {stored.shape}"
-                )
-            if not bool(table.isfinite().all()):
-                raise VerificationError(f"{name} holds NaN or infinity")
+        stored = self.stored(weight.shape)
+        check_tables(weight.tables, {name: stored[name] for name in stored if name != "weight_packed"})
         if int(weight.codes.max()) >> self.bits:
             raise VerificationError(f"a code does not fit {self.bits} bits")
 
@@ -204,16 +194,21 @@ class _Boundaries:
         ordered, self.order = entries, None
         if bool((entries.diff(dim=-1) < 0).any()):
             ordered, self.order = entries.sort(dim=-1, stable=True)
-        self.boundaries = ((ordered[..., 1:] + ordered[..., :-1]) / 2).contiguous()
+        self.between = ((ordered[..., 1:] + ordered[..., :-1]) / 2).contiguous()
 
     def codes(self, values: Tensor) -> Tensor:
         """`[..., n]` -> uint8 `[..., n]`."""
         import torch
 
-        if self.boundaries.shape[-1] < _COUNTED:
+        if self.between.shape[-1] < _COUNTED:
             codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-            for boundary in self.boundaries.unbind(-1):
+            for boundary in self.between.unbind(-1):
                 codes += values > boundary[..., None]
         else:
-            codes = torch.searchsorted(self.boundaries, values.contiguous()).to(torch.uint8)
+            codes = torch.searchsorted(self.between, values.contiguous()).to(torch.uint8)
         return codes if self.order is None else self.order.gather(-1, codes.long()).to(torch.uint8)
+
+    def codes_of(self, place: int, values: Tensor) -> Tensor:
+        """One value `[rows]` for each codebook at `place` of the first dimension: int64 `[rows]`."""
+        codes = (values[:, None] > self.between[place]).sum(1)
+        return codes if self.order is None else self.order[place].gather(1, codes[:, None])[:, 0]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qcli.errors import VerificationError
 from qcli.format import Format, Rounder, StoredTensor, from_spec
+from qcli.formats._tables import check_tables, symmetric_int8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +24,6 @@ __all__ = ["LowRank"]
 
 FactorBits = Literal[8, 16]
 Factor = Literal["a", "b"]
-_TOP = 127  # of an 8-bit factor: symmetric, so that its sign is free
-_SMALLEST_SCALE = 2.0**-24  # of float16
 
 
 class LowRank(Format):
@@ -91,9 +89,9 @@ class LowRank(Format):
         return {**self.base.relaxed(self._of_base(tables)), **factors}
 
     def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.factor_bits == 16:
-            return super().restored(relaxed, given)
         base = self.base.restored(self._of_base(relaxed), self._of_base(given))
+        if self.factor_bits == 16:
+            return base | super().restored(relaxed, {name: given[name] for name in given if _is_factor(name)})
         return base | self.round_factor("a", relaxed["lowrank_a"]) | self.round_factor("b", relaxed["lowrank_b"])
 
     def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,16 +113,7 @@ class LowRank(Format):
         return nearest
 
     def check(self, weight: QuantizedWeight) -> None:
-        from qcli.quantized import TORCH_DTYPE
-
-        for name, stored in self._stored_factors(weight.shape).items():
-            table = weight.tables[name]
-            if tuple(table.shape) != stored.shape or table.dtype != TORCH_DTYPE[stored.dtype]:
-                raise VerificationError(
-                    f"{name} is {table.dtype} {list(table.shape)}, not {stored.dtype} {stored.shape}"
-                )
-            if not bool(table.isfinite().all()):
-                raise VerificationError(f"{name} holds NaN or infinity")
+        check_tables(weight.tables, self._stored_factors(weight.shape))
         self.base.check(self._without_factors(weight))
 
     def product(self, tables: Mapping[str, Tensor]) -> Tensor:
@@ -141,14 +130,10 @@ class LowRank(Format):
 
     def round_factor(self, which: Factor, values: Tensor) -> dict[str, Tensor]:
         """A factor as it is stored: float A `[out, rank]` or B `[rank, in]` -> its tables."""
-        import torch
-
         name = f"lowrank_{which}"
         if self.factor_bits == 16:
             return {name: values.half()}
-        within = 0 if which == "a" else 1
-        scale = (values.abs().amax(within, keepdim=True) / _TOP).clamp(min=_SMALLEST_SCALE).half()
-        codes = (values / scale.to(values.dtype)).round().clamp(-_TOP, _TOP).to(torch.int8)
+        codes, scale = symmetric_int8(values, 0 if which == "a" else 1)
         return {name: codes, f"{name}_scale": scale.flatten()}
 
     def _stored_factors(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:

@@ -21,7 +21,7 @@ class Problem:
 
     Attributes:
         target: float32 `[rows, in]`, what the codes should stand for.
-        hessian: `[in, in]`, its diagonal without zeros.
+        hessian: `[in, in]`, zeros where inputs are always 0.
         order: columns in the order of their quantization, int64 `[in]`.
         factor: `U` of the Hessian in this order (`solvers.feedback.inverse_factor`); None: no damping helped.
         fallbacks: every step that did not go as configured.
@@ -78,7 +78,7 @@ class ErrorFeedback(Method):
 
         assert group.hessian is not None
         stacked = torch.cat(list(group.weights.values()))
-        hessian, target = feedback.without_dead_inputs(group.hessian, stacked)
+        regular, target = feedback.without_dead_inputs(group.hessian, stacked)
         fallbacks = []
         if self.refit_target:
             assert group.cross is not None
@@ -87,10 +87,10 @@ class ErrorFeedback(Method):
             _, target = feedback.without_dead_inputs(group.hessian, target)
             if ridge != self.ridge:
                 fallbacks.append(f"ridge raised to {ridge:g}")
-        order = feedback.column_order(hessian, group_width, column_order)
-        factor, damping = feedback.inverse_factor(hessian[order][:, order], self.damping)
+        order = feedback.column_order(group.hessian, group_width, column_order)
+        factor, damping = feedback.inverse_factor(regular[order][:, order], self.damping)
         if factor is None:
             fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
         elif damping != self.damping:
             fallbacks.append(f"damping raised to {damping:g}")
-        return Problem(target, hessian, order, factor, fallbacks)
+        return Problem(target, group.hessian, order, factor, fallbacks)

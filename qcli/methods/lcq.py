@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qcli.formats.codebook import Codebook
 from qcli.method import LinearGroup, Solution
@@ -42,6 +42,12 @@ class LCQ(GroupedMethod, ErrorFeedback):
         default=200, ge=0, description="of the block reconstruction that ends the method, if the recipe names no other"
     )
 
+    @model_validator(mode="after")
+    def _rank_means_something(self) -> LCQ:
+        if self.rank >= 1 << self.bits:
+            raise ValueError(f"rank {self.rank} must be below the 2**bits = {1 << self.bits} entries of a codebook")
+        return self
+
     @property
     def format(self) -> Codebook:
         return Codebook(
@@ -55,11 +61,6 @@ class LCQ(GroupedMethod, ErrorFeedback):
     @property
     def refine(self) -> Refine | None:
         return Refine(steps=self.steps) if self.steps else None
-
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        if self.rank >= 1 << self.bits:
-            return f"rank {self.rank} must be below 2**bits = {1 << self.bits}"
-        return super().misfit(shape)
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """All layers of the group share one factor; each has a basis of its own."""
@@ -85,5 +86,6 @@ class LCQ(GroupedMethod, ErrorFeedback):
         weight = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
         if not self.refit_tables:
             return weight, []
-        weight, better = codebook.refit(target, weight, self.format, problem.hessian)
-        return weight, [] if better else ["scale refit did not help: kept the fitted scales"]
+        weight, kept = codebook.refit(target, weight, self.format, problem.hessian)
+        note = f"scale refit unusable in {kept} of {len(target)} rows: kept the fitted scales"
+        return weight, [note] if kept else []

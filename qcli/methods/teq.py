@@ -21,9 +21,10 @@ class TEQThenRTN(RTN):
     name: ClassVar[str] = "teq"
 
     loss: Literal["block", "kl", "cross-entropy"] = Field(default=_DEFAULT.loss, description="as of the transform")
+    gradient: Literal["range", "straight-through"] = Field(default=_DEFAULT.gradient, description="as of the transform")
     steps: int = Field(default=_DEFAULT.steps, ge=0, description="of the transform's optimizer")
     lr: float = Field(default=_DEFAULT.lr, gt=0, description="learning rate of the transform")
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        return (TEQ(loss=self.loss, steps=self.steps, lr=self.lr),)
+        return (TEQ(loss=self.loss, gradient=self.gradient, steps=self.steps, lr=self.lr),)

@@ -76,7 +76,9 @@ class StagedBlock:
 
         with ExitStack() as hooks:
             hooks.enter_context(self._without_known(group, batch))
-            handle = self.linear(row.linears[0]).register_forward_pre_hook(arrive, with_kwargs=True)
+            # Hooks simulate quantized inputs; a linear that stays dense has none and would show other inputs.
+            watched = next((path for path in row.linears if self.linear(path)._forward_pre_hooks), row.linears[0])
+            handle = self.linear(watched).register_forward_pre_hook(arrive, with_kwargs=True)
             hooks.callback(handle.remove)
             if row.residual is not None:
                 hooks.callback(self.linear(row.residual).register_forward_pre_hook(note).remove)
@@ -96,6 +98,12 @@ class StagedBlock:
                 continue
             with self._without_known(len(self.groups), batch):
                 yield self.stream.run_block(self.block, self.index, hidden)
+
+    def release(self) -> None:
+        """Forget what was kept between stages; no stage may follow."""
+        self._inputs.clear()
+        self._results.clear()
+        self._outputs.clear()
 
     @contextmanager
     def _without_known(self, group: int, batch: int) -> Iterator[None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qcli.activations import Activations
 from qcli.compute import matmul_precision
 from qcli.method import LinearGroup
 from qcli.models.stream import ModelStream
@@ -103,6 +105,7 @@ class ModelObjective:
         held: likewise, held out.
         predictions: whether the target is the full-precision model's prediction.
         batch_tokens, seed, fast: as for `BlockObjective`.
+        simulated: how the inputs of these linears are quantized, in the model that is judged and not in its target.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class ModelObjective:
         batch_tokens: int,
         seed: str,
         fast: bool,
+        simulated: tuple[Activations | None, Sequence[nn.Module]] = (None, ()),
     ) -> None:
         self.stream, self.blocks, self.fast, self.predictions = stream, blocks, fast, predictions
+        self.simulated = simulated
         self.tokens, self.held = tokens, held
         self.size = max(1, batch_tokens // tokens.shape[1])
         self.order = _Order(len(tokens), seed)
@@ -130,7 +135,13 @@ class ModelObjective:
         return float(torch.stack(errors).mean())
 
     def _error(self, weights: Weights, tokens: Tensor) -> Tensor:
-        found = self._logits(tokens, weights)[:, :-1].flatten(0, 1).log_softmax(-1)
+        activations, linears = self.simulated
+        hooks = [activations.simulate(linear) for linear in linears] if activations is not None else []
+        try:
+            found = self._logits(tokens, weights)[:, :-1].flatten(0, 1).log_softmax(-1)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not self.predictions:
             return F.nll_loss(found, tokens[:, 1:].flatten().to(found.device))
         with torch.no_grad():

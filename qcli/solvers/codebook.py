@@ -59,7 +59,7 @@ def stored(relaxed: dict[str, Tensor], format: Codebook) -> dict[str, Tensor]:
     return {BASIS: scaled[BASIS].half(), **scales, **offsets}
 
 
-def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Tensor) -> tuple[QuantizedWeight, bool]:
+def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Tensor) -> tuple[QuantizedWeight, int]:
     """Exact least squares of all scales and offsets of a row under H at fixed codes and basis, then rounded.
 
     Args:
@@ -67,11 +67,11 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Te
         hessian: `[in, in]`.
 
     Returns:
-        The better of both, and whether that is the new one.
+        The better of both, and how many rows could not be solved for and keep their tables.
     """
     relaxed = format.relaxed(weight.tables)
-    basis = format.spread(relaxed[BASIS], len(target))
-    looked_up = basis.expand(len(target), -1, -1).gather(2, weight.codes.long()[:, None].expand(-1, format.rank, -1))
+    basis = format.spread(relaxed[BASIS], len(target)).expand(len(target), -1, -1)
+    looked_up = basis.gather(2, weight.codes.long()[:, None].expand(-1, format.rank, -1))
     current = [*relaxed[SCALE].unbind(-1), -relaxed[OFFSET]]
     solved, usable = least_squares(target, list(looked_up.unbind(1)), current, hessian, format)
     found = [table.where(usable[:, None], old) for table, old in zip(solved, current, strict=True)]
@@ -82,8 +82,7 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Te
         difference = target - candidate.dense()
         return float((difference @ hessian * difference).sum(dtype=torch.float64))
 
-    better = error(refitted) < error(weight)
-    return (refitted, True) if better else (weight, False)
+    return min(weight, refitted, key=error), int((~usable).sum())
 
 
 def _fit_block(weight: Tensor, format: Codebook, importance: Tensor, rounds: int) -> dict[str, Tensor]:
@@ -96,6 +95,7 @@ def _fit_block(weight: Tensor, format: Codebook, importance: Tensor, rounds: int
     moment: Tensor = torch.stack([moment for _, moment in clusters]).sum(0)
     shapes = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : format.rank].T
     tables = _alternate(weight, shapes.float(), codes, format, importance, rounds)
+    ramp[BASIS][0, 1:] = shapes[1:]  # unused so far; with 0 on both sides training could never use them
     return min(tables, ramp, key=lambda candidate: _error(weight, candidate, format, importance))
 
 

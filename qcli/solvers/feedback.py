@@ -52,12 +52,16 @@ def _invert_lower(matrix: Tensor) -> None:
 
 
 def without_dead_inputs(hessian: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs that are always 0 get `H_jj = 1` and `w_j = 0`, in copies; without such inputs nothing is copied."""
+    """Inputs that are always 0 get the others' mean for `H_jj`, and `w_j = 0`, in copies.
+
+    Without such inputs nothing is copied. The new `H_jj` lets H be inverted, and says nothing of an input's importance.
+    """
     dead = hessian.diagonal() <= 0
     if not bool(dead.any()):
         return hessian, weight
     hessian, weight = hessian.clone(), weight.clone()
-    hessian.diagonal().masked_fill_(dead, 1.0)
+    live = hessian.diagonal()[~dead]
+    hessian.diagonal().masked_fill_(dead, float(live.mean()) if len(live) else 1.0)
     weight[:, dead] = 0
     return hessian, weight
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcli.formats._tables import SMALLEST_SCALE
 from qcli.formats.affine import Affine
 
-SMALLEST_SCALE, SMALLEST_NORMAL_SCALE = 2.0**-24, 2.0**-14  # of float16
+SMALLEST_NORMAL_SCALE = 2.0**-14  # of float16
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights at a time: a core's cache; enough to fill a GPU
 _CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits use
 _LEANING = tuple(  # ours: one side clipped more than the other, by up to 0.2 of the range

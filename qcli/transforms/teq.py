@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qcli.errors import UnsupportedError
 from qcli.format import Format
+from qcli.formats._grouped import Grouped
 from qcli.formats.affine import Affine
 from qcli.progress import Progress, silent
 from qcli.transform import ChannelScale, Transform
@@ -32,7 +32,7 @@ class TEQ(Transform):
     stays positive, the rate falls by a cosine, the best step on held-out samples is kept and the untransformed block
     is one of them, and gradients that know that an alpha widens the grid of its whole group. The paper's
     straight-through ones take all other errors as given: they pull even at one factor for all columns of a group,
-    which changes nothing.
+    which changes nothing. Codebooks are stood in for by min-max grids of the same groups.
     """
 
     name: ClassVar[str] = "teq"
@@ -48,6 +48,11 @@ class TEQ(Transform):
     )
     steps: int = Field(default=1000, ge=0, description="optimizer steps")
     lr: float = Field(default=1e-2, gt=0, description="learning rate of log(alpha); the paper's is 0.001")
+
+    def misfit(self, format: Format) -> str | None:
+        if _uniform(format) is None:
+            return f"teq cannot prepare layers of the {format.name} format: it trains through rounding on uniform grids"
+        return None
 
     def fit(
         self,
@@ -71,9 +76,6 @@ class TEQ(Transform):
         Returns:
             float32 `[size]` alphas, one tensor a scale, and how the training went. Scales that touch no quantized
             layer's columns stay 1.
-
-        Raises:
-            UnsupportedError: a format other than affine.
         """
         import torch
 
@@ -105,7 +107,8 @@ class _Transformed:
         import torch
 
         self.weights, self.scales, self.through_range = weights, scales, through_range
-        self.formats = {path: _affine(path, format) for path, format in formats.items() if format is not None}
+        grids = {path: _uniform(format) for path, format in formats.items() if format is not None}
+        self.formats = {path: grid for path, grid in grids.items() if grid is not None}
         device = next(iter(weights.values())).device
         self.thetas = [torch.zeros(scale.size, device=device, requires_grad=True) for scale in scales]
         self.trained = [
@@ -149,7 +152,7 @@ class _Transformed:
             if path in scale.readers:
                 columns = scale.of_inputs(theta)
             if path == scale.producer:
-                rows = scale.of_outputs(theta)
+                rows = scale.of_outputs(theta, without=0.0)
         return columns, rows
 
 
@@ -163,10 +166,10 @@ def _range(weight: Tensor, format: Affine) -> Tensor:
     return span.where(span > 0, 1.0)
 
 
-def _affine(path: str, format: Format) -> Affine:
-    if not isinstance(format, Affine):
-        raise UnsupportedError(
-            f"teq cannot prepare {path} for the {format.name} format",
-            hint="it trains through rounding on uniform grids",
-        )
-    return format
+def _uniform(format: Format) -> Affine | None:
+    """The grids that stand in for a format with tables for each group; None for other formats."""
+    if isinstance(format, Affine):
+        return format
+    if isinstance(format, Grouped):
+        return Affine(bits=format.bits, group_size=format.group_size, zero_point="float")
+    return None

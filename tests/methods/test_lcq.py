@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from qcli.formats.codebook import Codebook
 from qcli.method import LinearGroup
@@ -73,9 +74,10 @@ def test_a_hopeless_hessian_is_reported(case: Case) -> None:
     assert all("rounded to nearest" in solution.fallbacks[0] for solution in found.values())
 
 
-def test_a_rank_that_means_nothing_is_a_misfit() -> None:
-    assert LCQ(bits=2, rank=3).misfit((8, 64)) is None
-    assert LCQ(bits=2, rank=4).misfit((8, 64)) == "rank 4 must be below 2**bits = 4"
+def test_a_rank_that_means_nothing_is_refused() -> None:
+    assert LCQ(bits=2, rank=3).rank == 3
+    with pytest.raises(ValidationError, match=r"rank 4 must be below the 2\*\*bits = 4 entries"):
+        LCQ(bits=2, rank=4)
 
 
 def test_the_reconstruction_is_the_methods_own() -> None:

@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from qcli.errors import UsageError
-from qcli.method import LinearGroup
+from qcli.method import LinearGroup, Method
 from qcli.methods.gptq_like import GPTQLike
+from qcli.methods.lcq import LCQ
 from qcli.methods.rtn import RTN
 from qcli.recipe_loading import load_recipe
 from tests.methods.conftest import Case, loss
@@ -90,6 +91,26 @@ def test_a_hopeless_hessian_is_reported(case: Case) -> None:
     weights = case[0].weights
     solutions = GPTQLike(bits=4, group_size=32, refit_target=False).quantize(LinearGroup(weights, hopeless))
     assert all("rounded to nearest" in solution.fallbacks[0] for solution in solutions.values())
+
+
+@pytest.mark.parametrize("method", [GPTQLike(bits=3, group_size=48), LCQ(bits=3, group_size=48)], ids=lambda m: m.name)
+def test_dead_inputs_take_nothing_from_live_ones(method: Method) -> None:
+    """However many inputs are always 0 and however small the others are: codes are as good as without the dead ones."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = 0.01 * torch.randn(400, 64, generator=generator)
+    weight = torch.randn(32, 96, generator=generator)
+    live = torch.randperm(96, generator=generator)[:64].sort().values
+    moment, whole = inputs.T @ inputs / 400, torch.zeros(96, 96)
+    whole[live[:, None], live] = moment
+
+    def error(columns: torch.Tensor, hessian: torch.Tensor) -> float:
+        group = LinearGroup({"w": weight[:, columns]}, hessian, hessian, torch.zeros(32, len(columns)))
+        dense = method.quantize(group)["w"].weight.dense()
+        difference = dense - weight[:, columns]
+        return float((difference @ hessian * difference).sum())
+
+    without = [error(live[half], moment[half][:, half]) for half in (slice(0, 32), slice(32, 64))]
+    assert error(torch.arange(96), whole) < 1.1 * sum(without)
 
 
 def test_each_layer_reports_only_its_own_rows(case: Case) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from qcli.activations import Activations
 from qcli.models.objectives import BlockObjective, ModelObjective, _Order
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
@@ -84,6 +85,31 @@ def test_model_objective_is_the_models_own_loss(stream: ModelStream, folder: Pat
         stream, blocks, TOKENS[:5], TOKENS[5:], predictions=predictions, batch_tokens=32, seed="s", fast=False
     )
     assert objective.held_out({f"1.{path}": weight}) == pytest.approx(float(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def test_model_objective_quantizes_activations_of_the_judged_model_alone(stream: ModelStream) -> None:
+    blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
+    linears = [
+        block.get_submodule(path) for block in blocks for group in stream.family.groups for path in group.linears
+    ]
+
+    def kl(bits: int) -> float:
+        objective = ModelObjective(
+            stream,
+            blocks,
+            TOKENS,
+            TOKENS,
+            predictions=True,
+            batch_tokens=32,
+            seed="s",
+            fast=False,
+            simulated=(Activations(bits=bits), linears),
+        )
+        return objective.held_out({})
+
+    assert 0 < kl(8) < kl(4)
+    assert not any(linear._forward_pre_hooks for linear in linears)
 
 
 def test_order_takes_every_sample_once_before_any_again() -> None:

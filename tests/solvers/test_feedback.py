@@ -125,7 +125,8 @@ def test_dead_inputs_get_weight_zero() -> None:
     weight, x, _ = problem()
     x[:, 3] = 0
     hessian, cleaned = feedback.without_dead_inputs(x.T @ x / len(x), weight)
-    assert hessian[3, 3] == 1
+    live = torch.cat([hessian.diagonal()[:3], hessian.diagonal()[4:]])
+    torch.testing.assert_close(hessian[3, 3], live.mean())
     assert not cleaned[:, 3].any()
     assert torch.equal(cleaned[:, :3], weight[:, :3])
 
