@@ -3,8 +3,9 @@
 Block-wise with latent weights it is ZeroQuant-V2's ZQ-Global (arXiv 2303.08302, section 4) and EfficientQAT's first
 phase (arXiv 2407.11062, section 3.2); linear by linear it is ZQ-Local, except that ours asks for the full-precision
 outputs on quantized inputs and, where a linear writes to the residual stream, for what that has lost. Written over
-`encode` and `decode`, it serves every format. Ours: latents in units of the quantization step and tables relative to themselves, so that one rate fits
-every layer; a start exactly at the codes the method chose; the best step chosen on samples that nothing was fitted to.
+`encode` and `decode`, it serves every format. Ours: latents in units of the quantization step and tables relative to
+themselves, so that one rate fits every layer; a start exactly at the codes the method chose; the best step chosen on
+samples that nothing was fitted to.
 """
 
 from __future__ import annotations
