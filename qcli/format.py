@@ -104,6 +104,11 @@ class Format(BaseModel):
         sizes = {name: table.abs() for name, table in relaxed.items() if table.is_floating_point()}
         return {name: size.clamp(min=0.1 * float(size.mean())) for name, size in sizes.items()}
 
+    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """How far the nearest other value is that each weight could take: float32 `[out, in]`. Here: of codes in order,
+        evenly spaced."""
+        return (self.decode(codes ^ 1, tables) - self.decode(codes, tables)).abs()
+
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
         return {name: table[rows] for name, table in tables.items()}

@@ -101,8 +101,7 @@ class _Trained:
 
         self.given, self.format = weight, weight.format
         dense = weight.dense()
-        # The distance to the code that differs in the lowest bit: the local step of every format.
-        self.step = (self.format.decode(weight.codes ^ 1, weight.tables) - dense).abs_()
+        self.step = self.format.steps(weight.codes, weight.tables)
         reach = _INSIDE * self.step
         start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
         moved = self.format.encode(start, weight.tables) != weight.codes

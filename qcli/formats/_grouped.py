@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -29,6 +30,10 @@ class Grouped(Format):
         """The group that each column belongs to, int64."""
         return columns // self.group_size if self.group_size > 0 else columns * 0
 
+    def entries(self, tables: Mapping[str, Tensor]) -> Tensor:
+        """What each code stands for in each group, float32 `[out, groups, 2**bits]`."""
+        raise NotImplementedError
+
     def grouped(self, rows: Tensor) -> Tensor:
         """`[out, in]` -> `[out, groups, group_size]`; a ragged last group is filled up with zeros."""
         from torch.nn import functional as F
@@ -37,3 +42,14 @@ class Grouped(Format):
         if in_features % width:
             rows = F.pad(rows, (0, width - in_features % width))
         return rows.reshape(rows.shape[0], -1, width)
+
+
+def gaps(entries: Tensor) -> Tensor:
+    """The distance of each entry to the nearest other one: `[..., K]` -> the same."""
+    import torch
+    from torch.nn import functional as F
+
+    ordered, order = entries.sort(dim=-1)
+    between = F.pad(ordered.diff(dim=-1), (1, 1), value=torch.inf)
+    nearest = between[..., 1:].minimum(between[..., :-1])
+    return torch.empty_like(nearest).scatter_(-1, order, nearest)

@@ -84,6 +84,9 @@ class LowRank(Format):
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         return self.base.decode(codes, self._of_base(tables)) + self.product(tables)
 
+    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        return self.base.steps(codes, self._of_base(tables))
+
     def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         factors = {"lowrank_a": self.factor("a", tables), "lowrank_b": self.factor("b", tables)}
         return {**self.base.relaxed(self._of_base(tables)), **factors}

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Method
+from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Method, Solution
 
 if TYPE_CHECKING:
     from typing import Self
 
     from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
 
 
 @dataclass
@@ -94,3 +96,48 @@ class ErrorFeedback(Method):
         elif damping != self.damping:
             fallbacks.append(f"damping raised to {damping:g}")
         return Problem(target, group.hessian, order, factor, fallbacks)
+
+
+class LayerByLayer(ErrorFeedback):
+    """A method with error feedback whose layers have tables of their own."""
+
+    error_feedback: bool = Field(default=True, description="columns to come absorb each column's error")
+
+    def start(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Tables of `format` that the codes of one layer are chosen on.
+
+        Args:
+            target: float32 `[out, in]`.
+            importance: float32 `[in]`, `diag(H)`.
+        """
+        raise NotImplementedError
+
+    def finish(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
+        """The layer once its codes are fixed, and what did not go as configured.
+
+        Args:
+            target: float32 `[out, in]`.
+            hessian: `[in, in]`.
+        """
+        raise NotImplementedError
+
+    def quantize(self, group: LinearGroup) -> dict[str, Solution]:
+        """All layers of the group share one factor; each is solved on its own."""
+        from qcli.quantized import QuantizedWeight
+        from qcli.solvers import feedback
+
+        problem = self.problem(group, "static", 0)
+        solutions, first = {}, 0
+        for name, weight in group.weights.items():
+            target = problem.target[first : first + len(weight)]
+            first += len(weight)
+            tables = self.start(target, problem.hessian.diagonal())
+            if self.error_feedback and problem.factor is not None:
+                codes, _ = feedback.quantize_columns(target, problem.factor, problem.order, self.format, tables)
+            else:
+                codes = self.format.encode(target, tables)
+            found = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
+            found, notes = self.finish(target, found, problem.hessian)
+            fallbacks = [*problem.fallbacks, *notes]
+            solutions[name] = Solution(found, target if self.refit_target else None, fallbacks)
+        return solutions

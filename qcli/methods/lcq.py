@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qcli.formats.codebook import Codebook
-from qcli.method import LinearGroup, Solution
-from qcli.methods._feedback import ErrorFeedback, Problem
+from qcli.methods._feedback import LayerByLayer
 from qcli.methods._grouped import GroupedMethod
 from qcli.refine import Refine
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["LCQ"]
 
 
-class LCQ(GroupedMethod, ErrorFeedback):
+class LCQ(GroupedMethod, LayerByLayer):
     """Codebooks `C = S^T V - B` of rank `rank`, one row for each group."""
 
     name: ClassVar[str] = "lcq"
@@ -36,7 +35,6 @@ class LCQ(GroupedMethod, ErrorFeedback):
         default=8, description="of a group's scales and offset; 8: with one float16 scale for 256 of them"
     )
     basis_rows: int = Field(default=0, ge=0, description="rows of a weight that share a basis; 0: all")
-    error_feedback: bool = Field(default=True, description="columns to come absorb each column's error")
     refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
     steps: int = Field(
         default=200, ge=0, description="of the block reconstruction that ends the method, if the recipe names no other"
@@ -62,30 +60,16 @@ class LCQ(GroupedMethod, ErrorFeedback):
     def refine(self) -> Refine | None:
         return Refine(steps=self.steps) if self.steps else None
 
-    def quantize(self, group: LinearGroup) -> dict[str, Solution]:
-        """All layers of the group share one factor; each has a basis of its own."""
-        problem = self.problem(group, "static", 0)
-        solutions, first = {}, 0
-        for name, weight in group.weights.items():
-            target = problem.target[first : first + len(weight)]
-            first += len(weight)
-            found, notes = self._solve(target, problem)
-            fallbacks = [*problem.fallbacks, *notes]
-            solutions[name] = Solution(found, target if self.refit_target else None, fallbacks)
-        return solutions
+    def start(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        from qcli.solvers import codebook
 
-    def _solve(self, target: Tensor, problem: Problem) -> tuple[QuantizedWeight, list[str]]:
-        from qcli.quantized import QuantizedWeight
-        from qcli.solvers import codebook, feedback
+        return codebook.fit(target, self.format, importance)
 
-        tables = codebook.fit(target, self.format, problem.hessian.diagonal())
-        if self.error_feedback and problem.factor is not None:
-            codes, _ = feedback.quantize_columns(target, problem.factor, problem.order, self.format, tables)
-        else:
-            codes = self.format.encode(target, tables)
-        weight = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
+    def finish(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
+        from qcli.solvers import codebook
+
         if not self.refit_tables:
             return weight, []
-        weight, kept = codebook.refit(target, weight, self.format, problem.hessian)
+        weight, kept = codebook.refit(target, weight, self.format, hessian)
         note = f"scale refit unusable in {kept} of {len(target)} rows: kept the fitted scales"
         return weight, [note] if kept else []

@@ -1,0 +1,82 @@
+"""One bit a weight: `w_hat = out_scale * sign * in_scale`, the rank-one magnitude of OneBit.
+
+arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 stands for +1, which is also the sign of 0. The scales
+may have any sign; codes are those of the nearest value all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qcli.errors import VerificationError
+from qcli.format import Format, Rounder, StoredTensor
+from qcli.formats._tables import check_tables
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.quantized import QuantizedWeight
+
+__all__ = ["Sign"]
+
+IN_SCALE, OUT_SCALE = "in_scale", "out_scale"
+
+
+class Sign(Format):
+    """Signs between a scale for each input and one for each output.
+
+    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`.
+    """
+
+    name: ClassVar[str] = "sign"
+
+    bits: Literal[1] = 1
+
+    def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+        out_features, in_features = shape
+        return {
+            "weight_packed": StoredTensor("I32", (out_features, -(-in_features // 32))),
+            IN_SCALE: StoredTensor("F16", (in_features,)),
+            OUT_SCALE: StoredTensor("F16", (out_features, 1)),
+        }
+
+    def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        from qcli import bits
+
+        tables = {name: weight.tables[name].contiguous() for name in (IN_SCALE, OUT_SCALE)}
+        return {"weight_packed": bits.pack(weight.codes, 1), **tables}
+
+    def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        from qcli import bits
+        from qcli.quantized import QuantizedWeight
+
+        codes = bits.unpack(tensors["weight_packed"], 1, shape[1])
+        return QuantizedWeight(self, shape, codes, {name: tensors[name] for name in (IN_SCALE, OUT_SCALE)})
+
+    def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        signs = tables[IN_SCALE].float().sign() * tables[OUT_SCALE].float().sign()
+        return (weight.float() * signs >= 0).to(torch.uint8)
+
+    def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        return (2 * codes.float() - 1) * tables[IN_SCALE].float() * tables[OUT_SCALE].float()
+
+    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
+
+    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]
+
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = (values * magnitude[column] >= 0).float()
+            return codes, (2 * codes - 1) * magnitude[column]
+
+        return nearest
+
+    def check(self, weight: QuantizedWeight) -> None:
+        stored = self.stored(weight.shape)
+        check_tables(weight.tables, {name: stored[name] for name in (IN_SCALE, OUT_SCALE)})
+        if int(weight.codes.max()) > 1:
+            raise VerificationError("a code does not fit 1 bit")
