@@ -41,6 +41,7 @@ class LayerReport:
             on the layer's real inputs against what it was asked to give (`measure: output`), or of the weight itself
             where no data was used (`measure: weight`).
         fallbacks: every step that did not go as configured.
+        facts: what the format tells of the finished weight.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerReport:
     error: float
     measure: str
     fallbacks: list[str]
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -313,10 +315,14 @@ class _Stage:
         dense = {
             name: tensor for name, tensor in self.changed.items() if name.removesuffix(".weight") not in self.weights
         }
+        layers = [
+            replace(layer, facts=(weight := self.weights[layer.name.removeprefix(prefix)]).format.facts(weight))
+            for layer in self.layers
+        ]
         return SolvedBlock(
             {prefix + path: weight for path, weight in self.weights.items()},
             {prefix + name: tensor for name, tensor in dense.items()},
-            self.layers,
+            layers,
             transforms | self.training,
         )
 

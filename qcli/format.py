@@ -126,6 +126,10 @@ class Format(BaseModel):
         """Raise VerificationError unless shapes, dtypes and values are those this format allows."""
         raise NotImplementedError
 
+    def facts(self, weight: QuantizedWeight) -> dict[str, float]:
+        """What else is worth knowing of a weight of this format, by name."""
+        return {}
+
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Bits of everything stored for this layer, divided by its number of weights."""
         return 8 * sum(tensor.bytes for tensor in self.stored(shape).values()) / prod(shape)

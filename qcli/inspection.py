@@ -62,6 +62,7 @@ def inspect(folder: Path) -> Inspection:
             row
             | {"method": report["method"], **packed.format.spec()}
             | {key: report[key] for key in ("bits_per_weight", "error", "measure", "fallbacks")}
+            | report.get("facts", {})
         )
     return Inspection(
         folder=str(folder),

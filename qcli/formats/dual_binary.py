@@ -117,6 +117,13 @@ class DualBinary(Grouped):
         if int(weight.codes.max()) >> 2:
             raise VerificationError("a code does not fit 2 bits")
 
+    def facts(self, weight: QuantizedWeight) -> dict[str, float]:
+        """The shares of zeros in both planes, which DB-LLM saves computing with, and the additions per weight left."""
+        if self.levels == "symmetric":
+            return {}
+        ones = [float(plane.mean()) for plane in self.planes(weight.codes)]
+        return {"zeros_plane1": 1 - ones[0], "zeros_plane2": 1 - ones[1], "additions_per_weight": sum(ones)}
+
     def nearest(self, values: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
         """Codes as floats: of the nearest level, since the alphas are in order."""
         if self.levels == "symmetric":

@@ -9,9 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from qcli.inspection import inspect
 from qcli.methods.dbllm import DBLLM
 from qcli.methods.onebit import OneBit
 from qcli.methods.rtn import RTN
+from qcli.models.native import NativeSource
+from qcli.models.source import open_source
 from qcli.verify import verify
 from tests.methods.conftest import Case, loss
 from tests.quantizing import logits, run, streamed, write_text
@@ -55,3 +58,17 @@ def test_packed_is_streamed_and_refinement_helps(method: str, model_type: str, t
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
     before, after = (sum(outcome[key] for outcome in result.training.values()) for key in ("before", "after"))
     assert after < 0.98 * before
+
+
+def test_planes_are_told_as_they_are_stored(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tiny_model("llama", tmp_path), out, write_text(tmp_path), method__name="dbllm", refine__steps=4)
+    rows = {row["name"]: row for row in inspect(out).layers}
+    source = open_source(str(out))
+    assert isinstance(source, NativeSource)
+    for name, row in rows.items():
+        codes = source.read_quantized(name).codes
+        ones = [float((codes >> plane & 1).float().mean()) for plane in (0, 1)]
+        assert (row["zeros_plane1"], row["zeros_plane2"]) == pytest.approx((1 - ones[0], 1 - ones[1]))
+        assert row["additions_per_weight"] == pytest.approx(sum(ones))
+        assert 0.5 < row["zeros_plane1"] < 0.9
