@@ -8,13 +8,14 @@ import typer
 from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
 from qcli.errors import UsageError
+from qcli.registry import names
 from qcli.ui import Session, Tables, bits, duration, size
 
 
 def quantize(
     model: flags.OptionalModel = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="gptq-like, rtn or teq. Default: gptq-like.")
+        str | None, typer.Option(metavar="NAME", help=f"{', '.join(names('qcli.methods'))}. Default: gptq-like.")
     ] = None,
     bits: Annotated[int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")] = None,
     group_size: Annotated[

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qcli import registry
+from qcli.plugins import METHODS
 from tests.cli.conftest import Invoke
 
 
@@ -98,3 +100,8 @@ def test_errors_name_flag_or_model(invoke: Invoke, tmp_path: Path) -> None:
     code, _, err = invoke("quantize", tmp_path / "nothing", "--dry-run")
     assert code == 2
     assert str(tmp_path / "nothing") in err.splitlines()[0]
+
+
+def test_help_names_every_method(invoke: Invoke) -> None:
+    shown = " ".join(invoke("quantize", "--help").out.split())
+    assert f"{', '.join(registry.names(METHODS))}. Default: gptq-like." in shown
