@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from qcli.quantized import QuantizedWeight
     from qcli.training import Objective, Outcome
 
-_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
-
 
 class Refine(BaseModel):
     """Options of the reconstruction that follows the method."""
@@ -74,9 +72,10 @@ class Refine(BaseModel):
         """
         import torch
 
+        from qcli.trained import TrainedWeight
         from qcli.training import Schedule, train
 
-        layers = {path: _Trained(weight, targets[path], self.train) for path, weight in weights.items()}
+        layers = {path: TrainedWeight(weight, targets[path], self.train) for path, weight in weights.items()}
         latents = [layer.latent for layer in layers.values() if layer.latent.requires_grad]
         tables = [table for layer in layers.values() for table in layer.relative.values()]
         groups = [{"params": tables, "lr": self.tables_lr}, {"params": latents, "lr": self.weights_lr}]
@@ -91,62 +90,3 @@ class Refine(BaseModel):
             return dict(weights), outcome
         with torch.no_grad():
             return {path: layer.weight() for path, layer in layers.items()}, outcome
-
-
-class _Trained:
-    """One quantized weight as parameters: `latent` in steps from its start, `relative` changes of its tables."""
-
-    def __init__(self, weight: QuantizedWeight, target: Tensor, train: tuple[str, ...]) -> None:
-        import torch
-
-        self.given, self.format = weight, weight.format
-        dense = weight.dense()
-        self.step = self.format.steps(weight.codes, weight.tables)
-        reach = _INSIDE * self.step
-        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
-        moved = self.format.encode(start, weight.tables) != weight.codes
-        self.start = torch.where(moved, dense, start)
-        self.latent = torch.zeros_like(dense).requires_grad_("weights" in train)
-        self.relaxed = self.format.relaxed(weight.tables)
-        self.unit = self.format.units(self.relaxed) if "tables" in train else {}
-        self.relative = {name: torch.zeros_like(self.relaxed[name]).requires_grad_() for name in self.unit}
-
-    def moved(self) -> dict[str, Tensor]:
-        """Relaxed tables as they are now; differentiable."""
-        return self.relaxed | {name: self.relaxed[name] + self.unit[name] * self.relative[name] for name in self.unit}
-
-    def tables(self) -> dict[str, Tensor]:
-        """Relaxed tables as they will be stored; their gradient reaches `moved` unchanged."""
-        import torch
-
-        moved = self.moved()
-        with torch.no_grad():
-            stored = self.format.relaxed(self.format.restored(moved, self.given.tables))
-        return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
-
-    def dense(self, *, final: bool) -> Tensor:
-        """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
-        import torch
-
-        from qcli.training import straight_through
-
-        if final:
-            return self.weight().dense()
-        tables = self.tables()
-        if not self.latent.requires_grad:
-            return self.format.decode(self.given.codes, tables)
-        latent = self.start + self.step * self.latent
-        with torch.no_grad():
-            codes = self.format.encode(latent, tables)
-        value = self.format.decode(codes, tables)
-        return straight_through(value, latent, (latent.detach() - value.detach()).abs_() <= self.step)
-
-    def weight(self) -> QuantizedWeight:
-        """As it will be stored."""
-        from qcli.quantized import QuantizedWeight
-
-        tables = self.format.restored(self.moved(), self.given.tables)
-        codes = self.given.codes
-        if self.latent.requires_grad:
-            codes = self.format.encode(self.start + self.step * self.latent.detach(), tables)
-        return QuantizedWeight(self.format, self.given.shape, codes, tables)

@@ -43,6 +43,8 @@ class Schedule:
         floor: the last rate, relative to the highest.
         betas: of Adam.
         judgements: how often held-out samples are asked, besides the start.
+        accumulate: calls of the objective whose gradients make one step.
+        clip: largest norm of a step's gradient; None: any.
     """
 
     steps: int
@@ -50,6 +52,8 @@ class Schedule:
     floor: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     judgements: int = 10
+    accumulate: int = 1
+    clip: float | None = None
 
     def rate(self, step: int) -> float:
         """The factor on every learning rate at `step`, counted from 0."""
@@ -70,6 +74,7 @@ class Outcome:
         best_step: after how many steps that was; 0: the start was best and is kept.
         steps: how many were made.
         stopped: why there were not more, if there should have been.
+        curve: held-out losses at the start and at every judgement.
     """
 
     before: float
@@ -77,6 +82,17 @@ class Outcome:
     best_step: int
     steps: int
     stopped: str | None = None
+    curve: tuple[float, ...] = ()
+
+
+class Keeper(Protocol):
+    """Where a long training keeps what it needs to continue exactly."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was saved last, if anything was."""
+
+    def save(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Called after each judgement; `numbers` are plain data."""
 
 
 def train(
@@ -85,6 +101,7 @@ def train(
     objective: Objective,
     schedule: Schedule,
     progress: Progress = silent,
+    keeper: Keeper | None = None,
 ) -> Outcome:
     """Train parameters in place and leave them at the best held-out step.
 
@@ -95,6 +112,7 @@ def train(
         objective: what they are judged by.
         schedule: how long and how fast.
         progress: told at the start and after each judgement.
+        keeper: what it holds is continued, to the same end as without an interruption.
 
     Returns:
         Held-out losses. A step whose loss is not finite ends the training; what was best before it is kept.
@@ -105,37 +123,93 @@ def train(
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, eps=_EPSILON, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    best = before = _judged(weights, objective)
-    if not math.isfinite(before):
-        raise UsageError("the loss on held-out samples is not finite before any training", hint="use --dtype float32")
-    kept, best_step, done = [parameter.detach().clone() for parameter in parameters], 0, 0
-    stopped = None
+    state = None if keeper is None else keeper.load()
+    if state is None:
+        before = _judged(weights, objective)
+        if not math.isfinite(before):
+            raise UsageError(
+                "the loss on held-out samples is not finite before any training", hint="use --dtype float32"
+            )
+        kept = [parameter.detach().clone() for parameter in parameters]
+        numbers: dict[str, Any] = {"before": before, "after": before, "best_step": 0, "steps": 0, "curve": [before]}
+    else:
+        tensors, numbers = state
+        kept = _resume(tensors, parameters, optimizer)
     judged_at = {round(schedule.steps * (n + 1) / schedule.judgements) for n in range(schedule.judgements)}
-    progress("train", 0, schedule.steps)
+    progress("train", numbers["steps"], schedule.steps)
+    stopped = None
     with torch.enable_grad():
-        for step in range(schedule.steps):
+        for step in range(numbers["steps"], schedule.steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule.rate(step)
-            loss = objective.loss(weights(False), step)
-            if not bool(loss.isfinite()):
+            loss = _backward(parameters, weights(False), objective, step, schedule.accumulate)
+            if not math.isfinite(loss):
                 stopped = f"training stopped before step {step + 1} of {schedule.steps}: its loss is not finite"
                 break
-            gradients = torch.autograd.grad(loss, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            if schedule.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
             optimizer.step()
-            done = step + 1
-            if done in judged_at:
+            numbers["steps"] = step + 1
+            if step + 1 in judged_at:
                 found = _judged(weights, objective)
-                if found < best:
-                    best, best_step = found, done
+                numbers["curve"].append(found)
+                if found < numbers["after"]:
+                    numbers |= {"after": found, "best_step": step + 1}
                     kept = [parameter.detach().clone() for parameter in parameters]
-                progress("train", done, schedule.steps, f"held-out loss {best:.3g}, was {before:.3g}")
+                best = f"held-out loss {numbers['after']:.3g}, was {numbers['before']:.3g}"
+                progress("train", step + 1, schedule.steps, best)
+                if keeper is not None:
+                    keeper.save(_state(parameters, optimizer, kept), numbers)
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
             parameter.grad = None
-    return Outcome(before, best, best_step, done, stopped)
+    curve = tuple(numbers.pop("curve"))
+    return Outcome(**numbers, stopped=stopped, curve=curve)
+
+
+def _backward(parameters: list[Tensor], weights: Weights, objective: Objective, step: int, accumulate: int) -> float:
+    """Set the gradients of a step; its loss. Weights are made of parameters once, however many batches look at them."""
+    made = {path: weight for path, weight in weights.items() if weight.requires_grad}
+    leaves = {path: weight.detach().requires_grad_() for path, weight in made.items()}
+    total = 0.0
+    for part in range(accumulate):
+        loss = objective.loss({**weights, **leaves}, step * accumulate + part) / accumulate
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            return total
+        loss.backward()
+    used = [path for path, leaf in leaves.items() if leaf.grad is not None]
+    gradients = torch.autograd.grad(
+        [made[path] for path in used], parameters, [leaves[path].grad for path in used], allow_unused=True
+    )
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+    return total
+
+
+def _state(parameters: list[Tensor], optimizer: torch.optim.Optimizer, kept: list[Tensor]) -> dict[str, Tensor]:
+    """Everything of a training that is a tensor, by name."""
+    tensors: dict[str, Tensor] = {}
+    for number, (parameter, best) in enumerate(zip(parameters, kept, strict=True)):
+        tensors |= {f"{number}.value": parameter.detach(), f"{number}.kept": best}
+        tensors |= {f"{number}.{name}": value for name, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+@torch.no_grad()
+def _resume(tensors: Mapping[str, Tensor], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Take up what `_state` gave; returns the best parameters so far."""
+    kept = []
+    for number, parameter in enumerate(parameters):
+        prefix = f"{number}."
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        parameter.copy_(own.pop("value"))
+        kept.append(own.pop("kept").to(parameter.device))
+        optimizer.state[parameter] = {
+            name: value if name == "step" else value.to(parameter.device) for name, value in own.items()
+        }
+    return kept
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -16,7 +16,20 @@ ROOT = Path(qcli.__file__).parent
 LAYERS = (
     ("errors", "registry", "bits", "progress", "memory", "_autoload"),
     ("format", "quantized", "formats"),
-    ("method", "methods", "solvers", "training", "refine", "transform", "transforms", "low_rank", "activations"),
+    (
+        "method",
+        "methods",
+        "solvers",
+        "training",
+        "trained",
+        "refine",
+        "losses",
+        "distillation",
+        "transform",
+        "transforms",
+        "low_rank",
+        "activations",
+    ),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
     (
         *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),

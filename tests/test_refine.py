@@ -16,8 +16,9 @@ from qcli.formats.low_rank import FactorBits, LowRank
 from qcli.method import LinearGroup
 from qcli.models.objectives import LinearObjective
 from qcli.quantized import QuantizedWeight
-from qcli.refine import Refine, _Trained
+from qcli.refine import Refine
 from qcli.solvers import codebook, grid
+from qcli.trained import TrainedWeight
 
 OUT, IN, TOKENS = 12, 64, 400
 
@@ -62,7 +63,7 @@ def layer() -> tuple[LinearGroup, LinearGroup]:
 def test_training_starts_exactly_at_the_given_codes(format: Affine) -> None:
     weight = random(OUT, IN)
     given = rounded(weight, format)
-    trained = _Trained(given, weight + 0.3 * random(OUT, IN, seed=3), ("tables", "weights"))
+    trained = TrainedWeight(given, weight + 0.3 * random(OUT, IN, seed=3), ("tables", "weights"))
     assert torch.equal(trained.weight().codes, given.codes)
     assert torch.equal(trained.dense(final=True), given.dense())
     torch.testing.assert_close(trained.dense(final=False), given.dense(), rtol=0, atol=1e-6)
@@ -71,7 +72,7 @@ def test_training_starts_exactly_at_the_given_codes(format: Affine) -> None:
 def test_training_sees_what_will_be_stored() -> None:
     """Tables on the way are rounded as they will be, in 8 bits too, and their gradient passes the rounding."""
     given = with_low_rank(random(OUT, IN), Affine(bits=2, group_size=16, zero_point="float"), 8)
-    trained = _Trained(given, given.dense(), ("tables",))
+    trained = TrainedWeight(given, given.dense(), ("tables",))
     with torch.no_grad():
         for change in trained.relative.values():
             change += 0.05 * random(*change.shape, seed=8)
@@ -86,7 +87,7 @@ def test_training_sees_what_will_be_stored() -> None:
 def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
     weight, format = random(OUT, IN), Affine(bits=3, group_size=64)
     given = rounded(weight, format)
-    start = _Trained(given, weight, ("weights",)).start
+    start = TrainedWeight(given, weight, ("weights",)).start
     scale = format.spread(given.tables["weight_scale"].float(), IN)
     assert bool(((start - given.dense()).abs() <= 0.49 * scale + 1e-6).all())
     inside = (weight - given.dense()).abs() < 0.49 * scale
@@ -97,7 +98,7 @@ def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
 def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -> None:
     weight = random(OUT, IN)
     given, pull = rounded(weight, format), random(OUT, IN, seed=4)
-    trained = _Trained(given, weight, ("tables", "weights"))
+    trained = TrainedWeight(given, weight, ("tables", "weights"))
     (trained.dense(final=False) * pull).sum().backward()
     scale = given.tables["weight_scale"].float()
     zero_point = given.tables["weight_zero_point"].float() if format.zero_point != "none" else format.center
