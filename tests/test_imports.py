@@ -40,6 +40,7 @@ LAYERS = (
         "block_loop",
         "calibrate",
         "quantize",
+        "distill",
         "pack",
         "evaluate",
         "verify",
@@ -50,11 +51,11 @@ LAYERS = (
     ("doctor", "ui", "cli"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-VERBS = ("calibrate", "quantize", "pack", "evaluate", "verify", "inspection")
+VERBS = ("calibrate", "quantize", "distill", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
     *("errors", "registry", "progress", "format", "method", "yaml_places", "recipe", "recipe_errors"),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
-    *("refine", "plan", "ui", "doctor", "cli", "formats", "methods"),
+    *("refine", "distillation", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qcli.activations import Activations
 from qcli.compute import matmul_precision
+from qcli.distillation import Distillation
+from qcli.losses import kl_divergence
 from qcli.method import LinearGroup
 from qcli.models.stream import ModelStream
 from qcli.training import Weights
@@ -150,15 +153,83 @@ class ModelObjective:
 
     def _logits(self, tokens: Tensor, weights: Weights) -> Tensor:
         with matmul_precision(fast=self.fast, device=self.stream.device):
-            hidden = self.stream.embed(tokens)
+            hidden, by_block = self.stream.embed(tokens), _by_block(weights)
             for index, block in enumerate(self.blocks):
-                own = {
-                    path.removeprefix(f"{index}."): weight
-                    for path, weight in weights.items()
-                    if path.startswith(f"{index}.")
-                }
-                hidden = self.stream.run_block(block, index, hidden, own)
+                hidden = self.stream.run_block(block, index, hidden, by_block.get(str(index), {}))
             return self.stream.logits(hidden).float()
+
+
+class DistillationObjective:
+    """A student's predictions against its teacher's, a mean over tokens; judged by plain KL whatever the loss is.
+
+    Args:
+        student, teacher: the models; of one family and size.
+        blocks, teacher_blocks: all of their blocks; the student's weights go by `BLOCK.PATH`.
+        tokens: int64 `[samples, length]` to train on.
+        held: likewise, held out.
+        options: the loss.
+        seed, fast: as for `BlockObjective`.
+    """
+
+    def __init__(
+        self,
+        student: ModelStream,
+        blocks: list[nn.Module],
+        teacher: ModelStream,
+        teacher_blocks: list[nn.Module],
+        tokens: Tensor,
+        held: Tensor,
+        options: Distillation,
+        *,
+        seed: str,
+        fast: bool,
+    ) -> None:
+        self.student, self.blocks, self.teacher, self.teacher_blocks = student, blocks, teacher, teacher_blocks
+        self.tokens, self.held, self.options, self.fast = tokens, held, options, fast
+        self.size = max(1, options.batch_tokens // tokens.shape[1])
+        self.order = _Order(len(tokens), seed)
+
+    def loss(self, weights: Weights, step: int) -> Tensor:
+        tokens = self.tokens[self.order.take(step, self.size)]
+        with torch.no_grad():
+            wanted, wanted_hidden = self._run(self.teacher, self.teacher_blocks, tokens, {})
+        found, hidden = self._run(self.student, self.blocks, tokens, _by_block(weights))
+        if not self.options.needs_hidden:
+            return self.options.token_losses(wanted, found).mean()
+        return self.options.token_losses(wanted, found, wanted_hidden, hidden).mean()
+
+    def held_out(self, weights: Weights) -> float:
+        by_block, total = _by_block(weights), 0.0
+        for row in range(len(self.held)):
+            tokens = self.held[row : row + 1]
+            wanted, _ = self._run(self.teacher, self.teacher_blocks, tokens, {})
+            found, _ = self._run(self.student, self.blocks, tokens, by_block)
+            total += float(kl_divergence(wanted, found).mean())
+        return total / len(self.held)
+
+    def _run(
+        self, stream: ModelStream, blocks: list[nn.Module], tokens: Tensor, weights: Mapping[str, Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits `[tokens, vocabulary]` of every position, and hidden states after each block."""
+        hidden, after = stream.embed(tokens), []
+        with matmul_precision(fast=self.fast, device=stream.device):
+            for index, block in enumerate(blocks):
+                own = weights.get(str(index), {})
+                if own and self.options.checkpointing and torch.is_grad_enabled():
+                    hidden = checkpoint(stream.run_block, block, index, hidden, own, use_reentrant=False)
+                else:
+                    hidden = stream.run_block(block, index, hidden, own)
+                after.append(hidden.flatten(0, -2))
+            return stream.logits(hidden).float().flatten(0, 1), after
+
+
+def _by_block(weights: Weights) -> dict[str, dict[str, Tensor]]:
+    """`BLOCK.PATH` -> block -> path."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        block, _, path = name.partition(".")
+        found.setdefault(block, {})[path] = weight
+    return found
 
 
 def _quadratic(group: LinearGroup) -> tuple[Tensor, dict[str, Tensor], Tensor]:
