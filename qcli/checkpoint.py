@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -144,6 +145,22 @@ def _activations(spec: Any) -> Activations:
         first = error.errors()[0]
         place = ".".join(["activations", *map(str, first["loc"])])
         raise VerificationError(f"quantization_config: {place}: {first['msg']}") from None
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's bytes."""
+    import torch
+    import transformers
+
+    from qcli import __version__
+
+    return {
+        "qcli": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
 
 
 def write_manifest(folder: Path, story: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcli import __version__, checkpoint, shards
+from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.data import calibration_tokens
@@ -89,7 +88,7 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {
-        "versions": versions(),
+        "versions": checkpoint.versions(),
         "compute": {"device": device.type, "bf16": fast},
         "source": {"headers": todo.source.fingerprint(), "modified": _modified(todo.source.path)},
         "data": _data_sha256(recipe.calibration.data) if todo.streamed else None,
@@ -229,7 +228,7 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     todo.source.copy_companions(folder)
     shards.write_bytes(folder / checkpoint.RECIPE, todo.recipe.to_yaml().encode())
     story = {
-        "versions": versions(),
+        "versions": checkpoint.versions(),
         "recipe": todo.recipe.to_dict(),
         "source": {"model": todo.recipe.model, "fingerprint": todo.source.fingerprint()},
         "calibration_tokens_sha256": result.tokens_sha256,
@@ -248,19 +247,6 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     checkpoint.write_manifest(folder, story)
     run.publish()
     progress("write", 1, 1)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a run's bytes."""
-    import transformers
-
-    return {
-        "qcli": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
 
 
 def _part(block: int) -> str:

@@ -25,6 +25,7 @@ from pydantic import (
 
 from qcli import registry
 from qcli.activations import Activations
+from qcli.distillation import Distillation
 from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
 from qcli.plugins import EXPORTS, build_method, derived, named_fields
@@ -134,6 +135,7 @@ class Recipe(_Section):
     activations: Activations | None = Field(
         default=None, description="simulated quantization of what quantized layers read"
     )
+    distill: Distillation | None = Field(default=None, description="training of the whole model against the original")
     overrides: list[Override] = Field(default=[], description="first match wins; each must match a layer")
     pack: Pack | None = None
     eval: Eval | None = None
@@ -209,7 +211,7 @@ class Recipe(_Section):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""
-        decisive = {*Recipe.model_fields} - {"device", "out", "resume", "pack", "eval"}
+        decisive = {*Recipe.model_fields} - {"device", "out", "resume", "distill", "pack", "eval"}
         return {name: value for name, value in self.to_dict().items() if name in decisive}
 
     def _rules(self, name: str) -> list[int]:

@@ -206,9 +206,7 @@ def _resume(tensors: Mapping[str, Tensor], parameters: list[Tensor], optimizer: 
         own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         parameter.copy_(own.pop("value"))
         kept.append(own.pop("kept").to(parameter.device))
-        optimizer.state[parameter] = {
-            name: value if name == "step" else value.to(parameter.device) for name, value in own.items()
-        }
+        optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in own.items()}
     return kept
 
 

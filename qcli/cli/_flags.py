@@ -33,6 +33,10 @@ DType = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the result; must not exist.")]
 OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the result; must not exist.")]
+Resume = Annotated[
+    str | None,
+    typer.Option(metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qcli.cli import calibrate, doctor, eval, inspect, pack, quantize, recipe, run, verify
+from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, verify
 from qcli.ui import show_error
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def qcli(
 
 app.command("calibrate")(calibrate.calibrate)
 app.command("quantize")(quantize.quantize)
+app.command("distill")(distill.distill)
 app.command("eval")(eval.evaluate)
 app.command("pack")(pack.pack)
 app.command("run")(run.run)

@@ -39,10 +39,7 @@ def quantize(
     out: flags.OptionalOut = None,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."),
-    ] = None,
+    resume: flags.Resume = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, from the model's headers.")
     ] = False,

@@ -1,0 +1,84 @@
+"""`qcli distill`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcli.cli import _flags as flags
+from qcli.errors import UsageError
+from qcli.ui import Session, Tables, duration, size
+
+
+def distill(
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Checkpoint that qcli wrote.")],
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What it was made from: hub id, folder or .gguf file.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(metavar="LOSS", help="kl, onebit or dad. Default: kl.")] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="tables, or tables,weights. Default: tables.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
+    data: flags.Data = None,
+    samples: flags.Samples = None,
+    seq_len: flags.SeqLen = None,
+    seed: flags.Seed = None,
+    device: flags.Device = None,
+    dtype: flags.DType = None,
+    out: flags.OptionalOut = None,
+    recipe: flags.RecipeFile = None,
+    set_: flags.Sets = None,
+    resume: flags.Resume = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Tune a quantized model as a whole against the original.
+
+    Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them.
+    """
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.recipe_loading import load_recipe
+
+        given = flags.recipe_fields(
+            model=teacher,
+            data=data,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            out=out,
+        ) | {
+            "distill.loss": loss,
+            "distill.train": None if train is None else train.split(","),
+            "distill.steps": steps,
+            "resume": resume,
+        }
+        resolved, _ = load_recipe(recipe, given, set_ or ())
+        if resolved.out is None:
+            raise UsageError("--out: required", hint="name the folder of the result")
+        from qcli.distill import distill as run
+
+        session.result(run(student, resolved, session.progress).to_json(), show_distilled)
+
+
+def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
+    """What was gained, and where it lies."""
+    outcome = result["outcome"]
+    tables.pairs(
+        {
+            "written": result["out"],
+            "taught by": result["teacher"],
+            "held-out KL": f"{outcome['before']:.4f} -> {outcome['after']:.4f}",
+            "best step": f"{outcome['best_step']} of {outcome['steps']}"
+            if outcome["best_step"]
+            else "none: the student is kept as it was",
+            "stopped": outcome["stopped"],
+            "bits per weight": f"{result['bits_per_weight']:.3f}",
+            "size": size(result["bytes"]),
+            "time": duration(result["seconds"]),
+            "peak memory": ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()),
+        }
+    )

@@ -1,0 +1,151 @@
+"""Distillation of whole checkpoints: it helps, it resumes exactly, and what it writes is a checkpoint like any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qcli import run_folder
+from qcli.distill import Distilled, distill
+from qcli.errors import UsageError
+from qcli.evaluate import evaluate
+from qcli.models.native import NativeSource
+from qcli.models.source import open_source
+from qcli.recipe_loading import load_recipe
+from qcli.verify import verify
+from tests.quantizing import logits, run, streamed, write_text
+from tests.tiny import tiny_model
+
+METHODS: dict[str, dict[str, Any]] = {
+    "gptq-like": {"method__bits": 2, "method__zero_point": "float"},
+    "lcq": {"method__bits": 2, "method__steps": 0},
+    "dbllm": {},
+    "onebit": {},
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+def student(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any) -> tuple[Path, Path]:
+    """A teacher and what quantization has made of it."""
+    teacher, out = tiny_model("llama", tmp_path), tmp_path / "student"
+    run(teacher, out, text, grouped=method != "onebit", method__name=method, **METHODS[method], **flags)
+    return teacher, out
+
+
+def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Distilled:
+    flags = {"model": str(teacher), "out": str(out), "calibration.data": str(text), "distill.steps": 24}
+    flags |= {"calibration.samples": 28, "calibration.seq_len": 32, "distill.batch_tokens": 256}
+    recipe, _ = load_recipe(None, flags | {"distill.judgements": 4}, ("distill.tables_lr=0.01", *sets))
+    return distill(pupil, recipe)
+
+
+def codes(folder: Path) -> dict[str, torch.Tensor]:
+    source = open_source(str(folder))
+    assert isinstance(source, NativeSource)
+    return {name: source.read_quantized(name).codes for name in source.packed}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, method)
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text)
+    assert result.outcome.after < 0.95 * result.outcome.before
+    assert verify(out).layers == 14
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    kls = [evaluate(str(folder), baseline=str(teacher), data=[str(text)], window=32).kl for folder in (pupil, out)]
+    assert kls[0] is not None and kls[1] is not None
+    assert kls[1] < kls[0]
+    before, after = codes(pupil), codes(out)
+    assert all(torch.equal(after[name], code) for name, code in before.items()), "tables alone were trained"
+    manifest = json.loads((out / "qcli.manifest.json").read_text())
+    assert manifest["distilled"]["outcome"]["after"] == result.outcome.after
+    assert manifest["recipe"]["distill"]["steps"] == 24
+
+
+def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    teach(pupil, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
+    before, after = codes(pupil), codes(tmp_path / "out")
+    assert any(not torch.equal(after[name], code) for name, code in before.items())
+
+
+@pytest.mark.parametrize(
+    "sets", [("distill.loss=onebit",), ("distill.loss=dad",), ("distill.hidden_mse=0.1",)], ids=str
+)
+def test_every_loss_brings_predictions_closer(sets: tuple[str, ...], tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    outcome = teach(pupil, teacher, tmp_path / "out", text, f"distill.{loss}").outcome
+    assert outcome.after < 0.97 * outcome.before
+    plain = teach(pupil, teacher, tmp_path / "plain", text).outcome
+    assert outcome.curve[1:] != plain.curve[1:]
+
+
+def test_interrupted_after_every_commit_gives_the_same_bytes(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, pupil = student(tmp_path, text)
+    sets = ("distill.train=[tables, weights]", "distill.accumulate=2")
+    teach(pupil, teacher, tmp_path / "whole", text, *sets)
+    commit = run_folder.RunFolder.commit
+
+    class Stop(Exception):
+        pass
+
+    def commit_and_stop(*arguments: Any, **named: Any) -> None:
+        commit(*arguments, **named)
+        raise Stop
+
+    monkeypatch.setattr(run_folder.RunFolder, "commit", commit_and_stop)
+    stops = 0
+    while not (tmp_path / "pieces").exists() and stops < 20:
+        try:
+            teach(pupil, teacher, tmp_path / "pieces", text, *sets)
+        except Stop:
+            stops += 1
+            if stops == 6:  # all that a run commits has been committed: let it end
+                monkeypatch.setattr(run_folder.RunFolder, "commit", commit)
+    assert stops == 6  # tokens, four judgements, the weights
+    whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert whole.read_bytes() == pieces.read_bytes()
+
+
+def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    curves = [
+        teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets).outcome.curve
+        for number, sets in enumerate(
+            [(), ("distill.batch_tokens=128", "distill.accumulate=2"), ("distill.checkpointing=false",)]
+        )
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[2] == curves[0]
+
+
+def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30")
+    assert (result.outcome.best_step, result.outcome.after) == (0, result.outcome.before)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pupil / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    other = tiny_model("llama", tmp_path, num_hidden_layers=1)
+    with pytest.raises(UsageError, match="has other layers than"):
+        teach(pupil, other, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="is not a checkpoint that qcli wrote"):
+        teach(teacher, teacher, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="none is left to train on"):
+        teach(pupil, teacher, tmp_path / "out", text, "calibration.held_out=28")
+    with pytest.raises(UsageError, match="train must name"):
+        teach(pupil, teacher, tmp_path / "out", text, "distill.train=[]")
+    assert not (tmp_path / "out").exists()
