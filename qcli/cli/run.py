@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation
 from qcli.cli.pack import show_packed
 from qcli.cli.quantize import show_result
@@ -15,7 +16,7 @@ from qcli.ui import Session, Tables
 if TYPE_CHECKING:
     from qcli.recipe import Recipe
 
-QUANTIZED, PACKED, EVALUATION = "quantized", "packed", "eval.json"
+QUANTIZED, DISTILLED, PACKED, EVALUATION = "quantized", "distilled", "packed", "eval.json"
 
 
 def run(
@@ -29,8 +30,8 @@ def run(
 ) -> None:
     """Run every stage that a recipe names.
 
-    Quantizes, then packs and evaluates where the recipe says so. Results are DIR/quantized, DIR/packed and
-    DIR/eval.json. What is done already is skipped.
+    Quantizes, then distills, packs and evaluates where the recipe says so. Results are DIR/quantized,
+    DIR/distilled, DIR/packed and DIR/eval.json. What is done already is skipped.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe_loading import load_recipe
@@ -65,11 +66,20 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
         step = recipe.model_copy(update={"out": str(folder / QUANTIZED)})
         results[QUANTIZED] = quantize(step, session.progress).to_json()
+    final = folder / QUANTIZED
+    if recipe.distill is not None:
+        inputs = inputs | {"distill": recipe.distill.model_dump(mode="json")}
+        final = folder / DISTILLED
+        if todo(DISTILLED, inputs):
+            from qcli.distill import distill
+
+            step = recipe.model_copy(update={"out": str(final)})
+            results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
     if recipe.pack is not None and todo(PACKED, inputs | {"pack": recipe.pack.model_dump()}):
         from qcli.pack import pack
 
         results[PACKED] = pack(
-            folder / QUANTIZED,
+            final,
             folder / PACKED,
             format=recipe.pack.format,
             shard_size=recipe.pack.shard_bytes,
@@ -81,7 +91,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
             wanted = recipe.eval
             evaluation = evaluate(
-                str(folder / QUANTIZED),
+                str(final),
                 baseline=wanted.baseline or recipe.model,
                 data=wanted.perplexity,
                 window=wanted.window,
@@ -99,6 +109,8 @@ def show(tables: Tables, results: dict[str, Any]) -> None:
     """The result of each stage."""
     if QUANTIZED in results:
         show_result(tables, results[QUANTIZED])
+    if DISTILLED in results:
+        show_distilled(tables, results[DISTILLED])
     if PACKED in results:
         show_packed(tables, results[PACKED])
     if "eval" in results:

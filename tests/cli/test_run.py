@@ -51,6 +51,39 @@ def test_missing_stage_alone_is_repeated(invoke: Invoke, recipe: Path, tmp_path:
     assert (out / "eval.json").exists()
 
 
+def test_distilling_is_a_stage(invoke: Invoke, recipe: Path, text: Path, tmp_path: Path) -> None:
+    """What is packed and evaluated is the distilled model."""
+    out = tmp_path / "out"
+    steps = "distill={steps: 12, tables_lr: 0.01, judgements: 3}"
+    data = "calibration={data: " + json.dumps(str(text)) + ", samples: 12, seq_len: 32}"
+    code, stdout, err = invoke("run", recipe, "--out", out, "--set", steps, "--set", data, "--json")
+    assert code == 0, err
+    first = json.loads(stdout)
+    assert first["distilled"]["outcome"]["after"] < first["distilled"]["outcome"]["before"]
+    for name in ("distilled", "packed"):
+        assert json.loads((out / name / "qcli.manifest.json").read_text())["distilled"]["outcome"]["steps"] == 12
+    assert invoke("run", recipe, "--out", tmp_path / "plain", "--set", data).code == 0
+    assert first["eval"]["kl"] < json.loads((tmp_path / "plain" / "eval.json").read_text())["kl"]
+    code, stdout, _ = invoke("run", recipe, "--out", out, "--set", steps, "--set", data, "--json")
+    assert json.loads(stdout)["skipped"] == ["quantized", "distilled", "packed", "eval.json"]
+
+
+def test_distill_tunes_a_checkpoint(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    pupil, out = tmp_path / "pupil", tmp_path / "out"
+    assert invoke("quantize", model, "--method", "rtn", "--bits", 3, "--group-size", 32, "--out", pupil).code == 0
+    flags = ("--data", text, "--samples", 12, "--seq-len", 32, "--steps", 6, "--train", "tables,weights")
+    code, stdout, err = invoke("distill", pupil, "--teacher", model, *flags, "--loss", "dad", "--out", out, "--json")
+    assert code == 0, err
+    assert json.loads(stdout)["outcome"]["steps"] == 6
+    assert invoke("verify", out).code == 0
+    code, stdout, err = invoke("distill", pupil, "--teacher", model, *flags, "--loss", "dat", "--out", tmp_path / "no")
+    assert (code, stdout) == (2, "")
+    assert err.startswith("error: --loss: must be")
+    code, _, err = invoke("distill", model, "--teacher", model, *flags, "--out", tmp_path / "no")
+    assert code == 2
+    assert "is not a checkpoint that qcli wrote" in err
+
+
 @pytest.mark.parametrize(
     ("change", "result", "difference"),
     [
