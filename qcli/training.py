@@ -74,7 +74,7 @@ class Outcome:
         best_step: after how many steps that was; 0: the start was best and is kept.
         steps: how many were made.
         stopped: why there were not more, if there should have been.
-        curve: held-out losses at the start and at every judgement.
+        curve: held-out losses at the start and at every judgement; None where one was not finite.
     """
 
     before: float
@@ -82,7 +82,7 @@ class Outcome:
     best_step: int
     steps: int
     stopped: str | None = None
-    curve: tuple[float, ...] = ()
+    curve: tuple[float | None, ...] = ()
 
 
 class Keeper(Protocol):
@@ -152,7 +152,7 @@ def train(
             numbers["steps"] = step + 1
             if step + 1 in judged_at:
                 found = _judged(weights, objective)
-                numbers["curve"].append(found)
+                numbers["curve"].append(found if math.isfinite(found) else None)
                 if found < numbers["after"]:
                     numbers |= {"after": found, "best_step": step + 1}
                     kept = [parameter.detach().clone() for parameter in parameters]

@@ -93,6 +93,18 @@ def test_losses_that_are_not_finite_are_told() -> None:
         )
 
 
+def test_a_held_out_loss_that_is_not_finite_is_no_number_in_the_report() -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+
+    class Lost(Distance):
+        def held_out(self, weights: Weights) -> float:
+            return 1.0 if float(weights["w"].detach()) == 0 else float("nan")
+
+    outcome = train([{"params": [parameter], "lr": 0.1}], lambda final: {"w": parameter}, Lost(1, 1), Schedule(2))
+    assert outcome.curve == (1.0, None, None)
+    assert (outcome.best_step, float(parameter.detach())) == (0, 0)
+
+
 def test_straight_through_gradient() -> None:
     value, latent = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     inside = torch.tensor([True, False, True, False])
