@@ -30,10 +30,6 @@ class Grouped(Format):
         """The group that each column belongs to, int64."""
         return columns // self.group_size if self.group_size > 0 else columns * 0
 
-    def entries(self, tables: Mapping[str, Tensor]) -> Tensor:
-        """What each code stands for in each group, float32 `[out, groups, 2**bits]`."""
-        raise NotImplementedError
-
     def grouped(self, rows: Tensor) -> Tensor:
         """`[out, in]` -> `[out, groups, group_size]`; a ragged last group is filled up with zeros."""
         from torch.nn import functional as F
@@ -42,6 +38,18 @@ class Grouped(Format):
         if in_features % width:
             rows = F.pad(rows, (0, width - in_features % width))
         return rows.reshape(rows.shape[0], -1, width)
+
+
+class Leveled(Grouped):
+    """A format whose levels are not evenly spaced."""
+
+    def entries(self, tables: Mapping[str, Tensor]) -> Tensor:
+        """What each code stands for in each group, float32 `[out, groups, 2**bits]`."""
+        raise NotImplementedError
+
+    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        found = gaps(self.entries(tables)).gather(2, self.grouped(codes).long())
+        return found.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
 
 def gaps(entries: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from qcli.errors import VerificationError
 from qcli.format import Rounder, StoredTensor
-from qcli.formats._grouped import Grouped, gaps
+from qcli.formats._grouped import Leveled
 from qcli.formats._tables import check_tables, symmetric_int8
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _COUNTED = 16  # codebook entries up to which counting boundaries beats searchin
 _TILE = 1 << 20  # weights encoded at a time
 
 
-class Codebook(Grouped):
+class Codebook(Leveled):
     """Codes of `bits` bits into a codebook of its own for every `group_size` weights of a row.
 
     Tables: `codebook_basis` V float16 `[blocks of rows, rank, 2**bits]`; `codebook_scale` S `[out, groups, rank]` and
@@ -132,10 +132,6 @@ class Codebook(Grouped):
         basis = self.spread(relaxed[BASIS], len(relaxed[SCALE]))
         basis = basis if len(basis) == 1 else basis[rows]
         return {BASIS: basis, SCALE: relaxed[SCALE][rows], OFFSET: relaxed[OFFSET][rows]}
-
-    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        found = gaps(self.entries(tables)).gather(2, self.grouped(codes).long())
-        return found.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         groups = self.groups_of(columns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qcli.errors import VerificationError
 from qcli.format import Rounder, StoredTensor
-from qcli.formats._grouped import Grouped, gaps
+from qcli.formats._grouped import Leveled
 from qcli.formats._tables import check_tables
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _APART = 1 + 2.0**-9  # least ratio of the alphas: two steps of float16
 _SMALLEST = 2.0**-24  # least |alpha2|, and least difference: float16's smallest number
 
 
-class DualBinary(Grouped):
+class DualBinary(Leveled):
     """Two planes of bits and two scales for every `group_size` weights of a row.
 
     Tables: `alpha1`, `alpha2` float16 `[out, groups]`. The last group of a row may be shorter.
@@ -91,10 +91,6 @@ class DualBinary(Grouped):
         """What the alphas are multiplied by, float32: bits, or for `symmetric` signs."""
         first, second = (codes & 1).float(), (codes >> 1).float()
         return (first, second) if self.levels == "fdb" else (2 * first - 1, 2 * second - 1)
-
-    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        found = gaps(self.entries(tables)).gather(2, self.grouped(codes).long())
-        return found.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         groups = self.groups_of(columns)
