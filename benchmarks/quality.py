@@ -191,7 +191,9 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
         flags |= {"overrides": [{"match": f"model.layers.{n}.*", "dense": True} for n in range(blocks, BLOCKS)]}
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
         recipe, _ = load_recipe(None, flags)
+        worked = time.process_time()
         result = quantize(recipe)
+        worked = time.process_time() - worked
         found = evaluate(f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows)
     (scored,) = found.scores.values()
     return {
@@ -204,6 +206,7 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
         "baseline_perplexity": scored.baseline_perplexity,
         "top1_agreement": found.top1_agreement,
         "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(worked, 1),
         "peak_memory": result.peak_memory,
         "fallbacks": len(result.fallbacks),
         "training": result.training,
