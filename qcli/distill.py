@@ -1,15 +1,17 @@
 """Tune a quantized model as a whole against the model it was made from.
 
-Codes and tables of all layers are trained together (`trained.py`) for the teacher's predictions, on text that
-quantization need not have seen. The state of the training is kept at every judgement of held-out text, and a run that
-was killed ends with the same bytes.
+Codes and tables are trained (`trained.py`) for the teacher's predictions, on text that quantization need not have
+seen: those of all layers together, in one process or several, or block by block. The state of the training is kept at
+every judgement of held-out text, and a run that was killed ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +19,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcli import checkpoint, shards
+from qcli import checkpoint, run_folder, shards
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.data import calibration_tokens
+from qcli.distill_blocks import distill_blocks
+from qcli.distill_model import distill_model
 from qcli.distillation import Distillation
 from qcli.errors import UsageError
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.native import NativeSource
-from qcli.models.objectives import DistillationObjective
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
 from qcli.plan import SHARD_SIZE
+from qcli.plots import can_plot, plot_training
+from qcli.processes import Processes, local_device, together
 from qcli.progress import Progress, silent
 from qcli.recipe import Recipe
 from qcli.recipe_text import to_yaml
 from qcli.run_folder import RunFolder
-from qcli.trained import TrainedWeight
-from qcli.training import Outcome, Schedule, train
+from qcli.teaching import Lesson
+from qcli.training import Outcome
 
 _TOKENS, _WEIGHTS = "tokens", "weights"
+PLOT = "distill.png"
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,16 @@ class Distilled:
 
     Attributes:
         outcome: held-out KL in nats per token, before and after.
+        blocks: where blocks were trained one by one, how each went.
+        plot: the file with the curve; None: matplotlib is not installed.
     """
 
     out: Path
     student: str
     teacher: str
     outcome: Outcome
+    blocks: list[Outcome]
+    plot: str | None
     bits_per_weight: float
     bytes: int
     seconds: float
@@ -79,7 +89,8 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
         )
     started, options = time.monotonic(), recipe.distill or Distillation()
     pupil, master = _pair(student, recipe.model)
-    device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
+    device = local_device() if recipe.device == "auto" else resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {
         "versions": checkpoint.versions(),
@@ -91,23 +102,74 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    with RunFolder(Path(recipe.out), identity, recipe.resume) as run:
-        tokens = _tokens(recipe, master, run, device, progress)
+    with together(device) as processes, _opened(recipe, identity, processes) as run:
+        tokens = processes.agreed(lambda: _tokens(recipe, master, run, device, progress))
+        student_stream, teacher_stream = (ModelStream(source, device=device, dtype=dtype) for source in (pupil, master))
+        lesson = Lesson(
+            pupil=pupil,
+            student=student_stream,
+            teacher=teacher_stream,
+            tokens=tokens,
+            held_out=recipe.calibration.held_out,
+            options=options,
+            seed=f"{recipe.seed}:distill",
+            fast=fast,
+            progress=progress,
+        )
+        lesson = replace(lesson, progress=_with_speed(lesson))
+        blocks: list[Outcome] = []
         with matmul_precision(fast=False), torch.no_grad():
-            layers, outcome = _train(pupil, master, tokens, recipe, options, run, device, dtype, fast, progress)
-        run.commit(_WEIGHTS, {name: tensor for name, weight in layers.items() for name, tensor in weight.items()})
+            if options.scope == "model":
+                layers, outcome = distill_model(lesson, run, run_folder.partial(Path(recipe.out)), processes)
+            else:
+                if run is None or processes.size > 1:
+                    raise UsageError("distill.scope: blocks are trained by one process", hint="run without torchrun")
+                layers, outcome, blocks = distill_blocks(lesson, run)
         result = Distilled(
             out=Path(recipe.out),
             student=str(student),
             teacher=recipe.model,
             outcome=outcome,
+            blocks=blocks,
+            plot=PLOT if can_plot() else None,
             bits_per_weight=pupil.bits_per_weight(),
             bytes=pupil.bytes(),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(device),
         )
-        _write(student, pupil, recipe, options, tokens, result, run)
+        if run is not None:
+            run.commit(_WEIGHTS, layers)
+            _write(student, pupil, recipe, options, tokens, result, run)
+        processes.wait()
     return result
+
+
+@contextmanager
+def _opened(recipe: Recipe, identity: dict[str, Any], processes: Processes) -> Iterator[RunFolder | None]:
+    """The run's folder, in the process that writes."""
+    if not processes.first:
+        yield None
+        return
+    with RunFolder(Path(str(recipe.out)), identity | {"processes": processes.size}, recipe.resume) as run:
+        yield run
+
+
+def _with_speed(lesson: Lesson) -> Progress:
+    """Progress that tells tokens per second of the steps since a training's start."""
+    step_tokens = lesson.options.accumulate * lesson.pass_samples * lesson.tokens.shape[1]
+    progress, begun = lesson.progress, (0.0, 0)
+
+    def told(stage: str, done: int, total: int, detail: str = "") -> None:
+        nonlocal begun
+        if stage == "train":
+            if not detail:
+                begun = time.monotonic(), done
+            else:
+                rate = (done - begun[1]) * step_tokens / max(1e-9, time.monotonic() - begun[0])
+                detail = f"{detail}, {rate:,.0f} tokens/s"
+        progress(stage, done, total, detail)
+
+    return told
 
 
 def _pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
@@ -123,8 +185,9 @@ def _pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
     return pupil, master
 
 
-def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
+def _tokens(recipe: Recipe, teacher: Source, run: RunFolder | None, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
+    assert run is not None
     if (file := run.done(_TOKENS)) is None:
         wanted = recipe.calibration
         found = calibration_tokens(
@@ -141,80 +204,6 @@ def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.devic
     return load_file(file)["ids"]
 
 
-def _train(
-    pupil: NativeSource,
-    master: Source,
-    tokens: Tensor,
-    recipe: Recipe,
-    options: Distillation,
-    run: RunFolder,
-    device: torch.device,
-    dtype: torch.dtype,
-    fast: bool,
-    progress: Progress,
-) -> tuple[dict[str, dict[str, Tensor]], Outcome]:
-    """Stored tensors of every quantized layer, by layer, and how the training went."""
-    student, teacher = (ModelStream(source, device=device, dtype=dtype) for source in (pupil, master))
-    prefix = f"{student.family.blocks}."
-    layers: dict[str, TrainedWeight] = {}
-    for name in pupil.packed:
-        weight = pupil.read_quantized(name).to(device)
-        layers[name.removeprefix(prefix)] = TrainedWeight(weight, weight.dense(), options.train)
-    last = len(tokens) - recipe.calibration.held_out
-    objective = DistillationObjective(
-        student,
-        [student.load_block(index) for index in range(student.n_blocks)],
-        teacher,
-        [teacher.load_block(index) for index in range(teacher.n_blocks)],
-        tokens[:last],
-        tokens[last:],
-        options,
-        seed=f"{recipe.seed}:distill",
-        fast=fast,
-    )
-    tables = [table for layer in layers.values() for table in layer.relative.values()]
-    latents = [layer.latent for layer in layers.values() if layer.latent.requires_grad]
-    groups = [{"params": tables, "lr": options.tables_lr}, {"params": latents, "lr": options.weights_lr}]
-    outcome = train(
-        [group for group in groups if group["params"]],
-        lambda final: {path: layer.dense(final=final) for path, layer in layers.items()},
-        objective,
-        Schedule(
-            options.steps,
-            warmup=options.warmup,
-            judgements=options.judgements,
-            accumulate=options.accumulate,
-            clip=options.clip,
-        ),
-        progress=progress,
-        keeper=_Kept(run),
-    )
-    stored = {}
-    for path, layer in layers.items():
-        weight = (layer.weight() if outcome.best_step else layer.given).to("cpu")
-        weight.check()
-        stored[prefix + path] = checkpoint.stored_tensors(prefix + path, weight)
-    return stored, outcome
-
-
-class _Kept:
-    """The state of a training as parts of the run, in turns, so that one is whole at any moment."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        parts = [part for part in ("state-0", "state-1") if self.run.done(part) is not None]
-        if not parts:
-            return None
-        newest = max(parts, key=lambda part: int(self.run.report(part)["steps"]))
-        return load_file(self.run.file(newest)), dict(self.run.report(newest))
-
-    def save(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        turn = (len(numbers["curve"]) - 1) % 2
-        self.run.commit(f"state-{turn}", {name: tensor.cpu() for name, tensor in tensors.items()}, numbers)
-
-
 def _write(
     student: Path,
     pupil: NativeSource,
@@ -229,6 +218,8 @@ def _write(
     shards.join([{name: trained.get(name, extent)} for name, extent in pupil.extents.items()], folder, SHARD_SIZE)
     shards.write_json(folder / "config.json", pupil.config)
     pupil.copy_companions(folder)
+    if result.plot is not None:
+        plot_training(result.outcome, result.blocks, folder / result.plot)
     before = checkpoint.read_manifest(student)
     made_by = before["recipe"] | {"distill": options.model_dump(mode="json", exclude_none=True)}
     shards.write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
@@ -238,6 +229,7 @@ def _write(
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": recipe.seed,
         "outcome": asdict(result.outcome),
+        "blocks": [asdict(outcome) for outcome in result.blocks],
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
     }

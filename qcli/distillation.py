@@ -31,10 +31,18 @@ class Distillation(BaseModel):
         default=None, ge=0, description="weight of hidden states, normalised; default: 1 for onebit, else 0"
     )
     hidden_mse: float = Field(default=0.0, ge=0, description="weight of the hidden states' relative squared error")
+    scope: Literal["model", "block"] = Field(
+        default="model",
+        description="what is trained at once: everything, or one block at a time, of which the last one answers for "
+        "predictions and the others for hidden states; for models that do not fit",
+    )
+    teacher_top_k: int | None = Field(
+        default=None, ge=1, description="ask the teacher once and remember so many tokens and the mass of the others"
+    )
     train: tuple[Literal["tables", "weights"], ...] = Field(
         default=("tables",), description="scales, offsets and codebooks, and the weights behind the codes"
     )
-    steps: int = Field(default=1000, ge=1, description="of the optimizer")
+    steps: int = Field(default=1000, ge=1, description="of the optimizer, under scope block for each block")
     tables_lr: float = Field(default=1e-3, gt=0, description="learning rate of tables, relative to their size")
     weights_lr: float = Field(default=3e-3, gt=0, description="learning rate of weights, in quantization steps")
     warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which the rates rise")
@@ -43,11 +51,19 @@ class Distillation(BaseModel):
     accumulate: int = Field(default=1, ge=1, description="passes whose gradients make one step")
     checkpointing: bool = Field(default=True, description="blocks are run again for their gradients, to save memory")
     judgements: int = Field(default=20, ge=1, description="how often held-out text is asked and the state is saved")
+    patience: int | None = Field(default=None, ge=1, description="judgements without a better one that end training")
 
     @model_validator(mode="after")
-    def _something(self) -> Distillation:
+    def _consistent(self) -> Distillation:
         if not self.train:
             raise ValueError("train must name tables, weights or both")
+        if self.teacher_top_k is not None:
+            if self.needs_hidden:
+                raise ValueError("teacher_top_k remembers no hidden states: set hidden: 0, or leave it out")
+            if self.temperature != 1:
+                raise ValueError("teacher_top_k remembers probabilities at temperature 1 only")
+            if self.scope == "block":
+                raise ValueError("teacher_top_k goes with scope: model; by blocks the teacher runs only once anyway")
         return self
 
     @property
@@ -83,8 +99,17 @@ class Distillation(BaseModel):
             found = losses.deviation_aware(
                 teacher, student, gamma=self.gamma, plain=self.plain, ambiguity=self.ambiguity
             )
+        return found + self.hidden_losses(teacher_hidden, student_hidden) if self.needs_hidden else found
+
+    def hidden_losses(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+        """What hidden states add to each token's loss; only if `needs_hidden`."""
+        import torch
+
+        from qcli import losses
+
+        found = torch.zeros(len(student[0]), device=student[0].device)
         if self.hidden_weight:
-            found = found + self.hidden_weight * losses.hidden_distance(teacher_hidden, student_hidden)
+            found = found + self.hidden_weight * losses.hidden_distance(teacher, student)
         if self.hidden_mse:
-            found = found + self.hidden_mse * losses.hidden_error(teacher_hidden, student_hidden)
+            found = found + self.hidden_mse * losses.hidden_error(teacher, student)
         return found

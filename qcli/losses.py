@@ -13,6 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def listed(logits: Tensor, classes: Tensor) -> Tensor:
+    """Log-probabilities of some tokens and of all others together: `[tokens, vocabulary]` -> `[tokens, classes + 1]`.
+
+    Args:
+        classes: int64 `[tokens, classes]`, fewer than the vocabulary has.
+    """
+    logits = logits.float()
+    others = logits.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, classes), others], dim=-1) - logits.logsumexp(-1, keepdim=True)
+
+
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     """`T^2 KL(teacher || student)` of predictions at temperature T, nats: the factor keeps the size of its gradient."""
     wanted, found = (logits.float().div(temperature).log_softmax(-1) for logits in (teacher, student))

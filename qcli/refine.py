@@ -70,17 +70,12 @@ class Refine(BaseModel):
         Returns:
             New weights of the same formats, or the given ones where nothing better was found; and how it went.
         """
-        import torch
-
-        from qcli.trained import TrainedWeight
+        from qcli.trained import TrainedWeight, parameter_groups
         from qcli.training import Schedule, train
 
         layers = {path: TrainedWeight(weight, targets[path], self.train) for path, weight in weights.items()}
-        latents = [layer.latent for layer in layers.values() if layer.latent.requires_grad]
-        tables = [table for layer in layers.values() for table in layer.relative.values()]
-        groups = [{"params": tables, "lr": self.tables_lr}, {"params": latents, "lr": self.weights_lr}]
         outcome = train(
-            [group for group in groups if group["params"]],
+            parameter_groups(layers.values(), tables_lr=self.tables_lr, weights_lr=self.weights_lr),
             lambda final: {path: layer.dense(final=final) for path, layer in layers.items()},
             objective,
             Schedule(self.steps),
@@ -88,5 +83,4 @@ class Refine(BaseModel):
         )
         if outcome.best_step == 0:
             return dict(weights), outcome
-        with torch.no_grad():
-            return {path: layer.weight() for path, layer in layers.items()}, outcome
+        return {path: layer.weight() for path, layer in layers.items()}, outcome

@@ -40,7 +40,7 @@ class RunFolder:
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Literal["auto", "required", "never"]) -> None:
         self.out = out.absolute()
-        self.path = self.out.with_name(f"{self.out.name}.partial")
+        self.path = partial(self.out)
         self._refuse_existing()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -147,6 +147,11 @@ class RunFolder:
         if whole != lines:
             (self.path / _JOURNAL).write_text("".join(whole))
         return [json.loads(line) for line in whole]
+
+
+def partial(out: Path) -> Path:
+    """Where the run that makes `out` is kept."""
+    return out.absolute().with_name(f"{out.name}.partial")
 
 
 def differences(before: Any, now: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcli.quantized import QuantizedWeight
 from qcli.training import straight_through
@@ -13,27 +14,39 @@ from qcli.training import straight_through
 _INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
 
 
-class TrainedWeight:
+class TrainedWeight(nn.Module):
     """`latent` in steps from its start, `relative` changes of its tables.
+
+    A module, so that parameters can be sharded; what is as large as the weight is a parameter, trained or not.
 
     Args:
         weight: where training starts; formats are not changed by it.
-        target: float32 `[out, in]`: latents start as near to it as the codes allow.
+        target: float32 `[out, in]`: latents start as near to it as the codes allow; None: where the codes are.
         train: `tables`, `weights` (the latent values behind the codes) or both.
     """
 
-    def __init__(self, weight: QuantizedWeight, target: Tensor, train: Collection[str]) -> None:
+    latent: nn.Parameter | None
+    relative: nn.ParameterDict
+
+    def __init__(self, weight: QuantizedWeight, target: Tensor | None, train: Collection[str]) -> None:
+        super().__init__()
         self.given, self.format = weight, weight.format
-        dense = weight.dense()
-        self.step = self.format.steps(weight.codes, weight.tables)
-        reach = _INSIDE * self.step
-        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
-        moved = self.format.encode(start, weight.tables) != weight.codes
-        self.start = torch.where(moved, dense, start)
-        self.latent = torch.zeros_like(dense).requires_grad_("weights" in train)
         self.relaxed = self.format.relaxed(weight.tables)
         self.unit = self.format.units(self.relaxed) if "tables" in train else {}
-        self.relative = {name: torch.zeros_like(self.relaxed[name]).requires_grad_() for name in self.unit}
+        self.relative = nn.ParameterDict({name: torch.zeros_like(self.relaxed[name]) for name in self.unit})
+        self.latent = None
+        if "weights" in train:
+            dense = weight.dense()
+            step = self.format.steps(weight.codes, weight.tables)
+            self.start = nn.Parameter(dense if target is None else self._near(dense, step, target), requires_grad=False)
+            self.step = nn.Parameter(step, requires_grad=False)
+            self.latent = nn.Parameter(torch.zeros_like(dense))
+
+    def _near(self, dense: Tensor, step: Tensor, target: Tensor) -> Tensor:
+        reach = _INSIDE * step
+        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
+        moved = self.format.encode(start, self.given.tables) != self.given.codes
+        return torch.where(moved, dense, start)
 
     def moved(self) -> dict[str, Tensor]:
         """Relaxed tables as they are now; differentiable."""
@@ -51,7 +64,7 @@ class TrainedWeight:
         if final:
             return self.weight().dense()
         tables = self.tables()
-        if not self.latent.requires_grad:
+        if self.latent is None:
             return self.format.decode(self.given.codes, tables)
         latent = self.start + self.step * self.latent
         with torch.no_grad():
@@ -59,10 +72,21 @@ class TrainedWeight:
         value = self.format.decode(codes, tables)
         return straight_through(value, latent, (latent.detach() - value.detach()).abs_() <= self.step)
 
+    @torch.no_grad()
     def weight(self) -> QuantizedWeight:
         """As it will be stored."""
         tables = self.format.restored(self.moved(), self.given.tables)
         codes = self.given.codes
-        if self.latent.requires_grad:
-            codes = self.format.encode(self.start + self.step * self.latent.detach(), tables)
+        if self.latent is not None:
+            codes = self.format.encode(self.start + self.step * self.latent, tables)
         return QuantizedWeight(self.format, self.given.shape, codes, tables)
+
+
+def parameter_groups(layers: Iterable[TrainedWeight], *, tables_lr: float, weights_lr: float) -> list[dict[str, Any]]:
+    """What the optimizer trains, at separate rates for tables and latents."""
+    trained = list(layers)
+    groups: list[dict[str, Any]] = [
+        {"params": [table for layer in trained for table in layer.relative.values()], "lr": tables_lr},
+        {"params": [layer.latent for layer in trained if layer.latent is not None], "lr": weights_lr},
+    ]
+    return [group for group in groups if group["params"]]

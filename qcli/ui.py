@@ -20,6 +20,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from qcli.errors import QcliError
+from qcli.processes import count as processes
+from qcli.processes import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,10 +56,20 @@ class Session:
         quiet: no progress, no notes.
         verbose: 1 explains more, 2 shows tracebacks and the libraries' warnings.
         resumable: whether the same command continues an interrupted run.
+        together: whether several processes of `torchrun` can share the work; the first one alone prints the result.
     """
 
-    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: int = 0, resumable: bool = False) -> None:
-        self.json, self.quiet, self.verbose, self.resumable = json, quiet, verbose, resumable
+    def __init__(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: int = 0,
+        resumable: bool = False,
+        together: bool = False,
+    ) -> None:
+        self.json, self.quiet, self.verbose, self.resumable = json, quiet or not is_first(), verbose, resumable
+        self.together = together
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -73,6 +85,10 @@ class Session:
             previous = signal.signal(signal.SIGTERM, _terminate)
             self._exits.callback(signal.signal, signal.SIGTERM, previous)
         self.progress = self._progress()
+        if processes() > 1 and not self.together:
+            self._exits.close()
+            show_error("this command runs in one process", hint="only `qcli distill` shares its work under torchrun")
+            raise SystemExit(USAGE)
         return self
 
     def __exit__(
@@ -99,6 +115,8 @@ class Session:
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print what the command is for: as `show` draws it, or with `--json` as one JSON object."""
+        if not is_first():
+            return
         if isinstance(self.progress, _Bars):
             self.progress.stop()
         if self.json or show is None:

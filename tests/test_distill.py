@@ -55,6 +55,11 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     return {name: source.read_quantized(name).codes for name in source.packed}
 
 
+def judged(result: Distilled) -> list[float | None]:
+    """Held-out losses."""
+    return [held_out for _, _, held_out in result.outcome.curve]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text, method)
@@ -86,14 +91,21 @@ def test_every_loss_brings_predictions_closer(loss: str, tmp_path: Path, text: P
     outcome = teach(pupil, teacher, tmp_path / "out", text, f"distill.{loss}").outcome
     assert outcome.after < 0.97 * outcome.before
     plain = teach(pupil, teacher, tmp_path / "plain", text).outcome
-    assert outcome.curve[1:] != plain.curve[1:]
+    assert outcome.after != plain.after
 
 
+@pytest.mark.parametrize(
+    ("sets", "commits"),
+    [
+        (("distill.train=[tables, weights]", "distill.accumulate=2"), 6),  # tokens, four judgements, the weights
+        (("distill.teacher_top_k=8",), 7),  # and what the teacher said
+        (("distill.scope=block",), 4),  # tokens, two blocks, the weights
+    ],
+)
 def test_interrupted_after_every_commit_gives_the_same_bytes(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[str, ...], commits: int, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, pupil = student(tmp_path, text)
-    sets = ("distill.train=[tables, weights]", "distill.accumulate=2")
     teach(pupil, teacher, tmp_path / "whole", text, *sets)
     commit = run_folder.RunFolder.commit
 
@@ -111,9 +123,9 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
             teach(pupil, teacher, tmp_path / "pieces", text, *sets)
         except Stop:
             stops += 1
-            if stops == 6:  # all that a run commits has been committed: let it end
+            if stops == commits:  # all that a run commits has been committed: let it end
                 monkeypatch.setattr(run_folder.RunFolder, "commit", commit)
-    assert stops == 6  # tokens, four judgements, the weights
+    assert stops == commits
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()
 
@@ -121,13 +133,45 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
 def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text)
     curves = [
-        teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets).outcome.curve
+        judged(teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets))
         for number, sets in enumerate(
             [(), ("distill.batch_tokens=128", "distill.accumulate=2"), ("distill.checkpointing=false",)]
         )
     ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert curves[2] == curves[0]
+
+
+def test_a_teacher_that_is_remembered_in_full_teaches_the_same(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    present, remembered, little = (
+        teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets)
+        for number, sets in enumerate([(), ("distill.teacher_top_k=319",), ("distill.teacher_top_k=8",)])
+    )
+    assert judged(remembered) == pytest.approx(judged(present), rel=1e-3)
+    kl = judged(little)
+    assert kl[-1] is not None and kl[0] is not None and judged(present)[0] is not None
+    assert kl[-1] < kl[0] < 0.98 * present.outcome.before, "what is told apart less well differs less"
+
+
+def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text, "distill.scope=block", "dtype=float32")
+    assert len(result.blocks) == 2
+    assert all(block.after < 0.95 * block.before for block in result.blocks)
+    assert result.outcome.after < 0.95 * result.outcome.before
+    assert result.outcome.after == pytest.approx(result.blocks[1].after, rel=1e-3), "the last block is judged by KL"
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    whole = teach(pupil, teacher, tmp_path / "whole", text, "dtype=float32")
+    assert result.outcome.before == pytest.approx(whole.outcome.before, rel=1e-3)
+
+
+def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30", "distill.patience=2")
+    assert result.outcome.steps == 12
+    assert result.outcome.stopped == "stopped early after step 12: no better for 2 judgements"
 
 
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
@@ -146,6 +190,14 @@ def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
         teach(teacher, teacher, tmp_path / "out", text)
     with pytest.raises(UsageError, match="none is left to train on"):
         teach(pupil, teacher, tmp_path / "out", text, "calibration.held_out=28")
-    with pytest.raises(UsageError, match="train must name"):
-        teach(pupil, teacher, tmp_path / "out", text, "distill.train=[]")
+    for wrong, problem in (
+        ("train=[]", "train must name"),
+        ("teacher_top_k=320", "320 is not below the vocabulary of 320"),
+        ("hidden: 1, teacher_top_k: 8", "remembers no hidden states"),
+        ("temperature: 2, teacher_top_k: 8", "at temperature 1 only"),
+        ("scope: block, teacher_top_k: 8", "goes with scope: model"),
+    ):
+        flag = f"distill={{{wrong}}}" if ":" in wrong else f"distill.{wrong}"
+        with pytest.raises(UsageError, match=problem):
+            teach(pupil, teacher, tmp_path / "out", text, flag)
     assert not (tmp_path / "out").exists()

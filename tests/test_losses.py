@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.losses import cross_entropy, deviation_aware, hidden_distance, hidden_error, kl_divergence
+from qcli.losses import cross_entropy, deviation_aware, hidden_distance, hidden_error, kl_divergence, listed
 
 TOKENS, VOCABULARY = 6, 11
 
@@ -69,3 +69,12 @@ def test_hidden_losses_are_their_definitions() -> None:
     torch.testing.assert_close(hidden_error(teacher, student), error)
     scaled = [3 * found for found in teacher]
     torch.testing.assert_close(hidden_distance(teacher, scaled), torch.zeros(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_listed_tokens_and_the_rest() -> None:
+    classes = TEACHER.topk(4).indices
+    found = listed(STUDENT, classes).exp()
+    p = STUDENT.softmax(-1)
+    torch.testing.assert_close(found[:, :4], p.gather(-1, classes))
+    torch.testing.assert_close(found[:, 4], 1 - p.gather(-1, classes).sum(-1))
+    torch.testing.assert_close(found.sum(-1), torch.ones(TOKENS))

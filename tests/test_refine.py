@@ -105,7 +105,7 @@ def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -
     zero_points = format.spread(zero_point, IN) if isinstance(zero_point, Tensor) else zero_point
     by_hand = format.grouped((given.codes.float() - zero_points) * pull).sum(-1) * trained.unit["weight_scale"]
     torch.testing.assert_close(trained.relative["weight_scale"].grad, by_hand, rtol=1e-4, atol=1e-5)
-    assert trained.latent.grad is not None
+    assert trained.latent is not None and trained.latent.grad is not None
     torch.testing.assert_close(trained.latent.grad, pull * trained.step)
     assert torch.equal(trained.step, format.spread(scale.abs(), IN))
 

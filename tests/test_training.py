@@ -101,7 +101,7 @@ def test_a_held_out_loss_that_is_not_finite_is_no_number_in_the_report() -> None
             return 1.0 if float(weights["w"].detach()) == 0 else float("nan")
 
     outcome = train([{"params": [parameter], "lr": 0.1}], lambda final: {"w": parameter}, Lost(1, 1), Schedule(2))
-    assert outcome.curve == (1.0, None, None)
+    assert [(step, held_out) for step, _, held_out in outcome.curve] == [(0, 1.0), (1, None), (2, None)]
     assert (outcome.best_step, float(parameter.detach())) == (0, 0)
 
 

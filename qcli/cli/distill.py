@@ -38,7 +38,7 @@ def distill(
 
     Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them.
     """
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, together=True) as session:
         from qcli.recipe_loading import load_recipe
 
         given = flags.recipe_fields(
@@ -76,6 +76,7 @@ def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
             if outcome["best_step"]
             else "none: the student is kept as it was",
             "stopped": outcome["stopped"],
+            "curve": result["plot"] or "not drawn: pip install 'qcli[plots]' draws it",
             "bits per weight": f"{result['bits_per_weight']:.3f}",
             "size": size(result["bytes"]),
             "time": duration(result["seconds"]),

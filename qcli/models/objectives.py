@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from qcli.activations import Activations
 from qcli.compute import matmul_precision
-from qcli.distillation import Distillation
-from qcli.losses import kl_divergence
 from qcli.method import LinearGroup
 from qcli.models.stream import ModelStream
 from qcli.training import Weights
 
 
 class BlockObjective:
-    """Relative squared error of a block's output, a mean over tokens of `|y - y^|^2 / (|y| min(|y|, m))`.
-
-    `m` is the median of `|y|` over the training tokens.
-    The few tokens whose outputs are a hundred times the others' size carry the attention of all that follow. Relative
-    to `|y|^2` they count for nothing, and training ruins them; relative to `m^2` nothing else counts (ours).
+    """Relative squared error of a block's output, a mean over tokens (see `token_errors`).
 
     Args:
         stream: the model.
@@ -57,7 +50,7 @@ class BlockObjective:
         self.held = list(zip(held_inputs, held_targets, strict=True))
         self.median = torch.cat([_lengths(batch).flatten() for batch in targets]).median()
         self.size = max(1, batch_tokens // inputs[0].shape[1])
-        self.order = _Order(sum(len(batch) for batch in inputs), seed)
+        self.order = Order(sum(len(batch) for batch in inputs), seed)
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         picks = self.order.take(step, self.size)
@@ -70,8 +63,7 @@ class BlockObjective:
     def _error(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             outputs = self.stream.run_block(self.block, self.index, inputs, weights).float()
-        length = _lengths(targets)
-        return (outputs - targets.float()).square().sum(-1) / (length * length.minimum(self.median)).clamp(min=1e-12)
+        return token_errors(outputs, targets, self.median)
 
 
 class LinearObjective:
@@ -128,7 +120,7 @@ class ModelObjective:
         self.simulated = simulated
         self.tokens, self.held = tokens, held
         self.size = max(1, batch_tokens // tokens.shape[1])
-        self.order = _Order(len(tokens), seed)
+        self.order = Order(len(tokens), seed)
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         return self._error(weights, self.tokens[self.order.take(step, self.size)])
@@ -159,70 +151,6 @@ class ModelObjective:
             return self.stream.logits(hidden).float()
 
 
-class DistillationObjective:
-    """A student's predictions against its teacher's, a mean over tokens; judged by plain KL whatever the loss is.
-
-    Args:
-        student, teacher: the models; of one family and size.
-        blocks, teacher_blocks: all of their blocks; the student's weights go by `BLOCK.PATH`.
-        tokens: int64 `[samples, length]` to train on.
-        held: likewise, held out.
-        options: the loss.
-        seed, fast: as for `BlockObjective`.
-    """
-
-    def __init__(
-        self,
-        student: ModelStream,
-        blocks: list[nn.Module],
-        teacher: ModelStream,
-        teacher_blocks: list[nn.Module],
-        tokens: Tensor,
-        held: Tensor,
-        options: Distillation,
-        *,
-        seed: str,
-        fast: bool,
-    ) -> None:
-        self.student, self.blocks, self.teacher, self.teacher_blocks = student, blocks, teacher, teacher_blocks
-        self.tokens, self.held, self.options, self.fast = tokens, held, options, fast
-        self.size = max(1, options.batch_tokens // tokens.shape[1])
-        self.order = _Order(len(tokens), seed)
-
-    def loss(self, weights: Weights, step: int) -> Tensor:
-        tokens = self.tokens[self.order.take(step, self.size)]
-        with torch.no_grad():
-            wanted, wanted_hidden = self._run(self.teacher, self.teacher_blocks, tokens, {})
-        found, hidden = self._run(self.student, self.blocks, tokens, _by_block(weights))
-        if not self.options.needs_hidden:
-            return self.options.token_losses(wanted, found).mean()
-        return self.options.token_losses(wanted, found, wanted_hidden, hidden).mean()
-
-    def held_out(self, weights: Weights) -> float:
-        by_block, total = _by_block(weights), 0.0
-        for row in range(len(self.held)):
-            tokens = self.held[row : row + 1]
-            wanted, _ = self._run(self.teacher, self.teacher_blocks, tokens, {})
-            found, _ = self._run(self.student, self.blocks, tokens, by_block)
-            total += float(kl_divergence(wanted, found).mean())
-        return total / len(self.held)
-
-    def _run(
-        self, stream: ModelStream, blocks: list[nn.Module], tokens: Tensor, weights: Mapping[str, Weights]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits `[tokens, vocabulary]` of every position, and hidden states after each block."""
-        hidden, after = stream.embed(tokens), []
-        with matmul_precision(fast=self.fast, device=stream.device):
-            for index, block in enumerate(blocks):
-                own = weights.get(str(index), {})
-                if own and self.options.checkpointing and torch.is_grad_enabled():
-                    hidden = checkpoint(stream.run_block, block, index, hidden, own, use_reentrant=False)
-                else:
-                    hidden = stream.run_block(block, index, hidden, own)
-                after.append(hidden.flatten(0, -2))
-            return stream.logits(hidden).float().flatten(0, 1), after
-
-
 def _by_block(weights: Weights) -> dict[str, dict[str, Tensor]]:
     """`BLOCK.PATH` -> block -> path."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -243,12 +171,25 @@ def _quadratic(group: LinearGroup) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     return group.hessian, right, (stacked @ group.hessian * stacked).sum()
 
 
+def token_errors(outputs: Tensor, targets: Tensor, median: Tensor) -> Tensor:
+    """Relative squared error of each token, `|y - y^|^2 / (|y| min(|y|, m))`, `m` the median of `|y|` (ours).
+
+    The few tokens whose outputs are a hundred times the others' size carry the attention of all that follow. Relative
+    to `|y|^2` they count for nothing, and training ruins them; relative to `m^2` nothing else counts.
+
+    Args:
+        outputs, targets: `[..., hidden]`.
+    """
+    length = _lengths(targets)
+    return (outputs.float() - targets.float()).square().sum(-1) / (length * length.minimum(median)).clamp(min=1e-12)
+
+
 def _lengths(outputs: Tensor) -> Tensor:
     """`|y|` of each token, float32."""
     return outputs.float().square().sum(-1).sqrt()
 
 
-class _Order:
+class Order:
     """Samples in an order shuffled anew each time all have been seen."""
 
     def __init__(self, count: int, seed: str) -> None:

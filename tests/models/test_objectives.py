@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from qcli.activations import Activations
-from qcli.models.objectives import BlockObjective, ModelObjective, _Order
+from qcli.models.objectives import BlockObjective, ModelObjective, Order
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from tests.tiny import tiny_model
@@ -113,9 +113,9 @@ def test_model_objective_quantizes_activations_of_the_judged_model_alone(stream:
 
 
 def test_order_takes_every_sample_once_before_any_again() -> None:
-    order = _Order(5, "seed")
+    order = Order(5, "seed")
     taken = [number for step in range(5) for number in order.take(step, 2)]
     assert sorted(taken[:5]) == sorted(taken[5:]) == list(range(5))
     assert taken[:5] != taken[5:]
-    assert order.take(3, 2) == _Order(5, "seed").take(3, 2)
+    assert order.take(3, 2) == Order(5, "seed").take(3, 2)
     assert order.take(0, 7)[:5] == taken[:5]
