@@ -19,6 +19,9 @@ def distill(
     train: Annotated[
         str | None, typer.Option(metavar="WHAT", help="tables, or tables,weights. Default: tables.")
     ] = None,
+    scope: Annotated[
+        str | None, typer.Option(metavar="SCOPE", help="model, or block: one at a time. Default: model.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
@@ -36,7 +39,8 @@ def distill(
 ) -> None:
     """Tune a quantized model as a whole against the original.
 
-    Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them.
+    Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them. Several GPUs:
+    torchrun --nproc-per-node N -m qcli distill ...
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, together=True) as session:
         from qcli.recipe_loading import load_recipe
@@ -53,6 +57,7 @@ def distill(
         ) | {
             "distill.loss": loss,
             "distill.train": None if train is None else train.split(","),
+            "distill.scope": scope,
             "distill.steps": steps,
             "resume": resume,
         }

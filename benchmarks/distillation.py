@@ -1,0 +1,151 @@
+"""What distillation gains at 1 and 2 bits: python -m benchmarks.distillation SUITE... [--steps N]
+
+Students are trained on text that their teacher has written (`self`, seed 0) and scored on text that it wrote with
+another seed (stories) or on the first 20 windows of WikiText-2 test (smollm2): KL(teacher || student) and perplexity,
+before training, after block refinement, and after distillation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.quality import full_precision
+from qcli.calibrate import calibrate
+from qcli.distill import distill
+from qcli.evaluate import evaluate
+from qcli.quantize import quantize
+from qcli.recipe_loading import load_recipe
+
+UNIFORM = {"method.name": "gptq-like", "method.bits": 2, "method.zero_point": "float"}
+RAGGED = {"method.group_tail": "ragged"}  # stories260k has rows of 172
+METHODS: dict[str, dict[str, Any]] = {
+    "onebit": {"method.name": "onebit"},
+    "dbllm g32": {"method.name": "dbllm", "method.group_size": 32, **RAGGED},
+    "dbllm g64": {"method.name": "dbllm", "method.group_size": 64},
+    "gptq-like g32": {**UNIFORM, "method.group_size": 32, **RAGGED},
+    "gptq-like g64": {**UNIFORM, "method.group_size": 64},
+}
+REFINED = {"refine.steps": 200}
+ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 2e-3}
+GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0)
+SEEDS = (0, 1, 2)
+
+
+class Bench:
+    """One teacher, its text, and the students made of it so far.
+
+    Args:
+        teacher: folder of the model.
+        samples, seq_len: of the text to train on.
+        scored: what students are scored on; None: text that the teacher writes.
+    """
+
+    def __init__(
+        self, name: str, teacher: str, folder: Path, samples: int, seq_len: int, scored: Path | None, calibrated: int
+    ) -> None:
+        self.name, self.teacher, self.folder, self.seq_len, self.calibrated = name, teacher, folder, seq_len, calibrated
+        self.text = self._written("text", samples, 0)
+        self.scored = self._written("scored", 40, 1000) if scored is None else scored
+        self.samples = samples
+
+    def student(self, method: str, refined: bool) -> Path:
+        """The checkpoint of a method; scored when it is made."""
+        out = self.folder / f"{method} {'refined' if refined else ''}".strip().replace(" ", "-")
+        if not out.exists():
+            fields = {**METHODS[method], **(REFINED if refined else {}), "model": self.teacher, "out": str(out)}
+            fields |= {"calibration.data": str(self.text), "calibration.samples": self.calibrated}
+            recipe, _ = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
+            result = quantize(recipe)
+            self.save(f"{method}{', refined' if refined else ''}", out, {"seconds": round(result.seconds, 1)})
+        return out
+
+    def distill(self, method: str, options: dict[str, Any], *, refined: bool = True, seed: int = 0) -> None:
+        """Train a student and score it."""
+        student = self.student(method, refined)
+        settings = ", ".join(f"{key} {value}" for key, value in options.items() if key not in ALL)
+        row = f"{method}{', refined' if refined else ''}, distilled: {settings}, seed {seed}"
+        out = self.folder / "distilled"
+        fields = {f"distill.{key}": value for key, value in (ALL | options).items()}
+        fields |= {"model": self.teacher, "out": str(out), "seed": seed, "calibration.data": str(self.text)}
+        fields |= {"calibration.samples": self.samples, "calibration.seq_len": self.seq_len}
+        recipe, _ = load_recipe(None, fields)
+        result = distill(student, recipe)
+        found = {"seed": seed, "options": ALL | options, "seconds": round(result.seconds, 1)}
+        self.save(row, out, found | {"tokens": self._tokens(fields), "curve": result.outcome.curve})
+        shutil.rmtree(out)
+
+    def save(self, row: str, checkpoint: Path, more: dict[str, Any]) -> None:
+        """Score a checkpoint and keep its row."""
+        found = evaluate(
+            str(checkpoint), baseline=self.teacher, data=[str(self.scored)], window=self.seq_len, max_windows=20
+        )
+        (scored,) = found.scores.values()
+        print(f"{row:90} bpw {found.bits_per_weight:.3f} KL {found.kl:.4f} ppl {scored.perplexity:.2f}", flush=True)
+        figures = {"bits_per_weight": found.bits_per_weight, "kl": found.kl, "perplexity": scored.perplexity}
+        figures |= {"baseline_perplexity": scored.baseline_perplexity, "top1_agreement": found.top1_agreement}
+        common.save_row(f"distillation-{self.name}", ("name",), {"name": row, **figures, **more}, __doc__)
+
+    def _written(self, name: str, samples: int, seed: int) -> Path:
+        out = self.folder / name
+        if not out.exists():
+            fields = {"model": self.teacher, "calibration.data": "self", "seed": seed}
+            fields |= {"calibration.samples": samples, "calibration.seq_len": self.seq_len}
+            calibrate(load_recipe(None, fields)[0], out)
+        return out
+
+    def _tokens(self, fields: dict[str, Any]) -> int:
+        passes = max(1, fields.get("distill.batch_tokens", 2048) // self.seq_len) * fields.get("distill.accumulate", 1)
+        return int(fields["distill.steps"] * passes * self.seq_len)
+
+
+def stories(folder: Path, steps: int, wanted: list[str]) -> None:
+    """stories260k: everything to convergence from one token budget."""
+    teacher = str(common.assets() / "models" / "stories260k")
+    bench = Bench("stories", teacher, folder, 640, 256, None, 128)
+    if "methods" in wanted:
+        for method in ("gptq-like g32", "dbllm g32", "onebit"):
+            bench.student(method, refined=False)
+            bench.distill(method, {"steps": steps}, refined=False)
+            bench.distill(method, {"steps": steps})
+    if "losses" in wanted:
+        for loss in ({"loss": "onebit"}, {"hidden_mse": 0.1}):
+            bench.distill("onebit", {"steps": steps, **loss})
+    if "dad" in wanted:
+        for seed in SEEDS:
+            for gamma in GAMMAS:
+                bench.distill(
+                    "dbllm g32", {"steps": steps // 2, "loss": "dad", "gamma": gamma, "plain": 0.0}, seed=seed
+                )
+
+
+def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
+    """SmolLM2-135M-Instruct: what two cores can carry."""
+    teacher = full_precision(common.smollm2(), folder)
+    scored = common.assets() / "text" / "wikitext2.test.detok.txt"
+    bench = Bench("smollm2", teacher, folder, 128, 512, scored, 64)
+    for method in ("dbllm g64", "gptq-like g64", "onebit"):
+        if any(name in method for name in wanted):
+            bench.student(method, refined=False)
+            bench.distill(method, {"steps": steps, "judgements": 8})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=("stories", "smollm2"))
+    parser.add_argument("wanted", nargs="*", help="methods, losses, dad; of smollm2: methods")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--keep", type=Path, help="folder for text and students, taken up again")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.keep or Path(scratch)
+        suite = stories if arguments.suite == "stories" else smollm2
+        suite(folder, arguments.steps, arguments.wanted or ["methods", "losses", "dad", "dbllm", "gptq-like", "onebit"])
+
+
+if __name__ == "__main__":
+    main()
