@@ -16,7 +16,7 @@ from qcli import registry
 from qcli.errors import VerificationError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qcli.quantized import QuantizedWeight
 
@@ -60,6 +60,16 @@ class Format(BaseModel):
     name: ClassVar[str]
 
     bits: int = Field(ge=1, le=8)
+
+    @property
+    def normed(self) -> bool:
+        """Whether a LayerNorm without parameters follows the layer, so that it is more than its weight and bias."""
+        return False
+
+    def attach(self, module: nn.Module) -> None:
+        """Make a module that computes `x W_hat^T + bias` a layer of this format; survives copying and pickling."""
+        if self.normed:
+            module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
         """Tensors on disk by suffix (`weight_packed`, ...) for a weight of `shape`."""
@@ -137,6 +147,13 @@ class Format(BaseModel):
     def spec(self) -> dict[str, Any]:
         """What `from_spec` reads: the format's name and its fields."""
         return {"format": self.name, **self.model_dump()}
+
+
+def _normalize(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    """OneBit's LayerNorm (arXiv 2402.11295) of each token's outputs, with torch's epsilon; in float32."""
+    from torch.nn import functional as F
+
+    return F.layer_norm(output.float(), output.shape[-1:]).to(output.dtype)
 
 
 def from_spec(spec: Mapping[str, Any]) -> Format:

@@ -1,7 +1,8 @@
 """One bit a weight: `w_hat = out_scale * sign * in_scale`, the rank-one magnitude of OneBit.
 
 arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 stands for +1, which is also the sign of 0. The scales
-may have any sign; codes are those of the nearest value all the same.
+may have any sign; codes are those of the nearest value all the same. In the paper's own models a LayerNorm without
+parameters follows, of the whole linear, its bias included.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ IN_SCALE, OUT_SCALE = "in_scale", "out_scale"
 class Sign(Format):
     """Signs between a scale for each input and one for each output.
 
-    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`.
+    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer computes
+    `LayerNorm(Y + bias)`.
     """
 
     name: ClassVar[str] = "sign"
 
     bits: Literal[1] = 1
+    output_norm: bool = False
+
+    @property
+    def normed(self) -> bool:
+        return self.output_norm
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
         out_features, in_features = shape
