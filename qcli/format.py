@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
 """(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
+_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
 DTYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -118,6 +119,16 @@ class Format(BaseModel):
         """How far the nearest other value is that each weight could take: float32 `[out, in]`. Here: of codes in order,
         evenly spaced."""
         return (self.decode(codes ^ 1, tables) - self.decode(codes, tables)).abs()
+
+    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """Where training starts the latent weights behind codes that stand for `value`, `step` apart: float32 `[out,
+        in]`. Here: as near to `target` as the codes allow."""
+        return value + (target - value).clamp(-_INSIDE * step, _INSIDE * step)
+
+    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """The share of each value's gradient that reaches its latent weight: `[out, in]`. Here: all of it where the
+        latent is within a step of the value, none elsewhere."""
+        return (latent - value).abs_() <= step
 
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""

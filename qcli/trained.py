@@ -10,15 +10,13 @@ from torch import Tensor
 from qcli.quantized import QuantizedWeight
 from qcli.training import straight_through
 
-_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
-
 
 class TrainedWeight:
     """`latent` in steps from its start, `relative` changes of its tables.
 
     Args:
         weight: where training starts; formats are not changed by it.
-        target: float32 `[out, in]`: latents start as near to it as the codes allow.
+        target: float32 `[out, in]`: what latents start near to.
         train: `tables`, `weights` (the latent values behind the codes) or both.
     """
 
@@ -26,8 +24,7 @@ class TrainedWeight:
         self.given, self.format = weight, weight.format
         dense = weight.dense()
         self.step = self.format.steps(weight.codes, weight.tables)
-        reach = _INSIDE * self.step
-        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
+        start = self.format.latents(target, dense, self.step)
         moved = self.format.encode(start, weight.tables) != weight.codes
         self.start = torch.where(moved, dense, start)
         self.latent = torch.zeros_like(dense).requires_grad_("weights" in train)
@@ -47,7 +44,7 @@ class TrainedWeight:
         return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
 
     def dense(self, *, final: bool) -> Tensor:
-        """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
+        """The weight as stored, or with a straight-through gradient to latents as the format's `slope` lets through."""
         if final:
             return self.weight().dense()
         tables = self.tables()
@@ -57,7 +54,7 @@ class TrainedWeight:
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
         value = self.format.decode(codes, tables)
-        return straight_through(value, latent, (latent.detach() - value.detach()).abs_() <= self.step)
+        return straight_through(value, latent, self.format.slope(latent.detach(), value.detach(), self.step))
 
     def weight(self) -> QuantizedWeight:
         """As it will be stored."""

@@ -27,8 +27,9 @@ IN_SCALE, OUT_SCALE = "in_scale", "out_scale"
 class Sign(Format):
     """Signs between a scale for each input and one for each output.
 
-    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer computes
-    `LayerNorm(Y + bias)`.
+    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer is the paper's:
+    it computes `LayerNorm(Y + bias)`, and the weights behind the signs are trained as in its authors' code, with values
+    of +-1 for the unit: they start at `0.01 sign` and have the slope `1.001 - tanh^2` (not below a low-rank term).
     """
 
     name: ClassVar[str] = "sign"
@@ -69,6 +70,14 @@ class Sign(Format):
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         return (2 * codes.float() - 1) * tables[IN_SCALE].float() * tables[OUT_SCALE].float()
+
+    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        return 0.01 * value if self.output_norm else super().latents(target, value, step)
+
+    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        if not self.output_norm:
+            return super().slope(latent, value, step)
+        return 1.001 - (2 * latent / step.clamp(min=1e-30)).tanh().square()
 
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}

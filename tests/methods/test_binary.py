@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.pack import pack
 from qcli.recipe_loading import load_recipe
+from qcli.trained import TrainedWeight
 from qcli.verify import verify
 from tests.methods.conftest import Case, loss
 from tests.quantizing import logits, run, streamed, write_text
@@ -95,6 +97,25 @@ def test_onebit_of_the_paper_is_the_plain_decomposition(svid: Literal["svd", "nm
         assert (solution.weight.format, solution.target, solution.fallbacks) == (Sign(output_norm=True), None, [])
 
 
+def test_weights_behind_signs_are_trained_as_in_the_code_of_the_paper(case: Case) -> None:
+    """They start at `0.01 sign(W)`; the gradient of a sign is `1.001 - tanh(w)^2`; without the norm, both are ours."""
+    group = case[0]
+    given = OneBit(paper=True).quantize(group)["a"].weight
+    size, pull = given.dense().abs(), torch.randn(given.shape, generator=torch.Generator().manual_seed(1))
+    trained = TrainedWeight(given, group.weights["a"], ("weights",))
+    torch.testing.assert_close(trained.start / size, 0.01 * group.weights["a"].sign())
+    with torch.no_grad():
+        trained.latent += pull.roll(1) / 2
+    w = 0.01 * group.weights["a"].sign() + pull.roll(1)
+    dense = trained.dense(final=False)
+    torch.testing.assert_close(dense, size * w.sign())
+    (dense * pull).sum().backward()
+    assert trained.latent.grad is not None
+    torch.testing.assert_close(trained.latent.grad, pull * 2 * size * (1.001 - w.tanh() ** 2), rtol=1e-3, atol=1e-6)
+    plain = TrainedWeight(dataclasses.replace(given, format=Sign()), group.weights["a"], ("weights",))
+    assert bool((plain.start.abs() > 0.5 * size).any())
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_normed_layers_run_alike_everywhere_and_are_refined(model_type: str, tmp_path: Path) -> None:
     """OPT and GPT-2 have biases, which come before the norm."""
@@ -128,11 +149,13 @@ def test_norms_follow_only_the_layers_that_have_them(
     refined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantizing sees what the checkpoint computes, and full-precision layers beside it without any norm."""
-    model, out, streams = tiny_model("llama", tmp_path), tmp_path / "out", []
+    model, out = tiny_model("llama", tmp_path), tmp_path / "out"
+    streams: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
     advance = Streamed._advance
 
     def watched(loop: Streamed, stage: Any) -> None:
         advance(loop, stage)
+        assert loop.original is not None
         streams.append((loop.tokens, loop.quantized, loop.original))
 
     monkeypatch.setattr(Streamed, "_advance", watched)
@@ -153,7 +176,7 @@ def test_norms_follow_only_the_layers_that_have_them(
 @pytest.mark.parametrize("step", ["refit_target", "error_feedback", "refit_scales"])
 def test_steps_that_the_paper_does_not_have_are_refused_with_it(step: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"paper starts from the weight alone: leave out .*{step}"):
-        run(tiny_model("llama", tmp_path), tmp_path / "out", **PAPER, **{f"method__{step}": True})
+        run(tiny_model("llama", tmp_path), tmp_path / "out", **(PAPER | {f"method__{step}": True}))
 
 
 def test_what_cannot_be_done_with_a_norm_is_refused(tmp_path: Path) -> None:
