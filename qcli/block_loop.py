@@ -38,8 +38,8 @@ class LayerReport:
 
     Attributes:
         error: relative squared error of what the method chose, before a block is refined as a whole; of the output
-            on the layer's real inputs against what it was asked to give (`measure: output`), or of the weight itself
-            where no data was used (`measure: weight`).
+            on the layer's real inputs, before any norm, against what it was asked to give (`measure: output`), or of
+            the weight itself where no data was used (`measure: weight`).
         fallbacks: every step that did not go as configured.
         facts: what the format tells of the finished weight.
     """
@@ -165,9 +165,11 @@ class Streamed:
     def _stage(self, block: int) -> _Stage:
         module = self.stream.load_block(block)
         twin = copy.deepcopy(module) if self.original is not None else None
-        if self.todo.recipe.activations is not None:
-            for path in self.todo.methods_of(block):
-                self.todo.recipe.activations.simulate(module.get_submodule(path))
+        for path, method in self.todo.methods_of(block).items():
+            linear = module.get_submodule(path)
+            method.format.attach(linear)
+            if self.todo.recipe.activations is not None:
+                self.todo.recipe.activations.simulate(linear)
         stage = _Stage(self, block, module, twin)
         if twin is not None:
 

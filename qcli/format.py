@@ -16,13 +16,14 @@ from qcli import registry
 from qcli.errors import VerificationError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qcli.quantized import QuantizedWeight
 
 Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
 """(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
+_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
 DTYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -60,6 +61,16 @@ class Format(BaseModel):
     name: ClassVar[str]
 
     bits: int = Field(ge=1, le=8)
+
+    @property
+    def normed(self) -> bool:
+        """Whether a LayerNorm without parameters follows the layer, so that it is more than its weight and bias."""
+        return False
+
+    def attach(self, module: nn.Module) -> None:
+        """Make a module that computes `x W_hat^T + bias` a layer of this format; survives copying and pickling."""
+        if self.normed:
+            module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
         """Tensors on disk by suffix (`weight_packed`, ...) for a weight of `shape`."""
@@ -109,6 +120,16 @@ class Format(BaseModel):
         evenly spaced."""
         return (self.decode(codes ^ 1, tables) - self.decode(codes, tables)).abs()
 
+    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """Where training starts the latent weights behind codes that stand for `value`, `step` apart: float32 `[out,
+        in]`. Here: as near to `target` as the codes allow."""
+        return value + (target - value).clamp(-_INSIDE * step, _INSIDE * step)
+
+    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """The share of each value's gradient that reaches its latent weight: `[out, in]`. Here: all of it where the
+        latent is within a step of the value, none elsewhere."""
+        return (latent - value).abs_() <= step
+
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
         return {name: table[rows] for name, table in tables.items()}
@@ -137,6 +158,13 @@ class Format(BaseModel):
     def spec(self) -> dict[str, Any]:
         """What `from_spec` reads: the format's name and its fields."""
         return {"format": self.name, **self.model_dump()}
+
+
+def _normalize(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    """OneBit's LayerNorm (arXiv 2402.11295) of each token's outputs, with torch's epsilon; in float32."""
+    from torch.nn import functional as F
+
+    return F.layer_norm(output.float(), output.shape[-1:]).to(output.dtype)
 
 
 def from_spec(spec: Mapping[str, Any]) -> Format:

@@ -64,6 +64,7 @@ class QuantLinear(nn.Module):
         for name, stored in format.stored((out_features, in_features)).items():
             self.register_buffer(name, torch.empty(stored.shape, dtype=TORCH_DTYPE[stored.dtype]))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        format.attach(self)
 
     @property
     def quantized(self) -> QuantizedWeight:

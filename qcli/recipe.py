@@ -190,7 +190,7 @@ class Recipe(_Section):
             for layer, matching in zip(layers, rules, strict=True)
         }
         problems = [*self._idle_overrides(rules), *_misfits(layers, assigned, self.low_rank)]
-        problems += [*self._untransformable(assigned), *self._overrides_of_blocks(others)]
+        problems += [*self._unfit_formats(assigned), *self._overrides_of_blocks(others)]
         if layers and not any(assigned.values()):
             problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
         if problems:
@@ -229,14 +229,16 @@ class Recipe(_Section):
                 found.append(Issue(("overrides", i, "method"), f"{message}: set its steps in the recipe's method"))
         return found
 
-    def _untransformable(self, assigned: Mapping[str, Method | None]) -> list[Issue]:
+    def _unfit_formats(self, assigned: Mapping[str, Method | None]) -> list[Issue]:
+        """Formats that a transform or the reconstruction cannot work on."""
         formats = dict.fromkeys(method.format for method in assigned.values() if method is not None)
-        return [
-            Issue(("transforms", i) if i < len(self.transforms) else ("method",), reason)
+        steps: list[tuple[KeyPath, Transform | Refine]] = [
+            (("transforms", i) if i < len(self.transforms) else ("method",), transform)
             for i, transform in enumerate(self.all_transforms)
-            for format in formats
-            if (reason := transform.misfit(format))
         ]
+        if self.refinement is not None:
+            steps.append((("refine",), self.refinement))
+        return [Issue(path, reason) for path, step in steps for format in formats if (reason := step.misfit(format))]
 
     def _idle_overrides(self, rules: Sequence[Sequence[int]]) -> list[Issue]:
         matched = {i for matching in rules for i in matching}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qcli.format import Format
 from qcli.method import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.progress import Progress, silent
 
@@ -51,6 +52,12 @@ class Refine(BaseModel):
     def needs(self) -> frozenset[str]:
         """Moments that reconstruction reads besides the method's."""
         return frozenset({HESSIAN, CROSS, RESIDUAL_CROSS}) if self.scope == "linear" else frozenset()
+
+    def misfit(self, format: Format) -> str | None:
+        """Why layers of `format` cannot be tuned; None when they can."""
+        if self.scope == "linear" and format.normed:
+            return "scope linear compares what weights give, but a norm follows these layers: set scope to block"
+        return None
 
     def refine(
         self,

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from qcli.quantized import QuantizedWeight
 from qcli.training import straight_through
 
-_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
-
 
 class TrainedWeight(nn.Module):
     """`latent` in steps from its start, `relative` changes of its tables.
@@ -21,7 +19,7 @@ class TrainedWeight(nn.Module):
 
     Args:
         weight: where training starts; formats are not changed by it.
-        target: float32 `[out, in]`: latents start as near to it as the codes allow; None: where the codes are.
+        target: float32 `[out, in]`: what latents start near to; None: what the codes stand for.
         train: `tables`, `weights` (the latent values behind the codes) or both.
     """
 
@@ -38,15 +36,11 @@ class TrainedWeight(nn.Module):
         if "weights" in train:
             dense = weight.dense()
             step = self.format.steps(weight.codes, weight.tables)
-            self.start = nn.Parameter(dense if target is None else self._near(dense, step, target), requires_grad=False)
+            start = self.format.latents(dense if target is None else target, dense, step)
+            moved = self.format.encode(start, weight.tables) != weight.codes
+            self.start = nn.Parameter(torch.where(moved, dense, start), requires_grad=False)
             self.step = nn.Parameter(step, requires_grad=False)
             self.latent = nn.Parameter(torch.zeros_like(dense))
-
-    def _near(self, dense: Tensor, step: Tensor, target: Tensor) -> Tensor:
-        reach = _INSIDE * step
-        start = dense + torch.minimum(torch.maximum(target - dense, -reach), reach)
-        moved = self.format.encode(start, self.given.tables) != self.given.codes
-        return torch.where(moved, dense, start)
 
     def moved(self) -> dict[str, Tensor]:
         """Relaxed tables as they are now; differentiable."""
@@ -60,7 +54,7 @@ class TrainedWeight(nn.Module):
         return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
 
     def dense(self, *, final: bool) -> Tensor:
-        """The weight as stored, or with a straight-through gradient to latents within a step of the grid."""
+        """The weight as stored, or with a straight-through gradient to latents as the format's `slope` lets through."""
         if final:
             return self.weight().dense()
         tables = self.tables()
@@ -70,7 +64,7 @@ class TrainedWeight(nn.Module):
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
         value = self.format.decode(codes, tables)
-        return straight_through(value, latent, (latent.detach() - value.detach()).abs_() <= self.step)
+        return straight_through(value, latent, self.format.slope(latent.detach(), value.detach(), self.step))
 
     @torch.no_grad()
     def weight(self) -> QuantizedWeight:

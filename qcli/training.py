@@ -218,19 +218,19 @@ def _state(parameters: list[Tensor], optimizer: torch.optim.Optimizer, kept: lis
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, value: Tensor, latent: Tensor, inside: Tensor) -> Tensor:
-        context.save_for_backward(inside)
+    def forward(context: Any, value: Tensor, latent: Tensor, slope: Tensor) -> Tensor:
+        context.save_for_backward(slope)
         return value.view_as(value)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (inside,) = context.saved_tensors
-        return gradients[0], gradients[0] * inside, None
+        (slope,) = context.saved_tensors
+        return gradients[0], gradients[0] * slope, None
 
 
-def straight_through(value: Tensor, latent: Tensor, inside: Tensor) -> Tensor:
-    """`value`, whose gradient reaches `latent` too, unchanged, where `inside` is true; all of one shape."""
-    found: Tensor = _StraightThrough.apply(value, latent, inside)  # type: ignore[no-untyped-call]
+def straight_through(value: Tensor, latent: Tensor, slope: Tensor) -> Tensor:
+    """`value`, whose gradient reaches `latent` too, times `slope`, which may be a mask; all of one shape."""
+    found: Tensor = _StraightThrough.apply(value, latent, slope)  # type: ignore[no-untyped-call]
     return found
 
 

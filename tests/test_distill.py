@@ -78,6 +78,17 @@ def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text
     assert manifest["recipe"]["distill"]["steps"] == 24
 
 
+def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, "onebit", method__paper=True)
+    out = tmp_path / "out"
+    outcome = teach(pupil, teacher, out, text, "distill.loss=onebit", "distill.train=[tables, weights]").outcome
+    assert outcome.after < 0.8 * outcome.before
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    found = evaluate(str(out), baseline=str(teacher), data=[str(text)], window=32).kl
+    start = evaluate(str(pupil), baseline=str(teacher), data=[str(text)], window=32).kl
+    assert found is not None and start is not None and found < start
+
+
 def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text)
     teach(pupil, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")

@@ -14,7 +14,7 @@ import qcli
 
 ROOT = Path(qcli.__file__).parent
 LAYERS = (
-    ("errors", "registry", "bits", "progress", "memory", "_autoload"),
+    ("errors", "registry", "bits", "progress", "memory", "processes", "_autoload"),
     ("format", "quantized", "formats"),
     (
         "method",
@@ -40,7 +40,7 @@ LAYERS = (
         "block_loop",
         "calibrate",
         "quantize",
-        "distill",
+        *("distill", "distill_model", "distill_blocks", "teaching", "plots"),
         "pack",
         "evaluate",
         "verify",
@@ -48,12 +48,12 @@ LAYERS = (
         "export",
         "exports",
     ),
-    ("doctor", "ui", "cli"),
+    ("doctor", "ui", "cli", "__main__"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 VERBS = ("calibrate", "quantize", "distill", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
-    *("errors", "registry", "progress", "format", "method", "yaml_places", "recipe", "recipe_errors"),
+    *("errors", "registry", "progress", "processes", "format", "method", "yaml_places", "recipe", "recipe_errors"),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
     *("refine", "distillation", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),

@@ -19,7 +19,7 @@ class Dense(Export):
     """An unquantized model whose weights are those that the codes stand for.
 
     Raises:
-        UnsupportedError: the checkpoint quantizes activations, which an ordinary model cannot do.
+        UnsupportedError: the checkpoint quantizes activations or norms outputs, which an ordinary model cannot do.
     """
 
     name: ClassVar[str] = "dense"
@@ -29,6 +29,12 @@ class Dense(Export):
             raise UnsupportedError(
                 f"{source.path} quantizes activations to {source.activations.bits} bits, a dense model cannot",
                 hint="pack it as qcli, or quantize without activations",
+            )
+        normed = [layer for layer, format in source.formats().items() if format.normed]
+        if normed:
+            raise UnsupportedError(
+                f"{source.path} norms the outputs of {len(normed)} layers, {normed[0]} first, a dense model cannot",
+                hint="pack it as qcli, or quantize without `paper`",
             )
         names = list(source.tensors())
         parts = []

@@ -57,6 +57,10 @@ class LowRank(Format):
             raise ValueError(f"bits is {self.bits}, its base has {self.base.bits}")
         return self
 
+    @property
+    def normed(self) -> bool:
+        return self.base.normed
+
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "base": self.base.spec()}
 

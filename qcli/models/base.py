@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.errors import UnsupportedError, UsageError
-from qcli.format import StoredTensor
+from qcli.format import Format, StoredTensor
 from qcli.models import arch
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Source:
         config: `config.json` as a dict.
         trust_remote_code: whether Python files of the model may run; only ever set from the command line.
         dense_dtype: what tensors that stay dense are written as; None: as they are stored.
-        activations: how the inputs of `activated_linears` are quantized while the model runs; None: not at all.
+        activations: how the inputs of quantized layers are quantized while the model runs; None: not at all.
     """
 
     dense_dtype: str | None = None
@@ -75,9 +75,9 @@ class Source:
             arch.Linear(name, block, group, self._shape(name, stored)) for name, block, group in self._linear_names()
         ]
 
-    def activated_linears(self) -> Iterable[str]:
-        """The layers that `activations` applies to, by name."""
-        return ()
+    def formats(self) -> Mapping[str, Format]:
+        """The formats of the layers that are quantized, by name."""
+        return {}
 
     def leftovers(self) -> list[str]:
         """Matrices (and stacks of matrices) of the blocks that the family's row does not cover."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint import Layout, Packed
 from qcli.errors import VerificationError
-from qcli.format import StoredTensor
+from qcli.format import Format, StoredTensor
 from qcli.models.folder import FolderSource
 from qcli.models.headers import read_tensors
 
@@ -64,8 +64,8 @@ class NativeSource(FolderSource):
                 logical[name] = stored
         return logical
 
-    def activated_linears(self) -> Iterable[str]:
-        return self.packed
+    def formats(self) -> Mapping[str, Format]:
+        return {layer: packed.format for layer, packed in self.packed.items()}
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
         """Codes and tables of a layer."""

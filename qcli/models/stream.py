@@ -77,15 +77,17 @@ class ModelStream:
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, on the stream's device and dtype; a fresh module at every call.
 
-        Where the source quantizes activations, the block does.
+        Where the source quantizes activations or norms outputs, the block does.
         """
         block: nn.Module = copy.deepcopy(self._blocks[index])
         prefix = f"{self.family.blocks}.{index}."
         self._load(block, prefix=prefix)
-        if self.source.activations is not None:
-            for layer in self.source.activated_linears():
-                if layer.startswith(prefix):
-                    self.source.activations.simulate(block.get_submodule(layer.removeprefix(prefix)))
+        for layer, format in self.source.formats().items():
+            if layer.startswith(prefix):
+                linear = block.get_submodule(layer.removeprefix(prefix))
+                format.attach(linear)
+                if self.source.activations is not None:
+                    self.source.activations.simulate(linear)
         return block
 
     @torch.no_grad()

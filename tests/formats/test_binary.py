@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from itertools import product
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from qcli.errors import VerificationError
 from qcli.format import Format, from_spec
 from qcli.formats.dual_binary import ALPHA1, ALPHA2, DualBinary, Levels
+from qcli.formats.low_rank import LowRank
 from qcli.formats.sign import IN_SCALE, OUT_SCALE, Sign
 from qcli.quantized import TORCH_DTYPE, QuantizedWeight, QuantLinear
 
@@ -137,6 +140,39 @@ def test_sign_is_scales_around_a_sign_matrix() -> None:
     torch.testing.assert_close(x @ weight.dense().T, (x * scales[IN_SCALE]) @ signs.T * scales[OUT_SCALE][:, 0])
     positive = {name: table.abs() for name, table in weight.tables.items()}
     assert Sign().encode(torch.zeros(SHAPE), positive).min() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_normed_sign_layers_are_those_of_the_paper(biased: bool, dtype: torch.dtype) -> None:
+    """`LN(((X g) sign(W)^T) h + b)`, number by number; the norm costs no bit and goes with copies of the layer."""
+    format = Sign(output_norm=True)
+    wanted, x = drawn(*SHAPE, seed=2), 3 * drawn(2, 4, SHAPE[1], seed=6).to(dtype)
+    bias, tables = drawn(SHAPE[0], seed=5) if biased else None, tables_of(format, SHAPE, 0)
+    tables = {name: table.abs() for name, table in tables.items()}
+    layer = QuantLinear(format, SHAPE[1], SHAPE[0], bias)
+    weight = QuantizedWeight(format, SHAPE, format.encode(wanted, tables), tables)
+    for name, tensor in format.to_stored(weight).items():
+        getattr(layer, name).copy_(tensor)
+    g, h = tables[IN_SCALE].double(), tables[OUT_SCALE].double()[:, 0]
+    y = ((x.double() * g) @ wanted.double().sign().T) * h + (0 if bias is None else bias.double())
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    stored = io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    for same in (layer, copy.deepcopy(layer), torch.load(stored, weights_only=False)):
+        assert same(x).dtype == dtype
+        torch.testing.assert_close(same(x).double(), y, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+    assert format.bits_per_weight(SHAPE) == Sign().bits_per_weight(SHAPE)
+
+
+def test_checkpoints_that_know_no_norm_have_none() -> None:
+    assert from_spec({"format": "sign", "bits": 1}) == Sign()
+    assert not Sign().normed
+    normed = Sign(output_norm=True)
+    assert from_spec(normed.spec()) == normed
+    assert LowRank.around(normed, 2, 8).normed
+    assert not LowRank.around(Sign(), 2, 8).normed
 
 
 def test_bits_per_weight_are_those_of_the_design() -> None:

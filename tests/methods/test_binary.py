@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +10,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from qcli.block_loop import Streamed
+from qcli.errors import UnsupportedError, UsageError
+from qcli.formats.sign import Sign
 from qcli.inspection import inspect
 from qcli.methods.dbllm import DBLLM
 from qcli.methods.onebit import OneBit
 from qcli.methods.rtn import RTN
 from qcli.models.native import NativeSource
 from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
+from qcli.pack import pack
+from qcli.recipe_loading import load_recipe
+from qcli.trained import TrainedWeight
 from qcli.verify import verify
 from tests.methods.conftest import Case, loss
 from tests.quantizing import logits, run, streamed, write_text
@@ -72,3 +80,113 @@ def test_planes_are_told_as_they_are_stored(tmp_path: Path) -> None:
         assert (row["zeros_plane1"], row["zeros_plane2"]) == pytest.approx((1 - ones[0], 1 - ones[1]))
         assert row["additions_per_weight"] == pytest.approx(sum(ones))
         assert 0.5 < row["zeros_plane1"] < 0.9
+
+
+PAPER: dict[str, Any] = {"grouped": False, "method__name": "onebit", "method__paper": True}
+
+
+@pytest.mark.parametrize("svid", ["svd", "nmf", "power"])
+def test_onebit_of_the_paper_is_the_plain_decomposition(svid: Literal["svd", "nmf", "power"], case: Case) -> None:
+    """Signs of W times the best rank-one `|W|`, whatever the inputs are."""
+    group, method = case[0], OneBit(paper=True, svid=svid)
+    assert method.needs == frozenset()
+    for name, solution in method.quantize(group).items():
+        left, values, right = torch.linalg.svd(group.weights[name].abs())
+        expected = group.weights[name].sign() * (values[0] * left[:, :1] @ right[:1])
+        torch.testing.assert_close(solution.weight.dense(), expected, rtol=3e-3, atol=1e-5)
+        assert (solution.weight.format, solution.target, solution.fallbacks) == (Sign(output_norm=True), None, [])
+
+
+def test_weights_behind_signs_are_trained_as_in_the_code_of_the_paper(case: Case) -> None:
+    """They start at `0.01 sign(W)`; the gradient of a sign is `1.001 - tanh(w)^2`; without the norm, both are ours."""
+    group = case[0]
+    given = OneBit(paper=True).quantize(group)["a"].weight
+    size, pull = given.dense().abs(), torch.randn(given.shape, generator=torch.Generator().manual_seed(1))
+    trained = TrainedWeight(given, group.weights["a"], ("weights",))
+    torch.testing.assert_close(trained.start / size, 0.01 * group.weights["a"].sign())
+    assert trained.latent is not None
+    with torch.no_grad():
+        trained.latent += pull.roll(1) / 2
+    w = 0.01 * group.weights["a"].sign() + pull.roll(1)
+    dense = trained.dense(final=False)
+    torch.testing.assert_close(dense, size * w.sign())
+    (dense * pull).sum().backward()
+    assert trained.latent.grad is not None
+    torch.testing.assert_close(trained.latent.grad, pull * 2 * size * (1.001 - w.tanh() ** 2), rtol=1e-3, atol=1e-6)
+    plain = TrainedWeight(dataclasses.replace(given, format=Sign()), group.weights["a"], ("weights",))
+    assert bool((plain.start.abs() > 0.5 * size).any())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_normed_layers_run_alike_everywhere_and_are_refined(model_type: str, tmp_path: Path) -> None:
+    """OPT and GPT-2 have biases, which come before the norm."""
+    out = tmp_path / "out"
+    flags = PAPER | {"refine__steps": 40, "calibration__samples": 24}
+    result = run(tiny_model(model_type, tmp_path), out, write_text(tmp_path), **flags)
+    assert verify(out).layers == len(result.layers)
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    for outcome in result.training.values():
+        assert outcome["after"] < 0.5 * outcome["before"]
+    assert {row["output_norm"] for row in inspect(out).layers} == {True}
+    assert load_recipe(out / "recipe.yaml", {})[0].method == OneBit(paper=True)
+
+
+def loaded(folder: Path) -> ModelStream:
+    return ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@torch.no_grad()
+def through(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the last block."""
+    stream = loaded(folder)
+    hidden = stream.embed(tokens)
+    for index in range(stream.n_blocks):
+        hidden = stream.run_block(stream.load_block(index), index, hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_norms_follow_only_the_layers_that_have_them(
+    refined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantizing sees what the checkpoint computes, and full-precision layers beside it without any norm."""
+    model, out = tiny_model("llama", tmp_path), tmp_path / "out"
+    streams: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
+    advance = Streamed._advance
+
+    def watched(loop: Streamed, stage: Any) -> None:
+        advance(loop, stage)
+        assert loop.original is not None
+        streams.append((loop.tokens, loop.quantized, loop.original))
+
+    monkeypatch.setattr(Streamed, "_advance", watched)
+    fed = {"name": "gptq-like", "refit_target": True, "group_size": 32}
+    overrides = [{"match": "*.[kd]*_proj", "method": fed}, {"match": "*.v_proj", "dense": True}]
+    flags = PAPER | {"dtype": "float32", "low_rank__rank": 2} | ({"refine__steps": 10} if refined else {})
+    run(model, out, write_text(tmp_path), overrides=overrides, **flags)
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    tokens, quantized, original = streams[-1]
+    for folder, expected in ((out, quantized), (model, original)):
+        torch.testing.assert_close(through(folder, tokens), torch.cat(expected), rtol=1e-4, atol=1e-4)
+    attention = loaded(out).load_block(0).get_submodule("self_attn")
+    outputs = {name: linear(torch.ones(1, 64)) for name, linear in attention.named_children()}
+    is_normed = {name: abs(float(y.var(correction=0)) - 1) < 1e-3 for name, y in outputs.items()}
+    assert is_normed == {"q_proj": True, "k_proj": False, "v_proj": False, "o_proj": True}
+
+
+@pytest.mark.parametrize("step", ["refit_target", "error_feedback", "refit_scales"])
+def test_steps_that_the_paper_does_not_have_are_refused_with_it(step: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"paper starts from the weight alone: leave out .*{step}"):
+        run(tiny_model("llama", tmp_path), tmp_path / "out", **(PAPER | {f"method__{step}": True}))
+
+
+def test_what_cannot_be_done_with_a_norm_is_refused(tmp_path: Path) -> None:
+    model, text = tiny_model("llama", tmp_path), write_text(tmp_path)
+    with pytest.raises(UsageError, match=r"refine: scope linear .* set scope to block"):
+        run(model, tmp_path / "linear", text, **PAPER, refine__scope="linear")
+    run(model, tmp_path / "out", **PAPER)
+    with pytest.raises(UnsupportedError, match="norms the outputs of 14 layers, .*a dense model cannot") as refused:
+        pack(tmp_path / "out", tmp_path / "dense", format="dense", shard_size=10**9)
+    assert refused.value.hint is not None
+    assert not list(tmp_path.glob("dense*"))
+    assert pack(tmp_path / "out", tmp_path / "packed", format="qcli", shard_size=10**9)["max_logit_difference"] == 0
