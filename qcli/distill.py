@@ -75,16 +75,17 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
     """Train the checkpoint `student` against `recipe.model` and write the result to `recipe.out`.
 
     Args:
-        recipe: its `distill` says how, its `calibration` on what text.
+        recipe: its `distill` says how, its `distill_text` on what.
 
     Raises:
         UsageError: no qcli checkpoint, another architecture than the teacher's, or the data is not usable.
         StateError: the output exists or belongs to another run.
     """
     assert recipe.out is not None
-    if recipe.calibration.samples <= recipe.calibration.held_out:
+    text = recipe.distill_text
+    if text.samples <= text.held_out:
         raise UsageError(
-            f"calibration.samples: {recipe.calibration.held_out} samples are held out and none is left to train on",
+            f"{text.samples} samples: {text.held_out} are held out and none is left to train on",
             hint="use more --samples",
         )
     started, options = time.monotonic(), recipe.distill or Distillation()
@@ -97,7 +98,7 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
         "compute": {"device": device.type, "bf16": fast},
         "student": checkpoint.read_manifest(student)["files"],
         "teacher": master.fingerprint(),
-        "calibration": recipe.calibration.model_dump(mode="json"),
+        "text": text.model_dump(mode="json"),
         "distill": options.model_dump(mode="json"),
         "seed": recipe.seed,
         "dtype": recipe.dtype,
@@ -110,7 +111,7 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
             student=student_stream,
             teacher=teacher_stream,
             tokens=tokens,
-            held_out=recipe.calibration.held_out,
+            held_out=text.held_out,
             options=options,
             seed=f"{recipe.seed}:distill",
             fast=fast,
@@ -189,7 +190,7 @@ def _tokens(recipe: Recipe, teacher: Source, run: RunFolder | None, device: torc
     """int64 `[samples, length]`; the last ones are held out."""
     assert run is not None
     if (file := run.done(_TOKENS)) is None:
-        wanted = recipe.calibration
+        wanted = recipe.distill_text
         found = calibration_tokens(
             wanted.data,
             teacher,
@@ -225,7 +226,7 @@ def _write(
     shards.write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
     distilled = {
         "teacher": recipe.model,
-        "calibration": recipe.calibration.model_dump(mode="json"),
+        "text": recipe.distill_text.model_dump(mode="json"),
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": recipe.seed,
         "outcome": asdict(result.outcome),

@@ -20,6 +20,11 @@ class Distillation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    data: str | None = Field(
+        default=None, min_length=1, description="text to train on, as under calibration; default: the same text"
+    )
+    samples: int | None = Field(default=None, ge=1, description="token sequences of it; default: as for calibration")
+    seq_len: int | None = Field(default=None, ge=2, description="tokens of a sequence; default: as for calibration")
     loss: Literal["kl", "onebit", "dad"] = Field(default="kl", description="of the student's predictions")
     temperature: float = Field(default=1.0, gt=0, description="of both predictions under kl")
     gamma: float = Field(default=0.5, ge=0, description="of dad: how much ambiguity counts; 0 is kl")

@@ -209,6 +209,13 @@ class Recipe(_Section):
         """The resolved recipe; `load_recipe` reads it back to an equal one. With `origins`, as comments."""
         return to_yaml(self.to_dict(), origins)
 
+    @property
+    def distill_text(self) -> Calibration:
+        """What distillation trains on."""
+        asked = self.distill or Distillation()
+        own = {"data": asked.data, "samples": asked.samples, "seq_len": asked.seq_len}
+        return self.calibration.model_copy(update={name: value for name, value in own.items() if value is not None})
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""
         decisive = {*Recipe.model_fields} - {"device", "out", "resume", "distill", "pack", "eval"}

@@ -185,6 +185,15 @@ def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path)
     assert result.outcome.stopped == "stopped early after step 12: no better for 2 judgements"
 
 
+def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    sets = ("distill.data=self", "distill.samples=10", "distill.seq_len=16", "calibration.data=nowhere.txt")
+    teach(pupil, teacher, tmp_path / "out", text, *sets)
+    told = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
+    assert told["distilled"]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
+    assert told["recipe"]["distill"]["data"] == "self"
+
+
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text)
     result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30")

@@ -47,14 +47,14 @@ def distill(
 
         given = flags.recipe_fields(
             model=teacher,
-            data=data,
-            samples=samples,
-            seq_len=seq_len,
             seed=seed,
             device=device,
             dtype=dtype,
             out=out,
         ) | {
+            "distill.data": data,
+            "distill.samples": samples,
+            "distill.seq_len": seq_len,
             "distill.loss": loss,
             "distill.train": None if train is None else train.split(","),
             "distill.scope": scope,

@@ -21,11 +21,27 @@ def test_recipe_quantizes(invoke: Invoke, recipe: Path, model: Path, text: Path,
     small += () if recipe.stem == "onebit" else ("--group-size", 32)
     described = recipe.read_text()
     small += ("--set", "refine.steps=4") if "refine:" in described else ()
-    small += ("--set", "method.steps=4") if recipe.stem in ("teq", "lcq") else ()
+    small += ("--set", "method.steps=4") if recipe.stem in ("teq", "lcq", "w2-distilled") else ()
     small += ("--set", "low_rank.rank=2") if "low_rank:" in described else ()
     code, out, err = invoke("quantize", model, "--recipe", recipe, *small, "--out", tmp_path / "out", "--json")
     assert code == 0, err
     assert len(json.loads(out)["layers"]) == 14
+
+
+@pytest.mark.parametrize("recipe", [file for file in RECIPES if "distill:" in file.read_text()], ids=lambda f: f.stem)
+def test_recipe_distills(invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    sizes = {"calibration.samples": 6, "calibration.seq_len": 32, "distill.samples": 6, "distill.seq_len": 32}
+    steps = {"refine.steps": 4} if "refine:" in recipe.read_text() else {}
+    steps |= {"method.steps": 4} if recipe.stem == "w2-distilled" else {}
+    group = {} if recipe.stem == "onebit" else {"method.group_size": 32}
+    fields = {"model": model, "calibration.data": text, "distill.steps": 4, **sizes, **steps, **group}
+    fields |= {"eval.perplexity": f"[{text}]", "eval.window": 32}
+    sets = [argument for name, value in fields.items() for argument in ("--set", f"{name}={value}")]
+    code, out, err = invoke("run", recipe, *sets, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["distilled"]["outcome"]["steps"] == 4
+    assert result["eval"]["model"].endswith("distilled")
 
 
 def test_there_is_one_for_every_method() -> None:

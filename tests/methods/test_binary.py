@@ -106,7 +106,7 @@ def test_weights_behind_signs_are_trained_as_in_the_code_of_the_paper(case: Case
     torch.testing.assert_close(trained.start / size, 0.01 * group.weights["a"].sign())
     assert trained.latent is not None
     with torch.no_grad():
-        trained.latent += pull.roll(1) / 2
+        trained.latent.add_(pull.roll(1) / 2)
     w = 0.01 * group.weights["a"].sign() + pull.roll(1)
     dense = trained.dense(final=False)
     torch.testing.assert_close(dense, size * w.sign())
