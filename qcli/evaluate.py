@@ -196,13 +196,18 @@ def _context(source: Source) -> int:
 
 
 def _refuse_seen(folder: str, source: Source) -> None:
-    """A folder of `qcli calibrate` may hold the very tokens that a checkpoint was calibrated on."""
+    """A folder of `qcli calibrate` may hold the very tokens that a checkpoint was calibrated or distilled on."""
     if not (source.path / MANIFEST).is_file():
         return
-    seen = read_manifest(source.path).get("calibration_tokens_sha256")
-    if seen == calibration_tokens(folder, source, samples=1, seq_len=2, seed=0).sha256:
+    manifest = read_manifest(source.path)
+    seen = {
+        "calibrated": manifest.get("calibration_tokens_sha256"),
+        "distilled": manifest.get("distilled", {}).get("tokens_sha256"),
+    }
+    found = calibration_tokens(folder, source, samples=1, seq_len=2, seed=0).sha256
+    for how in (how for how, tokens in seen.items() if tokens == found):
         raise UsageError(
-            f"{source.path} was calibrated on {folder}: it must be evaluated on other text",
+            f"{source.path} was {how} on {folder}: it must be evaluated on other text",
             hint="for another folder: qcli calibrate --seed 1",
         )
 

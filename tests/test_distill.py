@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qcli import run_folder
+from qcli.calibrate import calibrate
 from qcli.distill import Distilled, distill
 from qcli.errors import UsageError
 from qcli.evaluate import evaluate
@@ -192,6 +193,16 @@ def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None
     told = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
     assert told["distilled"]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
     assert told["recipe"]["distill"]["data"] == "self"
+
+
+def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    folder, out = tmp_path / "tokens", tmp_path / "out"
+    flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
+    calibrate(load_recipe(None, flags)[0], folder)
+    teach(pupil, teacher, out, text, f"distill.data={folder}")
+    with pytest.raises(UsageError, match="was distilled on .*tokens"):
+        evaluate(str(out), data=[str(folder)], window=32)
 
 
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
