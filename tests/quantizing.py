@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qcli import run_folder
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantize import Result, quantize
@@ -53,3 +56,28 @@ def streamed(folder: Path) -> torch.Tensor:
 def weights(folder: Path) -> dict[str, bytes]:
     """Every file of a checkpoint but its manifest, which tells the time."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "qcli.manifest.json"}
+
+
+def in_pieces(work: Callable[[], object], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Do `work`, which writes `out`, with an interruption after every part it commits; how many there were."""
+    commit = run_folder.RunFolder.commit
+    done: set[str] = set()
+
+    class Stop(Exception):
+        pass
+
+    def commit_and_stop(run: run_folder.RunFolder, part: str, *arguments: Any) -> None:
+        commit(run, part, *arguments)
+        if part not in done or part.startswith("state"):
+            done.add(part)
+            raise Stop
+
+    monkeypatch.setattr(run_folder.RunFolder, "commit", commit_and_stop)
+    stops = 0
+    while not out.exists():
+        try:
+            work()
+        except Stop:
+            stops += 1
+            assert stops < 50
+    return stops

@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qcli import run_folder
 from qcli.errors import UsageError
 from qcli.evaluate import evaluate
 from qcli.quantize import Result, quantize
 from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
-from tests.quantizing import logits, streamed
+from tests.quantizing import in_pieces, logits, streamed
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
 TEQ = "transforms=[{name: teq, steps: 6, lr: 0.02}]"
@@ -157,22 +156,7 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
 ) -> None:
     model = tiny_model("llama", tmp_path)
     run(model, tmp_path / "whole", text, *sets)
-    commit = run_folder.RunFolder.commit
-
-    class Stop(Exception):
-        pass
-
-    def commit_and_stop(*arguments: Any, **named: Any) -> None:
-        commit(*arguments, **named)
-        raise Stop
-
-    monkeypatch.setattr(run_folder.RunFolder, "commit", commit_and_stop)
-    stops = 0
-    while not (tmp_path / "pieces").exists():
-        try:
-            run(model, tmp_path / "pieces", text, *sets)
-        except Stop:
-            stops += 1
+    stops = in_pieces(lambda: run(model, tmp_path / "pieces", text, *sets), tmp_path / "pieces", monkeypatch)
     assert stops >= 5  # tokens, transforms, two blocks, the rest
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()

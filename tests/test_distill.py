@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from qcli import run_folder
 from qcli.calibrate import calibrate
 from qcli.distill import Distilled, distill
 from qcli.errors import UsageError
@@ -18,7 +17,7 @@ from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
-from tests.quantizing import logits, run, streamed, write_text
+from tests.quantizing import in_pieces, logits, run, streamed, write_text
 from tests.tiny import tiny_model
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -119,24 +118,7 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
 ) -> None:
     teacher, pupil = student(tmp_path, text)
     teach(pupil, teacher, tmp_path / "whole", text, *sets)
-    commit = run_folder.RunFolder.commit
-
-    class Stop(Exception):
-        pass
-
-    def commit_and_stop(*arguments: Any, **named: Any) -> None:
-        commit(*arguments, **named)
-        raise Stop
-
-    monkeypatch.setattr(run_folder.RunFolder, "commit", commit_and_stop)
-    stops = 0
-    while not (tmp_path / "pieces").exists() and stops < 20:
-        try:
-            teach(pupil, teacher, tmp_path / "pieces", text, *sets)
-        except Stop:
-            stops += 1
-            if stops == commits:  # all that a run commits has been committed: let it end
-                monkeypatch.setattr(run_folder.RunFolder, "commit", commit)
+    stops = in_pieces(lambda: teach(pupil, teacher, tmp_path / "pieces", text, *sets), tmp_path / "pieces", monkeypatch)
     assert stops == commits
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()

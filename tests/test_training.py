@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcli.errors import UsageError
-from qcli.training import Schedule, Weights, straight_through, train
+from qcli.training import Schedule, Weights, optimize, straight_through, train
 
 
 class Distance:
@@ -75,6 +75,31 @@ def test_small_losses_train_as_well(scale: float) -> None:
 
     outcome = train([{"params": [parameter], "lr": 0.05}], lambda final: {"w": parameter}, Scaled(1, 1), Schedule(40))
     assert outcome.after < 0.05 * outcome.before
+
+
+@pytest.mark.parametrize(("clip", "arrives"), [(1.0, True), (None, False)])
+def test_one_wild_gradient_does_no_harm_where_gradients_are_clipped(clip: float | None, arrives: bool) -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+
+    def backward(step: int) -> float:
+        loss = 0.5 * (parameter - 1).square().sum() * (-1e6 if step == 5 else 1)
+        loss.backward()
+        return float(loss.detach())
+
+    def held_out() -> float:
+        return float((parameter.detach() - 1).square())
+
+    outcome = optimize([{"params": [parameter], "lr": 0.05}], backward, held_out, Schedule(60, clip=clip))
+    assert (outcome.after < 0.1) == arrives
+
+
+def test_training_ends_when_patience_does() -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+    schedule = Schedule(100, judgements=20, patience=3)
+    outcome = train([{"params": [parameter], "lr": 0.05}], lambda final: {"w": parameter}, Distance(1.0, 0.2), schedule)
+    assert outcome.steps == outcome.best_step + 3 * 5
+    assert outcome.stopped == f"stopped early after step {outcome.steps}: no better for 3 judgements"
+    assert float(parameter.detach()) == pytest.approx(0.2, abs=0.15)
 
 
 def test_losses_that_are_not_finite_are_told() -> None:
