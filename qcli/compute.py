@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from qcli.errors import UsageError
+from qcli.errors import ResourceError, UsageError
+from qcli.processes import count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +34,31 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:N")
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: with several, each has a GPU of its own, or all have the CPU.
+
+    Args:
+        name: as for `resolve_device`.
+
+    Raises:
+        UsageError: not a device, or one GPU for several processes.
+        ResourceError: fewer GPUs than processes.
+    """
+    if count() == 1 or name == "cpu":
+        return resolve_device(name)
+    if name not in ("auto", "cuda"):
+        raise UsageError(f"device {name!r} cannot serve {count()} processes", hint="--device cuda gives each its own")
+    gpus, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto" and not gpus:
+        return torch.device("cpu")
+    if number >= gpus:
+        raise ResourceError(
+            f"process {number} of this machine has no GPU of its own: {gpus} are there",
+            hint="start as many processes as there are GPUs",
+        )
+    return torch.device("cuda", number)
 
 
 def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:

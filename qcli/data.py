@@ -212,6 +212,15 @@ def is_folder(data: str) -> bool:
     return data not in NAMED and data != SELF and Path(data).is_dir()
 
 
+def require_training(found: Tokens, held_out: int) -> None:
+    """Raise UsageError unless samples are left to train on when `held_out` of them judge."""
+    if len(found.ids) <= held_out:
+        raise UsageError(
+            f"{found.source} has {len(found.ids)} samples: {held_out} are held out and none is left to train on",
+            hint="use more text, or more --samples",
+        )
+
+
 def _not_found(data: str) -> UsageError:
     if Path(data).suffix or Path(data).name != data:
         return UsageError(f"{data}: no such file", hint=_LOCAL)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli import checkpoint, run_folder, shards
-from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import calibration_tokens
+from qcli.compute import has_fast_matmul, matmul_precision, own_device, resolve_dtype
+from qcli.data import calibration_tokens, require_training
 from qcli.distill_blocks import distill_blocks
 from qcli.distill_model import distill_model
+from qcli.distill_plan import intend, pair
 from qcli.distillation import Distillation
-from qcli.errors import UsageError
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.native import NativeSource
-from qcli.models.source import Source, open_source
-from qcli.models.stream import ModelStream
+from qcli.models.source import Source
 from qcli.plan import SHARD_SIZE
 from qcli.plots import can_plot, plot_training
-from qcli.processes import Processes, local_device, together
+from qcli.processes import count, together
 from qcli.progress import Progress, silent
 from qcli.recipe import Recipe
 from qcli.recipe_text import to_yaml
@@ -50,7 +48,8 @@ class Distilled:
     """A finished checkpoint.
 
     Attributes:
-        outcome: held-out KL in nats per token, before and after.
+        outcome: held-out loss in nats per token, before and after.
+        measure: what loss that is.
         blocks: where blocks were trained one by one, how each went.
         plot: the file with the curve; None: matplotlib is not installed.
     """
@@ -59,6 +58,7 @@ class Distilled:
     student: str
     teacher: str
     outcome: Outcome
+    measure: str
     blocks: list[Outcome]
     plot: str | None
     bits_per_weight: float
@@ -78,59 +78,62 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
         recipe: its `distill` says how, its `distill_text` on what.
 
     Raises:
-        UsageError: no qcli checkpoint, another architecture than the teacher's, or the data is not usable.
+        UsageError, ResourceError: as `intend`, and where the data is not usable.
         StateError: the output exists or belongs to another run.
     """
     assert recipe.out is not None
-    text = recipe.distill_text
-    if text.samples <= text.held_out:
-        raise UsageError(
-            f"{text.samples} samples: {text.held_out} are held out and none is left to train on",
-            hint="use more --samples",
-        )
+    intend(student, recipe)
     started, options = time.monotonic(), recipe.distill or Distillation()
-    pupil, master = _pair(student, recipe.model)
-    device = local_device() if recipe.device == "auto" else resolve_device(recipe.device)
-    dtype = resolve_dtype(recipe.dtype)
+    pupil, master = pair(student, recipe.model)
+    device, dtype = own_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {
         "versions": checkpoint.versions(),
-        "compute": {"device": device.type, "bf16": fast},
+        "compute": {"device": device.type, "bf16": fast, "processes": count()},
         "student": checkpoint.read_manifest(student)["files"],
         "teacher": master.fingerprint(),
-        "text": text.model_dump(mode="json"),
+        "text": recipe.distill_text.model_dump(mode="json"),
         "distill": options.model_dump(mode="json"),
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    with together(device) as processes, _opened(recipe, identity, processes) as run:
-        tokens = processes.agreed(lambda: _tokens(recipe, master, run, device, progress))
-        student_stream, teacher_stream = (ModelStream(source, device=device, dtype=dtype) for source in (pupil, master))
+    with together(device) as processes, ExitStack() as opened:
+
+        def prepare() -> Tensor:
+            run = opened.enter_context(RunFolder(Path(str(recipe.out)), identity, recipe.resume))
+            runs.append(run)
+            return _tokens(recipe, master, run, device, progress)
+
+        runs: list[RunFolder] = []  # in the first process
+        tokens = processes.agreed(prepare)
+        run = runs[0] if runs else None
         lesson = Lesson(
             pupil=pupil,
-            student=student_stream,
-            teacher=teacher_stream,
+            master=master,
             tokens=tokens,
-            held_out=text.held_out,
+            held_out=recipe.distill_text.held_out,
             options=options,
             seed=f"{recipe.seed}:distill",
+            device=device,
+            dtype=dtype,
             fast=fast,
             progress=progress,
         )
         lesson = replace(lesson, progress=_with_speed(lesson))
         blocks: list[Outcome] = []
         with matmul_precision(fast=False), torch.no_grad():
-            if options.scope == "model":
-                layers, outcome = distill_model(lesson, run, run_folder.partial(Path(recipe.out)), processes)
-            else:
-                if run is None or processes.size > 1:
-                    raise UsageError("distill.scope: blocks are trained by one process", hint="run without torchrun")
+            if options.scope == "block":
+                assert run is not None
                 layers, outcome, blocks = distill_blocks(lesson, run)
+            else:
+                layers, outcome = distill_model(lesson, run, run_folder.partial(Path(recipe.out)), processes)
+        top = options.teacher_top_k
         result = Distilled(
             out=Path(recipe.out),
             student=str(student),
             teacher=recipe.model,
             outcome=outcome,
+            measure="KL" if top is None else f"KL over the teacher's {top} likeliest tokens and all others",
             blocks=blocks,
             plot=PLOT if can_plot() else None,
             bits_per_weight=pupil.bits_per_weight(),
@@ -143,16 +146,6 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
             _write(student, pupil, recipe, options, tokens, result, run)
         processes.wait()
     return result
-
-
-@contextmanager
-def _opened(recipe: Recipe, identity: dict[str, Any], processes: Processes) -> Iterator[RunFolder | None]:
-    """The run's folder, in the process that writes."""
-    if not processes.first:
-        yield None
-        return
-    with RunFolder(Path(str(recipe.out)), identity | {"processes": processes.size}, recipe.resume) as run:
-        yield run
 
 
 def _with_speed(lesson: Lesson) -> Progress:
@@ -173,22 +166,8 @@ def _with_speed(lesson: Lesson) -> Progress:
     return told
 
 
-def _pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
-    pupil, master = open_source(str(student)), open_source(teacher)
-    if not isinstance(pupil, NativeSource):
-        raise UsageError(f"{student} is not a checkpoint that qcli wrote", hint="quantize the model first")
-    ours, theirs = ([(linear.name, linear.shape) for linear in source.linears()] for source in (pupil, master))
-    if ours != theirs:
-        raise UsageError(
-            f"{teacher} has other layers than {student}, whose teacher it cannot be",
-            hint=f"the checkpoint was made from {checkpoint.read_manifest(student)['source']['model']}",
-        )
-    return pupil, master
-
-
-def _tokens(recipe: Recipe, teacher: Source, run: RunFolder | None, device: torch.device, progress: Progress) -> Tensor:
+def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
-    assert run is not None
     if (file := run.done(_TOKENS)) is None:
         wanted = recipe.distill_text
         found = calibration_tokens(
@@ -200,6 +179,7 @@ def _tokens(recipe: Recipe, teacher: Source, run: RunFolder | None, device: torc
             device=device,
             progress=progress,
         )
+        require_training(found, wanted.held_out)
         run.commit(_TOKENS, {"ids": found.ids})
         file = run.file(_TOKENS)
     return load_file(file)["ids"]
@@ -220,7 +200,7 @@ def _write(
     shards.write_json(folder / "config.json", pupil.config)
     pupil.copy_companions(folder)
     if result.plot is not None:
-        plot_training(result.outcome, result.blocks, folder / result.plot)
+        plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)
     before = checkpoint.read_manifest(student)
     made_by = before["recipe"] | {"distill": options.model_dump(mode="json", exclude_none=True)}
     shards.write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
@@ -229,10 +209,13 @@ def _write(
         "text": recipe.distill_text.model_dump(mode="json"),
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": recipe.seed,
+        "measure": result.measure,
         "outcome": asdict(result.outcome),
         "blocks": [asdict(outcome) for outcome in result.blocks],
         "seconds": result.seconds,
         "peak_memory": result.peak_memory,
     }
-    checkpoint.write_manifest(folder, before | {"recipe": made_by, "distilled": distilled})
+    checkpoint.write_manifest(
+        folder, before | {"recipe": made_by, "distilled": [*before.get("distilled", []), distilled]}
+    )
     run.publish()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qcli.compute import matmul_precision
 from qcli.distill_model import Stored, stored_layers, student_block
 from qcli.losses import kl_divergence
-from qcli.models.objectives import Order, token_errors
+from qcli.models.objectives import Order, rows, token_errors, token_lengths
 from qcli.models.stream import ModelStream
 from qcli.run_folder import RunFolder
 from qcli.teaching import Lesson
@@ -36,29 +36,30 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
     """
     stored: Stored = {}
     outcomes: list[Outcome] = []
-    student, teacher, progress, fast = lesson.student, lesson.teacher, lesson.progress, lesson.fast
+    student, teacher = lesson.stream(lesson.pupil), lesson.stream(lesson.master)
+    progress, fast = lesson.progress, lesson.fast
     ours, theirs = (
         [stream.embed(batch) for batch in lesson.tokens.split(lesson.pass_samples)] for stream in (student, teacher)
     )
     given = [student.embed(lesson.tokens[lesson.n_trained :])]
     for index in range(student.n_blocks):
         progress("blocks", index, student.n_blocks)
-        theirs = _through(teacher, index, teacher.load_block(index), theirs, fast)
+        _advance(theirs, teacher, index, teacher.load_block(index), fast)
         part = f"block-{index}"
         if (file := run.done(part)) is None:
-            found, outcome = _train_block(lesson, index, ours, theirs)
+            found, outcome = _train_block(lesson, student, teacher, index, ours, theirs)
             run.commit(part, found, asdict(outcome))
             file = run.file(part)
         tensors = load_file(file)
         stored |= tensors
         outcomes.append(Outcome(**run.report(part)))
-        given = _through(student, index, student.load_block(index), given, fast)
-        ours = _through(student, index, _as_stored(lesson, index, tensors), ours, fast)
+        _advance(given, student, index, student.load_block(index), fast)
+        _advance(ours, student, index, _as_stored(lesson, student, index, tensors), fast)
     progress("blocks", student.n_blocks, student.n_blocks)
-    wanted = torch.cat(theirs)[lesson.n_trained :]
+    held = list(range(lesson.n_trained, len(lesson.tokens)))
+    wanted = _logits(teacher, rows(theirs, held), fast)
     before, after = (
-        float(kl_divergence(_logits(teacher, wanted, fast), _logits(student, hidden, fast)).mean())
-        for hidden in (torch.cat(given), torch.cat(ours)[lesson.n_trained :])
+        float(kl_divergence(wanted, _logits(student, hidden, fast)).mean()) for hidden in (given[0], rows(ours, held))
     )
     better = after < before
     whole = Outcome(
@@ -71,41 +72,41 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
     return stored if better else {}, whole, outcomes
 
 
-def _train_block(lesson: Lesson, index: int, ours: list[Tensor], theirs: list[Tensor]) -> tuple[Stored, Outcome]:
-    options, student, teacher, fast = lesson.options, lesson.student, lesson.teacher, lesson.fast
-    block = student_block(lesson, index, checkpointing=False)
-    inputs, targets = torch.cat(ours), torch.cat(theirs)
+def _train_block(
+    lesson: Lesson, student: ModelStream, teacher: ModelStream, index: int, ours: list[Tensor], theirs: list[Tensor]
+) -> tuple[Stored, Outcome]:
+    """Train block `index`, which `ours` enter and whose output should be `theirs`."""
+    options, fast = lesson.options, lesson.fast
+    block = student_block(lesson, student, index)
     last = index == student.n_blocks - 1
-    median = targets[: lesson.n_trained].float().norm(dim=-1).median()
+    median = torch.cat([token_lengths(batch).flatten() for batch in theirs]).median()
     order = Order(lesson.n_trained, f"{lesson.seed}:{index}")
 
-    def loss(rows: list[int]) -> Tensor:
-        found, wanted = block(inputs[rows], False), targets[rows]
-        if not last:
-            if not options.needs_hidden:
-                return token_errors(found, wanted, median)
-            return options.hidden_losses([wanted.flatten(0, 1)], [found.flatten(0, 1)])
-        answers = _logits(teacher, wanted, fast), _logits(student, found, fast)
-        return options.token_losses(*answers, [wanted.flatten(0, 1)], [found.flatten(0, 1)])
+    def loss(picks: list[int]) -> Tensor:
+        found, wanted = block(rows(ours, picks), False), rows(theirs, picks)
+        hidden = [wanted.flatten(0, 1)], [found.flatten(0, 1)]
+        if last:
+            return options.token_losses(_logits(teacher, wanted, fast), _logits(student, found, fast), *hidden)
+        return options.hidden_losses(*hidden) if options.needs_hidden else token_errors(found, wanted, median)
 
     def backward(step: int) -> float:
         total = 0.0
         for part in range(options.accumulate):
-            mean = loss(order.take(step * options.accumulate + part, lesson.pass_samples)).mean() / options.accumulate
+            picks = order.take(step * options.accumulate + part, lesson.pass_samples)
+            mean = loss(picks).mean() / options.accumulate
             mean.backward()
             total += float(mean.detach())
         return total
 
     def judged() -> float:
-        found = []
-        for row in range(lesson.n_trained, len(inputs)):
-            output, wanted = block(inputs[row : row + 1], True), targets[row : row + 1]
+        errors = []
+        for row in range(lesson.n_trained, len(lesson.tokens)):
+            found, wanted = block(rows(ours, [row]), True), rows(theirs, [row])
             if last:
-                answers = _logits(teacher, wanted, fast), _logits(student, output, fast)
-                found.append(kl_divergence(*answers).mean())
+                errors.append(kl_divergence(_logits(teacher, wanted, fast), _logits(student, found, fast)).mean())
             else:
-                found.append(token_errors(output, wanted, median).mean())
-        return float(torch.stack(found).mean())
+                errors.append(token_errors(found, wanted, median).mean())
+        return float(torch.stack(errors).mean())
 
     outcome = optimize(
         parameter_groups(block.layers.values(), tables_lr=options.tables_lr, weights_lr=options.weights_lr),
@@ -117,9 +118,8 @@ def _train_block(lesson: Lesson, index: int, ours: list[Tensor], theirs: list[Te
     return stored_layers(block, outcome), outcome
 
 
-def _as_stored(lesson: Lesson, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _as_stored(lesson: Lesson, stream: ModelStream, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The student's block with the weights of finished layers."""
-    stream = lesson.student
     block = stream.load_block(index)
     prefix = f"{stream.family.blocks}.{index}."
     for name, packed in lesson.pupil.packed.items():
@@ -134,6 +134,8 @@ def _logits(stream: ModelStream, hidden: Tensor, fast: bool) -> Tensor:
         return stream.logits(hidden).float().flatten(0, 1)
 
 
-def _through(stream: ModelStream, index: int, block: nn.Module, hidden: list[Tensor], fast: bool) -> list[Tensor]:
+def _advance(hidden: list[Tensor], stream: ModelStream, index: int, block: nn.Module, fast: bool) -> None:
+    """Take hidden states through a block, in place."""
     with matmul_precision(fast=fast, device=stream.device), torch.no_grad():
-        return [stream.run_block(block, index, batch) for batch in hidden]
+        for number, batch in enumerate(hidden):
+            hidden[number] = stream.run_block(block, index, batch)

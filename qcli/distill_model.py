@@ -10,17 +10,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.checkpoint import stored_tensors
-from qcli.errors import ResourceError, UsageError
-from qcli.memory import free_memory
+from qcli.distillation import Distillation
+from qcli.models.native import NativeSource
+from qcli.models.stream import ModelStream
 from qcli.models.student import Student, StudentBlock, Teacher
 from qcli.processes import Processes
-from qcli.run_folder import RunFolder
+from qcli.run_folder import RunFolder, part_file
+from qcli.shards import sha256
 from qcli.teaching import Lesson, Present, Remembered, Teaches, Teaching, remember
 from qcli.trained import TrainedWeight, parameter_groups
 from qcli.training import Outcome, optimize
 
-_TEACHER = "teacher"
-_BYTES = {"weights": 24, "tables": 1}  # a weight's start, step, latent, best latent and two moments, float32; its code
+_TEACHER, _FILES = "teacher", "files"
+_CODE, _TRAINED = 1, 28  # bytes of a weight: its code; start, step, latent, best, gradient, two moments in float32
 Stored = dict[str, Tensor]
 
 
@@ -32,22 +34,9 @@ def distill_model(lesson: Lesson, run: RunFolder | None, folder: Path, processes
 
     Returns:
         Stored tensors of every quantized layer, in the first process, and how the training went.
-
-    Raises:
-        UsageError: options that this model or these processes cannot follow.
-        ResourceError: model, teacher and optimizer do not fit in memory.
     """
     options = lesson.options
-    if options.accumulate % processes.size:
-        raise UsageError(
-            f"distill.accumulate: {options.accumulate} passes of a step cannot be shared by {processes.size} processes",
-            hint="use a multiple: results are those of one process then",
-        )
-    vocabulary = lesson.teacher.config.get_text_config().vocab_size
-    if options.teacher_top_k is not None and options.teacher_top_k >= vocabulary:
-        raise UsageError(f"distill.teacher_top_k: {options.teacher_top_k} is not below the vocabulary of {vocabulary}")
-    _check_memory(lesson, processes)
-    wanted = _teaches(lesson, run, processes)
+    wanted = _teaches(lesson, run, folder, processes)
     student = _student(lesson, processes)
     teaching = Teaching(lesson, student, wanted, processes)
     layers = [layer for block in student.blocks for layer in block.layers.values()]
@@ -62,18 +51,17 @@ def distill_model(lesson: Lesson, run: RunFolder | None, folder: Path, processes
     return _stored(student, outcome, processes), outcome
 
 
-def student_block(lesson: Lesson, index: int, *, checkpointing: bool) -> StudentBlock:
-    """A block whose quantized layers are trained."""
-    stream = lesson.student
+def student_block(lesson: Lesson, stream: ModelStream, index: int) -> StudentBlock:
+    """A block of the student, whose quantized layers are trained."""
     prefix = f"{stream.family.blocks}.{index}."
     layers = {
         name.removeprefix(prefix): TrainedWeight(
-            lesson.pupil.read_quantized(name).to(stream.device), None, lesson.options.train
+            lesson.pupil.read_quantized(name).to(lesson.device), None, lesson.options.train
         )
         for name in lesson.pupil.packed
         if name.startswith(prefix)
     }
-    return StudentBlock(stream, index, layers, checkpointing=checkpointing, fast=lesson.fast)
+    return StudentBlock(stream, index, layers, checkpointing=lesson.options.checkpointing, fast=lesson.fast)
 
 
 def stored_layers(block: StudentBlock, outcome: Outcome) -> Stored:
@@ -87,44 +75,49 @@ def stored_layers(block: StudentBlock, outcome: Outcome) -> Stored:
     return found
 
 
+def needed_memory(pupil: NativeSource, options: Distillation, teacher_bytes: int, processes: int) -> int:
+    """Bytes that `distill_model` takes in each process besides activations, at least.
+
+    Args:
+        teacher_bytes: of one weight.
+    """
+    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in pupil.packed.values()))
+    teacher = n_weights * teacher_bytes // processes
+    student = n_weights * (_CODE + (_TRAINED // processes if "weights" in options.train else 0))
+    return teacher + student if options.teacher_top_k is None else max(teacher, student)
+
+
 def _student(lesson: Lesson, processes: Processes) -> Student:
+    stream = lesson.stream(lesson.pupil)
     blocks, whole = [], []
-    for index in range(lesson.student.n_blocks):
-        block = student_block(lesson, index, checkpointing=lesson.options.checkpointing)
+    for index in range(stream.n_blocks):
+        block = student_block(lesson, stream, index)
         whole += list(block.block.parameters())
         processes.shard(block, whole=block.block.parameters())
         blocks.append(block)
-    student = Student(lesson.student, blocks, fast=lesson.fast)
+    student = Student(stream, blocks, fast=lesson.fast)
     processes.shard(student, whole)
     return student
 
 
-def _teaches(lesson: Lesson, run: RunFolder | None, processes: Processes) -> Teaches:
-    top, stream = lesson.options.teacher_top_k, lesson.teacher
-    known = top is not None and processes.agreed(lambda: run is not None and run.done(_TEACHER) is not None)
-    if not known:
-        blocks = []
-        for index in range(stream.n_blocks):
-            blocks.append(stream.load_block(index))
-            processes.shard(blocks[-1])
-        teacher = Teacher(stream, blocks, fast=lesson.fast)
-        if top is None:
-            return Present(teacher, lesson.tokens)
-        found = remember(teacher, lesson.tokens, top, lesson.pass_samples, lesson.progress)
+def _teaches(lesson: Lesson, run: RunFolder | None, folder: Path, processes: Processes) -> Teaches:
+    top = lesson.options.teacher_top_k
+    if top is None:
+        return Present(_teacher(lesson, processes), lesson.tokens)
+    if not processes.agreed(lambda: run is not None and run.done(_TEACHER) is not None):
+        found = remember(_teacher(lesson, processes), lesson.tokens, top, lesson.pass_samples, lesson.progress)
         if run is not None:
             run.commit(_TEACHER, found)
-    return Remembered(processes.agreed(lambda: load_file(run.file(_TEACHER)) if run is not None else {}), stream.device)
+        processes.wait()
+    return Remembered(load_file(part_file(folder, _TEACHER)), lesson.device)
 
 
-def _check_memory(lesson: Lesson, processes: Processes) -> None:
-    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in lesson.pupil.packed.values()))
-    each = max(_BYTES[what] for what in lesson.options.train) + lesson.teacher.dtype.itemsize
-    needed, free = n_weights * each // processes.size, free_memory(lesson.teacher.device)
-    if free is not None and needed > free:
-        raise ResourceError(
-            f"distilling the whole model needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            hint="train: [tables] needs less; --set distill.scope=block needs one block at a time",
-        )
+def _teacher(lesson: Lesson, processes: Processes) -> Teacher:
+    stream, blocks = lesson.stream(lesson.master), []
+    for index in range(stream.n_blocks):
+        blocks.append(stream.load_block(index))
+        processes.shard(blocks[-1])
+    return Teacher(stream, blocks, fast=lesson.fast)
 
 
 def _stored(student: Student, outcome: Outcome, processes: Processes) -> Stored:
@@ -147,6 +140,7 @@ class _Kept:
         if newest is None:
             return None
         part, numbers = newest
+        numbers.pop(_FILES, None)
         if self.processes.size > 1:
             self.processes.load(tensors, self.folder / part)
         else:
@@ -157,15 +151,26 @@ class _Kept:
 
     def save(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
         part = f"state-{(len(numbers['curve']) - 1) % 2}"
-        alone = self.processes.size == 1
-        if not alone:
-            self.processes.save(tensors, self.folder / part)
+        if self.processes.size == 1:
+            assert self.run is not None
+            self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()}, numbers)
+            return
+        self.processes.save(tensors, self.folder / part)
         if self.run is not None:
-            self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()} if alone else {}, numbers)
+            self.run.commit(part, {}, numbers | {_FILES: _hashes(self.folder / part)})
 
     def _newest(self) -> tuple[str, dict[str, Any]] | None:
         run = self.run
         assert run is not None
-        done = [part for part in ("state-0", "state-1") if run.done(part) is not None]
+        done = [part for part in ("state-0", "state-1") if run.done(part) is not None and self._whole(part)]
         newest = max(done, key=lambda part: int(run.report(part)["steps"]), default=None)
-        return None if newest is None else (newest, dict(run.report(newest)))
+        return None if newest is None else (newest, {**run.report(newest)})
+
+    def _whole(self, part: str) -> bool:
+        """Whether what several processes wrote is still there."""
+        assert self.run is not None
+        return self.processes.size == 1 or _hashes(self.folder / part) == self.run.report(part)[_FILES]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in sorted(folder.glob("*"))}

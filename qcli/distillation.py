@@ -31,6 +31,7 @@ class Distillation(BaseModel):
     ambiguity: Literal["teacher-student", "teacher"] = Field(
         default="teacher-student", description="of dad: the entropy that tells ambiguous tokens"
     )
+    detached: bool = Field(default=True, description="of dad: no gradient passes through its weights")
     plain: float = Field(default=0.1, ge=0, description="of dad: share of plain kl that is added")
     hidden: float | None = Field(
         default=None, ge=0, description="weight of hidden states, normalised; default: 1 for onebit, else 0"
@@ -102,7 +103,12 @@ class Distillation(BaseModel):
             found = losses.cross_entropy(teacher, student)
         else:
             found = losses.deviation_aware(
-                teacher, student, gamma=self.gamma, plain=self.plain, ambiguity=self.ambiguity
+                teacher,
+                student,
+                gamma=self.gamma,
+                plain=self.plain,
+                ambiguity=self.ambiguity,
+                detached=self.detached,
             )
         return found + self.hidden_losses(teacher_hidden, student_hidden) if self.needs_hidden else found
 

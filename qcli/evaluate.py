@@ -200,12 +200,10 @@ def _refuse_seen(folder: str, source: Source) -> None:
     if not (source.path / MANIFEST).is_file():
         return
     manifest = read_manifest(source.path)
-    seen = {
-        "calibrated": manifest.get("calibration_tokens_sha256"),
-        "distilled": manifest.get("distilled", {}).get("tokens_sha256"),
-    }
+    seen = [("calibrated", manifest.get("calibration_tokens_sha256"))]
+    seen += [("distilled", lesson["tokens_sha256"]) for lesson in manifest.get("distilled", [])]
     found = calibration_tokens(folder, source, samples=1, seq_len=2, seed=0).sha256
-    for how in (how for how, tokens in seen.items() if tokens == found):
+    for how in (how for how, tokens in seen if tokens == found):
         raise UsageError(
             f"{source.path} was {how} on {folder}: it must be evaluated on other text",
             hint="for another folder: qcli calibrate --seed 1",

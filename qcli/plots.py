@@ -20,7 +20,7 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def plot_training(outcome: Outcome, blocks: Sequence[Outcome], file: Path) -> None:
+def plot_training(outcome: Outcome, measure: str, blocks: Sequence[Outcome], file: Path) -> None:
     """Losses by step, or where blocks were trained one by one, by block; PNG, the same bytes for the same outcomes."""
     from matplotlib.figure import Figure
 
@@ -30,7 +30,9 @@ def plot_training(outcome: Outcome, blocks: Sequence[Outcome], file: Path) -> No
         _draw_blocks(axes, blocks)
     else:
         _draw_steps(axes, outcome)
-    axes.set_title(f"held-out KL {outcome.before:.4g} -> {outcome.after:.4g} nats per token", loc="left", fontsize=10)
+    axes.set_title(
+        f"held-out {measure}: {outcome.before:.4g} -> {outcome.after:.4g} nats per token", loc="left", fontsize=10
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
@@ -41,9 +43,9 @@ def plot_training(outcome: Outcome, blocks: Sequence[Outcome], file: Path) -> No
 def _draw_steps(axes: Axes, outcome: Outcome) -> None:
     judged = [(step, held_out) for step, _, held_out in outcome.curve if held_out is not None]
     trained = [(step, loss) for step, loss, _ in outcome.curve if loss is not None]
-    axes.plot(*zip(*judged, strict=True), color=_BLUE, marker="o", markersize=3.5, label="held-out KL")
+    axes.plot(*zip(*judged, strict=True), color=_BLUE, marker="o", markersize=3.5, label="held-out")
     if trained:
-        axes.plot(*zip(*trained, strict=True), color=_ORANGE, linewidth=1, label="training loss, mean since the last")
+        axes.plot(*zip(*trained, strict=True), color=_ORANGE, linewidth=1, label="training, mean since the last")
     axes.axvline(outcome.best_step, color="#888888", linewidth=0.8, linestyle=":", label="kept")
     axes.set(xlabel="steps", ylabel="nats per token", ylim=(0, None))
 

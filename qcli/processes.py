@@ -7,14 +7,18 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from qcli.errors import QcliError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=2)  # the first one may sample text for hours; if one ends, torchrun ends all
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class Processes:
     """All of them do the same, with samples and shards of their own; the first one alone writes and prints.
 
     Attributes:
+        device: where this one computes.
         rank: of this one; the first is 0.
         size: how many there are.
     """
 
+    device: torch.device
     rank: int = 0
     size: int = 1
 
@@ -35,14 +41,22 @@ class Processes:
         return self.rank == 0
 
     def agreed(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in all of them."""
+        """What the first process makes, in all of them; or the error it meets."""
         if self.size == 1:
             return make()
         from torch import distributed
 
-        found = [make() if self.first else None]
+        found: list[tuple[T | None, QcliError | None]] = [(None, None)]
+        if self.first:
+            try:
+                found = [(make(), None)]
+            except QcliError as problem:
+                found = [(None, problem)]
         distributed.broadcast_object_list(found, src=0)
-        return found[0]  # type: ignore[return-value]
+        made, error = found[0]
+        if error is not None:
+            raise error
+        return cast("T", made)
 
     def sum(self, value: float) -> float:
         """Over all processes."""
@@ -51,7 +65,7 @@ class Processes:
         import torch
         from torch import distributed
 
-        total = torch.tensor(value, dtype=torch.float64, device=local_device())
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
         return float(total)
 
@@ -98,9 +112,11 @@ class Processes:
     def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
         """Let each process hold a part of every parameter but `whole`; gradients become means over processes."""
         if self.size > 1:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(module, ignored_params=set(whole))
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
 
 
 def is_first() -> bool:
@@ -113,27 +129,24 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_device() -> torch.device:
-    """The GPU of this process among those of its machine; the CPU where there is none."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+def count_here() -> int:
+    """How many of them run on this machine, and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
 def together(device: torch.device) -> Iterator[Processes]:
     """Join the other processes that `torchrun` started, if any."""
     if count() == 1:
-        yield Processes()
+        yield Processes(device)
         return
     import torch
     from torch import distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
+        yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

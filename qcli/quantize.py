@@ -14,7 +14,7 @@ from torch import Tensor
 from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import calibration_tokens
+from qcli.data import calibration_tokens, require_training
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -196,6 +196,8 @@ def _tokens(todo: Plan, run: RunFolder, device: torch.device, progress: Progress
             device=str(device),
             progress=progress,
         )
+        if todo.held_out:
+            require_training(tokens, todo.held_out)
         run.commit(_TOKENS, {"tokens": tokens.ids})
         return tokens.ids
     return load_file(file)["tokens"]

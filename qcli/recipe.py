@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -160,10 +161,13 @@ class Recipe(_Section):
     def contradictions(self) -> list[Issue]:
         """What is wrong between sections that are right each on their own."""
         found = []
-        samples, held_out = self.calibration.samples, self.calibration.held_out
-        if self.trained and samples <= held_out:
-            message = f"training holds out {held_out} of {samples} samples: none is left"
-            found.append(Issue(("calibration", "samples"), message))
+        texts = {"calibration": self.calibration} if self.trained else {}
+        if self.distill is not None:
+            texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
+        for section, text in texts.items():
+            if text.samples <= text.held_out and not Path(text.data).is_dir():  # a folder has as many as it has
+                message = f"training holds out {text.held_out} of {text.samples} samples: none is left"
+                found.append(Issue((section, "samples"), message))
         whole = [transform.whole_model for transform in self.all_transforms]
         for i, late in enumerate(whole):
             if late and not all(whole[:i]):

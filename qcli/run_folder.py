@@ -100,7 +100,7 @@ class RunFolder:
 
     def file(self, part: str) -> Path:
         """Where a part lies."""
-        return self.path / f"part-{part}.safetensors"
+        return part_file(self.path, part)
 
     def result(self) -> Path:
         """An empty folder to assemble the result in."""
@@ -152,6 +152,11 @@ class RunFolder:
 def partial(out: Path) -> Path:
     """Where the run that makes `out` is kept."""
     return out.absolute().with_name(f"{out.name}.partial")
+
+
+def part_file(folder: Path, part: str) -> Path:
+    """Where a part lies in the folder of a run."""
+    return folder / f"part-{part}.safetensors"
 
 
 def differences(before: Any, now: Any) -> str:

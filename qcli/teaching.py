@@ -12,6 +12,7 @@ from qcli.distillation import Distillation
 from qcli.losses import kl_divergence, listed
 from qcli.models.native import NativeSource
 from qcli.models.objectives import Order
+from qcli.models.source import Source
 from qcli.models.stream import ModelStream
 from qcli.models.student import Predictions, Student, Teacher
 from qcli.processes import Processes
@@ -24,21 +25,27 @@ class Lesson:
     """What a distillation is given.
 
     Attributes:
-        pupil: the source of `student`.
+        pupil, master: the student's checkpoint and the teacher.
         tokens: int64 `[samples, length]`; the last `held_out` are for judgements.
         seed: of the samples' order.
-        fast: whether the models' matrix products may use bf16 or TF32 units.
+        device, dtype: of the models.
+        fast: whether their matrix products may use bf16 or TF32 units.
     """
 
     pupil: NativeSource
-    student: ModelStream
-    teacher: ModelStream
+    master: Source
     tokens: Tensor
     held_out: int
     options: Distillation
     seed: str
+    device: torch.device
+    dtype: torch.dtype
     fast: bool
     progress: Progress
+
+    def stream(self, source: Source) -> ModelStream:
+        """One of the two models."""
+        return ModelStream(source, device=self.device, dtype=self.dtype)
 
     @property
     def n_trained(self) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from qcli.progress import Progress
 
-BUG, USAGE, RESOURCES, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 5, 130, 141, 143
+BUG, USAGE, STATE, RESOURCES, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 3, 5, 130, 141, 143
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_OURS = (
@@ -70,6 +70,7 @@ class Session:
     ) -> None:
         self.json, self.quiet, self.verbose, self.resumable = json, quiet or not is_first(), verbose, resumable
         self.together = together
+        self.memory_hint = "fewer calibration samples or a shorter seq_len take less"
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -99,7 +100,9 @@ class Session:
             return
         if isinstance(error, BrokenPipeError):  # or Python complains about it once more when it ends
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        lines, hint, code = describe(error, resumable=self.resumable)
+        lines, hint, code = describe(error, resumable=self.resumable, memory_hint=self.memory_hint)
+        if code in (USAGE, STATE) and not is_first():  # all processes meet it; one tells
+            raise SystemExit(code) from None
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
         if code in (INTERRUPTED, TERMINATED):
@@ -174,7 +177,9 @@ class Tables:
         self.console.print(clean(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
-def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str | None, int]:
+def describe(
+    error: BaseException, *, resumable: bool = False, memory_hint: str | None = None
+) -> tuple[str, str | None, int]:
     """What to tell about an error: its lines, a hint, and the exit code."""
     text = str(error)
     if isinstance(error, QcliError):
@@ -193,7 +198,7 @@ def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str
         )
     no_memory = isinstance(error, RuntimeError | OSError) and any(words in text for words in _OUT_OF_MEMORY)
     if no_memory or isinstance(error, MemoryError):
-        return "out of memory", "fewer calibration samples or a shorter seq_len take less", RESOURCES
+        return "out of memory", memory_hint, RESOURCES
     if isinstance(error, OSError) and error.errno in _NOT_OURS and error.filename is not None:
         return f"{error.filename}: {error.strerror}", None, USAGE
     summary = text.strip().splitlines()[0] if text.strip() else ""
@@ -273,21 +278,22 @@ class _Lines:
 
     def __init__(self, every: float) -> None:
         self.every = every
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}
         self.told: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         if done == 0 or stage not in self.started:
-            self.started[stage] = now
+            self.started[stage] = now, done
         elif done < total and now - self.told[stage] < self.every:
             return
         self.told[stage] = now
-        elapsed = now - self.started[stage]
-        if 0 < done < total:
-            rest = f", {duration(elapsed / done * (total - done))} left"
+        began, first = self.started[stage]
+        elapsed = now - began
+        if first < done < total:
+            rest = f", {duration(elapsed / (done - first) * (total - done))} left"
         else:
-            rest = f", {duration(elapsed)}" if done else ""
+            rest = f", {duration(elapsed)}" if done == total else ""
         print(
             clean(f"{stage} {done}/{total}{rest}{f'; {detail}' if detail else ''}"),
             file=sys.stderr,

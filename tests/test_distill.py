@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from qcli import distill_plan
 from qcli.calibrate import calibrate
 from qcli.distill import Distilled, distill
-from qcli.errors import UsageError
+from qcli.distill_plan import intend
+from qcli.errors import ResourceError, UsageError
 from qcli.evaluate import evaluate
 from qcli.models.native import NativeSource
 from qcli.models.source import open_source
@@ -74,7 +76,7 @@ def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text
     before, after = codes(pupil), codes(out)
     assert all(torch.equal(after[name], code) for name, code in before.items()), "tables alone were trained"
     manifest = json.loads((out / "qcli.manifest.json").read_text())
-    assert manifest["distilled"]["outcome"]["after"] == result.outcome.after
+    assert manifest["distilled"][0]["outcome"]["after"] == result.outcome.after
     assert manifest["recipe"]["distill"]["steps"] == 24
 
 
@@ -173,7 +175,7 @@ def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None
     sets = ("distill.data=self", "distill.samples=10", "distill.seq_len=16", "calibration.data=nowhere.txt")
     teach(pupil, teacher, tmp_path / "out", text, *sets)
     told = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
-    assert told["distilled"]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
+    assert told["distilled"][0]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
     assert told["recipe"]["distill"]["data"] == "self"
 
 
@@ -187,6 +189,32 @@ def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: 
         evaluate(str(out), data=[str(folder)], window=32)
 
 
+def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24, "calibration.seq_len": 32}
+    for train, latents in (("[tables]", False), ("[tables, weights]", True)):
+        found = intend(pupil, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0])
+        source = open_source(str(pupil))
+        assert isinstance(source, NativeSource)
+        weights = {name: source.read_quantized(name) for name in source.packed}
+        entries = sum(table.numel() for weight in weights.values() for table in weight.tables.values())
+        assert found.layers == len(weights) == 14
+        assert found.weights == sum(weight.codes.numel() for weight in weights.values())
+        assert found.trained == entries + (found.weights if latents else 0)
+        assert found.tokens == 24 * 256
+        assert found.memory is not None and found.memory >= found.weights * (29 if latents else 1)
+
+
+def test_too_little_memory_is_told_before_any_work(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, pupil = student(tmp_path, text)
+    monkeypatch.setattr(distill_plan, "free_memory", lambda _: 1000)
+    with pytest.raises(ResourceError, match="needs at least .* GB") as caught:
+        teach(pupil, teacher, tmp_path / "out", text)
+    assert "--scope block" in str(caught.value.hint)
+    assert not (tmp_path / "out.partial").exists()
+    assert teach(pupil, teacher, tmp_path / "out", text, "distill.scope=block").blocks
+
+
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text)
     result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30")
@@ -197,12 +225,22 @@ def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path
 def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
     teacher, pupil = student(tmp_path, text)
     other = tiny_model("llama", tmp_path, num_hidden_layers=1)
-    with pytest.raises(UsageError, match="has other layers than"):
+    with pytest.raises(UsageError, match="has other layers or another vocabulary than"):
         teach(pupil, other, tmp_path / "out", text)
     with pytest.raises(UsageError, match="is not a checkpoint that qcli wrote"):
         teach(teacher, teacher, tmp_path / "out", text)
-    with pytest.raises(UsageError, match="none is left to train on"):
+    wider = tiny_model("llama", tmp_path, vocab_size=384)
+    with pytest.raises(UsageError, match="or another vocabulary"):
+        teach(pupil, wider, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="none is left"):
         teach(pupil, teacher, tmp_path / "out", text, "calibration.held_out=28")
+    with pytest.raises(UsageError, match=r"distill\.samples=3: training holds out 4 of 3"):
+        teach(pupil, teacher, tmp_path / "out", text, "distill.samples=3")
+    few = tmp_path / "few"
+    flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 4, "calibration.seq_len": 32}
+    calibrate(load_recipe(None, flags)[0], few)
+    with pytest.raises(UsageError, match="has 4 samples: 4 are held out"):
+        teach(pupil, teacher, tmp_path / "few-out", text, f"distill.data={few}")
     for wrong, problem in (
         ("train=[]", "train must name"),
         ("teacher_top_k=320", "320 is not below the vocabulary of 320"),

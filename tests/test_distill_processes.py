@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ import pytest
 
 from qcli.distill import distill
 from qcli.errors import UsageError
+from qcli.evaluate import evaluate
 from qcli.recipe_loading import load_recipe
+from qcli.verify import verify
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model
 
@@ -44,6 +47,15 @@ def in_two(student: Path, fields: dict[str, Any], *flags: str) -> subprocess.Pop
     )
 
 
+def test_an_error_is_told_once(tmp_path: Path) -> None:
+    text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
+    run(teacher, student, text, method__name="rtn", method__bits=2)
+    process = in_two(student, {**FIELDS, "model": str(teacher), "calibration.data": str(text), "out": str(student)})
+    _, told = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert told.count("error:") == 1 and f"error: {student} exists" in told
+
+
 def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Path) -> None:
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="gptq-like", method__bits=2, method__zero_point="float")
@@ -66,6 +78,14 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
     result, told = process.communicate(timeout=240)
     assert process.returncode == 0, told
     shared = json.loads(result)["outcome"]
+    begun = re.search(r"^train (\d+)/12", told, re.MULTILINE)
+    assert begun is not None and int(begun[1]) > 0, "it started over"
+    kls = [
+        evaluate(str(folder), baseline=str(teacher), data=[str(text)], window=32).kl
+        for folder in (out, tmp_path / "alone")
+    ]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-2)
+    assert verify(out).layers == 14
     assert shared["best_step"] == alone.best_step
     for (step, loss, held_out), point in zip(alone.curve, shared["curve"], strict=True):
         assert point[0] == step
@@ -73,16 +93,16 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
         assert point[2] == pytest.approx(held_out, rel=2e-3)
 
 
-def test_passes_that_cannot_be_shared_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
-    from qcli import distill as verb
-    from qcli.processes import Processes
-
+def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="rtn", method__bits=2)
-    monkeypatch.setattr(verb, "together", lambda device: nullcontext(Processes(0, 2)))
-    monkeypatch.setattr(Processes, "agreed", lambda self, make: make())
-    fields = {**FIELDS, "model": str(teacher), "calibration.data": str(text), "distill.accumulate": 3}
-    with pytest.raises(UsageError, match="3 passes of a step cannot be shared by 2 processes"):
-        distill(student, load_recipe(None, fields | {"out": str(tmp_path / "out")})[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fields = {**FIELDS, "model": str(teacher), "calibration.data": str(text)}
+    for wrong, problem in (
+        ({"distill.accumulate": 3}, "3 passes of a step cannot be shared by 2 processes"),
+        ({"distill.scope": "block"}, "blocks are trained by one process"),
+        ({"device": "cuda:0"}, "device 'cuda:0' cannot serve 2 processes"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            distill(student, load_recipe(None, fields | wrong | {"out": str(tmp_path / "out")})[0])
+    assert not (tmp_path / "out.partial").exists()

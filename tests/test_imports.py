@@ -40,7 +40,7 @@ LAYERS = (
         "block_loop",
         "calibrate",
         "quantize",
-        *("distill", "distill_model", "distill_blocks", "teaching", "plots"),
+        *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
         "evaluate",
         "verify",

@@ -89,6 +89,21 @@ def test_progress_lines_are_sparse_unless_verbose(capsys: pytest.CaptureFixture[
     assert "left; detail" in lines[1][2]
 
 
+def test_time_left_counts_from_where_a_run_was_taken_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 5.0, 10.0])
+    monkeypatch.setattr("qcli.ui.time.monotonic", lambda: next(clock))
+    with Session(verbose=1) as session:
+        for done in (900, 905, 1000):
+            session.progress("train", done, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "train 900/1000",
+        "train 905/1000, 1 min 35 s left",
+        "train 1000/1000, 10.0 s",
+    ]
+
+
 def test_termination_is_an_exit_code_and_the_handler_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, Session(resumable=True):

@@ -33,6 +33,7 @@ def distill(
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
     resume: flags.Resume = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and tell what would be trained.")] = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -43,6 +44,7 @@ def distill(
     torchrun --nproc-per-node N -m qcli distill ...
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, together=True) as session:
+        session.memory_hint = "a smaller distill.batch_tokens takes less; --scope block has one block in memory"
         from qcli.recipe_loading import load_recipe
 
         given = flags.recipe_fields(
@@ -62,11 +64,30 @@ def distill(
             "resume": resume,
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
-        if resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result")
-        from qcli.distill import distill as run
+        if not dry_run and resolved.out is None:
+            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
+        if dry_run:
+            from qcli.distill_plan import intend
 
-        session.result(run(student, resolved, session.progress).to_json(), show_distilled)
+            session.result(intend(student, resolved).to_json(), show_intended)
+        else:
+            from qcli.distill import distill as run
+
+            session.result(run(student, resolved, session.progress).to_json(), show_distilled)
+
+
+def show_intended(tables: Tables, found: dict[str, Any]) -> None:
+    """What `--dry-run` found."""
+    memory = "one block's at a time" if found["memory"] is None else f"at least {size(found['memory'])}"
+    tables.pairs(
+        {
+            "taught by": found["teacher"],
+            "layers": found["layers"],
+            "trained": f"{found['trained']:,} numbers, for {found['weights']:,} weights",
+            "tokens": f"{found['tokens']:,}",
+            "memory": memory + (f", {size(found['free'])} are free" if found["free"] is not None else ""),
+        }
+    )
 
 
 def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
@@ -76,7 +97,7 @@ def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
         {
             "written": result["out"],
             "taught by": result["teacher"],
-            "held-out KL": f"{outcome['before']:.4f} -> {outcome['after']:.4f}",
+            f"held-out {result['measure']}": f"{outcome['before']:.4f} -> {outcome['after']:.4f}",
             "best step": f"{outcome['best_step']} of {outcome['steps']}"
             if outcome["best_step"]
             else "none: the student is kept as it was",

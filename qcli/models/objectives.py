@@ -48,13 +48,13 @@ class BlockObjective:
         self.stream, self.index, self.block, self.fast = stream, index, block, fast
         self.inputs, self.targets = inputs, targets
         self.held = list(zip(held_inputs, held_targets, strict=True))
-        self.median = torch.cat([_lengths(batch).flatten() for batch in targets]).median()
+        self.median = torch.cat([token_lengths(batch).flatten() for batch in targets]).median()
         self.size = max(1, batch_tokens // inputs[0].shape[1])
         self.order = Order(sum(len(batch) for batch in inputs), seed)
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         picks = self.order.take(step, self.size)
-        return self._error(weights, _rows(self.inputs, picks), _rows(self.targets, picks)).mean()
+        return self._error(weights, rows(self.inputs, picks), rows(self.targets, picks)).mean()
 
     def held_out(self, weights: Weights) -> float:
         errors = [self._error(weights, inputs, targets).flatten() for inputs, targets in self.held]
@@ -180,11 +180,11 @@ def token_errors(outputs: Tensor, targets: Tensor, median: Tensor) -> Tensor:
     Args:
         outputs, targets: `[..., hidden]`.
     """
-    length = _lengths(targets)
+    length = token_lengths(targets)
     return (outputs.float() - targets.float()).square().sum(-1) / (length * length.minimum(median)).clamp(min=1e-12)
 
 
-def _lengths(outputs: Tensor) -> Tensor:
+def token_lengths(outputs: Tensor) -> Tensor:
     """`|y|` of each token, float32."""
     return outputs.float().square().sum(-1).sqrt()
 
@@ -206,7 +206,7 @@ class Order:
         return samples
 
 
-def _rows(batches: list[Tensor], picks: list[int]) -> Tensor:
+def rows(batches: list[Tensor], picks: Sequence[int]) -> Tensor:
     """Samples by their number, from batches of which only the last may be smaller."""
     size = len(batches[0])
     return torch.stack([batches[pick // size][pick % size] for pick in picks])

@@ -61,7 +61,7 @@ def test_distilling_is_a_stage(invoke: Invoke, recipe: Path, text: Path, tmp_pat
     first = json.loads(stdout)
     assert first["distilled"]["outcome"]["after"] < first["distilled"]["outcome"]["before"]
     for name in ("distilled", "packed"):
-        assert json.loads((out / name / "qcli.manifest.json").read_text())["distilled"]["outcome"]["steps"] == 12
+        assert json.loads((out / name / "qcli.manifest.json").read_text())["distilled"][0]["outcome"]["steps"] == 12
     assert invoke("run", recipe, "--out", tmp_path / "plain", "--set", data).code == 0
     assert first["eval"]["kl"] < json.loads((tmp_path / "plain" / "eval.json").read_text())["kl"]
     code, stdout, _ = invoke("run", recipe, "--out", out, "--set", steps, "--set", data, "--json")
@@ -79,6 +79,8 @@ def test_distill_tunes_a_checkpoint(invoke: Invoke, model: Path, text: Path, tmp
     code, stdout, err = invoke("distill", pupil, "--teacher", model, *flags, "--loss", "dat", "--out", tmp_path / "no")
     assert (code, stdout) == (2, "")
     assert err.startswith("error: --loss: must be")
+    code, stdout, err = invoke("distill", pupil, "--teacher", model, *flags, "--dry-run", "--json")
+    assert (code, json.loads(stdout)["layers"]) == (0, 14), err
     code, _, err = invoke("distill", model, "--teacher", model, *flags, "--out", tmp_path / "no")
     assert code == 2
     assert "is not a checkpoint that qcli wrote" in err
