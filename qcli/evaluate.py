@@ -131,47 +131,86 @@ def evaluate(
     dtype: str = "auto",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a model on text.
+    """Measure one model; see `compare`."""
+    (found,) = compare(
+        [model],
+        baseline=baseline,
+        data=data,
+        window=window,
+        max_windows=max_windows,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    return found
+
+
+def compare(
+    models: Sequence[str],
+    *,
+    baseline: str | None = None,
+    data: Sequence[str],
+    window: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Measure models on the same text, one after another; the baseline runs once.
 
     Args:
-        model, baseline: a folder, a `.gguf` file or a hub id each.
-        data: as `evaluation_tokens` takes it; `self` is text sampled from the baseline, if there is one.
-        window: tokens per window; by default 2048, or the model's context if that is shorter.
+        models, baseline: a folder, a `.gguf` file or a hub id each.
+        data: as `evaluation_tokens` takes it; `self` is text sampled from the baseline, or if there is none from the
+            only model.
+        window: tokens per window; by default 2048, or the models' context if that is shorter.
         max_windows: of each data set, use only the first ones.
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
 
     Raises:
-        UsageError: no such model or data, text too short or that of the model's calibration, or model and baseline
+        UsageError: no such model or data, text too short or that of a model's calibration, or models and baseline
             do not share a vocabulary.
         ResourceError: the hidden states of all windows do not fit the memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
     if not data:
         raise UsageError("no data to evaluate on", hint="--data wikitext2, a file, or `self`")
+    if SELF in data and baseline is None and len(models) > 1:
+        raise UsageError("data self: each model would write its own text", hint="--baseline MODEL writes it for all")
     where, precision = resolve_device(device), resolve_dtype(dtype)
-    sources = [open_source(name) for name in (model, baseline) if name is not None]
-    length = min([window or _WINDOW, *(_context(source) for source in sources if window is None)])
+    sources = [open_source(name) for name in models]
+    reference = None if baseline is None else open_source(baseline)
+    everything = [*sources, reference] if reference is not None else sources
+    length = min([window or _WINDOW, *(_context(source) for source in everything if window is None)])
     for folder in filter(is_folder, data):
-        _refuse_seen(folder, sources[0])
-    sets = [_tokens(name, sources, length, max_windows, where, progress) for name in dict.fromkeys(data)]
-    _check_memory(sets, sources, precision)
+        for source in sources:
+            _refuse_seen(folder, source)
+    sets = [_tokens(name, everything, length, max_windows, where, progress) for name in dict.fromkeys(data)]
+    _check_memory(sets, sources, reference, precision)
 
     with matmul_precision(fast=False), torch.inference_mode():
-        runs = []
-        for name, source in zip((model, baseline), sources, strict=False):
+
+        def run(name: str, source: Source) -> _Run:
             stream = ModelStream(source, device=where, dtype=precision)
-            runs.append(_Run(str(name), stream, _run_blocks(stream, sets, f"evaluating {name}", progress)))
-        scores = {tokens.source: _score(tokens, index, runs, progress) for index, tokens in enumerate(sets)}
-    return Evaluation(
-        model=model,
-        baseline=baseline,
-        scores=scores,
-        bits_per_weight=sources[0].bits_per_weight(),
-        model_bits_per_weight=sources[0].model_bits_per_weight(),
-        bytes=sources[0].bytes(),
-        device=str(where),
-        dtype=str(precision).removeprefix("torch."),
-    )
+            return _Run(name, stream, _run_blocks(stream, sets, f"evaluating {name}", progress))
+
+        against = None if reference is None else run(str(baseline), reference)
+        found = []
+        for name, source in zip(models, sources, strict=True):
+            own = run(name, source)
+            found.append(
+                Evaluation(
+                    model=name,
+                    baseline=baseline,
+                    scores={tokens.source: _score(tokens, i, own, against, progress) for i, tokens in enumerate(sets)},
+                    bits_per_weight=source.bits_per_weight(),
+                    model_bits_per_weight=source.model_bits_per_weight(),
+                    bytes=source.bytes(),
+                    device=str(where),
+                    dtype=str(precision).removeprefix("torch."),
+                )
+            )
+            del own
+    return found
 
 
 @dataclass(frozen=True)
@@ -210,10 +249,10 @@ def _refuse_seen(folder: str, source: Source) -> None:
         )
 
 
-def _check_memory(sets: list[Tokens], sources: list[Source], dtype: torch.dtype) -> None:
-    """What is held of every window until it is scored: its last hidden states, in each model."""
+def _check_memory(sets: list[Tokens], sources: list[Source], baseline: Source | None, dtype: torch.dtype) -> None:
+    """What is held of every window until it is scored: its last hidden states, in one model and the baseline."""
     positions = sum(tokens.ids.numel() for tokens in sets)
-    widths = sum(source.hf_config().get_text_config().hidden_size for source in sources)
+    widths = max(_width(source) for source in sources) + (0 if baseline is None else _width(baseline))
     needed, free = positions * widths * dtype.itemsize, free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         raise ResourceError(
@@ -221,6 +260,10 @@ def _check_memory(sets: list[Tokens], sources: list[Source], dtype: torch.dtype)
             f"{free / 1e9:.1f} GB are free",
             hint="use fewer: --max-windows N",
         )
+
+
+def _width(source: Source) -> int:
+    return int(source.hf_config().get_text_config().hidden_size)
 
 
 def _tokens(
@@ -239,7 +282,7 @@ def _tokens(
     ]
     if len({each.sha256 for each in tokens}) > 1:
         raise UsageError(
-            "model and baseline have different tokenizers: their predictions cannot be compared",
+            "the models have different tokenizers: their predictions cannot be compared",
             hint="the baseline is the model that was quantized; or leave --baseline out",
         )
     return tokens[0]
@@ -268,41 +311,43 @@ def _batches(windows: Tensor) -> Sequence[Tensor]:
     return torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
 
 
-def _score(tokens: Tokens, index: int, runs: list[_Run], progress: Progress) -> Score:
+def _score(tokens: Tokens, index: int, own: _Run, baseline: _Run | None, progress: Progress) -> Score:
     """Compare predictions window by window; sums over tokens are float64."""
     windows, window = tokens.ids.shape
-    nll = [0.0] * len(runs)
-    kl = agreed = 0.0
+    positions = _LOGITS // own.stream.config.get_text_config().vocab_size
+    nll = baseline_nll = kl = agreed = 0.0
     for row in range(windows):
-        positions = _LOGITS // runs[0].stream.config.get_text_config().vocab_size
         for start in range(0, window - 1, positions):
             stop = min(start + positions, window - 1)
             targets = tokens.ids[row, start + 1 : stop + 1]
-            logs = [_log_probabilities(run, run.hidden[index][row, start:stop]) for run in runs]
-            for number, log in enumerate(logs):
-                nll[number] += F.nll_loss(log, targets.to(log.device), reduction="none").double().sum().item()
-            if len(logs) == 2:
-                own, reference = logs
-                if own.shape != reference.shape:
+            log = _log_probabilities(own, own.hidden[index][row, start:stop])
+            nll += _nll(log, targets)
+            if baseline is not None:
+                reference = _log_probabilities(baseline, baseline.hidden[index][row, start:stop])
+                if log.shape != reference.shape:
                     raise UsageError(
-                        f"model and baseline have vocabularies of {own.shape[1]} and {reference.shape[1]}",
+                        f"{own.name} and baseline have vocabularies of {log.shape[1]} and {reference.shape[1]}",
                         hint="the baseline is the model that was quantized; or leave --baseline out",
                     )
-                agreed += (own.argmax(-1) == reference.argmax(-1)).sum().item()
-                kl += F.kl_div(own, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
+                baseline_nll += _nll(reference, targets)
+                agreed += (log.argmax(-1) == reference.argmax(-1)).sum().item()
+                kl += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
         progress(f"scoring {tokens.source}", row + 1, windows)
     count = windows * (window - 1)
-    compared = len(runs) == 2
-    perplexities = [_exp(total / count) for total in nll]
     return Score(
-        perplexity=perplexities[0],
-        kl=kl / count if compared else None,
-        top1_agreement=agreed / count if compared else None,
-        baseline_perplexity=perplexities[1] if compared else None,
+        perplexity=_exp(nll / count),
+        kl=None if baseline is None else kl / count,
+        top1_agreement=None if baseline is None else agreed / count,
+        baseline_perplexity=None if baseline is None else _exp(baseline_nll / count),
         windows=windows,
         window=window,
         sha256=tokens.sha256,
     )
+
+
+def _nll(log: Tensor, targets: Tensor) -> float:
+    """Summed over tokens."""
+    return float(F.nll_loss(log, targets.to(log.device), reduction="none").double().sum())
 
 
 def _log_probabilities(run: _Run, hidden: Tensor) -> Tensor:
