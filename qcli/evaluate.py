@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from qcli.memory import free_memory
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
+from qcli.tasks import TaskResult, Tasks
 
 _WINDOW = 2048
 _BATCH_TOKENS = 4096  # in flight in one block
@@ -63,6 +64,7 @@ class Evaluation:
 
     Attributes:
         scores: by data set, as the user named it.
+        tasks, baseline_tasks: by name; both models answer the same questions.
         bits_per_weight: stored bits per weight of the quantizable layers, tables included.
         model_bits_per_weight: the same of the whole model.
         bytes: of the files that hold the weights.
@@ -71,6 +73,8 @@ class Evaluation:
     model: str
     baseline: str | None
     scores: dict[str, Score]
+    tasks: dict[str, TaskResult]
+    baseline_tasks: dict[str, TaskResult]
     bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
@@ -101,6 +105,7 @@ class Evaluation:
             "kl": self.kl,
             "top1_agreement": self.top1_agreement,
             "baseline": baseline,
+            "tasks": {name: self._task(name) for name in self.tasks},
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
@@ -113,8 +118,12 @@ class Evaluation:
             },
         }
 
+    def _task(self, name: str) -> dict[str, Any]:
+        before = self.baseline_tasks.get(name)
+        return asdict(self.tasks[name]) | {"baseline": None if before is None else before.score}
+
     def _mean(self, values: list[float | None]) -> float | None:
-        if self.baseline is None:
+        if self.baseline is None or not values:
             return None
         tokens = [score.tokens for score in self.scores.values()]
         return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(tokens)
@@ -127,6 +136,7 @@ def evaluate(
     data: Sequence[str],
     window: int | None = None,
     max_windows: int | None = None,
+    tasks: Tasks | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -138,6 +148,7 @@ def evaluate(
         data=data,
         window=window,
         max_windows=max_windows,
+        tasks=tasks,
         device=device,
         dtype=dtype,
         progress=progress,
@@ -152,6 +163,7 @@ def compare(
     data: Sequence[str],
     window: int | None = None,
     max_windows: int | None = None,
+    tasks: Tasks | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -164,6 +176,7 @@ def compare(
             only model.
         window: tokens per window; by default 2048, or the models' context if that is shorter.
         max_windows: of each data set, use only the first ones.
+        tasks: what each model is asked besides, whole in memory.
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
 
     Raises:
@@ -172,7 +185,7 @@ def compare(
         ResourceError: the hidden states of all windows do not fit the memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
-    if not data:
+    if not data and tasks is None:
         raise UsageError("no data to evaluate on", hint="--data wikitext2, a file, or `self`")
     if SELF in data and baseline is None and len(models) > 1:
         raise UsageError("data self: each model would write its own text", hint="--baseline MODEL writes it for all")
@@ -193,7 +206,11 @@ def compare(
             stream = ModelStream(source, device=where, dtype=precision)
             return _Run(name, stream, _run_blocks(stream, sets, f"evaluating {name}", progress))
 
+        def ask(name: str) -> dict[str, TaskResult]:
+            return {} if tasks is None else tasks.run(name, where, precision, progress)
+
         against = None if reference is None else run(str(baseline), reference)
+        baseline_tasks = {} if baseline is None else ask(baseline)
         found = []
         for name, source in zip(models, sources, strict=True):
             own = run(name, source)
@@ -202,6 +219,8 @@ def compare(
                     model=name,
                     baseline=baseline,
                     scores={tokens.source: _score(tokens, i, own, against, progress) for i, tokens in enumerate(sets)},
+                    tasks={},
+                    baseline_tasks=baseline_tasks,
                     bits_per_weight=source.bits_per_weight(),
                     model_bits_per_weight=source.model_bits_per_weight(),
                     bytes=source.bytes(),
@@ -209,7 +228,8 @@ def compare(
                     dtype=str(precision).removeprefix("torch."),
                 )
             )
-            del own
+            del own  # its hidden states, before tasks need the memory
+            found[-1] = replace(found[-1], tasks=ask(name))
     return found
 
 
@@ -290,6 +310,8 @@ def _tokens(
 
 def _run_blocks(stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress) -> list[Tensor]:
     """Hidden states after the last block, on the CPU."""
+    if not sets:
+        return []
     progress(stage, 0, stream.n_blocks)
     hidden = [torch.cat([stream.embed(ids).cpu() for ids in _batches(tokens.ids)]) for tokens in sets]
     for index in range(stream.n_blocks):

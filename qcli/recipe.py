@@ -27,6 +27,7 @@ from pydantic import (
 from qcli import registry
 from qcli.activations import Activations
 from qcli.distillation import Distillation
+from qcli.gates import Gates
 from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
 from qcli.plugins import EXPORTS, build_method, derived, named_fields
@@ -104,6 +105,18 @@ class Eval(_Section):
     window: int | None = Field(default=None, ge=2, description="tokens of a window; default: the model's, up to 2048")
     max_windows: int | None = Field(default=None, ge=1, description="windows of each text; default: all")
     baseline: str | None = Field(default=None, description="compared with; default: the recipe's model")
+    tasks: list[str] = Field(default=[], description="lm-eval tasks, as arc_easy, piqa")
+    include_path: str | None = Field(default=None, description="folder of more task files")
+    limit: int | None = Field(default=None, ge=1, description="questions of each task; default: all")
+    fewshot: int | None = Field(default=None, ge=0, description="examples before each question; default: the task's")
+    gates: Gates | None = Field(default=None, description="what fails the run with exit code 4")
+
+    @model_validator(mode="after")
+    def _gates_of_tasks(self) -> Eval:
+        unasked = [] if self.gates is None else [task for task in self.gates.min_task if task not in self.tasks]
+        if unasked:
+            raise ValueError(f"gates.min_task names {', '.join(unasked)}, tasks does not")
+        return self
 
 
 class Recipe(_Section):

@@ -220,7 +220,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
     score = module.Score(math.inf, None, None, None, 1, 8, "")
-    found = Evaluation("m", None, {"a": score}, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    found = Evaluation("m", None, {"a": score}, {}, {}, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is None
 
 

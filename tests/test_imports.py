@@ -29,6 +29,7 @@ LAYERS = (
         "transforms",
         "low_rank",
         "activations",
+        "gates",
     ),
     ("models", "compute", "shards", "checkpoint", "run_folder", "self_text", "data", "hf"),
     (
@@ -43,6 +44,7 @@ LAYERS = (
         *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
         "evaluate",
+        "tasks",
         "verify",
         "inspection",
         "export",
@@ -55,7 +57,7 @@ VERBS = ("calibrate", "quantize", "distill", "pack", "evaluate", "verify", "insp
 TORCH_FREE_AT_THE_TOP = (
     *("errors", "registry", "progress", "processes", "format", "method", "yaml_places", "recipe", "recipe_errors"),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
-    *("refine", "distillation", "plan", "ui", "doctor", "cli", "formats", "methods"),
+    *("refine", "distillation", "gates", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}

@@ -1,15 +1,21 @@
 """`qcli eval`."""
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.errors import UsageError
 from qcli.ui import Session, Tables, bits, size
+
+if TYPE_CHECKING:
+    from qcli.gates import Gates
 
 
 def evaluate(
-    model: flags.Model,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hub ids, folders or .gguf files.")],
     baseline: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement against this model."),
@@ -19,7 +25,8 @@ def evaluate(
         typer.Option(
             metavar="SRC",
             help="Text: wikitext2, c4, ptb, self (sampled from the baseline), a .txt, .jsonl or .parquet file, or a "
-            "folder of `qcli calibrate` that the model has not seen; may be repeated. Default: wikitext2.",
+            "folder of `qcli calibrate` that the model has not seen; may be repeated. Default: wikitext2, with --tasks "
+            "none.",
         ),
     ] = None,
     window: Annotated[
@@ -27,6 +34,24 @@ def evaluate(
         typer.Option(metavar="W", min=2, help="Tokens of a window. Default: the model's context, up to 2048."),
     ] = None,
     max_windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as arc_easy,piqa; models whole in memory.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with more task files.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ask the first N questions of a task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Examples before a question. Default: the task's.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail above this KL.")] = None,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(metavar="X", help="Gate: fail above this perplexity over the baseline's.")
+    ] = None,
+    min_task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=X", help="Gate: fail below this score; may be repeated.")
+    ] = None,
+    max_task_drop: Annotated[
+        float | None, typer.Option(metavar="X", help="Gate: fail if a task loses more against the baseline.")
+    ] = None,
     device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,
@@ -36,25 +61,98 @@ def evaluate(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Measure perplexity, and what was lost against a baseline.
+    """Measure models, and what was lost against a baseline.
 
     The loss is the KL divergence of the predictions, and how often the likeliest token is the same. Windows of
-    text do not overlap and start without a begin token. Models may be larger than memory.
+    text do not overlap and start without a begin token; for them, models may be larger than memory. Gates that
+    fail are named, and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.evaluate import evaluate as run
+        names = tasks.split(",") if tasks else []
+        gates = _gates(baseline, names, max_kl, max_ppl_ratio, min_task or [], max_task_drop)
+        texts = data or ([] if names else ["wikitext2"])
+        if not texts and gates is not None and (gates.max_kl is not None or gates.max_ppl_ratio is not None):
+            raise UsageError("--max-kl and --max-ppl-ratio need text", hint="--data wikitext2")
+        from qcli.evaluate import compare
+        from qcli.gates import require
 
-        result = run(
-            model,
+        if names:
+            from qcli.tasks import Tasks
+
+            asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
+        found = compare(
+            models,
             baseline=baseline,
-            data=data or ["wikitext2"],
+            data=texts,
             window=window,
             max_windows=max_windows,
+            tasks=asked if names else None,
             device=device,
             dtype=dtype,
             progress=session.progress,
         )
-        session.result(result.to_json(), show_evaluation)
+        results = [evaluation.to_json() for evaluation in found]
+        if len(results) == 1:
+            session.result(results[0], show_evaluation)
+        else:
+            session.result({"models": results}, show_comparison)
+        require(gates, results)
+
+
+def _gates(
+    baseline: str | None,
+    tasks: Sequence[str],
+    max_kl: float | None,
+    max_ppl_ratio: float | None,
+    min_task: Sequence[str],
+    max_task_drop: float | None,
+) -> "Gates | None":
+    from qcli.gates import Gates
+
+    least = dict(_least(bound) for bound in min_task)
+    bounds = {"max_kl": max_kl, "max_ppl_ratio": max_ppl_ratio, "max_task_drop": max_task_drop}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    if not given and not least:
+        return None
+    if given and baseline is None:
+        flag = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{flag} compares with a baseline", hint="--baseline MODEL names it")
+    unasked = [task for task in least if task not in tasks]
+    if unasked:
+        raise UsageError(f"--min-task names {unasked[0]}, --tasks does not")
+    if max_task_drop is not None and not tasks:
+        raise UsageError("--max-task-drop needs --tasks")
+    return Gates(**given, min_task=least)
+
+
+def _least(bound: str) -> tuple[str, float]:
+    task, _, value = bound.partition("=")
+    try:
+        return task, float(value)
+    except ValueError:
+        raise UsageError(f"--min-task: {bound!r} is not TASK=NUMBER", hint="as --min-task arc_easy=0.40") from None
+
+
+def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
+    """A row for each model: size, perplexities, losses, task scores; the baseline first."""
+    models = found["models"]
+    first = models[0]
+    texts, tasks = list(first["perplexity"]), list(first["tasks"])
+    columns = ["model", "bits/weight", "size", *(f"perplexity {text}" for text in texts), "KL", "top-1", *tasks]
+    rows = []
+    if (baseline := first["baseline"]) is not None:
+        scores = [first["tasks"][task]["baseline"] for task in tasks]
+        rows.append([baseline["model"], None, None, *baseline["perplexity"].values(), None, None, *scores])
+    for model in models:
+        values = [score["value"] for score in model["perplexity"].values()]
+        scores = [model["tasks"][task]["score"] for task in tasks]
+        rows.append(
+            [
+                *(model["model"], model["bits_per_weight"], size(model["bytes"])),
+                *(*values, model["kl"], model["top1_agreement"], *scores),
+            ]
+        )
+    tables.table(columns, rows)
 
 
 def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
@@ -66,7 +164,9 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
         value, reference = score["value"], before.get(data)
         ratio = value / reference if value and reference else None
         rows.append((data, value, reference, ratio, score["windows"], score["window"], score["tokens"]))
-    tables.table(columns, rows)
+    if rows:
+        tables.table(columns, rows)
+    show_tasks(tables, found["tasks"])
     tables.pairs(
         {
             "KL to baseline": found["kl"],
@@ -75,3 +175,13 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
             "size": size(found["bytes"]),
         }
     )
+
+
+def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:
+    """The main metric of each task."""
+    rows = [
+        (task, found["metric"], found["score"], found["stderr"], found["baseline"], found["samples"])
+        for task, found in tasks.items()
+    ]
+    if rows:
+        tables.table(("task", "metric", "score", "+-", "baseline", "questions"), rows)

@@ -31,15 +31,19 @@ def run(
     """Run every stage that a recipe names.
 
     Quantizes, then distills, packs and evaluates where the recipe says so. Results are DIR/quantized,
-    DIR/distilled, DIR/packed and DIR/eval.json. What is done already is skipped.
+    DIR/distilled, DIR/packed and DIR/eval.json. What is done already is skipped. Exits with 4 where a gate fails.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+        from qcli.gates import require
         from qcli.recipe_loading import load_recipe
 
         resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the results")
-        session.result(_stages(resolved, Path(resolved.out), session), show)
+        results = _stages(resolved, Path(resolved.out), session)
+        session.result(results, show)
+        if resolved.eval is not None:
+            require(resolved.eval.gates, [results["eval"]])
 
 
 def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
@@ -51,7 +55,12 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
     source = plan(recipe).source
     inputs = {"source": source.fingerprint(), "recipe": recipe.fingerprint_fields()}
-    stages = Stages(folder)
+    stages, tasks = Stages(folder), None
+    if recipe.eval is not None and recipe.eval.tasks:
+        from qcli.tasks import Tasks
+
+        wanted = recipe.eval
+        tasks = Tasks(wanted.tasks, wanted.include_path, wanted.limit, wanted.fewshot)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:
@@ -86,7 +95,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             progress=session.progress,
         )
     if recipe.eval is not None:
-        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump()}):
+        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump(exclude={"gates"})}):
             from qcli.evaluate import evaluate
 
             wanted = recipe.eval
@@ -96,6 +105,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
                 data=wanted.perplexity,
                 window=wanted.window,
                 max_windows=wanted.max_windows,
+                tasks=tasks,
                 device=recipe.device,
                 dtype="auto",
                 progress=session.progress,

@@ -38,3 +38,38 @@ def test_table_and_errors(invoke: Invoke, model: Path, text: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "wikitext2" in err
+
+
+def test_several_models_are_compared_and_gates_name_what_fails(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
+    eight, two = tmp_path / "eight", tmp_path / "two"
+    for bits, folder in ((8, eight), (2, two)):
+        small = ("--method", "rtn", "--bits", bits, "--group-size", 32)
+        assert invoke("quantize", model, *small, "--out", folder).code == 0
+    flags = ("--baseline", model, "--data", text, "--window", 64, "--max-windows", 2)
+    code, out, err = invoke("eval", eight, two, *flags, "--max-kl", 0.001, "--json")
+    assert code == 4
+    found = json.loads(out)["models"]
+    assert [entry["model"] for entry in found] == [str(eight), str(two)]
+    assert found[0]["kl"] < 0.001 < found[1]["kl"]
+    assert err.splitlines()[-2].startswith(f"error: {two}: gate max_kl 0.001: KL is ")
+    assert str(eight) not in "".join(line for line in err.splitlines() if line.startswith("error"))
+    alone = invoke("eval", two, *flags, "--json")
+    assert json.loads(alone.out)["kl"] == found[1]["kl"]
+    code, out, _ = invoke("eval", eight, two, *flags, "--max-kl", 10, "--max-ppl-ratio", 10)
+    assert code == 0
+    assert out.count("\n") >= 5 and "bits/weight" in out
+
+
+def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
+    for flags, problem in (
+        (("--max-kl", 1), "--max-kl compares with a baseline"),
+        (("--min-task", "x=1"), "--min-task names x, --tasks does not"),
+        (("--min-task", "x"), "'x' is not TASK=NUMBER"),
+        (("--baseline", model, "--max-task-drop", 1), "--max-task-drop needs --tasks"),
+        (("--tasks", "arc_easyy"), "task 'arc_easyy' does not exist"),
+    ):
+        code, out, err = invoke("eval", model, *flags)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and problem in err

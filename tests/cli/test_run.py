@@ -109,3 +109,15 @@ def test_other_settings_conflict_with_what_is_there(
 def test_out_is_required(invoke: Invoke, recipe: Path) -> None:
     code, _, err = invoke("run", recipe)
     assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+
+
+def test_a_failed_gate_fails_the_run_and_can_be_moved(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 1e-9}")
+    assert code == 4
+    assert "gate max_kl 1e-09: KL is" in err
+    code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 10}")
+    assert code == 0, err
+    code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={min_task: {piqa: 0.6}}")
+    assert code == 2
+    assert "gates.min_task names piqa, tasks does not" in err
