@@ -20,6 +20,7 @@ from qcli.checkpoint import MANIFEST, read_manifest
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
 from qcli.data import SELF, Tokens, calibration_tokens, context_length, evaluation_tokens, is_folder
 from qcli.errors import ResourceError, UsageError, VerificationError
+from qcli.layer_errors import BlockErrors, layer_errors
 from qcli.memory import free_memory
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
@@ -65,6 +66,7 @@ class Evaluation:
     Attributes:
         scores: by data set, as the user named it.
         tasks, baseline_tasks: by name; both models answer the same questions.
+        blocks: errors by block and layer on the first text, where asked for.
         bits_per_weight: stored bits per weight of the quantizable layers, tables included.
         model_bits_per_weight: the same of the whole model.
         bytes: of the files that hold the weights.
@@ -75,6 +77,7 @@ class Evaluation:
     scores: dict[str, Score]
     tasks: dict[str, TaskResult]
     baseline_tasks: dict[str, TaskResult]
+    blocks: list[BlockErrors] | None
     bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
@@ -106,6 +109,7 @@ class Evaluation:
             "top1_agreement": self.top1_agreement,
             "baseline": baseline,
             "tasks": {name: self._task(name) for name in self.tasks},
+            "blocks": None if self.blocks is None else [asdict(block) for block in self.blocks],
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
@@ -137,6 +141,7 @@ def evaluate(
     window: int | None = None,
     max_windows: int | None = None,
     tasks: Tasks | None = None,
+    layers: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -149,6 +154,7 @@ def evaluate(
         window=window,
         max_windows=max_windows,
         tasks=tasks,
+        layers=layers,
         device=device,
         dtype=dtype,
         progress=progress,
@@ -164,6 +170,7 @@ def compare(
     window: int | None = None,
     max_windows: int | None = None,
     tasks: Tasks | None = None,
+    layers: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -177,6 +184,7 @@ def compare(
         window: tokens per window; by default 2048, or the models' context if that is shorter.
         max_windows: of each data set, use only the first ones.
         tasks: what each model is asked besides, whole in memory.
+        layers: find the error of every block and layer against the baseline, on the first text.
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
 
     Raises:
@@ -187,6 +195,8 @@ def compare(
     """
     if not data and tasks is None:
         raise UsageError("no data to evaluate on", hint="--data wikitext2, a file, or `self`")
+    if layers and (baseline is None or not data):
+        raise UsageError("errors by layer compare with a baseline on text", hint="--baseline MODEL --data SRC")
     if SELF in data and baseline is None and len(models) > 1:
         raise UsageError("data self: each model would write its own text", hint="--baseline MODEL writes it for all")
     where, precision = resolve_device(device), resolve_dtype(dtype)
@@ -221,6 +231,7 @@ def compare(
                     scores={tokens.source: _score(tokens, i, own, against, progress) for i, tokens in enumerate(sets)},
                     tasks={},
                     baseline_tasks=baseline_tasks,
+                    blocks=None,
                     bits_per_weight=source.bits_per_weight(),
                     model_bits_per_weight=source.model_bits_per_weight(),
                     bytes=source.bytes(),
@@ -229,7 +240,11 @@ def compare(
                 )
             )
             del own  # its hidden states, before tasks need the memory
-            found[-1] = replace(found[-1], tasks=ask(name))
+            blocks = None
+            if layers and reference is not None:
+                both = [ModelStream(each, device=where, dtype=precision) for each in (source, reference)]
+                blocks = layer_errors(both[0], both[1], _batches(sets[0].ids), progress)
+            found[-1] = replace(found[-1], tasks=ask(name), blocks=blocks)
     return found
 
 

@@ -16,12 +16,18 @@ from transformers import AutoModelForCausalLM
 from qcli import evaluate as module
 from qcli.calibrate import calibrate
 from qcli.errors import ResourceError, UsageError, VerificationError
-from qcli.evaluate import Evaluation, evaluate
+from qcli.evaluate import Evaluation, compare, evaluate
 from qcli.models.stream import ModelStream
 from qcli.quantize import quantize
 from qcli.recipe_loading import load_recipe
 from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer
 
+LLAMA = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(80))
 
 
@@ -183,6 +189,32 @@ def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pyt
     assert not alive
 
 
+@torch.no_grad()
+def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> None:
+    baseline = tiny_model("llama", tmp_path)
+    other = perturbed(baseline, tmp_path)
+    (found,) = compare([str(other)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    assert found.blocks is not None
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (other, baseline)]
+    path = "mlp.down_proj"
+    seen: list[Tensor] = []
+    linears = [model.model.layers[1].get_submodule(path) for model in models]
+    linears[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    states = [model(windows, output_hidden_states=True).hidden_states for model in models]
+    own, exact = (linear(seen[0]) for linear in linears)
+    assert found.blocks[1].layers[path] == pytest.approx(float((own - exact).norm() ** 2 / exact.norm() ** 2), rel=1e-4)
+    difference = (states[0][1] - states[1][1]).norm() ** 2 / states[1][1].norm() ** 2
+    assert found.blocks[0].accumulated == pytest.approx(float(difference), rel=1e-4)
+    assert set(found.blocks[0].layers) == {name for group in LLAMA for name in group}
+    (same,) = compare([str(baseline)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    assert same.blocks is not None
+    assert all(error == 0 for block in same.blocks for error in (block.own, block.accumulated, *block.layers.values()))
+    with pytest.raises(UsageError, match="compare with a baseline"):
+        compare([str(other)], data=[text], layers=True, device="cpu")
+
+
 def test_global_generators_and_precision_are_left_alone(tmp_path: Path, text: str) -> None:
     before = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
     first = evaluate(str(tiny_model("llama", tmp_path)), data=[text, "self"], window=32, device="cpu")
@@ -220,7 +252,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
     score = module.Score(math.inf, None, None, None, 1, 8, "")
-    found = Evaluation("m", None, {"a": score}, {}, {}, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    found = Evaluation("m", None, {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is None
 
 

@@ -44,7 +44,7 @@ LAYERS = (
         *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
         "evaluate",
-        "tasks",
+        *("tasks", "layer_errors"),
         "verify",
         "inspection",
         "export",

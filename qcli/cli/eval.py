@@ -42,6 +42,9 @@ def evaluate(
     fewshot: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Examples before a question. Default: the task's.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also the error of every layer and block against the baseline.")
+    ] = False,
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail above this KL.")] = None,
     max_ppl_ratio: Annotated[
         float | None, typer.Option(metavar="X", help="Gate: fail above this perplexity over the baseline's.")
@@ -87,6 +90,7 @@ def evaluate(
             window=window,
             max_windows=max_windows,
             tasks=asked if names else None,
+            layers=layers,
             device=device,
             dtype=dtype,
             progress=session.progress,
@@ -167,6 +171,8 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
     if rows:
         tables.table(columns, rows)
     show_tasks(tables, found["tasks"])
+    if found["blocks"]:
+        show_blocks(tables, found["blocks"])
     tables.pairs(
         {
             "KL to baseline": found["kl"],
@@ -185,3 +191,15 @@ def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:
     ]
     if rows:
         tables.table(("task", "metric", "score", "+-", "baseline", "questions"), rows)
+
+
+def show_blocks(tables: Tables, blocks: list[dict[str, Any]]) -> None:
+    """Errors of outputs, by block and by kind of layer; of blocks the layer that errs most."""
+    from qcli.layer_errors import by_kind
+
+    rows = []
+    for block in blocks:
+        worst = max(block["layers"], key=block["layers"].get)
+        rows.append((block["block"], block["own"], block["accumulated"], worst, block["layers"][worst]))
+    tables.table(("block", "own error", "accumulated", "worst layer", "its error"), rows)
+    tables.table(("layers", "mean error"), list(by_kind(blocks).items()))
