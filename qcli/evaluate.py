@@ -7,7 +7,7 @@ block, the hidden states, and the logits of a few hundred positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcli import __version__
-from qcli.checkpoint import MANIFEST, read_manifest
+from qcli.cache import Cache
+from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
 from qcli.data import SELF, Tokens, calibration_tokens, context_length, evaluation_tokens, is_folder
 from qcli.errors import ResourceError, UsageError, VerificationError
@@ -142,6 +143,7 @@ def evaluate(
     max_windows: int | None = None,
     tasks: Tasks | None = None,
     layers: bool = False,
+    cache: Cache | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -155,6 +157,7 @@ def evaluate(
         max_windows=max_windows,
         tasks=tasks,
         layers=layers,
+        cache=cache,
         device=device,
         dtype=dtype,
         progress=progress,
@@ -171,6 +174,7 @@ def compare(
     max_windows: int | None = None,
     tasks: Tasks | None = None,
     layers: bool = False,
+    cache: Cache | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -186,6 +190,8 @@ def compare(
         tasks: what each model is asked besides, whole in memory.
         layers: find the error of every block and layer against the baseline, on the first text.
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
+
+        cache: keeps what the baseline gives.
 
     Raises:
         UsageError: no such model or data, text too short or that of a model's calibration, or models and baseline
@@ -212,18 +218,25 @@ def compare(
 
     with matmul_precision(fast=False), torch.inference_mode():
 
-        def run(name: str, source: Source) -> _Run:
+        def run(name: str, source: Source, keep: Cache) -> _Run:
             stream = ModelStream(source, device=where, dtype=precision)
-            return _Run(name, stream, _run_blocks(stream, sets, f"evaluating {name}", progress))
+            key = {"hidden": [tokens.sha256 for tokens in sets], **_key(source, where, precision, keep)}
+            states = keep.tensors(key, lambda: _run_blocks(stream, sets, f"evaluating {name}", progress))
+            return _Run(name, stream, [states[str(number)] for number in range(len(sets))])
 
-        def ask(name: str) -> dict[str, TaskResult]:
-            return {} if tasks is None else tasks.run(name, where, precision, progress)
+        def ask(name: str, source: Source, keep: Cache) -> dict[str, TaskResult]:
+            if tasks is None:
+                return {}
+            key = {**tasks.key, **_key(source, where, precision, keep)}
+            results = keep.values(key, lambda: _plain(tasks.run(name, where, precision, progress)))
+            return {task: TaskResult(**result) for task, result in results.items()}
 
-        against = None if reference is None else run(str(baseline), reference)
-        baseline_tasks = {} if baseline is None else ask(baseline)
+        none, kept = Cache(None), cache or Cache(None)
+        against = None if reference is None else run(str(baseline), reference, kept)
+        baseline_tasks = {} if reference is None else ask(str(baseline), reference, kept)
         found = []
         for name, source in zip(models, sources, strict=True):
-            own = run(name, source)
+            own = run(name, source, none)
             found.append(
                 Evaluation(
                     model=name,
@@ -244,7 +257,7 @@ def compare(
             if layers and reference is not None:
                 both = [ModelStream(each, device=where, dtype=precision) for each in (source, reference)]
                 blocks = layer_errors(both[0], both[1], _batches(sets[0].ids), progress)
-            found[-1] = replace(found[-1], tasks=ask(name), blocks=blocks)
+            found[-1] = replace(found[-1], tasks=ask(name, source, none), blocks=blocks)
     return found
 
 
@@ -323,16 +336,26 @@ def _tokens(
     return tokens[0]
 
 
-def _run_blocks(stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress) -> list[Tensor]:
-    """Hidden states after the last block, on the CPU."""
+def _key(source: Source, device: torch.device, dtype: torch.dtype, cache: Cache) -> dict[str, Any]:
+    """What decides what a model gives; its files are read whole only if anything is kept."""
+    content = source.content() if cache.folder is not None else None
+    return {"model": content, "device": device.type, "dtype": str(dtype), **versions()}
+
+
+def _plain(results: Mapping[str, TaskResult]) -> dict[str, Any]:
+    return {task: asdict(result) for task, result in results.items()}
+
+
+def _run_blocks(stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress) -> dict[str, Tensor]:
+    """Hidden states after the last block by the number of their data set, on the CPU."""
     if not sets:
-        return []
+        return {}
     progress(stage, 0, stream.n_blocks)
     hidden = [torch.cat([stream.embed(ids).cpu() for ids in _batches(tokens.ids)]) for tokens in sets]
     for index in range(stream.n_blocks):
         _run_block(stream, index, hidden)
         progress(stage, index + 1, stream.n_blocks)
-    return hidden
+    return {str(number): states for number, states in enumerate(hidden)}
 
 
 def _run_block(stream: ModelStream, index: int, hidden: list[Tensor]) -> None:

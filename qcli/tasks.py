@@ -14,6 +14,7 @@ import torch
 from qcli.errors import UsageError
 from qcli.models.source import open_source
 from qcli.progress import Progress
+from qcli.shards import sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -74,6 +75,18 @@ class Tasks:
                     hint=f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them",
                 )
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What decides a model's results, besides the model."""
+        from importlib.metadata import version
+
+        return {
+            "tasks": [_definition(self._manager, name) for name in self.names],
+            "limit": self.limit,
+            "fewshot": self.fewshot,
+            "lm_eval": version("lm_eval"),
+        }
+
     def run(self, model: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> dict[str, TaskResult]:
         """Ask a model, as transformers loads it.
 
@@ -107,6 +120,15 @@ def _manager(include_path: str | None) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
+
+
+def _definition(manager: TaskManager, name: str) -> list[str]:
+    """What defines a task or a group: its file, and data files on this machine."""
+    entry = manager.task_index[name]
+    data = (entry.cfg or {}).get("dataset_kwargs", {}).get("data_files", {})
+    local = [Path(file) for file in (data.values() if isinstance(data, Mapping) else [data]) if isinstance(file, str)]
+    files = [file for file in (entry.yaml_path, *local) if file is not None and Path(file).is_file()]
+    return [name, *(sha256(Path(file)) for file in files)]
 
 
 def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -55,6 +55,9 @@ def evaluate(
     max_task_drop: Annotated[
         float | None, typer.Option(metavar="X", help="Gate: fail if a task loses more against the baseline.")
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep what the baseline gave before.")
+    ] = False,
     device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,
@@ -68,7 +71,7 @@ def evaluate(
 
     The loss is the KL divergence of the predictions, and how often the likeliest token is the same. Windows of
     text do not overlap and start without a begin token; for them, models may be larger than memory. Gates that
-    fail are named, and the exit code is 4.
+    fail are named, and the exit code is 4. What the baseline gives is kept in $QCLI_CACHE (~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         names = tasks.split(",") if tasks else []
@@ -76,6 +79,7 @@ def evaluate(
         texts = data or ([] if names else ["wikitext2"])
         if not texts and gates is not None and (gates.max_kl is not None or gates.max_ppl_ratio is not None):
             raise UsageError("--max-kl and --max-ppl-ratio need text", hint="--data wikitext2")
+        from qcli.cache import Cache, default_folder
         from qcli.evaluate import compare
         from qcli.gates import require
 
@@ -91,6 +95,7 @@ def evaluate(
             max_windows=max_windows,
             tasks=asked if names else None,
             layers=layers,
+            cache=Cache(None if no_cache else default_folder()),
             device=device,
             dtype=dtype,
             progress=session.progress,

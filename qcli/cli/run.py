@@ -96,6 +96,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         )
     if recipe.eval is not None:
         if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump(exclude={"gates"})}):
+            from qcli.cache import Cache, default_folder
             from qcli.evaluate import evaluate
 
             wanted = recipe.eval
@@ -106,6 +107,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
                 window=wanted.window,
                 max_windows=wanted.max_windows,
                 tasks=tasks,
+                cache=Cache(default_folder()),
                 device=recipe.device,
                 dtype="auto",
                 progress=session.progress,

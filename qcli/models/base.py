@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcli import shards
 from qcli.errors import UnsupportedError, UsageError
 from qcli.format import Format, StoredTensor
 from qcli.models import arch
@@ -101,9 +102,13 @@ class Source:
         """Write tokenizer, chat template and generation config: all but config and weights."""
         raise NotImplementedError
 
-    def bytes(self) -> int:
-        """Size of the files that hold the weights."""
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in order."""
         raise NotImplementedError
+
+    def bytes(self) -> int:
+        """Size of these files."""
+        return sum(self._file_sizes())
 
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
@@ -119,6 +124,11 @@ class Source:
         described = json.dumps([self.config, headers, self._file_sizes()], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
+    def content(self) -> str:
+        """sha256 of config and weight files, byte by byte."""
+        hashes = [shards.sha256(file) for file in self.weight_files()]
+        return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
+
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -126,7 +136,7 @@ class Source:
         raise NotImplementedError
 
     def _file_sizes(self) -> list[int]:
-        raise NotImplementedError
+        return [file.stat().st_size for file in self.weight_files()]
 
     def _linear_names(self) -> Iterator[tuple[str, int, int]]:
         """Name, block and group of every layer that config and row announce."""

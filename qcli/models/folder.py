@@ -75,9 +75,6 @@ class FolderSource(Source):
                 if file.is_file():
                     shutil.copyfile(file, out / file.name)
 
-    def bytes(self) -> int:
-        return sum(self._file_sizes())
-
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         for name in names:
             if name not in self.extents:
@@ -87,9 +84,8 @@ class FolderSource(Source):
     def _stored_bytes(self, name: str) -> int:
         return self.extents[name].bytes
 
-    def _file_sizes(self) -> list[int]:
-        files = sorted({extent.file for extent in self.extents.values()})
-        return [file.stat().st_size for file in files]
+    def weight_files(self) -> list[Path]:
+        return sorted({extent.file for extent in self.extents.values()})
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -100,9 +100,6 @@ class GGUFSource(Source):
         self.tokenizer().save_pretrained(out)
         GenerationConfig.from_model_config(self._config).save_pretrained(out)
 
-    def bytes(self) -> int:
-        return sum(self._file_sizes())
-
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         import numpy as np
         import torch
@@ -123,8 +120,8 @@ class GGUFSource(Source):
     def _stored_bytes(self, name: str) -> int:
         return self._entries[name].bytes
 
-    def _file_sizes(self) -> list[int]:
-        return [self.path.stat().st_size]
+    def weight_files(self) -> list[Path]:
+        return [self.path]
 
     def _converted_config(self, path: Path) -> PreTrainedConfig:
         from transformers import AutoConfig

@@ -21,6 +21,11 @@ class Outcome(NamedTuple):
 Invoke = Callable[..., Outcome]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCLI_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
     """`invoke("quantize", model, "--json")`: exit code, stdout and stderr."""
