@@ -56,6 +56,7 @@ class Session:
         quiet: no progress, no notes.
         verbose: 1 explains more, 2 shows tracebacks and the libraries' warnings.
         resumable: whether the same command continues an interrupted run.
+        markdown: tables are drawn for documents.
         together: whether several processes of `torchrun` can share the work; the first one alone prints the result.
     """
 
@@ -67,9 +68,10 @@ class Session:
         verbose: int = 0,
         resumable: bool = False,
         together: bool = False,
+        markdown: bool = False,
     ) -> None:
         self.json, self.quiet, self.verbose, self.resumable = json, quiet or not is_first(), verbose, resumable
-        self.together = together
+        self.together, self.markdown = together, markdown
         self.memory_hint = "fewer calibration samples or a shorter seq_len take less"
         self._exits = contextlib.ExitStack()
 
@@ -125,7 +127,7 @@ class Session:
         if self.json or show is None:
             print(json.dumps(_finite(data), indent=2), file=self.stdout, flush=True)
         else:
-            show(Tables(_console(self.stdout)), dict(data))
+            show(Tables(_console(self.stdout), markdown=self.markdown), dict(data))
             self.stdout.flush()
 
     def text(self, text: str) -> None:
@@ -148,11 +150,14 @@ class Session:
 class Tables:
     """Draws results; names from files are shown as they are, never as markup or control codes."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, markdown: bool = False) -> None:
+        self.console, self.markdown = console, markdown
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
         """Rows under a header; numbers to the right."""
+        if self.markdown:
+            self._markdown_table(columns, rows, title)
+            return
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -170,7 +175,15 @@ class Tables:
         shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
         width = max(map(len, shown), default=0)
         for name, value in shown.items():
-            self.line(f"{name:<{width}}  {value}")
+            self.line(f"- {name}: {value}" if self.markdown else f"{name:<{width}}  {value}")
+
+    def _markdown_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None) -> None:
+        def row(cells: Sequence[Any]) -> str:
+            return f"| {' | '.join(_cell(value).replace('|', chr(92) + '|') for value in cells)} |"
+
+        lines = [row(columns), f"|{'|'.join('---' for _ in columns)}|", *map(row, rows), ""]
+        for line in [title, "", *lines] if title else lines:
+            self.line(line)
 
     def line(self, text: str) -> None:
         """One line of text."""

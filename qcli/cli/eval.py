@@ -64,6 +64,7 @@ def evaluate(
         typer.Option(metavar="TYPE", help="auto (float32), float32, bfloat16 or float16, while computing."),
     ] = "auto",
     json: flags.Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown tables.")] = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
@@ -73,7 +74,7 @@ def evaluate(
     text do not overlap and start without a begin token; for them, models may be larger than memory. Gates that
     fail are named, and the exit code is 4. What the baseline gives is kept in $QCLI_CACHE (~/.cache/qcli).
     """
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = tasks.split(",") if tasks else []
         gates = _gates(baseline, names, max_kl, max_ppl_ratio, min_task or [], max_task_drop)
         texts = data or ([] if names else ["wikitext2"])

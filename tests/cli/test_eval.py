@@ -60,6 +60,11 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     code, out, _ = invoke("eval", eight, two, *flags, "--max-kl", 10, "--max-ppl-ratio", 10)
     assert code == 0
     assert out.count("\n") >= 5 and "bits/weight" in out
+    code, out, _ = invoke("eval", eight, two, *flags, "--markdown")
+    header, rule, *rows = out.strip().splitlines()
+    assert header.startswith("| model | bits/weight | size | perplexity")
+    assert rule == f"|{'|'.join(['---'] * 6)}|"
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 
 def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
