@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from qcli.allocator import return_large_blocks
 from qcli.errors import QcliError
 from qcli.processes import count as processes
 from qcli.processes import is_first
@@ -87,6 +88,7 @@ class Session:
         with contextlib.suppress(ValueError):  # not the main thread
             previous = signal.signal(signal.SIGTERM, _terminate)
             self._exits.callback(signal.signal, signal.SIGTERM, previous)
+        return_large_blocks()
         self.progress = self._progress()
         if processes() > 1 and not self.together:
             self._exits.close()

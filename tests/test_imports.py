@@ -14,7 +14,7 @@ import qcli
 
 ROOT = Path(qcli.__file__).parent
 LAYERS = (
-    ("errors", "registry", "bits", "progress", "memory", "processes", "_autoload"),
+    ("errors", "registry", "bits", "progress", "memory", "allocator", "processes", "_autoload"),
     ("format", "quantized", "formats"),
     (
         "method",
@@ -55,7 +55,18 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 VERBS = ("calibrate", "quantize", "distill", "pack", "evaluate", "verify", "inspection")
 TORCH_FREE_AT_THE_TOP = (
-    *("errors", "registry", "progress", "processes", "format", "method", "yaml_places", "recipe", "recipe_errors"),
+    *(
+        "errors",
+        "registry",
+        "progress",
+        "processes",
+        "allocator",
+        "format",
+        "method",
+        "yaml_places",
+        "recipe",
+        "recipe_errors",
+    ),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
     *("refine", "distillation", "gates", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
