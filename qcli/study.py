@@ -145,6 +145,7 @@ def make_row(recipe: str, point: dict[str, Any], address: str, out: str, progres
         found = {"status": "failed", "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
     except (RuntimeError, MemoryError, OSError) as error:
         found = {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0], "exit_code": 1}
+    shutil.rmtree(Path(out) / _WORK / address, ignore_errors=True)
     return row | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
 
 
@@ -189,7 +190,6 @@ def _measured(text: str, out: Path, address: str, progress: Progress) -> Row:
         progress=progress,
     )
     seconds["eval"] = time.monotonic() - begun
-    shutil.rmtree(work)
     return {
         "status": "done",
         **found.to_json(),

@@ -30,7 +30,7 @@ def rows_from_ray(
     ray.init(address=address, num_cpus=None if address else workers, log_to_driver=False, include_dashboard=False)
     try:
         remote = ray.remote(num_cpus=1, max_retries=1)(make_row)
-        waiting = {}
+        waiting: dict[Any, Any] = {}
         queue = list(jobs)
         while queue or waiting:
             while queue and len(waiting) < workers:
