@@ -75,6 +75,26 @@ def run(
         session.result(result.to_json(), show_studied)
 
 
+@app.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Write DIR/report: tables, plots and recommended recipes, as HTML and Markdown."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.study_report import write_report
+
+        session.result({"written": [str(file) for file in write_report(folder)]}, show_written)
+
+
+def show_written(tables: Tables, found: dict[str, Any]) -> None:
+    """The files."""
+    for file in found["written"]:
+        tables.line(file)
+
+
 def _costs(study: Any) -> dict[str, Any]:
     from qcli.plan import plan
 
