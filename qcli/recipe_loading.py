@@ -44,7 +44,7 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str]
     for name, value in flags.items():
         if value is not None:
             draft.put(name.split("."), value, _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-")))
-    return _checked(draft), draft.origins
+    return checked(draft), draft.origins
 
 
 def from_flags(cls: type[Model], values: Mapping[str, Any]) -> Model:
@@ -64,7 +64,7 @@ def _flag(path: str) -> str:
     return _FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
-def _checked(draft: Draft) -> Recipe:
+def checked(draft: Draft) -> Recipe:
     """The valid recipe, or every error at once."""
     found: list[Issue] = []
     rest = {key: value for key, value in draft.data.items() if key not in ("method", "transforms")}

@@ -34,7 +34,7 @@ LAYERS = (
     ("models", "compute", "shards", "checkpoint", "run_folder", "cache", "self_text", "data", "hf"),
     (
         *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
-        *("recipe", "recipe_loading", "recipe_schema", "plan"),
+        *("recipe", "recipe_loading", "recipe_schema", "plan", "study_grid"),
     ),
     (
         "block_transforms",
@@ -50,6 +50,7 @@ LAYERS = (
         "export",
         "exports",
     ),
+    ("study", "study_ray", "study_findings", "study_plots", "study_report"),
     ("doctor", "ui", "cli", "__main__"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

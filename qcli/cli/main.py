@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, verify
+from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
 from qcli.ui import show_error
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(study.app, name="study")
 app.command("doctor")(doctor.doctor)
 
 

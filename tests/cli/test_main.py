@@ -14,7 +14,7 @@ from qcli import __version__
 from qcli.cli.main import app
 from tests.cli.conftest import Invoke
 
-COMMANDS = ("calibrate", "quantize", "distill", "eval", "pack", "run", "inspect", "verify", "recipe", "doctor")
+COMMANDS = ("calibrate", "quantize", "distill", "eval", "pack", "run", "inspect", "verify", "recipe", "study", "doctor")
 
 
 def test_version(invoke: Invoke) -> None:

@@ -1,0 +1,138 @@
+"""`qcli study`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from qcli.cli import _flags as flags
+from qcli.errors import UsageError
+from qcli.ui import Session, Tables, duration, size
+
+MOST = 100  # runs that need no --yes
+
+
+class RunOrReport(TyperGroup):
+    """A group whose first argument may also be the file of a study."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`study FILE` is `study run FILE`."""
+        known = args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
+app = typer.Typer(
+    cls=RunOrReport,
+    no_args_is_help=True,
+    help="Run grids of recipes, and report on them.",
+)
+
+
+@app.command("run")
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="File with base, grid, include and exclude.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of rows; taken up again.")] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")] = 1,
+    executor: Annotated[str, typer.Option(metavar="WHERE", help="local, or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="Of a Ray cluster; default: this machine.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MOST} runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they would take.")] = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Run what is missing of a study.
+
+    Rows are appended to DIR/results.jsonl as runs end. Interrupted or extended, the same command goes on; runs that
+    fail are rows too.
+    """
+    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+        from qcli.study import require_size, run_study
+        from qcli.study_grid import load_study
+
+        if executor not in ("local", "ray"):
+            raise UsageError(f"--executor: must be local or ray, not {executor!r}")
+        found = load_study(study)
+        if dry_run:
+            session.result(_costs(found), show_costs)
+            return
+        if out is None:
+            raise UsageError("--out: required", hint="name the folder of the rows, or look first with --dry-run")
+        require_size(found, MOST, yes)
+        result = run_study(
+            found,
+            out,
+            workers=workers,
+            executor="ray" if executor == "ray" else "local",
+            address=address,
+            retry=retry,
+            progress=session.progress,
+        )
+        session.result(result.to_json(), show_studied)
+
+
+@app.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    verbose: flags.Verbose = 0,
+) -> None:
+    """Write DIR/report: tables, plots and recommended recipes, as HTML and Markdown."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.study_report import write_report
+
+        session.result({"written": [str(file) for file in write_report(folder)]}, show_written)
+
+
+def show_written(tables: Tables, found: dict[str, Any]) -> None:
+    """The files."""
+    for file in found["written"]:
+        tables.line(file)
+
+
+def _costs(study: Any) -> dict[str, Any]:
+    from qcli.plan import plan
+
+    rows = []
+    for each in study.runs:
+        todo = plan(each.recipe)
+        bits, needed = todo.bits_per_weight, todo.peak_memory
+        rows.append({"point": each.point, "bits_per_weight": bits, "bytes": todo.bytes, "peak_memory_estimate": needed})
+    return {"study": study.source, "axes": study.axes, "runs": rows}
+
+
+def show_costs(tables: Tables, found: dict[str, Any]) -> None:
+    """A row for each run."""
+    axes = found["axes"]
+    columns = [*axes, "bits/weight", "size", "peak memory"]
+    rows = [
+        [
+            *(_shown(each["point"].get(axis)) for axis in axes),
+            *(each["bits_per_weight"], size(each["bytes"]), size(each["peak_memory_estimate"])),
+        ]
+        for each in found["runs"]
+    ]
+    tables.table(columns, rows)
+    tables.line(f"{len(rows)} runs")
+
+
+def show_studied(tables: Tables, found: dict[str, Any]) -> None:
+    """How many rows there are."""
+    tables.pairs(
+        {
+            "rows": found["out"] + "/results.jsonl",
+            "done": found["done"],
+            "there before": found["kept"] or None,
+            "failed": f"{found['failed']}; --retry tries them again" if found["failed"] else None,
+            "time": duration(found["seconds"]),
+        }
+    )
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)

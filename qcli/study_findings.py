@@ -1,0 +1,101 @@
+"""What the rows of a study say: sensitivity, the Pareto front, what each axis gains, and which recipe to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+CLASSES = ((0.1, "A: up to 0.1"), (0.5, "B: 0.1 to 0.5"), (math.inf, "C: above 0.5"))
+"""Sensitivity by increase of the mean perplexity (ZeroQuant-V2, arXiv 2303.08302, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A run in figures.
+
+    Attributes:
+        label: its values on the axes, in words.
+        bits: stored bits per weight of the quantized layers.
+        kl: nats per token; None: not finite.
+        perplexity, increase: means over texts, and over the baseline's; None: not finite.
+    """
+
+    row: Row
+    label: str
+    model: str
+    bits: float
+    kl: float | None
+    perplexity: float | None
+    increase: float | None
+
+    @property
+    def sensitivity(self) -> str:
+        """A, B or C."""
+        increase = math.inf if self.increase is None else self.increase
+        return next(name for bound, name in CLASSES if increase <= bound)
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """Of the runs that ended well."""
+    done = [row for row in rows if row["status"] == "done"]
+    return [_finding(row) for row in done]
+
+
+def pareto(found: Sequence[Finding]) -> list[Finding]:
+    """Runs of one model that no other beats: none has fewer bits and a smaller loss; by bits."""
+    front: list[Finding] = []
+    for each in sorted((f for f in found if f.kl is not None), key=lambda f: (f.bits, f.kl)):
+        if not front or (each.kl or 0) < (front[-1].kl or 0):
+            front.append(each)
+    return front
+
+
+def gains(found: Sequence[Finding], axis: str) -> Iterator[tuple[Finding, Finding]]:
+    """Pairs of runs that differ on `axis` alone: the one where it is off (None), and each where it is on."""
+    by_rest: dict[str, list[Finding]] = {}
+    for each in found:
+        rest = {name: value for name, value in each.row["point"].items() if name != axis}
+        by_rest.setdefault(repr((each.model, sorted(rest.items(), key=lambda item: item[0]))), []).append(each)
+    for members in by_rest.values():
+        off = [each for each in members if each.row["point"].get(axis) is None]
+        for before in off[:1]:
+            yield from ((before, each) for each in members if each.row["point"].get(axis) is not None)
+
+
+def best_within(found: Sequence[Finding], bits: float) -> Finding | None:
+    """The run of least loss that takes no more bits."""
+    fitting = [each for each in found if each.kl is not None and each.bits <= bits]
+    return min(fitting, key=lambda each: each.kl or 0.0, default=None)
+
+
+def _finding(row: Row) -> Finding:
+    scores = [score["value"] for score in row["perplexity"].values()]
+    before = list(row["baseline"]["perplexity"].values())
+    finite = bool(scores) and all(value is not None for value in (*scores, *before))
+    mean = sum(scores) / len(scores) if finite else None
+    return Finding(
+        row=row,
+        label=_label(row["point"]),
+        model=str(row["baseline"]["model"]),
+        bits=row["bits_per_weight"],
+        kl=row["kl"],
+        perplexity=mean,
+        increase=None if mean is None else mean - sum(before) / len(before),
+    )
+
+
+def _label(point: Mapping[str, Any]) -> str:
+    parts = []
+    for axis, value in point.items():
+        if value is None or axis == "model":
+            continue
+        if isinstance(value, Mapping):
+            inside = ", ".join(str(inner) if key == "name" else f"{key} {inner}" for key, inner in value.items())
+            parts.append(inside if axis == "method" else f"{axis} ({inside})")
+        else:
+            name = axis.rpartition(".")[2]
+            parts.append(str(value) if name == "name" else f"{name} {value}")
+    return ", ".join(parts) or "base"

@@ -1,0 +1,180 @@
+"""A study: recipes that differ along axes, from one YAML file.
+
+    base: {model: ..., calibration: {...}, eval: {...}}   # a recipe, where every run starts from
+    grid:                                                 # every combination
+      method.name: [rtn, gptq-like]
+      method.bits: [2, 3, 4]
+      refine: [null, {scope: block, steps: 100}]
+    include: [{method.name: onebit}]                      # single runs besides
+    exclude: [{method.name: rtn, method.bits: 2}]         # combinations that are left out
+
+Axes are paths of recipe fields. Everything wrong is told at once, with its place in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from qcli.errors import UsageError
+from qcli.recipe import Recipe
+from qcli.recipe_draft import Draft
+from qcli.recipe_errors import unknown
+from qcli.recipe_loading import checked
+from qcli.yaml_places import KeyPath
+
+_SECTIONS = ("base", "grid", "include", "exclude")
+_NOT_DECISIVE = {"device", "out", "resume", "pack"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe of a study.
+
+    Attributes:
+        point: its value on each axis.
+        recipe: resolved.
+        address: hash of all that decides the run's row.
+    """
+
+    point: dict[str, Any]
+    recipe: Recipe
+    address: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs in the order of the file, each once.
+
+    Attributes:
+        axes: every path that differs between runs.
+    """
+
+    source: str
+    axes: list[str]
+    runs: list[Run]
+
+
+def load_study(path: Path) -> Study:
+    """Read and expand a study.
+
+    Raises:
+        UsageError: everything that is wrong, a line each.
+    """
+    draft = Draft()
+    draft.add_file(path)
+    sections = _Sections(draft)
+    axes = [*dict.fromkeys([*sections.grid, *(axis for entry in sections.include for axis in entry)])]
+    runs: dict[str, Run] = {}
+    lines = list(sections.lines)
+    for point, origins in sections.points():
+        try:
+            recipe = _recipe(sections, point, origins)
+        except UsageError as error:
+            lines += error.message.splitlines()
+            continue
+        address = _address(recipe)
+        runs.setdefault(address, Run(point, recipe, address))
+    lines += sections.idle()
+    if lines:
+        raise UsageError("\n".join(dict.fromkeys(lines)))
+    return Study(str(path), axes, list(runs.values()))
+
+
+class _Sections:
+    """The parts of the file, with what is wrong with their shapes."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self.lines = draft, list(draft.lines)
+        data = draft.data
+        for key in data:
+            if key not in _SECTIONS:
+                self._wrong((key,), unknown(f"key {key!r}", key, _SECTIONS))
+        self.base = self._section("base", dict)
+        self.grid: dict[str, list[Any]] = self._section("grid", dict)
+        self.include: list[dict[str, Any]] = self._section("include", list)
+        self.exclude: list[dict[str, Any]] = self._section("exclude", list)
+        for axis, values in list(self.grid.items()):
+            if not isinstance(values, list) or not values:
+                self._wrong(("grid", axis), "must be a list of values")
+                del self.grid[axis]
+        for name, entries in (("include", self.include), ("exclude", self.exclude)):
+            for number, entry in enumerate(entries):
+                if not isinstance(entry, dict) or not entry:
+                    self._wrong((name, number), "must be a mapping of axes to values")
+        self.include, self.exclude = (
+            [e for e in entries if isinstance(e, dict)] for entries in (self.include, self.exclude)
+        )
+        self.used: set[int] = set()
+
+    def points(self) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+        """Every combination and every single run, and where their values stand."""
+        if self.grid or not self.include:
+            for picks in product(*(enumerate(values) for values in self.grid.values())):
+                point = {axis: value for axis, (_, value) in zip(self.grid, picks, strict=True)}
+                if not self._excluded(point):
+                    places = {
+                        axis: self._place(("grid", axis, i)) for axis, (i, _) in zip(self.grid, picks, strict=True)
+                    }
+                    yield point, places
+        for number, entry in enumerate(self.include):
+            yield dict(entry), {axis: self._place(("include", number, axis)) for axis in entry}
+
+    def idle(self) -> list[str]:
+        """Exclusions that leave nothing out."""
+        return [
+            f"{self._place(('exclude', number))}: leaves nothing out"
+            for number in range(len(self.exclude))
+            if number not in self.used
+        ]
+
+    def _excluded(self, point: Mapping[str, Any]) -> bool:
+        found = False
+        for number, rule in enumerate(self.exclude):
+            if all(
+                axis in point and point[axis] in (value if isinstance(value, list) else [value])
+                for axis, value in rule.items()
+            ):
+                self.used.add(number)
+                found = True
+        return found
+
+    def _section(self, name: str, kind: type[Any]) -> Any:
+        value = self.draft.data.get(name)
+        if value is None:
+            return kind()
+        if not isinstance(value, kind):
+            self._wrong((name,), "must be a mapping" if kind is dict else "must be a list")
+            return kind()
+        return value
+
+    def _wrong(self, path: KeyPath, message: str) -> None:
+        self.lines.append(f"{self._place(path)}: {'.'.join(map(str, path))}: {message}")
+
+    def _place(self, path: KeyPath) -> str:
+        return self.draft.origins.of(path)
+
+
+def _recipe(sections: _Sections, point: Mapping[str, Any], places: Mapping[str, str]) -> Recipe:
+    draft = Draft()
+    draft.data = deepcopy(sections.base)
+    draft.origins.source = sections.draft.origins.source
+    draft.origins.by_path = {
+        path[1:]: place for path, place in sections.draft.origins.by_path.items() if path[:1] == ("base",) and path[1:]
+    }
+    for axis, value in point.items():
+        draft.put(axis.split("."), deepcopy(value), places[axis])
+    return checked(draft)
+
+
+def _address(recipe: Recipe) -> str:
+    decisive = {name: value for name, value in recipe.to_dict().items() if name not in _NOT_DECISIVE}
+    if recipe.eval is not None:
+        decisive["eval"] = recipe.eval.model_dump(mode="json", exclude={"gates"})
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

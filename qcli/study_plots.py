@@ -1,0 +1,82 @@
+"""Pictures of a study, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qcli.study_findings import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARKS = "osD^v<>PX*hd"
+
+
+def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
+    """Bits per weight against KL, a mark for each method, and the Pareto front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    methods: dict[str, list[Finding]] = {}
+    for each in found:
+        if each.kl is not None and each.kl > 0:
+            methods.setdefault(_method(each), []).append(each)
+    for place, (name, members) in enumerate(sorted(methods.items())):
+        axes.scatter(
+            [each.bits for each in members],
+            [each.kl or 0 for each in members],
+            marker=_MARKS[place % len(_MARKS)],
+            color=f"C{place % 10}",
+            s=30,
+            label=_text(name),
+        )
+    line = [each for each in front if each.kl]
+    axes.plot([each.bits for each in line], [each.kl or 0 for each in line], color="0.3", linewidth=1, zorder=0)
+    axes.set(xlabel="bits per weight, tables counted", ylabel="KL to full precision, nats per token", yscale="log")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return _png(figure)
+
+
+def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
+    """KL without against KL with: below the diagonal, the axis pays."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    before, after = ([max(pair[i].kl or 0, 1e-6) for pair in pairs] for i in (0, 1))
+    low, high = min(before + after) / 1.2, max(before + after) * 1.2
+    axes.plot([low, high], [low, high], color="0.6", linewidth=1)
+    axes.scatter(before, after, s=28)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="KL without",
+        ylabel=_text(f"KL with {axis}"),
+        xlim=(low, high),
+        ylim=(low, high),
+    )
+    axes.grid(which="both", alpha=0.25)
+    return _png(figure)
+
+
+def _method(each: Finding) -> str:
+    """The runs of one mark: method, and what follows or precedes it."""
+    recipe = each.row["point"]
+    method = recipe.get("method.name") or (recipe.get("method") or {}).get("name") or "base"
+    extra = [axis for axis in ("transforms", "refine", "low_rank", "activations", "distill") if recipe.get(axis)]
+    return " + ".join([str(method), *extra])
+
+
+def _text(words: str) -> str:
+    """Names are no formulas."""
+    return words.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

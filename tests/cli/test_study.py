@@ -1,0 +1,91 @@
+"""`qcli study`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qcli import study as module
+from tests.cli.conftest import Invoke
+
+
+@pytest.fixture
+def study(tmp_path: Path, model: Path, text: Path) -> Path:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"""
+base:
+  model: {model}
+  calibration: {{data: {text}, samples: 4, seq_len: 32}}
+  eval: {{perplexity: [{text}], window: 32, max_windows: 2}}
+grid:
+  method: [{{name: rtn, bits: 3, group_size: 32}}, {{name: gptq-like, bits: 2, group_size: 32}}]
+include:
+  - {{method: {{name: onebit}}, calibration.data: nowhere.txt}}
+"""
+    )
+    return file
+
+
+def rows(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, err = invoke("study", study, "--out", out, "--json")
+    assert code == 0, err
+    assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
+    done = rows(out)
+    assert [row["status"] for row in done] == ["done", "done", "failed"]
+    assert done[2]["error"] == "nowhere.txt: no such file" and done[2]["exit_code"] == 2
+    assert all(row["kl"] > 0 and 2 < row["bits_per_weight"] < 5 for row in done[:2])  # type: ignore[operator]
+    assert not any((out / "work").iterdir())
+    code, stdout, _ = invoke("study", study, "--out", out, "--json")
+    assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
+    (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
+    study.write_text(study.read_text().replace("nowhere.txt", str(text)))
+    code, stdout, _ = invoke("study", study, "--out", out, "--json")
+    assert json.loads(stdout)["done"] == 1, "another run than the one that failed"
+    assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
+
+
+def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert invoke("study", study, "--out", alone).code == 0
+    assert invoke("study", study, "--out", shared, "--workers", 2).code == 0
+    kls = [{row["address"]: row.get("kl") for row in rows(out)} for out in (alone, shared)]
+    assert kls[0] == kls[1] and len(kls[0]) == 3
+
+
+def test_dry_run_shows_what_runs_would_take(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    code, stdout, err = invoke("study", study, "--dry-run", "--json")
+    assert code == 0, err
+    found = json.loads(stdout)
+    assert [each["bits_per_weight"] for each in found["runs"]] == pytest.approx([3.59, 2.56, 1.5], abs=0.2)
+    assert "3 runs" in invoke("study", study, "--dry-run").out
+
+
+def test_what_is_no_study_is_refused(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke("study", study).code == 2
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("")
+    code, _, err = invoke("study", study, "--out", full)
+    assert (code, err.splitlines()[0]) == (3, f"error: {full} exists and is no study")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "study.json").write_text('{"version": 0}')
+    code, _, err = invoke("study", study, "--out", old)
+    assert code == 3 and "is a study of version 0" in err
+    monkeypatch.setattr("qcli.study_ray.find_spec", lambda name: None)
+    code, _, err = invoke("study", study, "--out", tmp_path / "ray", "--executor", "ray")
+    assert code == 6 and "pip install 'qcli[ray]'" in err
+    monkeypatch.setattr("qcli.cli.study.MOST", 2)
+    code, _, err = invoke("study", study, "--out", tmp_path / "many")
+    assert code == 2 and "has 3 runs" in err and "--yes" in err
+    assert module.VERSION == 1

@@ -1,0 +1,77 @@
+"""Studies from files: what they expand to, and what is told of wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qcli.errors import UsageError
+from qcli.study_grid import Study, load_study
+
+STUDY = """
+base:
+  model: some/model
+  calibration: {samples: 16, seq_len: 128}
+  method: {group_size: 32}
+grid:
+  method.name: [rtn, gptq-like]
+  method.bits: [2, 3]
+  refine: [null, {scope: block, steps: 5}]
+include:
+  - {method: {name: onebit}}
+  - {method.name: rtn, method.bits: 3}
+exclude:
+  - {method.name: rtn, method.bits: [2, 8]}
+"""
+
+
+def study(tmp_path: Path, text: str) -> Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    return load_study(file)
+
+
+def test_grids_expand_to_recipes(tmp_path: Path) -> None:
+    found = study(tmp_path, STUDY)
+    assert found.axes == ["method.name", "method.bits", "refine", "method"]
+    told = [
+        (run.recipe.method.name, run.recipe.method.format.bits, run.recipe.refine and run.recipe.refine.steps)
+        for run in found.runs
+    ]
+    assert told == [
+        ("rtn", 3, None),
+        ("rtn", 3, 5),
+        *((("gptq-like", bits, steps)) for bits in (2, 3) for steps in (None, 5)),
+        ("onebit", 1, None),
+    ], "a run that is named twice is one run"
+    assert all(run.recipe.calibration.samples == 16 for run in found.runs)
+    assert found.runs[0].point == {"method.name": "rtn", "method.bits": 3, "refine": None}
+    assert len({run.address for run in found.runs}) == len(found.runs)
+
+
+def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
+    first = study(tmp_path, "base: {model: a, eval: {perplexity: [x]}}")
+    same = study(tmp_path, "base: {model: a, out: elsewhere, device: cpu, eval: {perplexity: [x], gates: {max_kl: 1}}}")
+    other = study(tmp_path, "base: {model: a, eval: {perplexity: [y]}}")
+    assert len(first.runs) == 1
+    assert first.runs[0].address == same.runs[0].address != other.runs[0].address
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("grids: {}", r"study\.yaml:1:1: grids: unknown key 'grids'; did you mean 'grid'\?"),
+        ("base: []", r"study\.yaml:1:1: base: must be a mapping"),
+        ("base: {model: m}\ngrid: {method.bits: 3}", r"study\.yaml:2:8: grid\.method\.bits: must be a list of values"),
+        ("base: {model: m}\ngrid: {method.bitz: [3]}", r"study\.yaml:2:22: .*did you mean 'bits'"),
+        ("base: {model: m}\ngrid: {method.bits: [3, 12]}", r"study\.yaml:2:25: .*bits"),
+        ("base: {model: m, seed: x}", r"study\.yaml:1:18: seed"),
+        ("base: {model: m}\nexclude: [{method.bits: 3}]", r"study\.yaml:2:11: leaves nothing out"),
+        ("base: {model: m}\ninclude: [3]", r"include\.0: must be a mapping of axes"),
+        ("grid: {method.bits: [3]}", "model: required"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=problem):
+        study(tmp_path, text)

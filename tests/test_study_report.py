@@ -1,0 +1,70 @@
+"""What a report says of rows: by hand for a few made-up ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcli.errors import StateError
+from qcli.study_findings import best_within, findings, gains, pareto
+from qcli.study_report import write_report
+
+
+def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -> dict[str, Any]:
+    return {
+        "address": f"{point}",
+        "status": "done",
+        "point": point,
+        "recipe": f"model: {point}\n",
+        "bits_per_weight": bits,
+        "kl": kl,
+        "top1_agreement": 0.9,
+        "perplexity": {"a": {"value": perplexity}, "b": {"value": perplexity}},
+        "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
+        "seconds": {"quantize": 3.0},
+    }
+
+
+ROWS = [
+    row(4.0, 0.1, 11.05, method={"name": "rtn", "bits": 4}, low_rank=None),
+    row(4.2, 0.05, 11.4, method={"name": "rtn", "bits": 4}, low_rank={"rank": 8}),
+    row(3.0, 0.5, 14.0, method={"name": "rtn", "bits": 3}, low_rank=None),
+    row(3.2, 0.6, 13.0, method={"name": "rtn", "bits": 3}, low_rank={"rank": 8}),
+    row(2.0, None, None, method={"name": "rtn", "bits": 2}, low_rank=None),
+    {"address": "x", "status": "failed", "point": {"method": "|broken|"}, "recipe": "", "error": "no <b>text</b>"},
+]
+
+
+def test_classes_front_gains_and_budgets() -> None:
+    found = findings(ROWS)
+    assert [each.sensitivity[0] for each in found] == ["A", "B", "C", "C", "C"]
+    assert [each.label for each in found[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
+    assert found[0].increase == pytest.approx(0.05)
+    assert [each.bits for each in pareto(found)] == [3.0, 4.0, 4.2]
+    pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]
+    assert pairs == [(4.0, 4.2), (3.0, 3.2)]
+    best = [best_within(found, bits) for bits in (2.5, 3.1, 4.1, 9.0)]
+    assert [each and each.bits for each in best] == [None, 3.0, 4.0, 4.2]
+
+
+def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="is no study"):
+        write_report(tmp_path)
+    (tmp_path / "study.json").write_text('{"version": 1}')
+    with pytest.raises(StateError, match="no run has ended well"):
+        write_report(tmp_path)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ROWS))
+    html, markdown, *recipes = write_report(tmp_path)
+    page, text = html.read_text(), markdown.read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "no &lt;b&gt;text" in page
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
+    assert r"\|broken\|" in text and r"\<script\>" in text
+    assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
+    assert [file.name for file in recipes] == ["recipe-3.1bpw.yaml", "recipe-4.1bpw.yaml", "recipe-4.6bpw.yaml"]
+    assert recipes[0].read_text() == ROWS[2]["recipe"]
+    first = html.read_bytes()
+    write_report(tmp_path)
+    assert html.read_bytes() == first
