@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from qcli.errors import ResourceError, UsageError
-from qcli.processes import count
+from qcli.launch import count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

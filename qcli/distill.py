@@ -25,13 +25,14 @@ from qcli.distill_blocks import distill_blocks
 from qcli.distill_model import distill_model
 from qcli.distill_plan import intend, pair
 from qcli.distillation import Distillation
+from qcli.launch import count
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.native import NativeSource
 from qcli.models.source import Source
 from qcli.plan import SHARD_SIZE
 from qcli.plots import can_plot, plot_training
-from qcli.processes import count, together
+from qcli.processes import together
 from qcli.progress import Progress, silent
 from qcli.recipe import Recipe
 from qcli.recipe_text import to_yaml

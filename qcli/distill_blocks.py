@@ -41,7 +41,7 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
     ours, theirs = (
         [stream.embed(batch) for batch in lesson.tokens.split(lesson.pass_samples)] for stream in (student, teacher)
     )
-    given = [student.embed(lesson.tokens[lesson.n_trained :])]
+    given = [student.embed(sample[None]) for sample in lesson.tokens[lesson.n_trained :]]
     for index in range(student.n_blocks):
         progress("blocks", index, student.n_blocks)
         _advance(theirs, teacher, index, teacher.load_block(index), fast)
@@ -56,11 +56,9 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
         _advance(given, student, index, student.load_block(index), fast)
         _advance(ours, student, index, _as_stored(lesson, student, index, tensors), fast)
     progress("blocks", student.n_blocks, student.n_blocks)
-    held = list(range(lesson.n_trained, len(lesson.tokens)))
-    wanted = _logits(teacher, rows(theirs, held), fast)
-    before, after = (
-        float(kl_divergence(wanted, _logits(student, hidden, fast)).mean()) for hidden in (given[0], rows(ours, held))
-    )
+    held = range(lesson.n_trained, len(lesson.tokens))
+    wanted, trained = ([rows(hidden, [row]) for row in held] for hidden in (theirs, ours))
+    before, after = (_kl(teacher, student, wanted, found, fast) for found in (given, trained))
     better = after < before
     whole = Outcome(
         before=before,
@@ -108,6 +106,9 @@ def _train_block(
                 errors.append(token_errors(found, wanted, median).mean())
         return float(torch.stack(errors).mean())
 
+    if not block.layers:  # all dense: nothing to train
+        error = judged()
+        return {}, Outcome(before=error, after=error, best_step=0, steps=0, curve=((0, None, error),))
     outcome = optimize(
         parameter_groups(block.layers.values(), tables_lr=options.tables_lr, weights_lr=options.weights_lr),
         backward,
@@ -132,6 +133,14 @@ def _as_stored(lesson: Lesson, stream: ModelStream, index: int, tensors: Mapping
 def _logits(stream: ModelStream, hidden: Tensor, fast: bool) -> Tensor:
     with matmul_precision(fast=fast, device=stream.device):
         return stream.logits(hidden).float().flatten(0, 1)
+
+
+def _kl(teacher: ModelStream, student: ModelStream, wanted: list[Tensor], found: list[Tensor], fast: bool) -> float:
+    """Mean over samples of the same length; the logits of one are in memory at a time."""
+    total = 0.0
+    for one, other in zip(wanted, found, strict=True):
+        total += float(kl_divergence(_logits(teacher, one, fast), _logits(student, other, fast)).mean())
+    return total / len(wanted)
 
 
 def _advance(hidden: list[Tensor], stream: ModelStream, index: int, block: nn.Module, fast: bool) -> None:

@@ -13,10 +13,10 @@ from qcli.data import is_folder
 from qcli.distill_model import needed_memory
 from qcli.distillation import Distillation
 from qcli.errors import ResourceError, UsageError
+from qcli.launch import count, count_here
 from qcli.memory import free_memory
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
-from qcli.processes import count, count_here
 from qcli.recipe import Recipe
 
 

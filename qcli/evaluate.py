@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qcli import __version__
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
 from qcli.data import SELF, Tokens, calibration_tokens, context_length, evaluation_tokens, is_folder
 from qcli.errors import ResourceError, UsageError, VerificationError
-from qcli.layer_errors import BlockErrors, layer_errors
+from qcli.evaluation import Evaluation, Score
+from qcli.layer_errors import layer_errors
 from qcli.memory import free_memory
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
@@ -31,107 +31,6 @@ from qcli.tasks import TaskResult, Tasks
 _WINDOW = 2048
 _BATCH_TOKENS = 4096  # in flight in one block
 _LOGITS = 1 << 25  # logits in memory at a time, a model
-
-
-@dataclass(frozen=True)
-class Score:
-    """Loss on one data set. Every window predicts its tokens but the first, from those before them in it.
-
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood of the predicted tokens.
-        kl: mean over them of KL(baseline || model), in nats; None without a baseline.
-        top1_agreement: share of them for which both models' likeliest token is the same.
-        baseline_perplexity: the baseline's, on the same tokens.
-        windows, window: number of windows, and tokens in each; they do not overlap and have no bos.
-        sha256: of the windows' tokens.
-    """
-
-    perplexity: float
-    kl: float | None
-    top1_agreement: float | None
-    baseline_perplexity: float | None
-    windows: int
-    window: int
-    sha256: str
-
-    @property
-    def tokens(self) -> int:
-        """Predicted tokens."""
-        return self.windows * (self.window - 1)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `evaluate` measured, and on what.
-
-    Attributes:
-        scores: by data set, as the user named it.
-        tasks, baseline_tasks: by name; both models answer the same questions.
-        blocks: errors by block and layer on the first text, where asked for.
-        bits_per_weight: stored bits per weight of the quantizable layers, tables included.
-        model_bits_per_weight: the same of the whole model.
-        bytes: of the files that hold the weights.
-    """
-
-    model: str
-    baseline: str | None
-    scores: dict[str, Score]
-    tasks: dict[str, TaskResult]
-    baseline_tasks: dict[str, TaskResult]
-    blocks: list[BlockErrors] | None
-    bits_per_weight: float
-    model_bits_per_weight: float
-    bytes: int
-    device: str
-    dtype: str
-
-    @property
-    def kl(self) -> float | None:
-        """Mean over the tokens of all data sets of KL(baseline || model); None without a baseline."""
-        return self._mean([score.kl for score in self.scores.values()])
-
-    @property
-    def top1_agreement(self) -> float | None:
-        """The same mean of the top-1 agreement."""
-        return self._mean([score.top1_agreement for score in self.scores.values()])
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        import transformers
-
-        baseline = None
-        if self.baseline is not None:
-            values = {data: score.baseline_perplexity for data, score in self.scores.items()}
-            baseline = {"model": self.baseline, "perplexity": values}
-        return {
-            "model": self.model,
-            "perplexity": {data: _protocol(score) for data, score in self.scores.items()},
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-            "baseline": baseline,
-            "tasks": {name: self._task(name) for name in self.tasks},
-            "blocks": None if self.blocks is None else [asdict(block) for block in self.blocks],
-            "bits_per_weight": self.bits_per_weight,
-            "model_bits_per_weight": self.model_bits_per_weight,
-            "bytes": self.bytes,
-            "device": self.device,
-            "dtype": self.dtype,
-            "versions": {
-                "qcli": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-    def _task(self, name: str) -> dict[str, Any]:
-        before = self.baseline_tasks.get(name)
-        return asdict(self.tasks[name]) | {"baseline": None if before is None else before.score}
-
-    def _mean(self, values: list[float | None]) -> float | None:
-        if self.baseline is None or not values:
-            return None
-        tokens = [score.tokens for score in self.scores.values()]
-        return sum(value * n for value, n in zip(values, tokens, strict=True) if value is not None) / sum(tokens)
 
 
 def evaluate(
@@ -190,7 +89,6 @@ def compare(
         tasks: what each model is asked besides, whole in memory.
         layers: find the error of every block and layer against the baseline, on the first text.
         dtype: of weights and activations; `auto` is float32, with exact matrix products.
-
         cache: keeps what the baseline gives.
 
     Raises:
@@ -268,14 +166,6 @@ class _Run:
     name: str
     stream: ModelStream
     hidden: list[Tensor]
-
-
-def _protocol(score: Score) -> dict[str, Any]:
-    fields = asdict(score)
-    del fields["baseline_perplexity"]
-    value = fields.pop("perplexity")
-    value = value if math.isfinite(value) else None  # JSON has no infinity
-    return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
 
 
 def _context(source: Source) -> int:

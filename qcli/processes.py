@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from qcli.errors import QcliError
+from qcli.launch import count
 
 if TYPE_CHECKING:
     import torch
@@ -117,21 +117,6 @@ class Processes:
 
             mesh = init_device_mesh(self.device.type, (self.size,))
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
-
-
-def is_first() -> bool:
-    """Whether this process writes and prints; asked before any group of processes exists."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def count() -> int:
-    """How many processes `torchrun` has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def count_here() -> int:
-    """How many of them run on this machine, and share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -116,6 +116,8 @@ class Eval(_Section):
         unasked = [] if self.gates is None else [task for task in self.gates.min_task if task not in self.tasks]
         if unasked:
             raise ValueError(f"gates.min_task names {', '.join(unasked)}, tasks does not")
+        if self.gates is not None and self.gates.max_task_drop is not None and not self.tasks:
+            raise ValueError("gates.max_task_drop needs tasks")
         return self
 
 

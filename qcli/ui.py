@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qcli.allocator import return_large_blocks
 from qcli.errors import QcliError
-from qcli.processes import count as processes
-from qcli.processes import is_first
+from qcli.launch import count as processes
+from qcli.launch import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,10 @@ class Session:
         self.progress = self._progress()
         if processes() > 1 and not self.together:
             self._exits.close()
-            show_error("this command runs in one process", hint="only `qcli distill` shares its work under torchrun")
+            show_error(
+                f"this command runs in one process, WORLD_SIZE says {processes()}",
+                hint="only `qcli distill` shares its work under torchrun; elsewhere unset WORLD_SIZE",
+            )
             raise SystemExit(USAGE)
         return self
 

@@ -98,13 +98,25 @@ def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: P
     assert any(not torch.equal(after[name], code) for name, code in before.items())
 
 
-@pytest.mark.parametrize("loss", ["loss=onebit", "loss=dad", "hidden_mse=0.1"])
-def test_every_loss_brings_predictions_closer(loss: str, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (("loss=onebit",), ()),
+        (("loss=dad",), ()),
+        (("loss=dad", "detached=false"), ("loss=dad",)),
+        (("hidden_mse=0.1",), ()),
+    ],
+)
+def test_every_loss_brings_predictions_closer(
+    options: tuple[str, ...], others: tuple[str, ...], tmp_path: Path, text: Path
+) -> None:
     teacher, pupil = student(tmp_path, text)
-    outcome = teach(pupil, teacher, tmp_path / "out", text, f"distill.{loss}").outcome
-    assert outcome.after < 0.97 * outcome.before
-    plain = teach(pupil, teacher, tmp_path / "plain", text).outcome
-    assert outcome.after != plain.after
+    found, other = (
+        teach(pupil, teacher, tmp_path / name, text, *(f"distill.{option}" for option in sets)).outcome
+        for name, sets in (("found", options), ("other", others))
+    )
+    assert found.after < 0.97 * found.before
+    assert found.after != other.after
 
 
 @pytest.mark.parametrize(
@@ -161,6 +173,27 @@ def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
     whole = teach(pupil, teacher, tmp_path / "whole", text, "dtype=float32")
     assert result.outcome.before == pytest.approx(whole.outcome.before, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_a_block_that_stayed_dense(scope: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, overrides=[{"match": "model.layers.0.*", "dense": True}])
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text, f"distill.scope={scope}")
+    assert verify(out).layers == 7
+    assert result.outcome.after < result.outcome.before
+    if scope == "block":
+        dense = result.blocks[0]
+        assert dense.steps == 0
+        assert dense.before == pytest.approx(0, abs=1e-6), "it gets and gives what the teacher's does"
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_the_training_is_drawn(scope: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, f"distill.scope={scope}")
+    assert result.plot is not None
+    assert (tmp_path / "out" / result.plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path) -> None:

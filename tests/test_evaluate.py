@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from qcli import evaluate as module
 from qcli.calibrate import calibrate
 from qcli.errors import ResourceError, UsageError, VerificationError
-from qcli.evaluate import Evaluation, compare, evaluate
+from qcli.evaluate import compare, evaluate
+from qcli.evaluation import Evaluation, Score
 from qcli.models.stream import ModelStream
 from qcli.quantize import quantize
 from qcli.recipe_loading import load_recipe
@@ -251,7 +252,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
-    score = module.Score(math.inf, None, None, None, 1, 8, "")
+    score = Score(math.inf, None, None, None, 1, 8, "")
     found = Evaluation("m", None, {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is None
 

@@ -14,7 +14,7 @@ import qcli
 
 ROOT = Path(qcli.__file__).parent
 LAYERS = (
-    ("errors", "registry", "bits", "progress", "memory", "allocator", "processes", "_autoload"),
+    ("errors", "registry", "bits", "progress", "memory", "allocator", "launch", "processes", "_autoload"),
     ("format", "quantized", "formats"),
     (
         "method",
@@ -43,7 +43,7 @@ LAYERS = (
         "quantize",
         *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
-        "evaluate",
+        *("evaluate", "evaluation"),
         *("tasks", "layer_errors"),
         "verify",
         "inspection",

@@ -104,6 +104,17 @@ def test_flag_that_the_method_lacks_is_named() -> None:
     assert line.startswith("--ridge: unknown key; method 'rtn' has: ")
 
 
+def test_gates_that_nothing_could_fail_are_refused() -> None:
+    for gates, problem in (
+        ("{max_task_drop: 0.1}", "gates.max_task_drop needs tasks"),
+        ("{min_task: {piqa: 0.4}}", "gates.min_task names piqa, tasks does not"),
+        ("{}", "names no gate"),
+    ):
+        (line,) = problems(None, {"model": "m"}, (f"eval.gates={gates}",))
+        assert line.startswith(("eval", "--set eval.gates"))
+        assert problem in line
+
+
 def test_missing_model_has_a_hint() -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(None, {"method.name": "rtn"})

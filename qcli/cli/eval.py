@@ -118,6 +118,7 @@ def _gates(
     max_task_drop: float | None,
 ) -> "Gates | None":
     from qcli.gates import Gates
+    from qcli.recipe_loading import from_flags
 
     least = dict(_least(bound) for bound in min_task)
     bounds = {"max_kl": max_kl, "max_ppl_ratio": max_ppl_ratio, "max_task_drop": max_task_drop}
@@ -132,7 +133,7 @@ def _gates(
         raise UsageError(f"--min-task names {unasked[0]}, --tasks does not")
     if max_task_drop is not None and not tasks:
         raise UsageError("--max-task-drop needs --tasks")
-    return Gates(**given, min_task=least)
+    return from_flags(Gates, {**given, **({"min_task": least} if least else {})})
 
 
 def _least(bound: str) -> tuple[str, float]:
