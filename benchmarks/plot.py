@@ -1,13 +1,17 @@
-"""Bits per weight against KL for every method and peer measured alike: python -m benchmarks.plot -> bits-kl.png."""
+"""Pictures of what the other benchmarks have kept: python -m benchmarks.plot -> results/*.png."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUITES = ("rtn", "main", "refined", "teq", "lcq")
 FEWEST_SAMPLES = 64  # of what is calibrated: peers and ours alike in the legend, never mixed in one line
@@ -24,9 +28,6 @@ def rows(suffix: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def draw(suffix: str, title: str, to: Path) -> None:
     """One picture: a line for each method, a mark for each peer."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
     from matplotlib import pyplot as plt
 
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -44,6 +45,50 @@ def draw(suffix: str, title: str, to: Path) -> None:
             bits, kl = zip(*points, strict=True)
             axes.scatter(bits, kl, marker=marker, color="0.45", s=45, label=name, zorder=3)
     axes.set(xlabel="bits per weight, tables counted", ylabel="KL to full precision, nats per token", yscale="log")
+    _finish(figure, axes, title, to)
+
+
+def draw_lessons(suite: str, title: str, to: Path) -> None:
+    """How students of `benchmarks.distillation` went: the held-out loss by tokens, a line each."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(12, 6), dpi=120)
+    for row in _lessons(suite):
+        if row["options"].get("loss") == "dad":
+            continue
+        step_tokens = row["tokens"] / row["options"]["steps"]
+        points = [(step * step_tokens / 1000, kl) for step, _, kl in row["curve"] if kl is not None]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=row["name"])
+    axes.set(xlabel="thousand tokens seen", ylabel="held-out KL to the teacher, nats per token", ylim=(0, None))
+    _finish(figure, axes, title, to)
+
+
+def draw_gammas(suite: str, title: str, to: Path) -> None:
+    """What deviation awareness does: KL by gamma, a mark for each seed and a line through the means."""
+    from matplotlib import pyplot as plt
+
+    found: dict[float, list[float]] = {}
+    for row in _lessons(suite):
+        if row["options"].get("loss") == "dad":
+            found.setdefault(row["options"]["gamma"], []).append(row["kl"])
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120)
+    gammas = sorted(found)
+    for place, gamma in enumerate(gammas):
+        axes.plot([place] * len(found[gamma]), found[gamma], "o", color="0.5", markersize=5)
+    means = [sum(found[gamma]) / len(found[gamma]) for gamma in gammas]
+    axes.plot(range(len(gammas)), means, color="C0", marker="D", markersize=6, label="mean of the seeds")
+    axes.set(xlabel="gamma (0: the control)", ylabel="KL to the teacher, nats per token")
+    axes.set_xticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
+    _finish(figure, axes, title, to)
+
+
+def _lessons(suite: str) -> list[dict[str, Any]]:
+    file = RESULTS / f"distillation-{suite}.json"
+    kept: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
+    return [row for row in kept if "curve" in row]
+
+
+def _finish(figure: Figure, axes: Axes, title: str, to: Path) -> None:
     axes.set_title(title)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -59,6 +104,21 @@ def _line(options: dict[str, Any], samples: int) -> str:
     return ", ".join([options["name"], *extra, *calibrated])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
     draw("", "SmolLM2-135M-Instruct, WikiText-2 test, 20 windows of 512 tokens", RESULTS / "bits-kl.png")
-    draw("-8-blocks", "The same, only the first 8 of 30 blocks quantized", RESULTS / "bits-kl-8-blocks.png")
+    for blocks in (4, 8):
+        draw(
+            f"-{blocks}-blocks",
+            f"The same, only the first {blocks} of 30 blocks quantized",
+            RESULTS / f"bits-kl-{blocks}-blocks.png",
+        )
+    for suite, model in (("stories", "stories260k"), ("smollm2", "SmolLM2-135M-Instruct")):
+        draw_lessons(suite, f"Students of {model}", RESULTS / f"distillation-{suite}.png")
+    draw_gammas("stories", "Deviation-aware distillation of stories260k, 2 bits", RESULTS / "distillation-dad.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -121,6 +121,7 @@ class Streamed:
         progress: Progress,
     ) -> None:
         self.todo, self.run, self.fast, self.refine, self.progress = todo, run, fast, todo.recipe.refinement, progress
+        self.last = max(layer.block for layer in todo.layers if todo.methods[layer.name] is not None)
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(todo.source, device=device, dtype=dtype)
         self.batch = max(1, BATCH_TOKENS // tokens.shape[1])
@@ -134,7 +135,9 @@ class Streamed:
         self.transforms.fit_model(self.tokens, self.held_tokens)
 
     def solve(self, block: int) -> SolvedBlock:
-        """Quantize a block whose inputs come through the blocks before it."""
+        """Quantize a block whose inputs come through the blocks before it; nothing runs behind the last such block."""
+        if block > self.last:
+            return SolvedBlock()
         stage = self._stage(block)
         for index, members in enumerate(self._groups(block)):
             for path, solution in self._solve_group(index, members, stage).items():
@@ -145,11 +148,14 @@ class Streamed:
         if self.refine is not None and self.refine.scope == "block" and stage.weights:
             stage.release()
             self._refine_block(stage)
-        self._advance(stage)
+        if block < self.last:
+            self._advance(stage)
         return stage.solved(f"{self.stream.family.blocks}.{block}.", self.transforms.outcomes(block))
 
     def replay(self, block: int, weights: Mapping[str, QuantizedWeight]) -> None:
         """Take the streams through a finished block exactly as `solve` did."""
+        if block >= self.last:
+            return
         stage = self._stage(block)
         for index, members in enumerate(self._groups(block)):
             self._gather(index, stage.quantized, stage.original, frozenset())

@@ -109,6 +109,26 @@ def test_tiny_weights_are_reported(tmp_path: Path) -> None:
     assert "too small for float16" in note
 
 
+def test_nothing_runs_behind_the_last_quantized_block(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, load_block = tiny_model("llama", tmp_path), ModelStream.load_block
+    loaded: list[int] = []
+
+    def counted(stream: ModelStream, block: int) -> torch.nn.Module:
+        loaded.append(block)
+        return load_block(stream, block)
+
+    monkeypatch.setattr(ModelStream, "load_block", counted)
+    cases: tuple[dict[str, Any], ...] = ({}, {"refine__steps": 2})
+    for refined in cases:
+        loaded.clear()
+        out = tmp_path / f"out-{len(refined)}"
+        run(model, out, text, overrides=[{"match": "*.layers.1.*", "dense": True}], **refined)
+        assert loaded == [0]
+        assert verify(out).layers == 7
+
+
 def test_dense_export_is_an_ordinary_model(tmp_path: Path) -> None:
     checkpoint = tmp_path / "out"
     run(tiny_model("llama", tmp_path), checkpoint, method__name="rtn")
