@@ -153,7 +153,6 @@ SUITES: dict[str, list[Row]] = {
         _gptq("w3g64", 16, **FLOAT, **PLAIN, transforms=TEQ),
         *(_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64")),
         *(_gptq(width, 16, **FLOAT, transforms=TEQ) for width in ("w3g64", "w2g64")),
-        *(_row("teq", "w3g64", 16, {"steps": 25, "loss": loss}) for loss in ("block", "kl", "cross-entropy")),
         _row("rtn", "w3g64", 16, {"transforms": [{**TEQ[0], "gradient": "straight-through"}]}),
         _row("teq", "w3g64", 16, {"steps": 1000}),
     ],
