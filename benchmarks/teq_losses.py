@@ -2,12 +2,14 @@
 
 stories260k in 3 bits a row: channel scales trained for the outputs of blocks, for the predictions of the
 full-precision model (KL), or for the text (cross-entropy, the paper's), 100 and 1000 steps, with the gradient through
-the range of a row; and 100 steps with the paper's straight-through one. Trained on 64 windows of 256 tokens that the model has written,
-scored by KL and perplexity on 40 others.
+the range of a row; and 100 steps with the paper's straight-through one. Trained on 64 windows of 256 tokens that the
+model has written, scored by KL and perplexity on 40 others.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="rows whose name has a match of this pattern")
+    only = parser.parse_args().only
     model = str(common.assets() / "models" / "stories260k")
     with tempfile.TemporaryDirectory() as folder:
         written = {}
@@ -42,7 +47,8 @@ def main() -> None:
             recipe, _ = load_recipe(None, fields | {"calibration.samples": samples, "seed": seed})
             calibrate(recipe, Path(folder) / name)
             written[name] = f"{folder}/{name}"
-        for number, (name, options) in enumerate(rows().items()):
+        asked = {name: options for name, options in rows().items() if re.search(only, name)}
+        for number, (name, options) in enumerate(asked.items()):
             transforms = [{"name": "teq", **options["teq"]}] if "teq" in options else []
             fields = {"model": model, "out": f"{folder}/{number}", "transforms": transforms, "dtype": "float32"}
             fields |= {"method.name": options["name"], "method.bits": 3, "method.group_size": -1}
