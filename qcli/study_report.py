@@ -12,9 +12,9 @@ from typing import Any
 from qcli import shards
 from qcli.errors import StateError, UnsupportedError
 from qcli.plots import can_plot
-from qcli.study import read_rows
 from qcli.study_findings import Finding, best_within, findings, gains, pareto
 from qcli.study_plots import plot_front, plot_gains
+from qcli.study_rows import read_rows
 
 _BUDGETS = (2.3, 2.6, 3.1, 3.6, 4.1, 4.6, 5.1, 6.1, 8.6)  # bits per weight that recommendations are given for
 _STYLE = """
