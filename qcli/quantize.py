@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
+from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import calibration_tokens, require_training
+from qcli.data import Tokens, calibration_tokens, is_folder, require_training
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -72,10 +73,13 @@ class Result:
         }
 
 
-def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
+def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = None) -> Result:
     """Quantize a model as the recipe says; `recipe.out` appears complete or not at all.
 
     Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
+
+    Args:
+        cache: keeps the calibration tokens for other runs on the same text.
 
     Raises:
         UsageError: the recipe does not fit the model, or the data is not usable.
@@ -96,7 +100,7 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
     }
     with RunFolder(out, identity, recipe.resume) as run:
         shards.require_space(out, 2 * todo.bytes - run.size())
-        tokens = _tokens(todo, run, device, progress) if todo.streamed else None
+        tokens = _tokens(todo, run, device, cache or Cache(None), progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
             loop: Alone | Streamed = Alone(todo, device)
             if tokens is not None:
@@ -182,25 +186,47 @@ def _changed(todo: Plan, block: int, tensors: dict[str, Tensor]) -> dict[str, Te
     }
 
 
-def _tokens(todo: Plan, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
+def _tokens(todo: Plan, run: RunFolder, device: torch.device, cache: Cache, progress: Progress) -> Tensor:
     from safetensors.torch import load_file
 
     if (file := run.done(_TOKENS)) is None:
-        settings = todo.recipe.calibration
+        ids = shared_tokens(todo.recipe, todo.source, device, cache, progress)
+        if todo.held_out:
+            require_training(Tokens(ids, todo.recipe.calibration.data), todo.held_out)
+        run.commit(_TOKENS, {"tokens": ids})
+        return ids
+    return load_file(file)["tokens"]
+
+
+def shared_tokens(
+    recipe: Recipe, source: Source, device: torch.device, cache: Cache, progress: Progress = silent
+) -> Tensor:
+    """The recipe's calibration tokens, int64 `[samples, length]`; the cache keeps those that must be made first."""
+    settings = recipe.calibration
+
+    def make() -> dict[str, Tensor]:
         tokens = calibration_tokens(
             settings.data,
-            todo.source,
+            source,
             samples=settings.samples,
             seq_len=settings.seq_len,
-            seed=todo.recipe.seed,
+            seed=recipe.seed,
             device=str(device),
             progress=progress,
         )
-        if todo.held_out:
-            require_training(tokens, todo.held_out)
-        run.commit(_TOKENS, {"tokens": tokens.ids})
-        return tokens.ids
-    return load_file(file)["tokens"]
+        return {"ids": tokens.ids}
+
+    if cache.folder is None or is_folder(settings.data):
+        return make()["ids"]
+    key = {
+        "tokens": settings.data,
+        "text": _data_sha256(settings.data),
+        "windows": [settings.samples, settings.seq_len, recipe.seed],
+        "model": source.content(),
+        "device": device.type,
+        **checkpoint.versions(),
+    }
+    return cache.tensors(key, make)["ids"]
 
 
 def _modified(path: Path) -> float:

@@ -65,10 +65,12 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
 
 def _method(each: Finding) -> str:
     """The runs of one mark: method, and what follows or precedes it."""
-    recipe = each.row["point"]
-    method = recipe.get("method.name") or (recipe.get("method") or {}).get("name") or "base"
-    extra = [axis for axis in ("transforms", "refine", "low_rank", "activations", "distill") if recipe.get(axis)]
-    return " + ".join([str(method), *extra])
+    point = each.row["point"]
+    method = point.get("method.name") or point.get("method") or "base"
+    method = method.get("name", "base") if isinstance(method, dict) else method
+    extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
+    named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
+    return " + ".join([str(method), *named])
 
 
 def _text(words: str) -> str:

@@ -51,7 +51,7 @@ def _measured(run: Run, out: Path, progress: Progress) -> Row:
     work.mkdir(parents=True, exist_ok=True)
     final = work / "quantized"
     if not final.exists():
-        quantize(recipe.model_copy(update={"out": str(final)}), progress)
+        quantize(recipe.model_copy(update={"out": str(final)}), progress, cache)
     story = read_manifest(final)
     seconds = {"quantize": story["seconds"]}
     if recipe.distill is not None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qcli.activations import Activations
 
+_TEXT_FILES = (".json", ".model", ".txt")  # of tokenizers, among others
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -125,8 +126,9 @@ class Source:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def content(self) -> str:
-        """sha256 of config and weight files, byte by byte."""
-        hashes = [shards.sha256(file) for file in self.weight_files()]
+        """sha256 of config, tokenizer and weights, byte by byte."""
+        beside = [] if self.path.is_file() else [file for file in self.path.iterdir() if file.suffix in _TEXT_FILES]
+        hashes = [shards.sha256(file) for file in (*self.weight_files(), *sorted(beside))]
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:

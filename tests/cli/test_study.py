@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import qcli
 from qcli import study as module
 from qcli.study_rows import VERSION
 from tests.cli.conftest import Invoke
@@ -61,6 +64,28 @@ def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp
     assert invoke("study", study, "--out", shared, "--workers", 2).code == 0
     kls = [{row["address"]: row.get("kl") for row in rows(out)} for out in (alone, shared)]
     assert kls[0] == kls[1] and len(kls[0]) == 3
+
+
+def test_calibration_tokens_and_baselines_are_made_once(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for place in ("qcli.quantize.calibration_tokens", "qcli.evaluate._run_blocks"):
+        real = attrgetter(place.removeprefix("qcli."))(qcli)
+
+        def counted(*args: Any, _real: Any = real, _place: str = place, **kwargs: Any) -> Any:
+            made.append(_place)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(place, counted)
+    study.write_text(study.read_text().replace("method: [{name: rtn, bits: 3", "method: [{name: gptq-like, bits: 3"))
+    assert invoke("study", study, "--out", tmp_path / "out").code == 0
+    assert made.count("qcli.quantize.calibration_tokens") == 2, "one for the text that is not there"
+    assert made.count("qcli.evaluate._run_blocks") == 3, "two models and one baseline"
+    kept = {row["address"]: row.get("kl") for row in rows(tmp_path / "out")}
+    monkeypatch.setattr("qcli.cache.Cache.tensors", lambda self, key, make: make())
+    assert invoke("study", study, "--out", tmp_path / "fresh").code == 0
+    assert {row["address"]: row.get("kl") for row in rows(tmp_path / "fresh")} == kept
 
 
 def test_any_error_of_a_run_is_a_row(
