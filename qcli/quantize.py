@@ -34,6 +34,7 @@ class Result:
 
     Attributes:
         training: held-out losses before and after, best step and steps, by block and what was trained.
+        allocation: what was predicted and measured where bits were chosen automatically.
     """
 
     out: Path
@@ -45,6 +46,7 @@ class Result:
     peak_memory: dict[str, int]
     resumed_blocks: int = 0
     dense: list[str] = field(default_factory=list)
+    allocation: dict[str, Any] | None = None
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
@@ -69,6 +71,7 @@ class Result:
             "dense": self.dense,
             "training": self.training,
             "unscaled": self.plan.unscaled,
+            "allocation": self.allocation,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -86,18 +89,16 @@ def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = 
         StateError: the output exists or belongs to another run.
         ResourceError: no space.
     """
+    if recipe.allocation is not None:
+        from qcli.allocate import allocate
+
+        return allocate(recipe, progress, cache or Cache(None))
     assert recipe.out is not None
     started = time.monotonic()
     todo, out = plan(recipe), Path(recipe.out)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
-    identity = {
-        "versions": checkpoint.versions(),
-        "compute": {"device": device.type, "bf16": fast},
-        "source": {"headers": todo.source.fingerprint(), "modified": _modified(todo.source.path)},
-        "data": _data_sha256(recipe.calibration.data) if todo.streamed else None,
-        "recipe": recipe.fingerprint_fields(),
-    }
+    identity = identity_of(recipe, todo.source, device, reads=todo.streamed)
     with RunFolder(out, identity, recipe.resume) as run:
         shards.require_space(out, 2 * todo.bytes - run.size())
         tokens = _tokens(todo, run, device, cache or Cache(None), progress) if todo.streamed else None
@@ -121,6 +122,21 @@ def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = 
         )
         _finish(result, run, progress)
     return result
+
+
+def identity_of(recipe: Recipe, source: Source, device: torch.device, *, reads: bool = True) -> dict[str, Any]:
+    """What decides the bytes of a run, as plain data.
+
+    Args:
+        reads: whether it reads the recipe's text.
+    """
+    return {
+        "versions": checkpoint.versions(),
+        "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
+        "source": {"headers": source.fingerprint(), "modified": _modified(source.path)},
+        "data": _data_sha256(recipe.calibration.data) if reads else None,
+        "recipe": recipe.fingerprint_fields(),
+    }
 
 
 def _blocks(
