@@ -15,7 +15,7 @@ from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, is_folder, require_training
+from qcli.data import Tokens, calibration_tokens, content_key, is_folder, require_training
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -235,11 +235,9 @@ def shared_tokens(
     if cache.folder is None or is_folder(settings.data):
         return make()["ids"]
     key = {
-        "tokens": settings.data,
-        "text": _data_sha256(settings.data),
-        "windows": [settings.samples, settings.seq_len, recipe.seed],
-        "model": source.content(),
+        "calibration": [settings.samples, settings.seq_len, recipe.seed],
         "device": device.type,
+        **content_key(settings.data, source),
         **checkpoint.versions(),
     }
     return cache.tensors(key, make)["ids"]

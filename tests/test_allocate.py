@@ -143,7 +143,6 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     again, _ = load_recipe(result.out / "recipe.yaml", {"out": str(tmp_path / "again")})
     assert again.allocation is None and again.calibration.samples == 8
     quantize(again)
-    bytes_of = lambda folder: (folder / "model.safetensors").read_bytes()  # noqa: E731
     assert bytes_of(tmp_path / "again") == bytes_of(result.out)
 
     resumed = wanted.model_copy(update={"out": str(tmp_path / "resumed")})
@@ -153,6 +152,10 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     monkeypatch.undo()
     monkeypatch.setattr("qcli.sensitivity._predicted", _stop)
     assert bytes_of(quantize(resumed).out) == bytes_of(result.out)
+
+
+def bytes_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 def _stop(*_: Any, **__: Any) -> Any:

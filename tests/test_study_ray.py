@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from qcli.study import run_study
@@ -28,28 +30,29 @@ class Killer(threading.Thread):
 
     def __init__(self, runs: Path) -> None:
         super().__init__(daemon=True)
-        self.runs, self.killed = runs, 0
+        self.runs, self.killed = runs, False
 
     def run(self) -> None:
         while not self.killed:
             time.sleep(0.02)
             if self.runs.exists() and any(self.runs.iterdir()):
-                for process in filter(_is_at_work, descendants(os.getpid())):
-                    os.kill(process, signal.SIGKILL)
-                    self.killed = process
-                    return
+                with suppress(OSError):  # processes and threads end while they are looked at
+                    self.killed = any(map(_killed, descendants(os.getpid())))
 
 
-def descendants(parent: int) -> list[int]:
-    found = []
+def descendants(parent: int) -> Iterator[int]:
     for task in Path(f"/proc/{parent}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+            yield child
+            yield from descendants(child)
 
 
-def _is_at_work(process: int) -> bool:
-    return Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::make_row")
+def _killed(process: int) -> bool:
+    """Whether this was a worker at work, which it is no more."""
+    if not Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::make_row"):
+        return False
+    os.kill(process, signal.SIGKILL)
+    return True
 
 
 def test_runs_of_killed_workers_are_taken_up_by_others(tmp_path: Path) -> None:

@@ -118,6 +118,6 @@ def test_bits_chosen_by_measurement_are_shown(invoke: Invoke, model: Path, text:
     assert "target" in out and "shipped" in out and "on 4 held-out samples" in out
     code, _, err = invoke("quantize", model, "--bits", "auto", "--target-bpw", 1, "--group-size", 32, "--dry-run")
     assert code == 2
-    assert err.startswith("error: --target-bpw: must be within 2.5 and ")
+    assert err.startswith("error: --target-bpw: must be within 2.56")
     code, _, err = invoke("quantize", model, "--bits", "auto", "--dry-run")
     assert code == 2 and "method.target_bpw: required" in err
