@@ -50,7 +50,13 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
     before, after = ([max(pair[i].kl or 0, 1e-6) for pair in pairs] for i in (0, 1))
     low, high = min(before + after) / 1.2, max(before + after) * 1.2
     axes.plot([low, high], [low, high], color="0.6", linewidth=1)
-    axes.scatter(before, after, s=28)
+    values: dict[str, list[int]] = {}
+    for number, (_, on) in enumerate(pairs):
+        values.setdefault(str(on.row["point"][axis]), []).append(number)
+    for place, (value, members) in enumerate(values.items()):
+        points = [[side[number] for number in members] for side in (before, after)]
+        axes.scatter(*points, s=28, marker=_MARKS[place % len(_MARKS)], label=_text(value))
+    axes.legend(fontsize=8, loc="upper left")
     axes.set(
         xscale="log",
         yscale="log",
