@@ -51,11 +51,11 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
     low, high = min(before + after) / 1.2, max(before + after) * 1.2
     axes.plot([low, high], [low, high], color="0.6", linewidth=1)
     values: dict[str, list[int]] = {}
-    for number, (_, on) in enumerate(pairs):
-        values.setdefault(str(on.row["point"][axis]), []).append(number)
+    for number, (_, changed) in enumerate(pairs):
+        values.setdefault(str(changed.row["point"][axis]), []).append(number)
     for place, (value, members) in enumerate(values.items()):
-        points = [[side[number] for number in members] for side in (before, after)]
-        axes.scatter(*points, s=28, marker=_MARKS[place % len(_MARKS)], label=_text(value))
+        off, on = ([side[number] for number in members] for side in (before, after))
+        axes.scatter(off, on, s=28, marker=_MARKS[place % len(_MARKS)], label=_text(value))
     axes.legend(fontsize=8, loc="upper left")
     axes.set(
         xscale="log",

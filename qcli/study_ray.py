@@ -36,11 +36,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
     import ray
 
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or "this machine"
-        raise ResourceError(f"Ray on {where}: {error}".splitlines()[0], hint="`ray status` tells if it runs") from None
+    _connect(address)
     try:
         make = ray.remote(max_retries=_TRIES - 1)(make_row)
         has = ray.cluster_resources()
@@ -60,3 +56,17 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
                 yield headed(run) | failure(f"its worker died {_TRIES} times: {type(error).__name__}", 5)
     finally:
         ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    problem = ""
+    for _ in range(2 if address is None else 1):  # Ray gives a node half a minute to start, and machines are busy
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            return
+        except Exception as error:  # Ray has no class of its own for this
+            problem = str(error).splitlines()[0]
+            ray.shutdown()
+    raise ResourceError(f"Ray at {address or 'this machine'}: {problem}", hint="`ray status` tells if it runs")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from qcli.errors import UsageError
+from qcli.plan import plan
 from qcli.study_grid import Study, load_study
+from tests.tiny import tiny_model
 
 STUDY = """
 base:
@@ -115,3 +117,12 @@ def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=problem):
         study(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "file", (Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"), ids=lambda f: f.stem
+)
+def test_shipped_studies_fit_any_model(file: Path, tmp_path: Path) -> None:
+    runs = load_study(file, [f"model={tiny_model('opt', tmp_path)}"]).runs
+    assert 30 < len(runs) <= 100, "no --yes"
+    assert all(2 < plan(run.recipe).bits_per_weight < 10 for run in runs)
