@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qcli.study_findings import Finding
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _MARKS = "osD^v<>PX*hd"
@@ -36,6 +37,7 @@ def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
     line = [each for each in front if each.kl]
     axes.plot([each.bits for each in line], [each.kl or 0 for each in line], color="0.3", linewidth=1, zorder=0)
     axes.set(xlabel="bits per weight, tables counted", ylabel="KL to full precision, nats per token", yscale="log")
+    _number(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
@@ -65,8 +67,19 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
         xlim=(low, high),
         ylim=(low, high),
     )
+    _number(axes.xaxis)
+    _number(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
     return _png(figure)
+
+
+def _number(axis: Axis) -> None:
+    """Tick a logarithmic axis at 1, 2 and 5, in figures for people."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _method(each: Finding) -> str:
