@@ -95,14 +95,14 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
             },
         }
         final = trials[best].recipe.model_copy(update={"out": recipe.out})
-        manifest = _published(run, folder / best, final, story)
+        manifest = _published(run, folder / best, final, story, time.monotonic() - started)
     return Result(
         out=out,
         plan=plan(final),
         layers=[LayerReport(**layer) for layer in manifest["layers"]],
         training=manifest["training"],
         tokens_sha256=manifest["calibration_tokens_sha256"],
-        seconds=time.monotonic() - started,
+        seconds=manifest["seconds"],
         peak_memory=peak_memory(device),
         dense=[name for name, why in manifest["dense"].items() if why == "recipe override"],
         allocation=story,
@@ -155,10 +155,10 @@ def _trials(found: Choices, losses: Losses, samples: int) -> dict[str, _Trial]:
     return {name: trial(chosen) for name, chosen in wanted.items()}
 
 
-def _published(run: RunFolder, winner: Path, recipe: Recipe, story: dict[str, Any]) -> dict[str, Any]:
+def _published(run: RunFolder, winner: Path, recipe: Recipe, story: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Move a trial to the run's result, with its own name in its recipe and the story in its manifest."""
     manifest = checkpoint.read_manifest(winner)
-    manifest |= {"recipe": recipe.to_dict(), "allocation": story}
+    manifest |= {"recipe": recipe.to_dict(), "allocation": story, "seconds": seconds}
     shards.write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml().encode())
     checkpoint.write_manifest(winner, {name: value for name, value in manifest.items() if name not in _WRITTEN})
     folder = run.result()

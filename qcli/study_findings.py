@@ -97,6 +97,6 @@ def _label(point: Mapping[str, Any]) -> str:
             parts.append(inside if axis == "method" else f"{axis} ({inside})")
         else:
             name = axis.rpartition(".")[2]
-            named = name == "name" or isinstance(value, str)  # `rtn`, or what the study calls a mapping
+            named = name == "name" or (name == axis and isinstance(value, str))  # `rtn`; what a section is called
             parts.append(str(value) if named else f"{name} {value}")
     return ", ".join(parts) or "base"
