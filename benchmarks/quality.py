@@ -178,6 +178,10 @@ SUITES: dict[str, list[Row]] = {
             _lcq(width, steps=0, error_feedback=False),
         )
     ],
+    "auto": [
+        ("gptq-like auto 3.3", 16, {"name": "gptq-like", "bits": "auto", "target_bpw": 3.3}),
+        _gptq("w3g64", 16),
+    ],
     "transfer": [_gptq(width, 16, **FLOAT) for width in ("w3g64", "w2g64", "w4g64")],
 }
 
@@ -224,6 +228,7 @@ def _quantized(flags: dict[str, Any]) -> dict[str, Any]:
         "peak_memory": result.peak_memory,
         "fallbacks": len(result.fallbacks),
         "training": result.training,
+        **({"allocation": result.allocation} if result.allocation else {}),
     }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qcli import shards
 from qcli.errors import UsageError
 from qcli.progress import Progress, silent
 
@@ -210,6 +211,17 @@ def read_text(data: str, *, calibration: bool) -> str:
 def is_folder(data: str) -> bool:
     """Whether `data` means a folder of `qcli calibrate`."""
     return data not in NAMED and data != SELF and Path(data).is_dir()
+
+
+def content_key(data: str, source: Source) -> dict[str, Any]:
+    """What decides the tokens of a text, besides their windows: its content, and who reads or writes it."""
+    return {
+        "data": data,
+        "text": shards.sha256(Path(data)) if Path(data).is_file() else None,
+        "tokenizer": source.tokenizer_content(),
+        "writer": source.content() if data == SELF else None,
+        "context": context_length(source.config),
+    }
 
 
 def require_training(found: Tokens, held_out: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import SELF, Tokens, calibration_tokens, context_length, evaluation_tokens, is_folder
+from qcli.data import SELF, Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, is_folder
 from qcli.errors import ResourceError, UsageError, VerificationError
 from qcli.evaluation import Evaluation, Score
 from qcli.layer_errors import layer_errors
@@ -111,7 +111,8 @@ def compare(
     for folder in filter(is_folder, data):
         for source in sources:
             _refuse_seen(folder, source)
-    sets = [_tokens(name, everything, length, max_windows, where, progress) for name in dict.fromkeys(data)]
+    none, kept = Cache(None), cache or Cache(None)
+    sets = [_tokens(name, everything, length, max_windows, where, kept, progress) for name in dict.fromkeys(data)]
     _check_memory(sets, sources, reference, precision)
 
     with matmul_precision(fast=False), torch.inference_mode():
@@ -129,7 +130,6 @@ def compare(
             results = keep.values(key, lambda: _plain(tasks.run(name, where, precision, progress)))
             return {task: TaskResult(**result) for task, result in results.items()}
 
-        none, kept = Cache(None), cache or Cache(None)
         against = None if reference is None else run(str(baseline), reference, kept)
         baseline_tasks = {} if reference is None else ask(str(baseline), reference, kept)
         found = []
@@ -210,14 +210,24 @@ def _tokens(
     window: int,
     max_windows: int | None,
     device: torch.device,
+    cache: Cache,
     progress: Progress,
 ) -> Tokens:
     """Windows of a data set, which must be the same for all models."""
-    readers = sources[-1:] if data == SELF else sources
-    tokens = [
-        evaluation_tokens(data, source, window=window, max_windows=max_windows, device=device, progress=progress)
-        for source in readers
-    ]
+
+    def of(source: Source) -> Tokens:
+        def make() -> dict[str, Tensor]:
+            found = evaluation_tokens(
+                data, source, window=window, max_windows=max_windows, device=device, progress=progress
+            )
+            return {"ids": found.ids}
+
+        if cache.folder is None or is_folder(data):
+            return Tokens(make()["ids"], data)
+        key = {"evaluation": [window, max_windows], "device": device.type, **content_key(data, source), **versions()}
+        return Tokens(cache.tensors(key, make)["ids"], data)
+
+    tokens = [of(source) for source in (sources[-1:] if data == SELF else sources)]
     if len({each.sha256 for each in tokens}) > 1:
         raise UsageError(
             "the models have different tokenizers: their predictions cannot be compared",

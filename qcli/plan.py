@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qcli import shards
+from qcli.allocation import uniform
 from qcli.errors import UnsupportedError
 from qcli.format import Format, StoredTensor
 from qcli.method import Method
@@ -166,6 +167,8 @@ _TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments,
 def plan(recipe: Recipe) -> Plan:
     """Check a recipe against its model and say what quantizing will do; nothing is read but headers.
 
+    Where bits are chosen by measurement, this is what they are measured against: the most bits for all alike.
+
     Raises:
         UsageError: the model cannot be used, overrides match nothing, groups do not divide; all problems at once.
     """
@@ -173,6 +176,8 @@ def plan(recipe: Recipe) -> Plan:
     if isinstance(source, NativeSource):
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     layers = source.linears()
+    if recipe.allocation is not None:
+        recipe = uniform(recipe, layers)
     methods = recipe.assign(layers)
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
+from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import calibration_tokens, require_training
+from qcli.data import Tokens, calibration_tokens, content_key, is_folder, require_training
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -33,6 +34,7 @@ class Result:
 
     Attributes:
         training: held-out losses before and after, best step and steps, by block and what was trained.
+        allocation: what was predicted and measured where bits were chosen automatically.
     """
 
     out: Path
@@ -44,6 +46,7 @@ class Result:
     peak_memory: dict[str, int]
     resumed_blocks: int = 0
     dense: list[str] = field(default_factory=list)
+    allocation: dict[str, Any] | None = None
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
@@ -68,35 +71,37 @@ class Result:
             "dense": self.dense,
             "training": self.training,
             "unscaled": self.plan.unscaled,
+            "allocation": self.allocation,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
 
-def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
+def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = None) -> Result:
     """Quantize a model as the recipe says; `recipe.out` appears complete or not at all.
 
     Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
+
+    Args:
+        cache: keeps the calibration tokens for other runs on the same text.
 
     Raises:
         UsageError: the recipe does not fit the model, or the data is not usable.
         StateError: the output exists or belongs to another run.
         ResourceError: no space.
     """
+    if recipe.allocation is not None:
+        from qcli.allocate import allocate
+
+        return allocate(recipe, progress, cache or Cache(None))
     assert recipe.out is not None
     started = time.monotonic()
     todo, out = plan(recipe), Path(recipe.out)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
-    identity = {
-        "versions": checkpoint.versions(),
-        "compute": {"device": device.type, "bf16": fast},
-        "source": {"headers": todo.source.fingerprint(), "modified": _modified(todo.source.path)},
-        "data": _data_sha256(recipe.calibration.data) if todo.streamed else None,
-        "recipe": recipe.fingerprint_fields(),
-    }
+    identity = identity_of(recipe, todo.source, device, reads=todo.streamed)
     with RunFolder(out, identity, recipe.resume) as run:
         shards.require_space(out, 2 * todo.bytes - run.size())
-        tokens = _tokens(todo, run, device, progress) if todo.streamed else None
+        tokens = _tokens(todo, run, device, cache or Cache(None), progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
             loop: Alone | Streamed = Alone(todo, device)
             if tokens is not None:
@@ -117,6 +122,21 @@ def quantize(recipe: Recipe, progress: Progress = silent) -> Result:
         )
         _finish(result, run, progress)
     return result
+
+
+def identity_of(recipe: Recipe, source: Source, device: torch.device, *, reads: bool = True) -> dict[str, Any]:
+    """What decides the bytes of a run, as plain data.
+
+    Args:
+        reads: whether it reads the recipe's text.
+    """
+    return {
+        "versions": checkpoint.versions(),
+        "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
+        "source": {"headers": source.fingerprint(), "modified": _modified(source.path)},
+        "data": _data_sha256(recipe.calibration.data) if reads else None,
+        "recipe": recipe.fingerprint_fields(),
+    }
 
 
 def _blocks(
@@ -182,25 +202,45 @@ def _changed(todo: Plan, block: int, tensors: dict[str, Tensor]) -> dict[str, Te
     }
 
 
-def _tokens(todo: Plan, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
+def _tokens(todo: Plan, run: RunFolder, device: torch.device, cache: Cache, progress: Progress) -> Tensor:
     from safetensors.torch import load_file
 
     if (file := run.done(_TOKENS)) is None:
-        settings = todo.recipe.calibration
+        ids = shared_tokens(todo.recipe, todo.source, device, cache, progress)
+        if todo.held_out:
+            require_training(Tokens(ids, todo.recipe.calibration.data), todo.held_out)
+        run.commit(_TOKENS, {"tokens": ids})
+        return ids
+    return load_file(file)["tokens"]
+
+
+def shared_tokens(
+    recipe: Recipe, source: Source, device: torch.device, cache: Cache, progress: Progress = silent
+) -> Tensor:
+    """The recipe's calibration tokens, int64 `[samples, length]`; the cache keeps those that must be made first."""
+    settings = recipe.calibration
+
+    def make() -> dict[str, Tensor]:
         tokens = calibration_tokens(
             settings.data,
-            todo.source,
+            source,
             samples=settings.samples,
             seq_len=settings.seq_len,
-            seed=todo.recipe.seed,
+            seed=recipe.seed,
             device=str(device),
             progress=progress,
         )
-        if todo.held_out:
-            require_training(tokens, todo.held_out)
-        run.commit(_TOKENS, {"tokens": tokens.ids})
-        return tokens.ids
-    return load_file(file)["tokens"]
+        return {"ids": tokens.ids}
+
+    if cache.folder is None or is_folder(settings.data):
+        return make()["ids"]
+    key = {
+        "calibration": [settings.samples, settings.seq_len, recipe.seed],
+        "device": device.type,
+        **content_key(settings.data, source),
+        **checkpoint.versions(),
+    }
+    return cache.tensors(key, make)["ids"]
 
 
 def _modified(path: Path) -> float:

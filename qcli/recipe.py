@@ -26,7 +26,9 @@ from pydantic import (
 
 from qcli import registry
 from qcli.activations import Activations
+from qcli.allocation import Allocation
 from qcli.distillation import Distillation
+from qcli.errors import UsageError
 from qcli.gates import Gates
 from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
@@ -157,6 +159,12 @@ class Recipe(_Section):
     eval: Eval | None = None
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
+    _allocation: Allocation | None = PrivateAttr(default=None)
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """How bits are chosen where the method says `bits: auto`; `method.bits` means nothing then."""
+        return self._allocation
 
     @property
     def all_transforms(self) -> list[Transform]:
@@ -202,7 +210,7 @@ class Recipe(_Section):
         Raises:
             UsageError: overrides that match nothing and layers that their method cannot quantize, all of them.
         """
-        rules = [self._rules(layer.name) for layer in layers]
+        rules = [self.rules(layer.name) for layer in layers]
         others = self.override_methods()
         assigned = {
             layer.name: others[matching[0]] if matching else self.method
@@ -216,10 +224,14 @@ class Recipe(_Section):
             raise self._origins.error(problems, hint=_assign_hint(layers, problems))
         return assigned
 
+    def located(self, problems: Sequence[Issue]) -> UsageError:
+        """Problems as one error, each with its place in the recipe."""
+        return self._origins.error(problems)
+
     def to_dict(self) -> dict[str, Any]:
         """All values as plain data, without those that are None."""
         data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
-            "method": named_fields(self.method),
+            "method": named_fields(self.method) | (self._allocation.fields() if self._allocation else {}),
             "transforms": [named_fields(transform) for transform in self.transforms],
         }
         return {name: data[name] for name in Recipe.model_fields if name in data}
@@ -240,7 +252,8 @@ class Recipe(_Section):
         decisive = {*Recipe.model_fields} - {"device", "out", "resume", "distill", "pack", "eval"}
         return {name: value for name, value in self.to_dict().items() if name in decisive}
 
-    def _rules(self, name: str) -> list[int]:
+    def rules(self, name: str) -> list[int]:
+        """The overrides that match a layer, the one that counts first."""
         return [i for i, rule in enumerate(self.overrides) if fnmatchcase(name, rule.match)]
 
     def _overrides_of_blocks(self, others: Sequence[Method | None]) -> list[Issue]:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qcli import registry
+from qcli.allocation import Allocation, split
 from qcli.errors import UsageError
 from qcli.method import Method
 from qcli.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS, Model, derived, named_fields, strictly
@@ -73,7 +74,7 @@ def checked(draft: Draft) -> Recipe:
         recipe = strictly(Recipe, rest)
     except ValidationError as error:
         found += issues(error, Recipe)
-    given = draft.data.get("method", {})
+    given, allocation = _split_allocation(draft.data.get("method", {}), found)
     method = _checked_method(given, ("method",), found)
     transforms = _checked_transforms(draft.data.get("transforms", []), found)
     inherited = named_fields(method) if method else {"name": given.get("name")} if isinstance(given, dict) else {}
@@ -86,10 +87,23 @@ def checked(draft: Draft) -> Recipe:
     if recipe is None or method is None or lines:
         raise UsageError("\n".join(dict.fromkeys(lines)), hint=_usage_hint(found))
     recipe = recipe.model_copy(update={"method": method, "transforms": transforms})
-    recipe._origins = draft.origins
+    recipe._origins, recipe._allocation = draft.origins, allocation
     if problems := recipe.contradictions():
         raise draft.origins.error(problems)
     return recipe
+
+
+def _split_allocation(given: Any, found: list[Issue]) -> tuple[Any, Allocation | None]:
+    """A method without `bits: auto` and what belongs to it, and that by itself."""
+    if not isinstance(given, dict):
+        return given, None
+    rest, wanted, problems = split(given)
+    found += problems
+    try:
+        return rest, None if wanted is None else strictly(Allocation, wanted)
+    except ValidationError as error:
+        found += issues(error, Allocation, ("method",))
+        return rest, None
 
 
 def _checked_method(fields: Any, path: KeyPath, found: list[Issue]) -> Method | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcli import registry
+from qcli.allocation import AUTO, Allocation
 from qcli.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS
 from qcli.recipe import Recipe
 
@@ -20,6 +21,8 @@ def recipe_schema() -> dict[str, Any]:
         schema["$defs"][name] = method
     schema["properties"]["method"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
     options = {key: value for method in methods.values() for key, value in method["properties"].items()}
+    for method in methods.values():
+        _offer_auto(method["properties"])
     schema["properties"]["transforms"]["items"] = {
         "anyOf": [_transform_schema(name) for name in registry.names(TRANSFORMS)]
     }
@@ -30,6 +33,14 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["$defs"]["Override"]["properties"]["method"] = partial
     return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}
+
+
+def _offer_auto(options: dict[str, Any]) -> None:
+    """`bits: auto`, and what goes with it."""
+    if "minimum" in options.get("bits", {}):
+        for name in ("bits", "group_size"):
+            options[name] = {"anyOf": [options[name], {"const": AUTO}], "description": options[name]["description"]}
+        options["target_bpw"] = Allocation.model_json_schema()["properties"]["target_bpw"]
 
 
 def _transform_schema(name: str) -> dict[str, Any]:

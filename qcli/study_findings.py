@@ -57,7 +57,7 @@ def gains(found: Sequence[Finding], axis: str) -> Iterator[tuple[Finding, Findin
     """Pairs of runs that differ on `axis` alone: the one where it is off (None), and each where it is on."""
     by_rest: dict[str, list[Finding]] = {}
     for each in found:
-        rest = {name: value for name, value in each.row["point"].items() if name != axis}
+        rest = {name: value for name, value in each.row["point"].items() if name != axis and value is not None}
         by_rest.setdefault(repr((each.model, sorted(rest.items(), key=lambda item: item[0]))), []).append(each)
     for members in by_rest.values():
         off = [each for each in members if each.row["point"].get(axis) is None]
@@ -97,5 +97,6 @@ def _label(point: Mapping[str, Any]) -> str:
             parts.append(inside if axis == "method" else f"{axis} ({inside})")
         else:
             name = axis.rpartition(".")[2]
-            parts.append(str(value) if name == "name" else f"{name} {value}")
+            named = name == "name" or (name == axis and isinstance(value, str))  # `rtn`; what a section is called
+            parts.append(str(value) if named else f"{name} {value}")
     return ", ".join(parts) or "base"

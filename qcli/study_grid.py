@@ -1,21 +1,24 @@
 """A study: recipes that differ along axes, from one YAML file.
 
     base: {model: ..., calibration: {...}, eval: {...}}   # a recipe, where every run starts from
-    grid:                                                 # every combination
+    names:                                                # what values are called, where that is shorter
+      refine: {ZQ-Global: {scope: block, steps: 100}}
+    grid:                                                 # every combination; or a list of such grids
       method.name: [rtn, gptq-like]
       method.bits: [2, 3, 4]
-      refine: [null, {scope: block, steps: 100}]
+      refine: [null, ZQ-Global]
     include: [{method.name: onebit}]                      # single runs besides
     exclude: [{method.name: rtn, method.bits: 2}]         # combinations that are left out
 
-Axes are paths of recipe fields. Everything wrong is told at once, with its place in the file.
+Axes are paths of recipe fields; of two that overlap (`method`, `method.bits`) the later one wins. Everything wrong is
+told at once, with its place in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +32,7 @@ from qcli.recipe_errors import unknown
 from qcli.recipe_loading import checked
 from qcli.yaml_places import KeyPath
 
-_SECTIONS = ("base", "grid", "include", "exclude")
+_SECTIONS = ("base", "names", "grid", "include", "exclude")
 _NOT_DECISIVE = {"device", "out", "resume", "pack"}
 
 
@@ -38,7 +41,7 @@ class Run:
     """One recipe of a study.
 
     Attributes:
-        point: its value on each axis.
+        point: its value on each axis, or that value's name.
         recipe: resolved.
         address: hash of all that decides the run's row.
     """
@@ -61,8 +64,11 @@ class Study:
     runs: list[Run]
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, sets: Sequence[str] = ()) -> Study:
     """Read and expand a study.
+
+    Args:
+        sets: `a.b=c` texts, which change its base.
 
     Raises:
         UsageError: everything that is wrong, a line each.
@@ -70,12 +76,12 @@ def load_study(path: Path) -> Study:
     draft = Draft()
     draft.add_file(path)
     sections = _Sections(draft)
-    axes = [*dict.fromkeys([*sections.grid, *(axis for entry in sections.include for axis in entry)])]
+    axes = [*dict.fromkeys(axis for entry in (*sections.grids.values(), *sections.include) for axis in entry)]
     runs: dict[str, Run] = {}
     lines = list(sections.lines)
     for point, origins in sections.points():
         try:
-            recipe = _recipe(sections, point, origins)
+            recipe = _recipe(sections, point, origins, sets)
         except UsageError as error:
             lines += error.message.splitlines()
             continue
@@ -97,13 +103,26 @@ class _Sections:
             if key not in _SECTIONS:
                 self._wrong((key,), unknown(f"key {key!r}", key, _SECTIONS))
         self.base = self._section("base", dict)
-        self.grid: dict[str, list[Any]] = self._section("grid", dict)
+        self.names: dict[str, Any] = self._section("names", dict)
+        for axis, values in list(self.names.items()):
+            if not isinstance(values, dict):
+                self._wrong(("names", axis), "must be a mapping of names to values")
+                del self.names[axis]
+        many = isinstance(data.get("grid"), list)
+        grids = self._section("grid", list) if many else [self._section("grid", dict)]
+        self.grids: dict[KeyPath, dict[str, list[Any]]] = {}
+        for number, grid in enumerate(grids):
+            at: KeyPath = ("grid", number) if many else ("grid",)
+            if not isinstance(grid, dict):
+                self._wrong(at, "must be a mapping of axes to lists of values")
+                continue
+            self.grids[at] = grid
+            for axis, values in list(grid.items()):
+                if not isinstance(values, list) or not values:
+                    self._wrong((*at, axis), "must be a list of values")
+                    del grid[axis]
         self.include: list[dict[str, Any]] = self._section("include", list)
         self.exclude: list[dict[str, Any]] = self._section("exclude", list)
-        for axis, values in list(self.grid.items()):
-            if not isinstance(values, list) or not values:
-                self._wrong(("grid", axis), "must be a list of values")
-                del self.grid[axis]
         for name, entries in (("include", self.include), ("exclude", self.exclude)):
             for number, entry in enumerate(entries):
                 if not isinstance(entry, dict) or not entry:
@@ -115,16 +134,19 @@ class _Sections:
 
     def points(self) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
         """Every combination and every single run, and where their values stand."""
-        if self.grid or not self.include:
-            for picks in product(*(enumerate(values) for values in self.grid.values())):
-                point = {axis: value for axis, (_, value) in zip(self.grid, picks, strict=True)}
+        for at, grid in self.grids.items():
+            if not grid and self.include:
+                continue
+            for picks in product(*(enumerate(values) for values in grid.values())):
+                point = {axis: value for axis, (_, value) in zip(grid, picks, strict=True)}
                 if not self._excluded(point):
-                    places = {
-                        axis: self._place(("grid", axis, i)) for axis, (i, _) in zip(self.grid, picks, strict=True)
-                    }
-                    yield point, places
+                    yield point, {axis: self._place((*at, axis, i)) for axis, (i, _) in zip(grid, picks, strict=True)}
         for number, entry in enumerate(self.include):
             yield dict(entry), {axis: self._place(("include", number, axis)) for axis in entry}
+
+    def value(self, axis: str, value: Any) -> Any:
+        """What a value of an axis means, which may be given by its name."""
+        return self.names.get(axis, {}).get(value, value) if isinstance(value, str) else value
 
     def idle(self) -> list[str]:
         """Exclusions that leave nothing out."""
@@ -161,15 +183,17 @@ class _Sections:
         return self.draft.origins.of(path)
 
 
-def _recipe(sections: _Sections, point: Mapping[str, Any], places: Mapping[str, str]) -> Recipe:
+def _recipe(sections: _Sections, point: Mapping[str, Any], places: Mapping[str, str], sets: Sequence[str]) -> Recipe:
     draft = Draft()
     draft.data = deepcopy(sections.base)
     draft.origins.source = sections.draft.origins.source
     draft.origins.by_path = {
         path[1:]: place for path, place in sections.draft.origins.by_path.items() if path[:1] == ("base",) and path[1:]
     }
+    for text in sets:
+        draft.add_set(text)
     for axis, value in point.items():
-        draft.put(axis.split("."), deepcopy(value), places[axis])
+        draft.put(axis.split("."), deepcopy(sections.value(axis, value)), places[axis])
     return checked(draft)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qcli.study_findings import Finding
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _MARKS = "osD^v<>PX*hd"
@@ -36,6 +37,7 @@ def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
     line = [each for each in front if each.kl]
     axes.plot([each.bits for each in line], [each.kl or 0 for each in line], color="0.3", linewidth=1, zorder=0)
     axes.set(xlabel="bits per weight, tables counted", ylabel="KL to full precision, nats per token", yscale="log")
+    _number(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
@@ -50,7 +52,13 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
     before, after = ([max(pair[i].kl or 0, 1e-6) for pair in pairs] for i in (0, 1))
     low, high = min(before + after) / 1.2, max(before + after) * 1.2
     axes.plot([low, high], [low, high], color="0.6", linewidth=1)
-    axes.scatter(before, after, s=28)
+    values: dict[str, list[int]] = {}
+    for number, (_, changed) in enumerate(pairs):
+        values.setdefault(str(changed.row["point"][axis]), []).append(number)
+    for place, (value, members) in enumerate(values.items()):
+        off, on = ([side[number] for number in members] for side in (before, after))
+        axes.scatter(off, on, s=28, marker=_MARKS[place % len(_MARKS)], label=_text(value))
+    axes.legend(fontsize=8, loc="upper left")
     axes.set(
         xscale="log",
         yscale="log",
@@ -59,16 +67,29 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
         xlim=(low, high),
         ylim=(low, high),
     )
+    _number(axes.xaxis)
+    _number(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
     return _png(figure)
 
 
+def _number(axis: Axis) -> None:
+    """Tick a logarithmic axis at 1, 2 and 5, in figures for people."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _method(each: Finding) -> str:
     """The runs of one mark: method, and what follows or precedes it."""
-    recipe = each.row["point"]
-    method = recipe.get("method.name") or (recipe.get("method") or {}).get("name") or "base"
-    extra = [axis for axis in ("transforms", "refine", "low_rank", "activations", "distill") if recipe.get(axis)]
-    return " + ".join([str(method), *extra])
+    point = each.row["point"]
+    method = point.get("method.name") or point.get("method") or "base"
+    method = method.get("name", "base") if isinstance(method, dict) else method
+    extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
+    named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
+    return " + ".join([str(method), *named])
 
 
 def _text(words: str) -> str:

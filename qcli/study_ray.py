@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from qcli.errors import UnsupportedError
-from qcli.study import Row, make_row
+from qcli.errors import ResourceError, UnsupportedError
+from qcli.study_grid import Run
+from qcli.study_rows import Row
+from qcli.study_run import failure, headed, make_row
+
+_TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
 
 
-def rows_from_ray(
-    jobs: Sequence[tuple[str, dict[str, Any], str, str]], workers: int, address: str | None
-) -> Iterator[Row]:
-    """Rows as their runs end; a run whose worker dies is tried once more elsewhere, then told as failed.
+def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | None) -> Iterator[Row]:
+    """Rows as their runs end. A run whose worker dies is taken up by another, twice at most, then told as failed.
+
+    A run takes one GPU where the cluster has any and the recipe does not say `cpu`, and its share of the CPUs.
 
     Args:
-        jobs: arguments of `make_row`.
+        out: folder of the study; all nodes see it under this path.
         workers: runs at a time.
         address: of a running cluster; None: one is started on this machine.
 
     Raises:
         UnsupportedError: Ray is not installed.
+        ResourceError: there is no cluster at `address`, or it is lost.
     """
     if find_spec("ray") is None:
         raise UnsupportedError("Ray is not installed", hint="pip install 'qcli[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
     import ray
 
-    ray.init(address=address, num_cpus=None if address else workers, log_to_driver=False, include_dashboard=False)
+    _connect(address)
     try:
-        remote = ray.remote(num_cpus=1, max_retries=1)(make_row)
-        waiting: dict[Any, Any] = {}
-        queue = list(jobs)
+        make = ray.remote(max_retries=_TRIES - 1)(make_row)
+        has = ray.cluster_resources()
+        waiting: dict[Any, Run] = {}
+        queue = list(runs)
         while queue or waiting:
             while queue and len(waiting) < workers:
-                job = queue.pop(0)
-                waiting[remote.remote(*job)] = job
+                run = queue.pop(0)
+                gpus = 1 if has.get("GPU") and run.recipe.device != "cpu" else 0
+                cpus = max(1, int(has.get("CPU", 0)) // workers)
+                waiting[make.options(num_cpus=cpus, num_gpus=gpus).remote(run, out)] = run
             (ended,), _ = ray.wait(list(waiting), num_returns=1)
-            recipe, point, run, _ = waiting.pop(ended)
+            run = waiting.pop(ended)
             try:
                 yield ray.get(ended)
             except ray.exceptions.RayError as error:
-                row = {"address": run, "point": point, "recipe": recipe, "status": "failed", "exit_code": 1}
-                yield row | {"error": f"its worker died: {type(error).__name__}"}
+                yield headed(run) | failure(f"its worker died {_TRIES} times: {type(error).__name__}", 5)
     finally:
         ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    problem = ""
+    for _ in range(2 if address is None else 1):  # Ray gives a node half a minute to start, and machines are busy
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            return
+        except Exception as error:  # Ray has no class of its own for this
+            problem = str(error).splitlines()[0]
+            ray.shutdown()
+    raise ResourceError(f"Ray at {address or 'this machine'}: {problem}", hint="`ray status` tells if it runs")

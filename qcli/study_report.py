@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,9 +13,9 @@ from typing import Any
 from qcli import shards
 from qcli.errors import StateError, UnsupportedError
 from qcli.plots import can_plot
-from qcli.study import read_rows
 from qcli.study_findings import Finding, best_within, findings, gains, pareto
 from qcli.study_plots import plot_front, plot_gains
+from qcli.study_rows import read_rows
 
 _BUDGETS = (2.3, 2.6, 3.1, 3.6, 4.1, 4.6, 5.1, 6.1, 8.6)  # bits per weight that recommendations are given for
 _STYLE = """
@@ -83,7 +84,7 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
     front = pareto(found)
     baseline = found[0].row["baseline"]["perplexity"]
     told = ", ".join(f"{data} {value:.2f}" for data, value in baseline.items())
-    ordered = sorted(found, key=lambda each: (each.bits, each.label))
+    ordered = sorted(found, key=lambda each: (round(each.bits, 1), math.inf if each.kl is None else each.kl))
     parts = [
         Part(
             f"{model}: loss by size",
@@ -92,7 +93,7 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
         ),
         Part(
             "All runs",
-            "Classes by the increase of the mean perplexity over full precision.",
+            "The best first among those of equal bits. Classes by the increase of the mean perplexity.",
             Table(
                 ("run", "bits/weight", "KL", "perplexity", "increase", "class", "top-1", "seconds"),
                 [_row(each) for each in ordered],
@@ -108,7 +109,7 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
                 for before, after in pairs
             ]
             columns = ("run", "KL without", "KL with", "ratio", "bits added")
-            parts.append(Part(f"What {axis} gains", table=Table(columns, rows), picture=plot_gains(pairs, axis)))
+            parts.append(Part(f"The effect of {axis}", table=Table(columns, rows), picture=plot_gains(pairs, axis)))
     parts.append(_recommended(found, recipes, prefix))
     return parts
 

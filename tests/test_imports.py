@@ -34,13 +34,14 @@ LAYERS = (
     ("models", "compute", "shards", "checkpoint", "run_folder", "cache", "self_text", "data", "hf"),
     (
         *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
-        *("recipe", "recipe_loading", "recipe_schema", "plan", "study_grid"),
+        *("recipe", "recipe_loading", "recipe_schema", "allocation", "plan", "study_grid"),
     ),
     (
         "block_transforms",
         "block_loop",
         "calibrate",
         "quantize",
+        *("allocate", "sensitivity"),
         *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
         *("evaluate", "evaluation"),
@@ -50,7 +51,7 @@ LAYERS = (
         "export",
         "exports",
     ),
-    ("study", "study_ray", "study_findings", "study_plots", "study_report"),
+    ("study", "study_rows", "study_run", "study_ray", "study_findings", "study_plots", "study_report"),
     ("doctor", "ui", "cli", "__main__"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -68,7 +69,7 @@ TORCH_FREE_AT_THE_TOP = (
         "recipe",
         "recipe_errors",
     ),
-    *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema"),
+    *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema", "allocation"),
     *("refine", "distillation", "gates", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )

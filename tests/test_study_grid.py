@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from qcli.errors import UsageError
+from qcli.plan import plan
 from qcli.study_grid import Study, load_study
+from tests.tiny import tiny_model
 
 STUDY = """
 base:
@@ -50,6 +52,44 @@ def test_grids_expand_to_recipes(tmp_path: Path) -> None:
     assert len({run.address for run in found.runs}) == len(found.runs)
 
 
+NAMED = """
+base: {model: m, method: {group_size: 32}}
+names:
+  method: {PLAIN: {name: rtn}, OURS: {name: gptq-like, ridge: 0.1}}
+  refine: {ZQ-Global: {steps: 5}}
+grid:
+  - {method: [PLAIN, OURS], method.bits: [2, 3], refine: [null, ZQ-Global]}
+  - {method: [PLAIN], method.bits: [8]}
+include: [{method: OURS, method.bits: 5}]
+exclude: [{method: OURS, refine: ZQ-Global}]
+"""
+
+
+def test_values_have_names_and_grids_may_be_several(tmp_path: Path) -> None:
+    runs = study(tmp_path, NAMED).runs
+    told = [(run.point, run.recipe.method.name, run.recipe.method.format.bits) for run in runs]
+    assert told == [
+        *(
+            ({"method": "PLAIN", "method.bits": bits, "refine": refine}, "rtn", bits)
+            for bits in (2, 3)
+            for refine in (None, "ZQ-Global")
+        ),
+        *(({"method": "OURS", "method.bits": bits, "refine": None}, "gptq-like", bits) for bits in (2, 3)),
+        ({"method": "PLAIN", "method.bits": 8}, "rtn", 8),
+        ({"method": "OURS", "method.bits": 5}, "gptq-like", 5),
+    ]
+    assert [run.recipe.refine and run.recipe.refine.steps for run in runs[:2]] == [None, 5]
+
+
+def test_sets_change_the_base_and_axes_win(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("base: {model: m}\ngrid: {method.bits: [2]}")
+    (run,) = load_study(file, ["model=other", "method.bits=8"]).runs
+    assert (run.recipe.model, run.recipe.method.format.bits) == ("other", 2)
+    with pytest.raises(UsageError, match="--set modle=x: .*did you mean 'model'"):
+        load_study(file, ["modle=x"])
+
+
 def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
     first = study(tmp_path, "base: {model: a, eval: {perplexity: [x]}}")
     same = study(tmp_path, "base: {model: a, out: elsewhere, device: cpu, eval: {perplexity: [x], gates: {max_kl: 1}}}")
@@ -64,6 +104,8 @@ def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
         ("grids: {}", r"study\.yaml:1:1: grids: unknown key 'grids'; did you mean 'grid'\?"),
         ("base: []", r"study\.yaml:1:1: base: must be a mapping"),
         ("base: {model: m}\ngrid: {method.bits: 3}", r"study\.yaml:2:8: grid\.method\.bits: must be a list of values"),
+        ("base: {model: m}\ngrid: [{method.bits: 3}]", r"study\.yaml:2:9: grid\.0\.method\.bits: must be a list"),
+        ("base: {model: m}\nnames: {method: [3]}", r"names\.method: must be a mapping of names to values"),
         ("base: {model: m}\ngrid: {method.bitz: [3]}", r"study\.yaml:2:22: .*did you mean 'bits'"),
         ("base: {model: m}\ngrid: {method.bits: [3, 12]}", r"study\.yaml:2:25: .*bits"),
         ("base: {model: m, seed: x}", r"study\.yaml:1:18: seed"),
@@ -75,3 +117,12 @@ def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=problem):
         study(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "file", (Path(__file__).parents[1] / "recipes" / "studies").glob("*.yaml"), ids=lambda f: f.stem
+)
+def test_shipped_studies_fit_any_model(file: Path, tmp_path: Path) -> None:
+    runs = load_study(file, [f"model={tiny_model('opt', tmp_path)}"]).runs
+    assert 30 < len(runs) <= 100, "no --yes"
+    assert all(2 < plan(run.recipe).bits_per_weight < 10 for run in runs)

@@ -44,6 +44,8 @@ def test_classes_front_gains_and_budgets() -> None:
     assert [each.label for each in found[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
     assert found[0].increase == pytest.approx(0.05)
     assert [each.bits for each in pareto(found)] == [3.0, 4.0, 4.2]
+    point = {"method": "GPTQ", "method.zero_point": "float", "method.name": "rtn", "refine": None}
+    assert findings([row(4.0, 0.1, 11.0, **point)])[0].label == "GPTQ, zero_point float, rtn"
     pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]
     assert pairs == [(4.0, 4.2), (3.0, 3.2)]
     best = [best_within(found, bits) for bits in (2.5, 3.1, 4.1, 9.0)]

@@ -12,15 +12,33 @@ from qcli.registry import names
 from qcli.ui import Session, Tables, bits, duration, size
 
 
+def number_or_auto(text: str) -> Any:
+    """What `--bits` takes."""
+    return text if text == "auto" else int(text)
+
+
 def quantize(
     model: flags.OptionalModel = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{', '.join(names('qcli.methods'))}. Default: gptq-like.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(metavar="B", help="Bits of a weight's code. Default: 4.")] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B", parser=number_or_auto, help="Bits of a weight's code; auto: by --target-bpw. Default: 4."
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="With --bits auto: bits per weight at most, tables counted; measured by layer."),
+    ] = None,
     group_size: Annotated[
-        int | None,
-        typer.Option(metavar="G", help="Weights that share a scale; -1: the whole row. Default: 64."),
+        str | None,
+        typer.Option(
+            metavar="G",
+            parser=number_or_auto,
+            help="Weights that share a scale; -1: the whole row; auto: with --bits auto. Default: 64.",
+        ),
     ] = None,
     symmetric: Annotated[
         bool | None,
@@ -67,6 +85,7 @@ def quantize(
         ) | {
             "method.name": method,
             "method.bits": bits,
+            "method.target_bpw": target_bpw,
             "method.group_size": group_size,
             "method.group_tail": group_tail,
             "method.symmetric": symmetric,
@@ -108,6 +127,7 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
         {
             "written": result["out"],
             "bits per weight": bits(result),
+            **allocated(result["allocation"]),
             "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
             "time": duration(result["seconds"]),
             "peak memory": peak,
@@ -125,6 +145,23 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
 def _unscaled(paths: Sequence[str]) -> str | None:
     """Layers that transforms cannot reach."""
     return f"{', '.join(paths)}: nothing before them can take the inverse of a scale" if paths else None
+
+
+def allocated(story: Mapping[str, Any] | None) -> dict[str, str]:
+    """What was measured where bits were chosen automatically."""
+    if story is None:
+        return {}
+    lines = {
+        f"{name}{', shipped' if name == story['shipped'] else ''}": f"KL {_kl(trial['measured_kl'])} on "
+        f"{story['held_out_samples']} held-out samples (predicted {_kl(trial['predicted_kl'])}), "
+        f"{trial['bits_per_weight']:.4g} bits per weight"
+        for name, trial in story["trials"].items()
+    }
+    return {"target": f"{story['target_bpw']:g} bits per weight", **lines}
+
+
+def _kl(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def trained(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

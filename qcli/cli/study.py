@@ -32,6 +32,10 @@ app = typer.Typer(
 @app.command("run")
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="File with base, grid, include and exclude.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Field of the base recipe, as model=PATH; may be repeated."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of rows; taken up again.")] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")] = 1,
     executor: Annotated[str, typer.Option(metavar="WHERE", help="local, or ray.")] = "local",
@@ -56,7 +60,7 @@ def run(
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
-        found = load_study(study)
+        found = load_study(study, set_ or ())
         if dry_run:
             session.result(_costs(found), show_costs)
             return

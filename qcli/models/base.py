@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qcli.activations import Activations
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -128,6 +129,13 @@ class Source:
         """sha256 of config and weight files, byte by byte."""
         hashes = [shards.sha256(file) for file in self.weight_files()]
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
+
+    def tokenizer_content(self) -> str:
+        """sha256 of the files that make the tokenizer."""
+        if self.path.is_file():
+            return self.content()
+        files = sorted(file for file in self.path.iterdir() if file.name.startswith(_TOKENIZER_FILES))
+        return hashlib.sha256(json.dumps([shards.sha256(file) for file in files]).encode()).hexdigest()
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError

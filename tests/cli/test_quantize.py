@@ -105,3 +105,19 @@ def test_errors_name_flag_or_model(invoke: Invoke, tmp_path: Path) -> None:
 def test_help_names_every_method(invoke: Invoke) -> None:
     shown = " ".join(invoke("quantize", "--help").out.split())
     assert f"{', '.join(registry.names(METHODS))}. Default: gptq-like." in shown
+
+
+def test_bits_chosen_by_measurement_are_shown(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    auto = ("--bits", "auto", "--target-bpw", 3.8, "--group-size", 32, "--method", "rtn")
+    code, out, err = invoke("quantize", model, *auto, "--dry-run", "--json")
+    assert code == 0, err
+    assert {layer["bits"] for layer in json.loads(out)["layers"]} == {3}, "what they are measured against"
+    data = ("--data", text, "--samples", 8, "--seq-len", 32)
+    code, out, err = invoke("quantize", model, *auto, *data, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "target" in out and "shipped" in out and "on 4 held-out samples" in out
+    code, _, err = invoke("quantize", model, "--bits", "auto", "--target-bpw", 1, "--group-size", 32, "--dry-run")
+    assert code == 2
+    assert err.startswith("error: --target-bpw: must be within 2.56")
+    code, _, err = invoke("quantize", model, "--bits", "auto", "--dry-run")
+    assert code == 2 and "method.target_bpw: required" in err

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qcli import study as module
+from qcli.study_rows import VERSION
 from tests.cli.conftest import Invoke
+
+TOKENS, WINDOWS = "qcli.quantize.calibration_tokens", "qcli.evaluate.evaluation_tokens"
+BASELINE = "qcli.evaluate._run_blocks"
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert [row["status"] for row in done] == ["done", "done", "failed"]
     assert done[2]["error"] == "nowhere.txt: no such file" and done[2]["exit_code"] == 2
     assert all(row["kl"] > 0 and 2 < row["bits_per_weight"] < 5 for row in done[:2])  # type: ignore[operator]
-    assert not any((out / "work").iterdir())
+    assert not any((out / "runs").iterdir())
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
@@ -58,6 +66,68 @@ def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp
     assert invoke("study", study, "--out", shared, "--workers", 2).code == 0
     kls = [{row["address"]: row.get("kl") for row in rows(out)} for out in (alone, shared)]
     assert kls[0] == kls[1] and len(kls[0]) == 3
+
+
+def test_calibration_tokens_and_baselines_are_made_once(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for place in (TOKENS, WINDOWS, BASELINE):
+        module_name, _, name = place.rpartition(".")
+        real = getattr(import_module(module_name), name)
+
+        def counted(*args: Any, _real: Any = real, _place: str = place, **kwargs: Any) -> Any:
+            made.append(_place)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(place, counted)
+    study.write_text(study.read_text().replace("method: [{name: rtn, bits: 3", "method: [{name: gptq-like, bits: 3"))
+    assert invoke("study", study, "--out", tmp_path / "out").code == 0
+    assert made.count(TOKENS) == 2, "one for the text that is not there"
+    assert made.count(WINDOWS) <= 2, "read by the model's tokenizer, and by the copies that the checkpoints have"
+    assert made.count(BASELINE) == 3, "two models and one baseline"
+    kept = {row["address"]: row.get("kl") for row in rows(tmp_path / "out")}
+    monkeypatch.setattr("qcli.cache.Cache.tensors", lambda self, key, make: make())
+    assert invoke("study", study, "--out", tmp_path / "fresh").code == 0
+    assert {row["address"]: row.get("kl") for row in rows(tmp_path / "fresh")} == kept
+
+
+def test_any_error_of_a_run_is_a_row(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr("qcli.quantize.quantize", broken)
+    code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json")
+    assert (code, json.loads(stdout)["failed"]) == (0, 3)
+    assert {row["error"] for row in rows(tmp_path / "out")} == {"KeyError: 'no such thing'"}
+    monkeypatch.undo()
+    code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json", "--retry")
+    assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
+
+
+def test_killed_processes_are_one_line(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "make_row", _die)
+    code, _, err = invoke("study", study, "--out", tmp_path / "out", "--workers", 2, "-q")
+    assert code == 5
+    assert err.splitlines()[0] == "error: the process of a run was killed, perhaps for its memory"
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.json").write_text('{"version": 1}')
+    (out / "results.jsonl").write_text('{"address": "a", "status": "done", "point": {}}\n{"addr\n{"half')
+    for command in (("study", study, "--out", out), ("study", "report", out)):
+        code, _, err = invoke(*command)
+        assert code == 3 and f"error: {out}/results.jsonl:2: not a row of a study" in err
 
 
 def test_dry_run_shows_what_runs_would_take(invoke: Invoke, study: Path, tmp_path: Path) -> None:
@@ -88,4 +158,4 @@ def test_what_is_no_study_is_refused(
     monkeypatch.setattr("qcli.cli.study.MOST", 2)
     code, _, err = invoke("study", study, "--out", tmp_path / "many")
     assert code == 2 and "has 3 runs" in err and "--yes" in err
-    assert module.VERSION == 1
+    assert VERSION == 1

@@ -1,0 +1,82 @@
+"""One run of a study: quantize, train and score its recipe."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from qcli.errors import QcliError
+from qcli.progress import Progress, silent
+from qcli.recipe import Eval
+from qcli.study_grid import Run
+from qcli.study_rows import CACHE, RUNS, Row
+
+
+def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
+    """Make a run in the study's folder `out`; what goes wrong is in the row."""
+    from qcli.checkpoint import versions
+
+    begun = time.time()
+    try:
+        found = _measured(run, out, progress)
+    except QcliError as error:
+        found = failure(error.message, error.exit_code) | {"hint": error.hint}
+    except Exception as error:  # a study goes on, whatever a run meets
+        found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
+    shutil.rmtree(out / RUNS / run.address, ignore_errors=True)
+    known = headed(run) | {"started": round(begun, 1)}
+    return known | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
+
+
+def headed(run: Run) -> Row:
+    """What is known of a row before its run."""
+    return {"address": run.address, "point": run.point, "recipe": run.recipe.to_yaml()}
+
+
+def failure(error: str, exit_code: int = 1) -> Row:
+    """The rest of the row of a run that failed."""
+    return {"status": "failed", "error": error, "exit_code": exit_code}
+
+
+def _measured(run: Run, out: Path, progress: Progress) -> Row:
+    from qcli.cache import Cache
+    from qcli.checkpoint import read_manifest
+    from qcli.distill import distill
+    from qcli.evaluate import evaluate
+    from qcli.quantize import quantize
+    from qcli.tasks import Tasks
+
+    recipe, work, cache = run.recipe, out / RUNS / run.address, Cache(out / CACHE)
+    work.mkdir(parents=True, exist_ok=True)
+    final = work / "quantized"
+    if not final.exists():
+        quantize(recipe.model_copy(update={"out": str(final)}), progress, cache)
+    story = read_manifest(final)
+    seconds = {"quantize": story["seconds"]}
+    if recipe.distill is not None:
+        taught = work / "distilled"
+        if not taught.exists():
+            seconds["distill"] = distill(final, recipe.model_copy(update={"out": str(taught)}), progress).seconds
+        final = taught
+    asked = recipe.eval or Eval()
+    begun = time.monotonic()
+    found = evaluate(
+        str(final),
+        baseline=asked.baseline or recipe.model,
+        data=asked.perplexity,
+        window=asked.window,
+        max_windows=asked.max_windows,
+        tasks=Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot) if asked.tasks else None,
+        cache=cache,
+        device=recipe.device,
+        progress=progress,
+    )
+    seconds["eval"] = time.monotonic() - begun
+    return {
+        "status": "done",
+        **found.to_json(),
+        "fallbacks": {layer["name"]: layer["fallbacks"] for layer in story["layers"] if layer["fallbacks"]},
+        "peak_memory": story["peak_memory"],
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
