@@ -31,7 +31,7 @@ LAYERS = (
         "activations",
         "gates",
     ),
-    ("models", "compute", "shards", "checkpoint", "run_folder", "cache", "self_text", "data", "hf"),
+    ("models", "layouts", "compute", "shards", "checkpoint", "run_folder", "cache", "self_text", "data", "hf"),
     (
         *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
         *("recipe", "recipe_loading", "recipe_schema", "plan", "study_grid"),

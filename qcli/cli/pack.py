@@ -41,5 +41,6 @@ def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
             "size": f"{size(packed['bytes'])} in {files}",
             "read back": f"weights equal; logits differ by at most {packed['max_logit_difference']:.3g}, "
             f"KL {packed['kl']:.3g}",
+            **packed["notes"],
         }
     )
