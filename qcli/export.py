@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcli import shards
-from qcli.errors import UnsupportedError
+from qcli.errors import UnsupportedError, UsageError
 from qcli.models.headers import read_header
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
@@ -28,7 +28,11 @@ class Export:
     loading: ClassVar[str]
     """How to load the result, as Markdown for its model card; `DIR` is the folder."""
 
+    requantizes: ClassVar[bool] = False
+
     def __init__(self, requantize: str | None = None) -> None:
+        if requantize is not None and not self.requantizes:
+            raise UsageError(f"{self.name} rounds nothing to {requantize}", hint="--requantize belongs to gguf")
         self.requantize = requantize
 
     def check(self, source: NativeSource) -> None:

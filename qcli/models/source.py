@@ -13,7 +13,9 @@ from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.native import NativeSource
 
-__all__ = ["Source", "open_source"]
+__all__ = ["PACKED_GGUF", "Source", "open_source"]
+
+PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
 
 _PACKED = {compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -38,6 +40,8 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
+    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists():
+        return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
     return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)
 
