@@ -16,7 +16,9 @@ def pack(
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as 500MB or 5GB.")] = "5GB",
     requantize: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="gguf: round layers that fit no type exactly, as Q8_0. Default: refuse them."),
+        typer.Option(
+            metavar="TYPE", help="gguf: round layers that fit no type exactly, as Q8_0. Default: refuse them."
+        ),
     ] = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,

@@ -29,7 +29,7 @@ def describe(source: PackedSource, formats: Mapping[str, Affine]) -> str:
     kernel = (
         "" if _marlin(source, formats) else "; not Marlin's widths, groups or shapes, so a slower kernel or Humming"
     )
-    return f"by its rules with tensor parallel {', '.join(fits)}{reason}{kernel}"
+    return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
 
 
 def _refusal(source: PackedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:

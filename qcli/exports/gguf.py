@@ -155,7 +155,9 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         for original, stored in source.tensors().items():
             name = table.get_name(original, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise UnsupportedError(f"gguf: {architecture} has no place for {original}", hint="pack it as qcli or dense")
+                raise UnsupportedError(
+                    f"gguf: {architecture} has no place for {original}", hint="pack it as qcli or dense"
+                )
             layer = original.removesuffix(".weight")
             if layer in self._types:
                 block = self._types[layer]

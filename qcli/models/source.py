@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcli.checkpoint import MANIFEST
 from qcli.errors import UnsupportedError, UsageError
-from qcli.layouts import compressed_tensors
+from qcli.layouts import compressed_tensors, gptq
 from qcli.models.base import Source, first_line
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
@@ -17,7 +17,10 @@ __all__ = ["PACKED_GGUF", "Source", "open_source"]
 
 PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
 
-_PACKED = {compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource}
+_PACKED: dict[str, type[FolderSource]] = {
+    compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource,
+    gptq.NAME: gptq.GPTQSource,
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
