@@ -60,7 +60,7 @@ class Export:
 
 
 def refuse_what_runs_otherwise(source: NativeSource, layout: str) -> None:
-    """Raise UnsupportedError for checkpoints that are more than their weights: quantized activations, normed outputs."""
+    """Raise UnsupportedError where a checkpoint is more than its weights: quantized activations, normed outputs."""
     if source.activations is not None:
         raise UnsupportedError(
             f"{source.path} quantizes activations to {source.activations.bits} bits, {layout} cannot hold that",

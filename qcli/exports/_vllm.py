@@ -26,9 +26,7 @@ def describe(source: PackedSource, formats: Mapping[str, Affine]) -> str:
     reason = next((f"; {ranks} not: {reason}" for ranks, reason in refusals.items() if reason), "")
     if not fits:
         return f"refused: {refusals[1]}"
-    kernel = (
-        "" if _marlin(source, formats) else "; not Marlin's widths, groups or shapes, so a slower kernel or Humming"
-    )
+    slower = "" if _marlin(source, formats) else "; outside of what its Marlin kernels take, so slower"
     return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
 
 

@@ -1,8 +1,8 @@
 """A tokenizer as llama.cpp stores it: tokens, their kinds, merges or scores, and how text is split before.
 
 Byte-level BPE becomes llama.cpp's `gpt2`; how it splits text is a name, found from the pre-tokenizer's own pattern.
-BPE with byte fallback, which is what a SentencePiece model becomes in tokenizers, becomes `llama`: there a token's score
-stands for the rank of the merge that makes it.
+BPE with byte fallback, which is what a SentencePiece model becomes in tokenizers, becomes `llama`: there a token's
+score stands for the rank of the merge that makes it.
 """
 
 from __future__ import annotations
