@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from qcli import checkpoint, registry
+from qcli import checkpoint, registry, shards
 from qcli.compute import matmul_precision
 from qcli.errors import StateError, UsageError, VerificationError
 from qcli.export import Export
+from qcli.model_card import model_card
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
@@ -64,7 +65,7 @@ def pack(
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
-    return {"out": str(out), "format": format, **result}
+    return {"out": str(out), **result}
 
 
 def _write(
@@ -74,13 +75,21 @@ def _write(
     shutil.copyfile(run / checkpoint.RECIPE, folder / checkpoint.RECIPE)
     written = export.open(folder)
     difference = _compare(source, written, export, progress)
-    size = {
+    result: dict[str, Any] = {
+        "format": export.name,
+        "files": len(written.weight_files()),
         "bits_per_weight": written.bits_per_weight(),
         "model_bits_per_weight": written.model_bits_per_weight(),
         "bytes": written.bytes(),
+        **difference,
+        "notes": export.notes(source),
     }
-    checkpoint.write_manifest(folder, checkpoint.read_manifest(run) | size | {"packed_as": export.name})
-    return {"files": len(written.weight_files()), **size, **difference, "notes": export.notes(source)}
+    manifest = checkpoint.read_manifest(run)
+    recipe = (folder / checkpoint.RECIPE).read_text()
+    shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe).encode())
+    size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
+    checkpoint.write_manifest(folder, manifest | size | {"packed_as": export.name})
+    return result
 
 
 def _compare(source: NativeSource, written: Source, export: Export, progress: Progress) -> dict[str, float]:

@@ -49,6 +49,7 @@ LAYERS = (
         "inspection",
         "export",
         "exports",
+        "model_card",
     ),
     ("study", "study_ray", "study_findings", "study_plots", "study_report"),
     ("doctor", "ui", "cli", "__main__"),
