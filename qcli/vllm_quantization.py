@@ -168,8 +168,7 @@ class _Share(nn.Module):
         """x `[..., columns]` -> `[..., rows]`."""
         codes = bits.unpack(self.codes, self.packed.format.bits, self.shape[1])
         tables = {name: getattr(self, name) for name in self._tables}
-        found = linear(x, QuantizedWeight(self.packed.format, self.shape, codes, tables))
-        return found
+        return linear(x, QuantizedWeight(self.packed.format, self.shape, codes, tables))
 
     def _check(self, ranks: int) -> None:
         format, columns = self.packed.format, self.shape[1]

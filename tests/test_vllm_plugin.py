@@ -4,8 +4,10 @@ models load fused layers, and what each device computes. vLLM itself does not ru
 from __future__ import annotations
 
 import sys
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qcli
 from qcli.errors import UnsupportedError
 from qcli.models.headers import read_tensors
 from qcli.models.native import NativeSource
@@ -69,7 +72,7 @@ class UnquantizedLinearMethod:
 
 
 class LinearBase(nn.Module):
-    """One device's linear layer: sizes are split as ColumnParallelLinear, QKVParallelLinear and RowParallelLinear do."""
+    """One device's linear layer, split as ColumnParallelLinear, QKVParallelLinear and RowParallelLinear split it."""
 
     def __init__(self, config: Any, prefix: str, rank: int, ranks: int) -> None:
         super().__init__()
@@ -189,6 +192,14 @@ def test_devices_together_compute_the_layer(method: str, tmp_path: Path) -> None
         for ranks in (1, 2, 4):
             found = computed(source, prefix, ranks, x)
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)), (prefix, ranks)
+
+
+def test_vllm_finds_the_plug_in() -> None:
+    project = tomllib.loads((Path(qcli.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    found = EntryPoint("qcli", project["entry-points"]["vllm.general_plugins"]["qcli"], "vllm.general_plugins").load()
+    REGISTERED.clear()
+    found()
+    assert REGISTERED.keys() == {"qcli"}
 
 
 def refused(source: NativeSource, prefix: str, ranks: int = 1) -> str:
