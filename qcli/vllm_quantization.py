@@ -91,7 +91,7 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -114,12 +114,12 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
             parameter.weight_loader = _loader(shares, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse layers of which something was not read; transformers' and vLLM's loaders only warn."""
         for share in layer.qcli_shares:
             share.require_whole()
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., in]` -> `[..., out]`, of this device's share."""
         parts = [share(x) for share in layer.qcli_shares]
         found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -128,6 +128,8 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 class _Share(nn.Module):
     """The rows and columns of one layer that this device computes."""
+
+    codes: Tensor
 
     def __init__(self, prefix: str, packed: Packed, rows: int, columns: int, rank: int, ranks: int) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class _Share(nn.Module):
         format, columns = self.packed.format, self.shape[1]
         if format.normed:
             raise UnsupportedError(
-                f"{self.prefix} norms its outputs, which vLLM's layers do not", hint="pack it as qcli"
+                f"{self.prefix} norms its outputs, which vLLM's layers do not", hint="use transformers"
             )
         split = columns < self.packed.shape[1]
         if split and isinstance(format, Grouped) and format.group_size > 0 and columns % format.group_size:

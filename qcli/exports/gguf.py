@@ -205,7 +205,8 @@ def _announce(writer: Any, entry: _Entry) -> None:
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
     """llama.cpp's order of the rows of q and k: the two halves of a head take turns."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape).contiguous()
+    halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _file_type(entries: list[_Entry]) -> int:

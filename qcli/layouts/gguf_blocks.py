@@ -133,5 +133,5 @@ def _affine(weight: QuantizedWeight) -> Affine:
 def _bits(fifth: Tensor) -> Tensor:
     """32 single bits as a little-endian word: uint8 `[..., 32]` -> uint8 `[..., 4]`."""
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=fifth.device)
-    eights: Tensor = fifth.unflatten(-1, (4, 8))  # type: ignore[no-untyped-call]
+    eights: Tensor = fifth.unflatten(-1, (4, 8))
     return (eights * weights).sum(-1).to(torch.uint8)

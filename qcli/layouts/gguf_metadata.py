@@ -120,7 +120,8 @@ def rope_factors(config: PreTrainedConfig) -> Tensor | None:
     wave = 2 * pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((trained / wave - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()
 
 
 def ropes(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:

@@ -51,6 +51,8 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     if model["type"] != "BPE":
         raise _unsupported(f"is {model['type']}, not BPE")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise _unsupported("has no merges, without which llama.cpp loads none")
     tokens, kinds = _tokens(tokenizer, described, size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")

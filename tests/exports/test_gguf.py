@@ -26,12 +26,12 @@ from qcli.quantized import QuantizedWeight
 from qcli.solvers import grid
 from qcli.verify import verify
 from tests.quantizing import TOKENS, run, streamed
-from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer, with_merge
 
 
 def packed(folder: Path, model: Path, **flags: Any) -> tuple[Path, dict[str, Any]]:
     given: dict[str, Any] = {"method__name": "rtn", **flags}
-    run(model, folder / "native", **given)
+    run(with_merge(model), folder / "native", **given)
     return folder / "packed", pack(folder / "native", folder / "packed", format="gguf", shard_size=10**9)
 
 
@@ -130,7 +130,7 @@ def test_the_smallest_type_is_taken(codes: list[int], zero_point: int, name: str
 def test_what_does_not_fit_is_refused_and_rounded_on_request(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little grid. " * 200)
-    run(tiny_model("llama", tmp_path), tmp_path / "native", text, method__name="rtn", low_rank__rank=2)
+    run(with_merge(tiny_model("llama", tmp_path)), tmp_path / "native", text, method__name="rtn", low_rank__rank=2)
     with pytest.raises(UnsupportedError, match="fits none of gguf's types exactly") as raised:
         pack(tmp_path / "native", tmp_path / "packed", format="gguf", shard_size=10**9)
     assert raised.value.hint is not None and "--requantize" in raised.value.hint
@@ -172,18 +172,14 @@ def test_llama_3_rotary_factors_are_those_of_transformers(tmp_path: Path) -> Non
     plain = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 16, 2) / 16)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     assert torch.allclose(plain / factors, expected, rtol=1e-5)
-    run(tiny_model("llama", tmp_path, rope_scaling=rope), tmp_path / "native", method__name="rtn")
-    assert pack(tmp_path / "native", tmp_path / "packed", format="gguf", shard_size=10**9)["max_logit_difference"] == 0
+    _, result = packed(tmp_path, tiny_model("llama", tmp_path, rope_scaling=rope))
+    assert result["max_logit_difference"] == 0
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "packed" / "model.gguf").tensors]
     assert names[0] == "rope_freqs.weight"
 
 
 def test_byte_level_tokenizer_comes_back(tmp_path: Path) -> None:
-    model = tiny_model("llama", tmp_path)
-    described = json.loads((model / "tokenizer.json").read_text())
-    described["model"]["vocab"]["ab"] = 259
-    described["model"]["merges"] = [["a", "b"]]
-    (model / "tokenizer.json").write_text(json.dumps(described))
+    model = with_merge(tiny_model("llama", tmp_path))
     auto: Any = AutoTokenizer
     expected = auto.from_pretrained(model)("cab naïve 123").input_ids
     assert 259 in expected
@@ -195,6 +191,13 @@ def test_byte_level_tokenizer_comes_back(tmp_path: Path) -> None:
     (out / "config.json").unlink()
     found = auto.from_pretrained(out, gguf_file="model.gguf")
     assert found("cab naïve 123").input_ids == expected
+
+
+def test_tokenizers_that_llama_cpp_does_not_load_are_refused(tmp_path: Path) -> None:
+    run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn")
+    with pytest.raises(UnsupportedError, match="has no merges"):
+        pack(tmp_path / "native", tmp_path / "packed", format="gguf", shard_size=10**9)
+    assert not (tmp_path / "packed").exists()
 
 
 class Recorder:

@@ -12,12 +12,12 @@ from qcli.pack import pack
 from qcli.registry import names
 from qcli.verify import verify
 from tests.quantizing import run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_merge
 
 
 @pytest.mark.parametrize("format", names("qcli.exports"))
 def test_every_layout_is_verified_and_has_a_card(format: str, tmp_path: Path) -> None:
-    run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn", method__symmetric=True)
+    run(with_merge(tiny_model("llama", tmp_path)), tmp_path / "native", method__name="rtn", method__symmetric=True)
     out = tmp_path / "packed"
     result = pack(tmp_path / "native", out, format=format, shard_size=10**9)
     assert (result["format"], result["files"]) == (format, 1)
