@@ -54,6 +54,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
     def __init__(self, requantize: str | None = None) -> None:
         super().__init__(requantize)
         self._types: dict[str, BlockType | None] = {}
+        self._shifts_norms = False
 
     def check(self, source: NativeSource) -> None:
         try:
@@ -65,6 +66,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         from qcli.layouts import gguf_blocks, gguf_metadata
 
         refuse_what_runs_otherwise(source, self.name)
+        self._shifts_norms = source.family.norm_offset != 0
         config = source.hf_config()
         gguf_metadata.architecture(config)
         if config.tie_word_embeddings and "lm_head.weight" in source.tensors():
@@ -87,9 +89,10 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         return GGUFSource(folder / PACKED_GGUF, beside=folder)
 
     def tolerance(self, name: str) -> float:
-        if self._types.get(name.removesuffix(".weight"), ...) is None:
+        layer = name.removesuffix(".weight")
+        if layer in self._types and self._types[layer] is None:
             return float("inf")
-        return _NORM_ROUNDING if name.endswith("norm.weight") else 0.0
+        return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
 
     def notes(self, source: NativeSource) -> dict[str, str]:
         rounded = sum(type is None for type in self._types.values())
@@ -176,7 +179,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         if (block := self._types.get(layer)) is not None:
             return gguf_blocks.encode(source.read_quantized(layer), block)
         tensor = source.read([entry.original])[entry.original]
-        if source.family.norm_offset and entry.original.endswith("norm.weight"):
+        if self._shifts_norms and entry.original.endswith("norm.weight"):
             tensor = tensor.float() + source.family.norm_offset
         if entry.type in _DTYPES:
             tensor = tensor.to(getattr(torch, _DTYPES[entry.type])).contiguous()
