@@ -29,7 +29,7 @@ def _affine(source: NativeSource, layer: str, layout: str) -> Affine:
     format, width = packed.format, packed.shape[1]
     if not isinstance(format, Affine):
         raise UnsupportedError(
-            f"{layer} is {format.name}, {layout} holds only uniform grids", hint="pack it as qcli, dense or gguf"
+            f"{layer} is {format.name}, {layout} holds only uniform grids", hint="pack it as qcli or dense"
         )
     if width % format.group_width(width):
         raise UnsupportedError(

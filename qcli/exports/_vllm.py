@@ -1,8 +1,9 @@
 """What vLLM accepts of a compressed-tensors checkpoint: its rules as data, for nothing here can run it.
 
-From vllm-project/vllm (main, autumn 2026): widths and the split of packed tensors from model_executor/layers/
-quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py, Marlin's limits from
-model_executor/layers/quantization/utils/marlin_utils.py, heads from model_executor/models/llama.py.
+From vllm-project/vllm, main of 2026: widths and the split of packed tensors from model_executor/layers/quantization/
+compressed_tensors/schemes/compressed_tensors_wNaM.py (at c3b9c01) and compressed_tensors_wNa16.py beside it, Marlin's
+limits from model_executor/layers/quantization/utils/marlin_utils.py, the split of fused layers and heads from
+model_executor/layers/linear.py (at 0036d38).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -63,6 +64,22 @@ def test_transformers_reads_the_same_weights(model_type: str, symmetric: bool, t
     if "gemma" not in model_type and model_type != "mistral":  # whose settings transformers does not take from the file
         with torch.no_grad():
             assert torch.allclose(model(TOKENS).logits, streamed(tmp_path / "native"), atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+def test_what_is_dense_keeps_its_type(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, attention_bias=True)
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out, result = packed(tmp_path, model, overrides=[{"match": "*.down_proj", "dense": True}])
+    assert result["max_logit_difference"] == 0
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    assert {types[key] for key in ("token_embd.weight", "output.weight", "blk.1.ffn_down.weight")} == {name}
+    assert {types[key] for key in ("blk.0.attn_norm.weight", "blk.0.attn_q.bias")} == {"F32"}
+    found, source = theirs(out).state_dict(), open_source(str(tmp_path / "native"))
+    for key, tensor in source.read(source.tensors()).items():
+        if key in found:  # transformers converts no biases of llama
+            assert torch.equal(found[key], tensor.float()), key
 
 
 def test_gemma_one_is_read_back_by_qcli_alone(tmp_path: Path) -> None:
