@@ -26,7 +26,8 @@ def pack(
 ) -> None:
     """Write a deployable checkpoint and read it back.
 
-    Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for `qcli verify` and a model card lie beside the weights."""
+    Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for
+    `qcli verify` and a model card lie beside the weights."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.pack import pack as write
         from qcli.recipe import Pack
