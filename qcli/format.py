@@ -134,6 +134,10 @@ class Format(BaseModel):
         """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
         return {name: table[rows] for name, table in tables.items()}
 
+    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        """The relaxed tables that decode these columns of the codes alone; they start with a group and end with one."""
+        raise NotImplementedError
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         """Nearest values for one column at a time, for error feedback.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcli import checkpoint
 from qcli.errors import UsageError
-from qcli.models.native import NativeSource
+from qcli.models.packed import PackedSource
 from qcli.models.source import open_source
 
 
@@ -46,7 +46,7 @@ def inspect(folder: Path) -> Inspection:
         VerificationError: its parts do not agree.
     """
     source = open_source(str(folder))
-    if not isinstance(source, NativeSource):
+    if not isinstance(source, PackedSource):
         raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
     manifest = checkpoint.read_manifest(folder)
     reports = {layer["name"]: layer for layer in manifest["layers"]}

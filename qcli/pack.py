@@ -12,6 +12,7 @@ from qcli import checkpoint, registry, shards
 from qcli.compute import matmul_precision
 from qcli.errors import StateError, UsageError, VerificationError
 from qcli.export import Export
+from qcli.model_card import model_card
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
@@ -21,7 +22,15 @@ from qcli.run_folder import RunFolder
 _PROBE_TOKENS = 64
 
 
-def pack(run: Path, out: Path, *, format: str, shard_size: int, progress: Progress = silent) -> dict[str, Any]:
+def pack(
+    run: Path,
+    out: Path,
+    *,
+    format: str,
+    shard_size: int,
+    requantize: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Write what `qcli quantize` left in `run` to `out`, in another layout or with other file sizes.
 
     Before `out` appears it is opened as any model is, every decoded weight is compared bit for bit, and the logits
@@ -30,19 +39,22 @@ def pack(run: Path, out: Path, *, format: str, shard_size: int, progress: Progre
     Args:
         format: a layout of `exports/`.
         shard_size: bytes of tensors in one file.
+        requantize: what weights are rounded to that the layout cannot hold as they are; None: they are refused.
 
     Returns:
         Layout, size, number of files, and the largest difference of a logit with its KL divergence.
 
     Raises:
         UsageError: `run` is not a qcli checkpoint, or the layout is unknown.
+        UnsupportedError: something in `run` does not fit the layout.
         StateError: `out` exists.
         VerificationError: what was written does not read back the same.
     """
-    export: Export = registry.load("qcli.exports", format)()
+    export: Export = registry.load("qcli.exports", format)(requantize)
     source = open_source(str(run))
     if not isinstance(source, NativeSource):
         raise UsageError(f"{run} is not a checkpoint that qcli wrote", hint="quantize the model first")
+    export.check(source)
     unfinished = out.absolute().with_name(f"{out.absolute().name}.partial")
     if (unfinished / "run.json").exists():
         raise StateError(f"{unfinished} holds an interrupted run", hint="finish it, remove it, or choose another --out")
@@ -53,33 +65,39 @@ def pack(run: Path, out: Path, *, format: str, shard_size: int, progress: Progre
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
-    return {"out": str(out), "format": format, **result}
+    return {"out": str(out), **result}
 
 
 def _write(
     run: Path, source: NativeSource, export: Export, folder: Path, shard_size: int, progress: Progress
 ) -> dict[str, Any]:
     export.write(source, folder, shard_size, progress)
-    shards.write_json(folder / "config.json", export.config(source))
-    source.copy_companions(folder)
     shutil.copyfile(run / checkpoint.RECIPE, folder / checkpoint.RECIPE)
-    written = open_source(str(folder))
-    difference = _compare(source, written, progress)
-    size = {
+    written = export.open(folder)
+    difference = _compare(source, written, export, progress)
+    result: dict[str, Any] = {
+        "format": export.name,
+        "files": len(written.weight_files()),
         "bits_per_weight": written.bits_per_weight(),
         "model_bits_per_weight": written.model_bits_per_weight(),
         "bytes": written.bytes(),
+        **difference,
+        "notes": export.notes(source),
     }
-    checkpoint.write_manifest(folder, checkpoint.read_manifest(run) | size | {"packed_as": export.name})
-    return {"files": len(list(folder.glob("*.safetensors"))), **size, **difference}
+    manifest = checkpoint.read_manifest(run)
+    recipe = (folder / checkpoint.RECIPE).read_text()
+    shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe).encode())
+    size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
+    checkpoint.write_manifest(folder, manifest | size | {"packed_as": export.name})
+    return result
 
 
-def _compare(source: NativeSource, written: Source, progress: Progress) -> dict[str, float]:
+def _compare(source: NativeSource, written: Source, export: Export, progress: Progress) -> dict[str, float]:
     names = list(source.tensors())
     for number, name in enumerate(names):
         progress("compare", number, len(names))
         expected, found = source.read([name])[name], written.read([name])[name]
-        if not torch.equal(expected.to(found.dtype), found):
+        if not _near(expected.to(found.dtype), found, export.tolerance(name)):
             raise VerificationError(
                 f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk"
             )
@@ -87,6 +105,12 @@ def _compare(source: NativeSource, written: Source, progress: Progress) -> dict[
     progress("compare", len(names), len(names))
     kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
     return {"max_logit_difference": float((before - after).abs().max()), "kl": float(kl)}
+
+
+def _near(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
+    if tolerance == 0:
+        return torch.equal(expected, found)
+    return expected.shape == found.shape and bool((expected - found).abs().max() <= tolerance)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from qcli.format import Format, StoredTensor
 from qcli.method import Method
 from qcli.models.arch import Linear
 from qcli.models.base import Source
-from qcli.models.native import NativeSource
+from qcli.models.packed import PackedSource
 from qcli.models.source import open_source
 from qcli.recipe import Recipe
 
@@ -173,7 +173,7 @@ def plan(recipe: Recipe) -> Plan:
         UsageError: the model cannot be used, overrides match nothing, groups do not divide; all problems at once.
     """
     source = open_source(recipe.model)
-    if isinstance(source, NativeSource):
+    if isinstance(source, PackedSource):
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     layers = source.linears()
     if recipe.allocation is not None:

@@ -52,6 +52,23 @@ class QuantizedWeight:
         return QuantizedWeight(self.format, self.shape, self.codes.to(device), tables)
 
 
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x W_hat^T + bias`, decoding a tile of rows at a time; x `[..., in]` -> `[..., out]` in x's dtype.
+
+    Args:
+        weight: its tables as they are stored, or relaxed.
+    """
+    format, (out_features, in_features) = weight.format, weight.shape
+    tables = format.relaxed(weight.tables)
+    rows = max(1, _TILE // in_features)
+    parts = []
+    for start in range(0, out_features, rows):
+        tile = slice(start, start + rows)
+        decoded = format.decode(weight.codes[tile], format.tile(tables, tile)).to(x.dtype)
+        parts.append(F.linear(x, decoded, None if bias is None else bias[tile].to(x.dtype)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 class QuantLinear(nn.Module):
     """A linear layer whose weight stays packed; its buffers are the tensors on disk, name for name.
 
@@ -81,16 +98,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W_hat^T + bias`; x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
-        weight = self.quantized
-        tables = self.format.relaxed(weight.tables)
-        rows = max(1, _TILE // self.in_features)
-        parts = []
-        for start in range(0, self.out_features, rows):
-            tile = slice(start, start + rows)
-            decoded = self.format.decode(weight.codes[tile], self.format.tile(tables, tile)).to(x.dtype)
-            bias = None if self.bias is None else self.bias[tile].to(x.dtype)
-            parts.append(F.linear(x, decoded, bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return linear(x, self.quantized, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves follow `model.to(...)`; dtypes do not: tables keep the precision they were stored with."""

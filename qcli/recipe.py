@@ -87,6 +87,10 @@ class Pack(_Section):
         default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="largest file"
     )
 
+    requantize: Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] | None = Field(
+        default=None, description="gguf: the type for layers that none holds exactly; default: refuse them"
+    )
+
     @field_validator("format")
     @classmethod
     def _known(cls, name: str) -> str:

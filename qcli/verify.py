@@ -8,7 +8,7 @@ from typing import Any
 
 from qcli import checkpoint, shards
 from qcli.errors import QcliError, VerificationError
-from qcli.models.native import NativeSource
+from qcli.models.packed import PackedSource
 from qcli.models.source import Source, open_source
 from qcli.progress import Progress, silent
 
@@ -78,7 +78,7 @@ def _check_values(source: Source, progress: Progress) -> None:
         progress("check", number, len(names))
         layer = name.removesuffix(".weight")
         try:
-            if isinstance(source, NativeSource) and layer in source.packed:
+            if isinstance(source, PackedSource) and layer in source.packed:
                 source.read_quantized(layer).check()
             else:
                 source.read([name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from atexit import register
@@ -102,6 +103,16 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
             tie_word_embeddings=config_overrides.get("tie_word_embeddings", True),
         )
     return AutoConfig.for_model(model_type, **{**_COMMON, **CONFIGS[model_type], **config_overrides})
+
+
+def with_merge(folder: Path) -> Path:
+    """The model in `folder`, whose tokenizer now joins "a" and "b" (token 259): llama.cpp loads none without merges."""
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"]["vocab"]["ab"] = 259
+    described["model"]["merges"] = [["a", "b"]]
+    file.write_text(json.dumps(described))
+    return folder
 
 
 def tiny_tokenizer() -> Any:

@@ -12,21 +12,37 @@ from qcli.ui import Session, Tables, size
 def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `qcli quantize` wrote.")],
     out: flags.Out,
-    format: Annotated[str, typer.Option(metavar="F", help="Layout of the checkpoint.")] = "qcli",
+    format: Annotated[str, typer.Option(metavar="F", help="qcli, compressed-tensors, gptq, gguf or dense.")] = "qcli",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as 500MB or 5GB.")] = "5GB",
+    requantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="gguf: round layers that fit no type exactly, as Q8_0. Default: refuse them."
+        ),
+    ] = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Write a deployable checkpoint and read it back."""
+    """Write a deployable checkpoint and read it back.
+
+    Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for
+    `qcli verify` and a model card lie beside the weights."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.pack import pack as write
         from qcli.recipe import Pack
         from qcli.recipe_loading import from_flags
 
-        wanted = from_flags(Pack, {"format": format, "shard_size": shard_size})
+        wanted = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
         session.result(
-            write(run, out, format=wanted.format, shard_size=wanted.shard_bytes, progress=session.progress),
+            write(
+                run,
+                out,
+                format=wanted.format,
+                shard_size=wanted.shard_bytes,
+                requantize=wanted.requantize,
+                progress=session.progress,
+            ),
             show_packed,
         )
 
@@ -41,5 +57,6 @@ def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
             "size": f"{size(packed['bytes'])} in {files}",
             "read back": f"weights equal; logits differ by at most {packed['max_logit_difference']:.3g}, "
             f"KL {packed['kl']:.3g}",
+            **packed["notes"],
         }
     )

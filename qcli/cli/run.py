@@ -92,6 +92,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             folder / PACKED,
             format=recipe.pack.format,
             shard_size=recipe.pack.shard_bytes,
+            requantize=recipe.pack.requantize,
             progress=session.progress,
         )
     if recipe.eval is not None:

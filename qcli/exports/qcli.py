@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from qcli import shards
 from qcli.export import Export
@@ -17,11 +17,18 @@ class Native(Export):
     """`quant_method: qcli`."""
 
     name: ClassVar[str] = "qcli"
+    loading: ClassVar[str] = """Loads in transformers after `import qcli`, and stays packed.
+
+```python
+import qcli  # teaches transformers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```"""
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         progress("write", 0, 1)
         shards.join([{name: extent} for name, extent in source.extents.items()], folder, shard_size)
+        shards.write_json(folder / "config.json", source.config)
+        source.copy_companions(folder)
         progress("write", 1, 1)
-
-    def config(self, source: NativeSource) -> dict[str, Any]:
-        return source.config

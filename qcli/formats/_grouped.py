@@ -30,6 +30,12 @@ class Grouped(Format):
         """The group that each column belongs to, int64."""
         return columns // self.group_size if self.group_size > 0 else columns * 0
 
+    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        if self.group_size == -1:
+            return tables
+        groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
+        return {name: table[:, groups] for name, table in tables.items()}
+
     def grouped(self, rows: Tensor) -> Tensor:
         """`[out, in]` -> `[out, groups, group_size]`; a ragged last group is filled up with zeros."""
         from torch.nn import functional as F

@@ -133,6 +133,9 @@ class Codebook(Leveled):
         basis = basis if len(basis) == 1 else basis[rows]
         return {BASIS: basis, SCALE: relaxed[SCALE][rows], OFFSET: relaxed[OFFSET][rows]}
 
+    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        return {**super().columns(tables, columns), BASIS: tables[BASIS]}
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         groups = self.groups_of(columns)
         present = groups.unique()

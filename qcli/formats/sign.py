@@ -82,6 +82,9 @@ class Sign(Format):
     def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
 
+    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        return {**tables, IN_SCALE: tables[IN_SCALE][columns]}
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.errors import UnsupportedError, UsageError
+from qcli.errors import UsageError
 from qcli.format import StoredTensor
 from qcli.models import arch
 from qcli.models.base import Source, first_line
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_UNNAMED = "unnamed method"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _COMPANIONS = (
     "generation_config.json",
@@ -105,18 +106,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: it is missing or broken.
-        UnsupportedError: another tool has quantized the model already.
     """
-    config = _read_json(path / "config.json")
+    return _read_json(path / "config.json")
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """Whose quantized checkpoint a config describes; None: it is not quantized."""
     quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if method != "qcli":
-            raise UnsupportedError(
-                f"{path} is already quantized ({method or 'unnamed method'})",
-                hint="start from the unquantized model",
-            )
-    return config
+    if quantization is None:
+        return None
+    return str(quantization.get("quant_method") or _UNNAMED) if isinstance(quantization, dict) else _UNNAMED
 
 
 def _shards(path: Path) -> dict[str, Extent]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+_ROPE_FACTORS = "rope_freqs.weight"  # follow from the config
+
+
 class _Entry(NamedTuple):
     """A tensor in the file: its GGUF name and type, where its bytes are, and how numpy sees them."""
 
@@ -38,11 +41,16 @@ class _Entry(NamedTuple):
 
 
 class GGUFSource(Source):
-    """A `.gguf` file. Tensors are float32, whatever it stores; bits and bytes are those it stores."""
+    """A `.gguf` file. Tensors are float32, whatever it stores; bits and bytes are those it stores.
+
+    Args:
+        beside: a folder with the model's own config and tokenizer, of which the file tells less; None: there is none.
+    """
 
     dense_dtype = "BF16"
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, path: Path, *, beside: Path | None = None, trust_remote_code: bool = False) -> None:
+        self._beside = beside
         try:
             import gguf  # noqa: F401
         except ImportError:
@@ -66,6 +74,7 @@ class GGUFSource(Source):
                 tuple(tensor.data.shape),
             )
             for tensor in reader.tensors
+            if beside is None or tensor.name != _ROPE_FACTORS
         ]
         with _lent(reader):
             self._config = self._converted_config(path)
@@ -85,6 +94,9 @@ class GGUFSource(Source):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
+        if self._beside is not None:
+            beside: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._beside, local_files_only=True)
+            return beside
         try:
             with _lent(_parse(self.path)):
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -126,6 +138,8 @@ class GGUFSource(Source):
     def _converted_config(self, path: Path) -> PreTrainedConfig:
         from transformers import AutoConfig
 
+        if self._beside is not None:
+            return _config_of(self._beside)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # ValueError for unknown architectures, anything for missing fields
@@ -139,7 +153,8 @@ class GGUFSource(Source):
     def _processor(self) -> Any:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        processor: Any = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        processed_as = {"gemma": "gemma2"}.get(self._architecture, self._architecture)
+        processor: Any = TENSOR_PROCESSORS.get(processed_as, TensorProcessor)
         return processor(config=self._config.to_dict())
 
     def _mapped(self) -> tuple[dict[str, StoredTensor], dict[str, _Entry]]:
@@ -157,7 +172,7 @@ class GGUFSource(Source):
         count = len(model.get_submodule(blocks))
         del model.get_submodule(blocks)[1:]
         names = {}
-        for in_file, name in get_gguf_hf_weights_map(model, self._processor).items():
+        for in_file, name in get_gguf_hf_weights_map(model, self._processor, self._architecture).items():
             for index in range(count) if in_file.startswith(first) else (0,):
                 full = name.replace(f"{blocks}.0.", f"{blocks}.{index}.", 1)
                 names[in_file.replace(first, f"blk.{index}.", 1)] = full
@@ -193,6 +208,13 @@ def _lent(reader: Any) -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader = own
+
+
+def _config_of(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return config
 
 
 def _raw(config: PreTrainedConfig) -> dict[str, Any]:

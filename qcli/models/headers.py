@@ -96,6 +96,13 @@ def read_header(file: Path) -> dict[str, Extent]:
     return extents
 
 
+def read_bytes(extent: Extent) -> bytes:
+    """A small tensor as it lies in its file."""
+    with extent.file.open("rb") as stream:
+        stream.seek(extent.start)
+        return stream.read(extent.bytes)
+
+
 def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
     """Tensors by name, in their stored dtype, each in memory of its own; no file stays open or mapped.
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qcli.errors import UsageError
+from qcli.checkpoint import MANIFEST
+from qcli.errors import UnsupportedError, UsageError
+from qcli.layouts import compressed_tensors, gptq
 from qcli.models.base import Source, first_line
-from qcli.models.folder import FolderSource, read_config
+from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.native import NativeSource
 
-__all__ = ["Source", "open_source"]
+__all__ = ["PACKED_GGUF", "Source", "open_source"]
 
+PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
+
+_PACKED: dict[str, type[FolderSource]] = {
+    compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource,
+    gptq.NAME: gptq.GPTQSource,
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -35,9 +43,21 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
+    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists():
+        return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
-    folder = NativeSource if "quantization_config" in config else FolderSource
-    return folder(path, config, trust_remote_code=trust_remote_code)
+    return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)
+
+
+def _kind(path: Path, method: str | None) -> type[FolderSource]:
+    """Of other tools' layouts only what `qcli pack` wrote is read, which its manifest tells."""
+    if method is None:
+        return FolderSource
+    if method == "qcli":
+        return NativeSource
+    if method in _PACKED and (path / MANIFEST).exists():
+        return _PACKED[method]
+    raise UnsupportedError(f"{path} is already quantized ({method})", hint="start from the unquantized model")
 
 
 def _download(model: str) -> Path:

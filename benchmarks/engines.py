@@ -1,0 +1,164 @@
+"""What packed checkpoints compute in other engines: python -m benchmarks.engines families smollm2 [--llama-cpp PYTHON]
+
+`families`: tiny random models of every family, in every layout that has an engine here; `smollm2`: the real one, on
+the first windows of 512 tokens of the WikiText-2 test set. Every engine gets the same token ids. `PYTHON` is an
+interpreter with llama-cpp-python (any version of it that its own processor runs); without it those rows are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import qcli
+from benchmarks import common
+from qcli.models.source import open_source
+from qcli.models.stream import ModelStream
+from qcli.pack import pack
+from qcli.quantize import quantize
+from qcli.recipe_loading import load_recipe
+from tests.tiny import tiny_model, with_merge
+
+WINDOWS, WINDOW = 4, 512
+LLAMA_CPP = """
+import sys
+import llama_cpp, numpy
+file, tokens, out = sys.argv[1:4]
+tokens = numpy.load(tokens)
+model = llama_cpp.Llama(file, n_ctx=max(64, tokens.shape[1]), logits_all=True, verbose=False, n_threads=2)
+logits = []
+for row in tokens.tolist():
+    model.reset()
+    model.eval(row)
+    logits.append(numpy.array(model.scores[:len(row)]))
+numpy.save(out, numpy.stack(logits))
+print("llama-cpp-python", llama_cpp.__version__)
+"""
+Engine = Callable[[Path, Tensor], tuple[str, Tensor]]
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 64}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"rope_scaling": LLAMA_3}),
+    *((family, {}) for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+]
+SCHEMES = ((4, True), (4, False), (3, False), (8, True))
+
+
+@torch.no_grad()
+def ours(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
+    """Logits of qcli's own evaluation in float32, `[windows, tokens, vocabulary]`."""
+    stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+    hidden = stream.embed(tokens)
+    for index in range(stream.n_blocks):
+        hidden = stream.run_block(stream.load_block(index), index, hidden)
+    return f"qcli {qcli.__version__}", stream.logits(hidden)
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
+    """The same in transformers, with what the checkpoint's config asks for."""
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    name = f"transformers {version('transformers')}"
+    if "compressed-tensors" in (folder / "config.json").read_text():
+        name += f", compressed-tensors {version('compressed-tensors')}"
+    return name, torch.cat([model(row[None]).logits for row in tokens])
+
+
+def in_llama_cpp(python: str) -> Engine:
+    """The same in llama.cpp, in a process of its own."""
+
+    def run(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
+        given, found = folder / "tokens.npy", folder / "logits.npy"
+        np.save(given, tokens.numpy())
+        command = [python, "-c", LLAMA_CPP, str(folder / "model.gguf"), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}")
+        return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(found))
+
+    return run
+
+
+def rows(name: str, model: str, tokens: Tensor, engines: dict[str, Engine], work: Path) -> Iterator[dict[str, Any]]:
+    """A row for each scheme and layout that holds it."""
+    for bits, symmetric in SCHEMES:
+        native = work / f"{name}-{bits}-{symmetric}"
+        fields = {"model": model, "out": str(native), "method.name": "rtn", "method.bits": bits}
+        quantize(load_recipe(None, fields | {"method.group_size": 32, "method.symmetric": symmetric})[0])
+        _, expected = ours(native, tokens)
+        for layout, engine in engines.items():
+            folder = work / f"{native.name}-{layout}"
+            packed = pack(native, folder, format=layout, shard_size=10**10)
+            engine_name, found = engine(folder, tokens)
+            yield {
+                "model": name,
+                "format": layout,
+                "bits": bits,
+                "symmetric": symmetric,
+                "stored": packed["notes"].get("exact"),
+                "bits_per_weight": round(packed["bits_per_weight"], 3),
+                "engine": engine_name,
+                **compared(expected, found, tokens),
+            }
+
+
+def compared(expected: Tensor, found: Tensor, tokens: Tensor) -> dict[str, float]:
+    """Largest difference of a logit, mean KL in nats, and both perplexities."""
+    log_p, log_q = expected.log_softmax(-1), found.float().log_softmax(-1)
+    target = tokens[:, 1:, None]
+    return {
+        "max_logit_difference": float((expected - found).abs().max()),
+        "logits_deviation": float(expected.std()),
+        "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        "perplexity": float((-log_q[:, :-1].gather(2, target)).mean().exp()),
+        "our_perplexity": float((-log_p[:, :-1].gather(2, target)).mean().exp()),
+    }
+
+
+def wikitext() -> Tensor:
+    """The first windows of the test set, without bos."""
+    text = (common.assets() / "text" / "wikitext2.test.detok.txt").read_text()
+    ids = open_source(common.smollm2()).tokenizer()(text[:20_000], add_special_tokens=False).input_ids
+    return torch.tensor(ids[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="+", choices=["families", "smollm2"])
+    parser.add_argument("--llama-cpp", metavar="PYTHON")
+    given = parser.parse_args()
+    engines: dict[str, Engine] = {"compressed-tensors": in_transformers, "dense": in_transformers}
+    if given.llama_cpp:
+        engines["gguf"] = in_llama_cpp(given.llama_cpp)
+    random_tokens = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        models: list[tuple[str, str, Tensor]] = []
+        if "families" in given.suites:
+            for family, config in FAMILIES:
+                # No longer than the tiny Mistral's window, which llama.cpp does not know.
+                tokens = random_tokens.view(-1, 8) if family == "mistral" else random_tokens
+                label = f"tiny {family}" + (", Llama 3's rotary scaling" if config else "")
+                models.append((label, str(with_merge(tiny_model(family, work, **config))), tokens))
+        if "smollm2" in given.suites:
+            models.append(("SmolLM2-135M-Instruct", common.smollm2(), wikitext()))
+        for label, model, tokens in models:
+            for row in rows(label, model, tokens, engines, work):
+                print(row, flush=True)
+                common.save_row("engines", ("model", "format", "bits", "symmetric"), row, __doc__)
+
+
+if __name__ == "__main__":
+    main()

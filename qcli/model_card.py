@@ -1,0 +1,68 @@
+"""The `README.md` of a packed checkpoint: what it is, what was lost, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_HUB_FORMAT = {"gguf": "gguf"}  # what the hub calls a library by its files; everything else is transformers
+
+
+def model_card(manifest: Mapping[str, Any], result: Mapping[str, Any], loading: str, recipe: str) -> str:
+    """The card as Markdown, its front matter as the hub reads it.
+
+    Args:
+        manifest: of the checkpoint that was packed.
+        result: of packing: format, sizes, differences, notes.
+        loading: how to load it.
+        recipe: the recipe's YAML.
+    """
+    model = str(manifest["source"]["model"])
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
+    title = model if on_hub else model.rstrip("/").rpartition("/")[2]
+    layers: list[dict[str, Any]] = manifest["layers"]
+    facts = {
+        "base model": f"`{title}`",
+        "method": _counted(_method(layer) for layer in layers),
+        "bits per weight": f"{result['bits_per_weight']:.3g} in the quantized layers, "
+        f"{result['model_bits_per_weight']:.3g} in the whole model, every stored table counted",
+        "layout": result["format"],
+        **result["notes"],
+        "read back": f"logits differ from the quantized checkpoint's by at most {result['max_logit_difference']:.3g} "
+        f"(KL {result['kl']:.3g})",
+        "relative error": _errors(layers),
+    }
+    front = ["library_name: " + _HUB_FORMAT.get(result["format"], "transformers"), "tags: [quantized, qcli]"]
+    if on_hub:
+        front = [f"base_model: {model}", "base_model_relation: quantized", *front]
+    rows = "\n".join(f"| {label} | {fact} |" for label, fact in facts.items())
+    return (
+        "---\n" + "\n".join(front) + f"\n---\n\n# {title}, quantized by qcli\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"## Loading\n\n{loading}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
+    )
+
+
+def _method(layer: Mapping[str, Any]) -> str:
+    spec = layer["spec"]
+    size = spec.get("group_size") or spec.get("base", {}).get("group_size")
+    groups = "" if size is None else ", rows" if size == -1 else f", groups of {size}"
+    return f"{layer['method']} ({spec['bits']} bits{groups})"
+
+
+def _counted(words: Iterable[str]) -> str:
+    counts = Counter(words)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{word}: {count} layers" for word, count in counts.most_common())
+
+
+def _errors(layers: list[dict[str, Any]]) -> str:
+    """The mean of what each layer lost, by how it was measured."""
+    kinds: dict[str, list[float]] = {}
+    for layer in layers:
+        kinds.setdefault(layer["measure"], []).append(layer["error"])
+    return "; ".join(
+        f"{sum(errors) / len(errors):.3g} of the {kind}, mean of {len(errors)} layers" for kind, errors in kinds.items()
+    )
