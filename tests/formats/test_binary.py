@@ -17,7 +17,13 @@ from qcli.format import Format, from_spec
 from qcli.formats.dual_binary import ALPHA1, ALPHA2, DualBinary, Levels
 from qcli.formats.low_rank import LowRank
 from qcli.formats.sign import IN_SCALE, OUT_SCALE, Sign
-from qcli.quantized import TORCH_DTYPE, QuantizedWeight, QuantLinear
+from qcli.quantized import QuantizedWeight, QuantLinear
+from tests.formats.checks import (
+    drawn,
+    gradients_are_finite_differences,
+    rounder_agrees_with_encode,
+    stored_as_announced,
+)
 
 SHAPE = (7, 40)
 FORMATS: list[Format] = [
@@ -26,10 +32,6 @@ FORMATS: list[Format] = [
     DualBinary(group_size=-1),
     DualBinary(group_size=16, levels="symmetric"),
 ]
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tables_of(format: Format, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
@@ -58,13 +60,7 @@ def test_storage_round_trips_bit_for_bit(kind: str, group_size: int, shape: tupl
     format: Format = Sign() if kind == "sign" else DualBinary.model_validate({"group_size": group_size, "levels": kind})
     weight = quantized(format, shape, seed)
     weight.check()
-    stored = format.to_stored(weight)
-    assert {name: (TORCH_DTYPE[t.dtype], t.shape) for name, t in format.stored(shape).items()} == {
-        name: (t.dtype, tuple(t.shape)) for name, t in stored.items()
-    }
-    again = format.from_stored(stored, shape)
-    assert torch.equal(again.codes, weight.codes)
-    assert torch.equal(again.dense(), weight.dense())
+    stored_as_announced(weight)
     assert from_spec(format.spec()) == format
 
 
@@ -84,29 +80,13 @@ def test_codes_are_those_of_the_nearest_level(format: Format, seed: int) -> None
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_rounder_agrees_with_encode_in_any_column_order(format: Format) -> None:
     weight, wanted = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=2)
-    order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(4))
-    nearest = format.rounder(weight.tables, order)
-    for position, column in enumerate(order.tolist()):
-        code, value = nearest(position, wanted[:, column])
-        assert torch.equal(code, weight.codes[:, column].float())
-        assert torch.equal(value, weight.dense()[:, column])
+    rounder_agrees_with_encode(weight, wanted)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_decode_is_differentiable_and_tiles(format: Format) -> None:
     weight = quantized(format, SHAPE)
-    relaxed = {name: table.requires_grad_() for name, table in format.relaxed(weight.tables).items()}
-    pull = drawn(*SHAPE, seed=9)
-    (format.decode(weight.codes, relaxed) * pull).sum().backward()
-    for name, table in relaxed.items():
-        direction = drawn(*table.shape, seed=11)
-        with torch.no_grad():
-            ends = [
-                (format.decode(weight.codes, relaxed | {name: table + step * direction}) * pull).sum()
-                for step in (-0.5, 0.5)
-            ]
-        assert table.grad is not None
-        assert float((table.grad * direction).sum()) == pytest.approx(float(ends[1] - ends[0]), rel=1e-3, abs=1e-4)
+    gradients_are_finite_differences(weight)
     tile = slice(2, 5)
     assert torch.equal(format.decode(weight.codes[tile], format.tile(weight.tables, tile)), weight.dense()[tile])
 

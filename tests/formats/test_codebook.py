@@ -12,12 +12,14 @@ from qcli.errors import VerificationError
 from qcli.format import from_spec
 from qcli.formats.affine import Affine
 from qcli.formats.codebook import BASIS, OFFSET, SCALE, SHARED, Codebook, TableBits
-from qcli.quantized import TORCH_DTYPE, QuantizedWeight, QuantLinear
+from qcli.quantized import QuantizedWeight, QuantLinear
 from qcli.solvers import grid
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.formats.checks import (
+    drawn,
+    gradients_are_finite_differences,
+    rounder_agrees_with_encode,
+    stored_as_announced,
+)
 
 
 def tables_of(format: Codebook, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
@@ -88,14 +90,7 @@ def test_storage_round_trips_bit_for_bit(
     format = Codebook(bits=bits, group_size=group_size, rank=rank, table_bits=table_bits, basis_rows=basis_rows)
     weight = quantized(format, shape, seed)
     weight.check()
-    stored = format.to_stored(weight)
-    announced = format.stored(shape)
-    assert {name: (TORCH_DTYPE[t.dtype], t.shape) for name, t in announced.items()} == {
-        name: (t.dtype, tuple(t.shape)) for name, t in stored.items()
-    }
-    again = format.from_stored(stored, shape)
-    assert torch.equal(again.codes, weight.codes)
-    assert torch.equal(again.dense(), weight.dense())
+    stored_as_announced(weight)
     assert from_spec(format.spec()) == format
 
 
@@ -112,12 +107,7 @@ def test_codes_are_those_of_the_nearest_entries(format: Codebook) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_rounder_agrees_with_encode_in_any_column_order(format: Codebook) -> None:
     weight, wanted = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=3)
-    order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(4))
-    nearest = format.rounder(weight.tables, order)
-    for position, column in enumerate(order.tolist()):
-        code, value = nearest(position, wanted[:, column])
-        assert torch.equal(code, weight.codes[:, column].float())
-        assert torch.equal(value, weight.dense()[:, column])
+    rounder_agrees_with_encode(weight, wanted)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -134,21 +124,7 @@ def test_tiles_and_relaxed_tables_decode_the_same(format: Codebook) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_gradients_are_finite_differences(format: Codebook) -> None:
     """`dL/dV = S dL/dC`, `dL/dS = V (dL/dC)^T`, `dL/dbeta = -sum dL/dC`, `dL/dC` scattered from the weights."""
-    weight = quantized(format, SHAPE)
-    relaxed = {name: table.clone().requires_grad_() for name, table in format.relaxed(weight.tables).items()}
-    pull = drawn(*SHAPE, seed=9)
-    (format.decode(weight.codes, relaxed) * pull).sum().backward()
-    generator = torch.Generator().manual_seed(5)
-    for name, table in relaxed.items():
-        assert table.grad is not None
-        direction = torch.randn(table.shape, generator=generator)
-        with torch.no_grad():
-            ends = [
-                (format.decode(weight.codes, relaxed | {name: table + step * direction}) * pull).double().sum()
-                for step in (-0.5, 0.5)
-            ]
-            slope = (table.grad * direction).sum()
-        assert float(slope) == pytest.approx(float(ends[1] - ends[0]), rel=1e-3, abs=1e-3)
+    gradients_are_finite_differences(quantized(format, SHAPE))
 
 
 def test_units_are_what_a_group_spans() -> None:
