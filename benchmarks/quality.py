@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import common
 from qcli.allocator import return_large_blocks
+from qcli.cache import Cache
 from qcli.evaluate import evaluate
 from qcli.quantize import quantize
 from qcli.recipe_loading import load_recipe
@@ -186,8 +187,8 @@ SUITES: dict[str, list[Row]] = {
 }
 
 
-def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks: int) -> dict[str, Any]:
-    """Quantize and evaluate one row; only the first `blocks` of the model's 30."""
+def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks: int, cache: Cache) -> dict[str, Any]:
+    """Quantize and evaluate one row; only the first `blocks` of the model's 30; the baseline runs once a `cache`."""
     name, samples, options = row
     flags: dict[str, Any] = {
         key if key.partition(".")[0] in SECTIONS else f"method.{key}": value for key, value in options.items()
@@ -197,7 +198,9 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
         flags |= {"overrides": [{"match": f"model.layers.{n}.*", "dense": True} for n in range(blocks, BLOCKS)]}
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
         result = _fresh(flags)
-        found = evaluate(f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows)
+        found = evaluate(
+            f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows, cache=cache
+        )
     (scored,) = found.scores.values()
     return {
         "name": name,
@@ -280,7 +283,9 @@ def main() -> None:
         for suite in arguments.suite:
             for row in SUITES[suite]:
                 if re.search(arguments.only, row[0]) and time.monotonic() - started < 60 * arguments.minutes:
-                    found = measure(model, row, data, score, arguments.windows, arguments.blocks)
+                    found = measure(
+                        model, row, data, score, arguments.windows, arguments.blocks, Cache(Path(folder) / "cache")
+                    )
                     print(
                         f"{found['name']:60} n={found['samples']:<3} bpw {found['bits_per_weight']:.3f} "
                         f"KL {found['kl']:.4f} ppl {found['perplexity']:.2f} {found['seconds']:.0f} s",
