@@ -1,13 +1,18 @@
 """What each width of each layer would cost: the predicted KL divergence of quantizing that layer alone.
 
-To second order, an error `E` of one layer's weight moves the predictions by
+To second order, an error `E` of one layer's weight moves the predictions of a sequence by `1/2 (sum_t delta_t E x_t)^2`
+nats: `x` the layer's inputs, `delta` the gradient, with respect to its outputs, of the log-probability of tokens drawn
+from the model's own predictions. The mean over sequences is taken factor by factor, as in K-FAC (arXiv 1503.05671), and
+in two parts, `m` the mean input and `L` the tokens of a sequence; in nats per token:
 
-    KL = 1/2 sum_i g_i (E H E^T)_ii   nats per token,   H = E[x^T x],   g_i = E[delta_i^2]
+    1/2 sum_i  E[delta_i^2] (E C E^T)_ii  +  E[(sum_t delta_ti)^2] (E m)_i^2 / L
 
-`x` the layer's inputs, `delta` the gradient of the log-probability of a token drawn from the model's own prediction
-with respect to the layer's outputs: the Fisher information in Kronecker's form (K-FAC, arXiv 1503.05671), of its
-output factor the diagonal. `E` is what the method really leaves in each width. One pass forward and one backward, a
-block at a time; of all blocks only the hidden states that enter them are kept.
+Errors that differ from token to token add up as squares, `C` being their inputs' covariance. An error that all tokens
+have in common adds up as it is: attention averages values, which does not make it smaller. In `m` and `C` tokens are
+weighed by `|delta|^2`: the few whose inputs are a hundred times the others' size hardly matter. `E` is what the method
+really leaves in each width.
+
+One pass forward and one backward, a block at a time; of all blocks only the hidden states that enter them are kept.
 """
 
 from __future__ import annotations
@@ -70,13 +75,25 @@ def sensitivities(
 
 
 class _Moments:
-    """Second moments of the inputs of linears, and of the gradients of their outputs; sums over tokens."""
+    """Second moments of the inputs of linears and of the gradients of their outputs; sums over tokens, by path.
+
+    Attributes:
+        inputs: `x^T x`, `[in, in]`.
+        weighted: the same with each token weighed by its gradient, `|delta|^2 x^T x`.
+        mean: `|delta|^2 x`, `[in]`.
+        energy: `delta^2`, `[out]`.
+        together: the square of each sequence's summed gradient, `(sum_t delta)^2`, `[out]`.
+        sequences: in the batch that is passing.
+    """
 
     def __init__(self, block: nn.Module, paths: Sequence[str]) -> None:
         self.modules = {path: block.get_submodule(path) for path in paths}
-        self.inputs: dict[str, Tensor] = {}  # E[x^T x] `[in, in]` by path
-        self.energy: dict[str, Tensor] = {}  # of output gradients, `[out]` by path
-        self.tokens = 0
+        self.inputs: dict[str, Tensor] = {}
+        self.weighted: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+        self.energy: dict[str, Tensor] = {}
+        self.together: dict[str, Tensor] = {}
+        self.tokens = self.sequences = 0
 
     def watched(self) -> ExitStack:
         """Within: forward and backward passes are counted."""
@@ -85,18 +102,35 @@ class _Moments:
             hooks.callback(module.register_forward_hook(self._note(path), with_kwargs=True).remove)
         return hooks
 
+    def divergence(self, path: str, error: Tensor) -> float:
+        """What an error `[out, in]` of a linear's weight would do to the predictions, nats per token."""
+        energy = self.energy[path]
+        total = energy.sum().clamp(min=1e-30)
+        common = error @ (self.mean[path] / total)
+        apart = ((error @ self.weighted[path]) * error).sum(1) / total - common.square()
+        return float((energy * apart + self.together[path] * common.square()).sum()) / (2 * self.tokens)
+
     def _note(self, path: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            (x,) = (*args, *kwargs.values())
-            x = x.detach().flatten(0, -2).float()
-            self.inputs[path] = self.inputs.get(path, torch.zeros((), device=x.device)) + x.T @ x
+            (given,) = (*args, *kwargs.values())
+            x = given.detach().flatten(0, -2).float()
+            _add(self.inputs, path, x.T @ x)
+
+            def take(gradient: Tensor) -> None:
+                delta = gradient.detach().flatten(0, -2).float()
+                weighed = x * delta.square().sum(1, keepdim=True)
+                _add(self.weighted, path, weighed.T @ x)
+                _add(self.mean, path, weighed.sum(0))
+                _add(self.energy, path, delta.square().sum(0))
+                _add(self.together, path, delta.unflatten(0, (self.sequences, -1)).sum(1).square().sum(0))
+
             output.register_hook(take)
 
-        def take(gradient: Tensor) -> None:
-            energy = gradient.detach().flatten(0, -2).float().square().sum(0)
-            self.energy[path] = self.energy.get(path, torch.zeros_like(energy)) + energy
-
         return note
+
+
+def _add(sums: dict[str, Tensor], path: str, value: Tensor) -> None:
+    sums[path] = sums[path] + value if path in sums else value
 
 
 def _of_predictions(stream: ModelStream, hidden: list[Tensor], seed: int) -> list[Tensor]:
@@ -126,6 +160,7 @@ def _backward(
     found = []
     with moments.watched():
         for states, gradient in zip(hidden, gradients, strict=True):
+            moments.sequences = len(states)
             entering = states.to(stream.device).requires_grad_()
             output = stream.run_block(block, index, entering)
             (back,) = torch.autograd.grad(output, entering, gradient.to(stream.device))
@@ -149,9 +184,7 @@ def _predicted(found: Choices, layers: Sequence[Linear], moments: _Moments) -> I
             quantized = _quantized(found, method, group)
             for layer in fitting:
                 error = weights[layer.name] - quantized[layer.name]
-                energy = moments.energy.get(layer.path, torch.zeros(len(error))) / moments.tokens
-                loss = 0.5 * (energy.to(error) * ((error @ hessian) * error).sum(1)).sum()
-                losses[layer.name][option] = float(loss)
+                losses[layer.name][option] = moments.divergence(layer.path, error)
     yield from losses.items()
 
 
