@@ -127,7 +127,7 @@ def test_layout_by_hand() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method__name": "lcq"}, "is codebook, compressed-tensors holds only uniform grids"),
+        ({"method__name": "lcq", "method__steps": 0}, "is codebook, compressed-tensors holds only uniform grids"),
         ({"low_rank__rank": 2}, "is low-rank"),
         ({"method__zero_point": "float"}, "floating-point zero points"),
         ({"method__group_size": 48, "method__group_tail": "ragged"}, "64 inputs in groups of 48"),
