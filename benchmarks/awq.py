@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from benchmarks import common
-from benchmarks.quality import full_precision
+from benchmarks.quality import BLOCKS, full_precision
 from qcli.data import calibration_tokens
 from qcli.evaluate import evaluate
 from qcli.models.source import open_source
@@ -27,9 +27,11 @@ import torch
 from neural_compressor.torch.quantization import AWQConfig, convert, prepare
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-folder, tokens, bits, out = sys.argv[1:5]
+folder, tokens, bits, blocks, out = sys.argv[1:6]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 model.config.use_cache = False
+model.model.layers = model.model.layers[: int(blocks)]  # block by block: what follows changes nothing
+model.config.num_hidden_layers = len(model.model.layers)
 samples = load_file(tokens)["ids"].split(1)
 absorbed = {
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -64,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", help="python of an environment with neural-compressor-pt")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="quantize the first ones only")
     arguments = parser.parse_args()
+    blocks = arguments.blocks
     text = common.assets() / "text"
     with tempfile.TemporaryDirectory() as folder:
         model = full_precision(common.smollm2(), Path(folder))
@@ -74,7 +78,7 @@ def main() -> None:
         for bits in arguments.bits:
             out = f"{folder}/{bits}"
             done = subprocess.run(
-                [arguments.peer, "-c", PEER, model, tokens, str(bits), out],
+                [arguments.peer, "-c", PEER, model, tokens, str(bits), str(blocks), out],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -83,10 +87,17 @@ def main() -> None:
             score = str(text / "wikitext2.test.detok.txt")
             found = evaluate(out, baseline=model, data=[score], window=512, max_windows=20)
             (scored,) = found.scores.values()
-            row = {"name": "neural-compressor AWQ", "bits": bits, "group_size": 64, "samples": 16, "kl": found.kl}
+            row = {
+                "name": "neural-compressor AWQ",
+                "bits": bits,
+                "group_size": 64,
+                "samples": 16,
+                "blocks": blocks,
+                "kl": found.kl,
+            }
             row |= {"perplexity": scored.perplexity, **json.loads(done.stdout.strip().splitlines()[-1])}
             print(row, flush=True)
-            common.save_row("awq", ("name", "bits"), row, __doc__)
+            common.save_row("awq", ("name", "bits", "blocks"), row, __doc__)
 
 
 if __name__ == "__main__":
