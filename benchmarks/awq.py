@@ -52,7 +52,7 @@ seconds = time.perf_counter() - started
 plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 dense = plain.state_dict()
 for name, module in model.named_modules():
-    weight = module.recover().weight if hasattr(module, "recover") else getattr(module, "weight", None)
+    weight = module.recover() if hasattr(module, "recover") else getattr(module, "weight", None)
     if weight is not None:
         dense[name + ".weight"] = weight.detach().float()
 plain.load_state_dict(dense)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qcli.block_loop import Streamed
+from qcli.block_loop import SolvedBlock, Streamed
 from qcli.errors import UnsupportedError, UsageError
 from qcli.formats.sign import Sign
 from qcli.inspection import inspect
@@ -152,14 +152,16 @@ def test_norms_follow_only_the_layers_that_have_them(
     """Quantizing sees what the checkpoint computes, and full-precision layers beside it without any norm."""
     model, out = tiny_model("llama", tmp_path), tmp_path / "out"
     streams: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
-    advance = Streamed._advance
+    solve = Streamed.solve
 
-    def watched(loop: Streamed, stage: Any) -> None:
-        advance(loop, stage)
+    def watched(loop: Streamed, block: int) -> SolvedBlock:
+        loop.last = block + 1  # to see what leaves the last block
+        solved = solve(loop, block)
         assert loop.original is not None
         streams.append((loop.tokens, loop.quantized, loop.original))
+        return solved
 
-    monkeypatch.setattr(Streamed, "_advance", watched)
+    monkeypatch.setattr(Streamed, "solve", watched)
     fed = {"name": "gptq-like", "refit_target": True, "group_size": 32}
     overrides = [{"match": "*.[kd]*_proj", "method": fed}, {"match": "*.v_proj", "dense": True}]
     flags = PAPER | {"dtype": "float32", "low_rank__rank": 2} | ({"refine__steps": 10} if refined else {})
