@@ -30,13 +30,16 @@ def draw(suffix: str, title: str, to: Path) -> None:
     """One picture: a line for each method, a mark for each peer."""
     from matplotlib import pyplot as plt
 
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for name, row in rows(suffix):
-        lines.setdefault(name, []).append((row["bits_per_weight"], row["kl"]))
+        points = lines.setdefault(name, {}).setdefault(row["options"]["bits"], [])
+        points.append((row["bits_per_weight"], row["kl"]))
     figure, axes = plt.subplots(figsize=(12, 6), dpi=120)
-    for place, (name, points) in enumerate(sorted(lines.items())):
-        bits, kl = zip(*sorted(points), strict=True)
-        axes.plot(bits, kl, marker="o", color=f"C{place % 10}", linewidth=1.2, markersize=5, label=name)
+    for place, (name, widths) in enumerate(sorted(lines.items())):
+        for number, points in enumerate(widths.values()):  # lines join group sizes, not bits
+            bits, kl = zip(*sorted(points), strict=True)
+            label = name if number == 0 else None
+            axes.plot(bits, kl, marker="o", color=f"C{place % 10}", linewidth=1.2, markersize=5, label=label)
     if not suffix:
         peers: dict[str, list[tuple[float, float]]] = {}
         for row in json.loads((RESULTS / "peers-wikitext2.json").read_text())["rows"]:
@@ -116,8 +119,10 @@ def main() -> None:
             RESULTS / f"bits-kl-{blocks}-blocks.png",
         )
     for suite, model in (("stories", "stories260k"), ("smollm2", "SmolLM2-135M-Instruct")):
-        draw_lessons(suite, f"Students of {model}", RESULTS / f"distillation-{suite}.png")
-    draw_gammas("stories", "Deviation-aware distillation of stories260k, 2 bits", RESULTS / "distillation-dad.png")
+        if _lessons(suite):
+            draw_lessons(suite, f"Students of {model}", RESULTS / f"distillation-{suite}.png")
+    if any(row["options"].get("loss") == "dad" for row in _lessons("stories")):
+        draw_gammas("stories", "Deviation-aware distillation of stories260k, 2 bits", RESULTS / "distillation-dad.png")
 
 
 if __name__ == "__main__":

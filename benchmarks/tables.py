@@ -26,7 +26,7 @@ def main() -> None:
     ]
     for file in sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text()).get("rows", [])
-        if rows and all("kl" in row for row in rows):
+        if rows and all("name" in row and "kl" in row for row in rows):
             lines += ["", f"## {file.stem}", "", *_table(rows)]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n")
 
