@@ -23,6 +23,7 @@ from qcli.models.source import open_source
 
 PEER = """
 import json, sys, time
+from importlib.metadata import version
 import torch
 from neural_compressor.torch.quantization import AWQConfig, convert, prepare
 from safetensors.torch import load_file
@@ -57,8 +58,7 @@ for name, module in model.named_modules():
         dense[name + ".weight"] = weight.detach().float()
 plain.load_state_dict(dense)
 plain.save_pretrained(out)
-import neural_compressor
-print(json.dumps({"seconds": round(seconds, 1), "version": neural_compressor.__version__}))
+print(json.dumps({"seconds": round(seconds, 1), "version": version("neural-compressor-pt")}))
 """
 
 
