@@ -108,7 +108,7 @@ class Choices:
 
     def resolved(self, chosen: Mapping[str, int]) -> Recipe:
         """The recipe that says for every layer what has been chosen for it."""
-        from qcli.recipe import Override
+        from qcli.recipe_sections import Override
 
         weight: Counter[int] = Counter()
         for layer in self.layers:

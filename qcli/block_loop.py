@@ -133,6 +133,7 @@ class Streamed:
         self.held_original = list(self.held)
         self.transforms = BlockTransforms(todo, run, self.stream, fast=fast, progress=progress)
         self.transforms.fit_model(self.tokens, self.held_tokens)
+        self.stream.drop_vocabulary()
 
     def solve(self, block: int) -> SolvedBlock:
         """Quantize a block whose inputs come through the blocks before it; nothing runs behind the last such block."""
@@ -254,21 +255,28 @@ class Streamed:
         if stage.original is None or stage.twin is None:
             return
         with matmul_precision(fast=self.fast, device=self.stream.device):
-            self.original = list(stage.original.outputs())
-        self.held_original = self._through(stage.twin, stage.block, self.held_original)
+            stage.original.advance()
+        self._move(stage.twin, stage.block, self.held_original)
 
     def _advance(self, stage: _Stage) -> None:
         """The quantized streams leave the block; what its stages know is of no use once it has been refined."""
         if self.refine is not None and self.refine.scope == "block":
-            self.quantized = self._through(stage.module, stage.block, self.quantized)
+            self._move(stage.module, stage.block, self.quantized)
         else:
             with matmul_precision(fast=self.fast, device=self.stream.device):
-                self.quantized = list(stage.quantized.outputs())
-        self.held = self._through(stage.module, stage.block, self.held)
+                stage.quantized.advance()
+        self._move(stage.module, stage.block, self.held)
+
+    def _move(self, module: nn.Module, block: int, hidden: list[Tensor]) -> None:
+        """Batch by batch, what leaves the block takes the place of what entered: a stream is never held twice."""
+        with matmul_precision(fast=self.fast, device=self.stream.device):
+            for batch, entered in enumerate(hidden):
+                hidden[batch] = self.stream.run_block(module, block, entered)
 
     def _through(self, module: nn.Module, block: int, hidden: list[Tensor]) -> list[Tensor]:
-        with matmul_precision(fast=self.fast, device=self.stream.device):
-            return [self.stream.run_block(module, block, batch) for batch in hidden]
+        moved = list(hidden)
+        self._move(module, block, moved)
+        return moved
 
     def _groups(self, block: int) -> list[list[Linear]]:
         groups: list[list[Linear]] = [[] for _ in self.stream.family.groups]

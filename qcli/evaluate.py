@@ -6,31 +6,29 @@ block, the hidden states, and the logits of a few hundred positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
 from qcli.data import SELF, Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, is_folder
-from qcli.errors import ResourceError, UsageError, VerificationError
-from qcli.evaluation import Evaluation, Score
+from qcli.errors import ResourceError, UsageError
+from qcli.evaluation import Evaluation
 from qcli.layer_errors import layer_errors
 from qcli.memory import free_memory
 from qcli.models.source import Source, open_source
 from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
+from qcli.scoring import Run, score
 from qcli.tasks import TaskResult, Tasks
 
 _WINDOW = 2048
 _BATCH_TOKENS = 4096  # in flight in one block
-_LOGITS = 1 << 25  # logits in memory at a time, a model
 
 
 def evaluate(
@@ -117,11 +115,11 @@ def compare(
 
     with matmul_precision(fast=False), torch.inference_mode():
 
-        def run(name: str, source: Source, keep: Cache) -> _Run:
+        def run(name: str, source: Source, keep: Cache) -> Run:
             stream = ModelStream(source, device=where, dtype=precision)
             key = {"hidden": [tokens.sha256 for tokens in sets], **_key(source, where, precision, keep)}
             states = keep.tensors(key, lambda: _run_blocks(stream, sets, f"evaluating {name}", progress))
-            return _Run(name, stream, [states[str(number)] for number in range(len(sets))])
+            return Run(name, stream, [states[str(number)] for number in range(len(sets))])
 
         def ask(name: str, source: Source, keep: Cache) -> dict[str, TaskResult]:
             if tasks is None:
@@ -139,7 +137,7 @@ def compare(
                 Evaluation(
                     model=name,
                     baseline=baseline,
-                    scores={tokens.source: _score(tokens, i, own, against, progress) for i, tokens in enumerate(sets)},
+                    scores={tokens.source: score(tokens, i, own, against, progress) for i, tokens in enumerate(sets)},
                     tasks={},
                     baseline_tasks=baseline_tasks,
                     blocks=None,
@@ -157,15 +155,6 @@ def compare(
                 blocks = layer_errors(both[0], both[1], _batches(sets[0].ids), progress)
             found[-1] = replace(found[-1], tasks=ask(name, source, none), blocks=blocks)
     return found
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A model, and by data set the hidden states `[windows, length, hidden]` after its last block."""
-
-    name: str
-    stream: ModelStream
-    hidden: list[Tensor]
 
 
 def _context(source: Source) -> int:
@@ -269,60 +258,3 @@ def _run_block(stream: ModelStream, index: int, hidden: list[Tensor]) -> None:
 def _batches(windows: Tensor) -> Sequence[Tensor]:
     """Views of a few windows each."""
     return torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
-
-
-def _score(tokens: Tokens, index: int, own: _Run, baseline: _Run | None, progress: Progress) -> Score:
-    """Compare predictions window by window; sums over tokens are float64."""
-    windows, window = tokens.ids.shape
-    positions = _LOGITS // own.stream.config.get_text_config().vocab_size
-    nll = baseline_nll = kl = agreed = 0.0
-    for row in range(windows):
-        for start in range(0, window - 1, positions):
-            stop = min(start + positions, window - 1)
-            targets = tokens.ids[row, start + 1 : stop + 1]
-            log = _log_probabilities(own, own.hidden[index][row, start:stop])
-            nll += _nll(log, targets)
-            if baseline is not None:
-                reference = _log_probabilities(baseline, baseline.hidden[index][row, start:stop])
-                if log.shape != reference.shape:
-                    raise UsageError(
-                        f"{own.name} and baseline have vocabularies of {log.shape[1]} and {reference.shape[1]}",
-                        hint="the baseline is the model that was quantized; or leave --baseline out",
-                    )
-                baseline_nll += _nll(reference, targets)
-                agreed += (log.argmax(-1) == reference.argmax(-1)).sum().item()
-                kl += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
-        progress(f"scoring {tokens.source}", row + 1, windows)
-    count = windows * (window - 1)
-    return Score(
-        perplexity=_exp(nll / count),
-        kl=None if baseline is None else kl / count,
-        top1_agreement=None if baseline is None else agreed / count,
-        baseline_perplexity=None if baseline is None else _exp(baseline_nll / count),
-        windows=windows,
-        window=window,
-        sha256=tokens.sha256,
-    )
-
-
-def _nll(log: Tensor, targets: Tensor) -> float:
-    """Summed over tokens."""
-    return float(F.nll_loss(log, targets.to(log.device), reduction="none").double().sum())
-
-
-def _log_probabilities(run: _Run, hidden: Tensor) -> Tensor:
-    """Last hidden states of some positions of a window, `[positions, hidden]` -> `[positions, vocab]`, float32.
-
-    Final norm and head look at one position at a time, so that a window need not be whole.
-    """
-    logits = run.stream.logits(hidden[None].to(run.stream.device))[0].float()
-    if not bool(logits.isfinite().all()):
-        raise VerificationError(
-            f"{run.name}: its logits hold NaN or infinity",
-            hint="use --dtype float32; if it stays, the model is broken",
-        )
-    return logits.log_softmax(-1)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

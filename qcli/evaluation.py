@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qcli import __version__
+from qcli.errors import UsageError
 from qcli.layer_errors import BlockErrors
 from qcli.tasks import TaskResult
 
@@ -120,3 +123,23 @@ def _protocol(score: Score) -> dict[str, Any]:
     value = fields.pop("perplexity")
     value = value if math.isfinite(value) else None  # JSON has no infinity
     return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
+
+
+def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
+    """What `qcli eval --json` has printed of a model.
+
+    Raises:
+        UsageError: the file is no such output, or is of other models.
+    """
+    try:
+        found = json.loads(file.read_text())
+        models = [*found["models"]] if "models" in found else [found]
+        names = [str(each["model"]) for each in models]
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(f"{file} is not what `qcli eval --json` prints") from None
+    for name, each in zip(names, models, strict=True):
+        if Path(name).resolve() == model.resolve():
+            return dict(each)
+    raise UsageError(f"{file} is an evaluation of {', '.join(names)}", hint=f"qcli eval {model} --json > {file}")

@@ -54,9 +54,13 @@ class Export:
         """What else is worth knowing of the result, by label."""
         return {}
 
-    def tolerance(self, name: str) -> float:
-        """How far weights of this tensor may be from what they were; infinite where rounding was asked for."""
+    def tolerance(self, name: str, tensor: Tensor) -> float:
+        """How far values of this tensor, `tensor` in the source, may be from what they were."""
         return 0.0
+
+    def rounded(self) -> int:
+        """Layers that are not what they were, because rounding them was asked for."""
+        return 0
 
 
 def refuse_what_runs_otherwise(source: NativeSource, layout: str) -> None:

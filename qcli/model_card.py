@@ -10,7 +10,13 @@ from typing import Any
 _HUB_FORMAT = {"gguf": "gguf"}  # what the hub calls a library by its files; everything else is transformers
 
 
-def model_card(manifest: Mapping[str, Any], result: Mapping[str, Any], loading: str, recipe: str) -> str:
+def model_card(
+    manifest: Mapping[str, Any],
+    result: Mapping[str, Any],
+    loading: str,
+    recipe: str,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
     """The card as Markdown, its front matter as the hub reads it.
 
     Args:
@@ -18,6 +24,7 @@ def model_card(manifest: Mapping[str, Any], result: Mapping[str, Any], loading: 
         result: of packing: format, sizes, differences, notes.
         loading: how to load it.
         recipe: the recipe's YAML.
+        evaluation: `Evaluation.to_json` of the checkpoint.
     """
     model = str(manifest["source"]["model"])
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
@@ -33,6 +40,7 @@ def model_card(manifest: Mapping[str, Any], result: Mapping[str, Any], loading: 
         "read back": f"logits differ from the quantized checkpoint's by at most {result['max_logit_difference']:.3g} "
         f"(KL {result['kl']:.3g})",
         "relative error": _errors(layers),
+        **(_measured(evaluation) if evaluation is not None else {}),
     }
     front = ["library_name: " + _HUB_FORMAT.get(result["format"], "transformers"), "tags: [quantized, qcli]"]
     if on_hub:
@@ -42,6 +50,27 @@ def model_card(manifest: Mapping[str, Any], result: Mapping[str, Any], loading: 
         "---\n" + "\n".join(front) + f"\n---\n\n# {title}, quantized by qcli\n\n| | |\n|---|---|\n{rows}\n\n"
         f"## Loading\n\n{loading}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
     )
+
+
+def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What the model lost, with how that was measured."""
+    before, facts = evaluation["baseline"], {}
+    if evaluation["kl"] is not None:
+        facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token"
+        facts["same likeliest token"] = f"{evaluation['top1_agreement']:.1%}"
+    for data, score in evaluation["perplexity"].items():
+        was = "" if before is None else f", the base model's {_number(before['perplexity'][data])}"
+        facts[f"perplexity, {data.rstrip('/').rpartition('/')[2]}"] = (
+            f"{_number(score['value'])}{was} ({score['windows']} windows of {score['window']} tokens)"
+        )
+    for task, found in evaluation["tasks"].items():
+        was = "" if found["baseline"] is None else f", the base model's {_number(found['baseline'])}"
+        facts[f"{task}, {found['metric']}"] = f"{_number(found['score'])}{was} ({found['samples']} questions)"
+    return facts
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _method(layer: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def pack(
     format: str,
     shard_size: int,
     requantize: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write what `qcli quantize` left in `run` to `out`, in another layout or with other file sizes.
@@ -40,9 +42,11 @@ def pack(
         format: a layout of `exports/`.
         shard_size: bytes of tensors in one file.
         requantize: what weights are rounded to that the layout cannot hold as they are; None: they are refused.
+        evaluation: `Evaluation.to_json` of `run`, for the model card.
 
     Returns:
-        Layout, size, number of files, and the largest difference of a logit with its KL divergence.
+        Layout, size, number of files and of rounded layers, and the largest difference of a logit with its KL
+        divergence.
 
     Raises:
         UsageError: `run` is not a qcli checkpoint, or the layout is unknown.
@@ -60,7 +64,7 @@ def pack(
         raise StateError(f"{unfinished} holds an interrupted run", hint="finish it, remove it, or choose another --out")
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
-            result = _write(run, source, export, folder.result(), shard_size, progress)
+            result = _write(run, source, export, folder.result(), shard_size, evaluation, progress)
             folder.publish()
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -69,7 +73,13 @@ def pack(
 
 
 def _write(
-    run: Path, source: NativeSource, export: Export, folder: Path, shard_size: int, progress: Progress
+    run: Path,
+    source: NativeSource,
+    export: Export,
+    folder: Path,
+    shard_size: int,
+    evaluation: Mapping[str, Any] | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     export.write(source, folder, shard_size, progress)
     shutil.copyfile(run / checkpoint.RECIPE, folder / checkpoint.RECIPE)
@@ -81,12 +91,13 @@ def _write(
         "bits_per_weight": written.bits_per_weight(),
         "model_bits_per_weight": written.model_bits_per_weight(),
         "bytes": written.bytes(),
+        "rounded": export.rounded(),
         **difference,
         "notes": export.notes(source),
     }
     manifest = checkpoint.read_manifest(run)
     recipe = (folder / checkpoint.RECIPE).read_text()
-    shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe).encode())
+    shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
     size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
     checkpoint.write_manifest(folder, manifest | size | {"packed_as": export.name})
     return result
@@ -97,7 +108,7 @@ def _compare(source: NativeSource, written: Source, export: Export, progress: Pr
     for number, name in enumerate(names):
         progress("compare", number, len(names))
         expected, found = source.read([name])[name], written.read([name])[name]
-        if not _near(expected.to(found.dtype), found, export.tolerance(name)):
+        if not _near(expected.to(found.dtype), found, export.tolerance(name, expected)):
             raise VerificationError(
                 f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk"
             )

@@ -14,26 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     InstanceOf,
-    JsonValue,
     PrivateAttr,
-    field_validator,
-    model_validator,
 )
 
-from qcli import registry
 from qcli.activations import Activations
 from qcli.allocation import Allocation
 from qcli.distillation import Distillation
 from qcli.errors import UsageError
-from qcli.gates import Gates
 from qcli.low_rank import LowRankCompensation
 from qcli.method import Method
-from qcli.plugins import EXPORTS, build_method, derived, named_fields
-from qcli.recipe_errors import Issue, Origins, unknown
+from qcli.plugins import build_method, derived, named_fields
+from qcli.recipe_errors import Issue, Origins
+from qcli.recipe_sections import Calibration, Eval, Override, Pack, Section
 from qcli.recipe_text import to_yaml
 from qcli.refine import Refine
 from qcli.transform import Transform
@@ -43,91 +37,7 @@ if TYPE_CHECKING:
     from qcli.models.arch import Linear
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(_Section):
-    """Text that shows the method the model's usual inputs."""
-
-    data: str = Field(
-        default="wikitext2",
-        min_length=1,
-        description="wikitext2, c4, ptb, self (sampled from the model), a .txt/.jsonl/.parquet file, "
-        "or a folder written by `qcli calibrate`",
-    )
-    samples: int = Field(default=128, ge=1, description="token sequences")
-    seq_len: int = Field(default=2048, ge=2, description="tokens of a sequence")
-    held_out: int = Field(
-        default=4, ge=1, description="of these samples, for choosing the best step; used where something is trained"
-    )
-
-
-class Override(_Section):
-    """Another treatment for the layers that `match` names."""
-
-    match: str = Field(min_length=1, description="layer names, with * ? [abc] as in file names")
-    method: dict[str, JsonValue] | None = Field(
-        default=None, description="what differs from the recipe's method; `name` switches it"
-    )
-    dense: bool = Field(default=False, description="leave these layers as they are")
-
-    @model_validator(mode="after")
-    def _method_or_dense(self) -> Override:
-        if self.dense == (self.method is not None):
-            raise ValueError("needs either `method: {...}` or `dense: true`")
-        return self
-
-
-class Pack(_Section):
-    """The deployable checkpoint that `qcli run` packs."""
-
-    format: str = Field(default="qcli", description="layout of the checkpoint")
-    shard_size: str = Field(
-        default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="largest file"
-    )
-
-    requantize: Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] | None = Field(
-        default=None, description="gguf: the type for layers that none holds exactly; default: refuse them"
-    )
-
-    @field_validator("format")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in (known := registry.names(EXPORTS)):
-            raise ValueError(unknown(f"format {name!r}", name, known))
-        return name
-
-    @property
-    def shard_bytes(self) -> int:
-        """`shard_size` as a number."""
-        return int(self.shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
-
-
-class Eval(_Section):
-    """What `qcli run` measures."""
-
-    perplexity: list[str] = Field(default=["wikitext2"], min_length=1, description="texts, as calibration.data")
-    window: int | None = Field(default=None, ge=2, description="tokens of a window; default: the model's, up to 2048")
-    max_windows: int | None = Field(default=None, ge=1, description="windows of each text; default: all")
-    baseline: str | None = Field(default=None, description="compared with; default: the recipe's model")
-    tasks: list[str] = Field(default=[], description="lm-eval tasks, as arc_easy, piqa")
-    include_path: str | None = Field(default=None, description="folder of more task files")
-    limit: int | None = Field(default=None, ge=1, description="questions of each task; default: all")
-    fewshot: int | None = Field(default=None, ge=0, description="examples before each question; default: the task's")
-    gates: Gates | None = Field(default=None, description="what fails the run with exit code 4")
-
-    @model_validator(mode="after")
-    def _gates_of_tasks(self) -> Eval:
-        unasked = [] if self.gates is None else [task for task in self.gates.min_task if task not in self.tasks]
-        if unasked:
-            raise ValueError(f"gates.min_task names {', '.join(unasked)}, tasks does not")
-        if self.gates is not None and self.gates.max_task_drop is not None and not self.tasks:
-            raise ValueError("gates.max_task_drop needs tasks")
-        return self
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run depends on; `load_recipe` makes it from a file, `--set` and flags."""
 
     model: str = Field(min_length=1, description="hub id, folder or .gguf file")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from qcli.errors import QcliError
 from qcli.progress import Progress, silent
-from qcli.recipe import Eval
 from qcli.study_grid import Run
 from qcli.study_rows import CACHE, RUNS, Row
 
@@ -43,9 +42,8 @@ def _measured(run: Run, out: Path, progress: Progress) -> Row:
     from qcli.cache import Cache
     from qcli.checkpoint import read_manifest
     from qcli.distill import distill
-    from qcli.evaluate import evaluate
     from qcli.quantize import quantize
-    from qcli.tasks import Tasks
+    from qcli.recipe_evaluation import asked_tasks, evaluate_as_asked
 
     recipe, work, cache = run.recipe, out / RUNS / run.address, Cache(out / CACHE)
     work.mkdir(parents=True, exist_ok=True)
@@ -59,19 +57,8 @@ def _measured(run: Run, out: Path, progress: Progress) -> Row:
         if not taught.exists():
             seconds["distill"] = distill(final, recipe.model_copy(update={"out": str(taught)}), progress).seconds
         final = taught
-    asked = recipe.eval or Eval()
     begun = time.monotonic()
-    found = evaluate(
-        str(final),
-        baseline=asked.baseline or recipe.model,
-        data=asked.perplexity,
-        window=asked.window,
-        max_windows=asked.max_windows,
-        tasks=Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot) if asked.tasks else None,
-        cache=cache,
-        device=recipe.device,
-        progress=progress,
-    )
+    found = evaluate_as_asked(recipe, final, asked_tasks(recipe), cache, progress)
     seconds["eval"] = time.monotonic() - begun
     return {
         "status": "done",

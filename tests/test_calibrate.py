@@ -21,7 +21,8 @@ from qcli.method import LinearGroup
 from qcli.methods.rtn import RTN
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
-from qcli.recipe import Calibration, Recipe
+from qcli.recipe import Recipe
+from qcli.recipe_sections import Calibration
 from tests.tiny import tiny_model
 
 FAMILIES = ["llama", "gpt2", "falcon"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qcli import evaluate as module
+from qcli import scoring
 from qcli.calibrate import calibrate
 from qcli.errors import ResourceError, UsageError, VerificationError
 from qcli.evaluate import compare, evaluate
@@ -43,7 +44,7 @@ def text(tmp_path: Path) -> str:
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, the last one smaller, and several slices of each window."""
     monkeypatch.setattr(module, "_BATCH_TOKENS", 130)
-    monkeypatch.setattr(module, "_LOGITS", 23 * VOCAB)
+    monkeypatch.setattr(scoring, "_LOGITS", 23 * VOCAB)
 
 
 def perturbed(folder: Path, tmp_path: Path) -> Path:

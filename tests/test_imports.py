@@ -47,7 +47,7 @@ LAYERS = (
     ),
     (
         *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
-        *("recipe", "recipe_loading", "recipe_schema", "allocation", "plan", "study_grid"),
+        *("recipe", "recipe_sections", "recipe_loading", "recipe_schema", "allocation", "plan", "study_grid"),
     ),
     (
         "block_transforms",
@@ -57,7 +57,7 @@ LAYERS = (
         *("allocate", "sensitivity"),
         *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
         "pack",
-        *("evaluate", "evaluation"),
+        *("evaluate", "evaluation", "recipe_evaluation", "scoring"),
         *("tasks", "layer_errors"),
         "verify",
         "inspection",
@@ -81,6 +81,7 @@ TORCH_FREE_AT_THE_TOP = (
         "method",
         "yaml_places",
         "recipe",
+        "recipe_sections",
         "recipe_errors",
     ),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema", "allocation"),

@@ -13,9 +13,10 @@ from qcli.methods.gptq_like import GPTQLike
 from qcli.methods.rtn import RTN
 from qcli.models.arch import Linear
 from qcli.plugins import METHODS, build_method
-from qcli.recipe import Pack, Recipe
+from qcli.recipe import Recipe
 from qcli.recipe_loading import from_flags, load_recipe
 from qcli.recipe_schema import recipe_schema
+from qcli.recipe_sections import Pack
 
 LAYERS = [
     Linear(f"model.layers.{block}.mlp.{name}", block, group, shape)

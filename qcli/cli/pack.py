@@ -20,6 +20,10 @@ def pack(
             metavar="TYPE", help="gguf: round layers that fit no type exactly, as Q8_0. Default: refuse them."
         ),
     ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `qcli eval RUN --json` printed, for the model card."),
+    ] = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -29,9 +33,10 @@ def pack(
     Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for
     `qcli verify` and a model card lie beside the weights."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.evaluation import read_evaluation
         from qcli.pack import pack as write
-        from qcli.recipe import Pack
         from qcli.recipe_loading import from_flags
+        from qcli.recipe_sections import Pack
 
         wanted = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
         session.result(
@@ -41,6 +46,7 @@ def pack(
                 format=wanted.format,
                 shard_size=wanted.shard_bytes,
                 requantize=wanted.requantize,
+                evaluation=None if evaluation is None else read_evaluation(evaluation, run),
                 progress=session.progress,
             ),
             show_packed,
@@ -50,12 +56,13 @@ def pack(
 def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
     """What was written, and that it reads back."""
     files = f"{packed['files']} file{'s' if packed['files'] > 1 else ''}"
+    equal = f"all weights equal but those of {packed['rounded']} layers" if packed["rounded"] else "weights equal"
     tables.pairs(
         {
             "packed": packed["out"],
             "format": packed["format"],
             "size": f"{size(packed['bytes'])} in {files}",
-            "read back": f"weights equal; logits differ by at most {packed['max_logit_difference']:.3g}, "
+            "read back": f"{equal}; logits differ by at most {packed['max_logit_difference']:.3g}, "
             f"KL {packed['kl']:.3g}",
             **packed["notes"],
         }

@@ -30,8 +30,9 @@ def run(
 ) -> None:
     """Run every stage that a recipe names.
 
-    Quantizes, then distills, packs and evaluates where the recipe says so. Results are DIR/quantized,
-    DIR/distilled, DIR/packed and DIR/eval.json. What is done already is skipped. Exits with 4 where a gate fails.
+    Quantizes, then distills, evaluates and packs where the recipe says so. Results are DIR/quantized,
+    DIR/distilled, DIR/eval.json and DIR/packed. What is done already is skipped. Where a gate fails nothing is
+    packed, and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.gates import require
@@ -56,11 +57,10 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     source = plan(recipe).source
     inputs = {"source": source.fingerprint(), "recipe": recipe.fingerprint_fields()}
     stages, tasks = Stages(folder), None
-    if recipe.eval is not None and recipe.eval.tasks:
-        from qcli.tasks import Tasks
+    if recipe.eval is not None:
+        from qcli.recipe_evaluation import asked_tasks
 
-        wanted = recipe.eval
-        tasks = Tasks(wanted.tasks, wanted.include_path, wanted.limit, wanted.fewshot)
+        tasks = asked_tasks(recipe)  # first, so that a wrong name costs no work
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:
@@ -84,6 +84,16 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
             step = recipe.model_copy(update={"out": str(final)})
             results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
+    if recipe.eval is not None:
+        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump(exclude={"gates"})}):
+            from qcli.cache import Cache, default_folder
+            from qcli.recipe_evaluation import evaluate_as_asked
+
+            evaluation = evaluate_as_asked(recipe, final, tasks, Cache(default_folder()), session.progress)
+            write_json(folder / EVALUATION, evaluation.to_json())
+        results["eval"] = json.loads((folder / EVALUATION).read_text())
+        if recipe.eval.gates is not None and any(recipe.eval.gates.failures(results["eval"])):
+            return results
     if recipe.pack is not None and todo(PACKED, inputs | {"pack": recipe.pack.model_dump()}):
         from qcli.pack import pack
 
@@ -93,28 +103,9 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             format=recipe.pack.format,
             shard_size=recipe.pack.shard_bytes,
             requantize=recipe.pack.requantize,
+            evaluation=results.get("eval"),
             progress=session.progress,
         )
-    if recipe.eval is not None:
-        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump(exclude={"gates"})}):
-            from qcli.cache import Cache, default_folder
-            from qcli.evaluate import evaluate
-
-            wanted = recipe.eval
-            evaluation = evaluate(
-                str(final),
-                baseline=wanted.baseline or recipe.model,
-                data=wanted.perplexity,
-                window=wanted.window,
-                max_windows=wanted.max_windows,
-                tasks=tasks,
-                cache=Cache(default_folder()),
-                device=recipe.device,
-                dtype="auto",
-                progress=session.progress,
-            )
-            write_json(folder / EVALUATION, evaluation.to_json())
-        results["eval"] = json.loads((folder / EVALUATION).read_text())
     return results
 
 
@@ -124,9 +115,9 @@ def show(tables: Tables, results: dict[str, Any]) -> None:
         show_result(tables, results[QUANTIZED])
     if DISTILLED in results:
         show_distilled(tables, results[DISTILLED])
-    if PACKED in results:
-        show_packed(tables, results[PACKED])
     if "eval" in results:
         show_evaluation(tables, results["eval"])
+    if PACKED in results:
+        show_packed(tables, results[PACKED])
     if results["skipped"]:
         tables.line(f"done before: {', '.join(results['skipped'])}")

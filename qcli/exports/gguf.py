@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["GGUF"]
 
 _NORM_ROUNDING = 1e-6  # Gemma's norms are stored plus one, in float32
+_COARSEST = 0.13  # of the largest weight: Q4_0 holds it exactly, and its opposite an eighth smaller
 
 
 class _Entry(NamedTuple):
@@ -88,14 +89,17 @@ $ llama-cli -m DIR/{PACKED_GGUF}
     def open(self, folder: Path) -> Source:
         return GGUFSource(folder / PACKED_GGUF, beside=folder)
 
-    def tolerance(self, name: str) -> float:
+    def tolerance(self, name: str, tensor: Tensor) -> float:
         layer = name.removesuffix(".weight")
         if layer in self._types and self._types[layer] is None:
-            return float("inf")
+            return _COARSEST * float(tensor.abs().max())
         return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
 
+    def rounded(self) -> int:
+        return sum(type is None for type in self._types.values())
+
     def notes(self, source: NativeSource) -> dict[str, str]:
-        rounded = sum(type is None for type in self._types.values())
+        rounded = self.rounded()
         types = Counter(type.name for type in self._types.values() if type is not None)
         kept = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
         return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})

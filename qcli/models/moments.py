@@ -33,7 +33,7 @@ class StagedBlock:
         block: its module; its weights may change between stages, group after group.
         hidden: `[batch, length, hidden]` each.
         keep: dtype in which inputs are kept between stages.
-        final: the weights will not change any more: the last stage runs on to the block's output.
+        final: the weights will not change any more: the last stage advances.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StagedBlock:
         self.groups, self.keep, self.final = stream.family.groups, keep, final
         self._inputs: dict[tuple[int, int], Tensor] = {}  # (group, batch): inputs of groups that lead out
         self._results: dict[tuple[int, int], Any] = {}  # and what their parents, attention or MLP, made of them
-        self._outputs: dict[int, Tensor] = {}
+        self._done: set[int] = set()  # batches that have advanced
 
     def linear(self, path: str) -> nn.Module:
         """The linear layer at `path` of the block."""
@@ -83,27 +83,25 @@ class StagedBlock:
             if row.residual is not None:
                 hooks.callback(self.linear(row.residual).register_forward_pre_hook(note).remove)
             with suppress(_Reached):
-                self._outputs[batch] = self.stream.run_block(self.block, self.index, self.hidden[batch])
+                self.hidden[batch] = self.stream.run_block(self.block, self.index, self.hidden[batch])
+                self._done.add(batch)
         inputs = seen["inputs"].flatten(0, -2)
         if row.leads_out and not runs_on:
             self._inputs[group, batch] = inputs.to(self.keep)
         residual = seen.get("residual")
         return inputs, None if residual is None else residual.flatten(0, -2)
 
-    def outputs(self) -> Iterator[Tensor]:
-        """The block's output for each batch, after all groups have been reached."""
+    def advance(self) -> None:
+        """After all groups have been reached: the block's outputs take the place of what entered."""
         for batch, hidden in enumerate(self.hidden):
-            if batch in self._outputs:
-                yield self._outputs.pop(batch)
-                continue
-            with self._without_known(len(self.groups), batch):
-                yield self.stream.run_block(self.block, self.index, hidden)
+            if batch not in self._done:
+                with self._without_known(len(self.groups), batch):
+                    self.hidden[batch] = self.stream.run_block(self.block, self.index, hidden)
 
     def release(self) -> None:
         """Forget what was kept between stages; no stage may follow."""
         self._inputs.clear()
         self._results.clear()
-        self._outputs.clear()
 
     @contextmanager
     def _without_known(self, group: int, batch: int) -> Iterator[None]:

@@ -101,7 +101,10 @@ class ModelStream:
         """What each block is passed besides hidden states, for token batches of this shape."""
         key = batch, length
         if key not in self._calls:
-            self.embed(torch.zeros(batch, length, dtype=torch.int64))
+            width = self.model.get_input_embeddings().embedding_dim
+            embedded = torch.zeros(batch, length, width, device=self.device, dtype=self.dtype)
+            self.model.base_model(inputs_embeds=embedded, use_cache=False)
+            self._entered()
             self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
         return self._calls[key]
 
@@ -135,6 +138,11 @@ class ModelStream:
             self._stand_ins[0].output = None
         self._entered()
         return logits
+
+    def drop_vocabulary(self) -> None:
+        """Free embedding and head, often larger than a block; `embed` and `logits` may not be called any more."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            module.to("meta")
 
     @staticmethod
     def weight_of(module: nn.Module) -> Tensor:

@@ -41,6 +41,25 @@ def test_packed_checkpoint_verifies(invoke: Invoke, checkpoint: Path, tmp_path: 
     assert code == 3
 
 
+def test_card_takes_an_evaluation_of_this_checkpoint_alone(
+    invoke: Invoke, model: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ("--baseline", model, "--data", text, "--window", 64, "--max-windows", 2, "--json")
+    found = tmp_path / "eval.json"
+    found.write_text(invoke("eval", model, checkpoint, *flags).out)
+    code, _, err = invoke("pack", checkpoint, "--out", tmp_path / "packed", "--evaluation", found)
+    assert code == 0, err
+    kl = json.loads(found.read_text())["models"][1]["kl"]
+    assert f"| KL to the base model | {kl:.4g} a token |" in (tmp_path / "packed" / "README.md").read_text()
+    found.write_text(invoke("eval", model, *flags).out)
+    for content, message in ((None, f"{found} is an evaluation of {model}"), ("[]", "is not what `qcli eval --json`")):
+        found.write_text(content or found.read_text())
+        code, out, err = invoke("pack", checkpoint, "--out", tmp_path / "other", "--evaluation", found)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert not (tmp_path / "other").exists()
+
+
 def test_changed_bytes_are_found(invoke: Invoke, checkpoint: Path) -> None:
     assert json.loads(invoke("verify", checkpoint, "--json").out)["layers"] == 12
     file = checkpoint / "model.safetensors"

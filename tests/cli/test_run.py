@@ -32,11 +32,12 @@ def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     assert (out / "packed" / "config.json").exists()
     assert json.loads((out / "eval.json").read_text()) == first["eval"]
     assert first["eval"]["kl"] > 0
+    assert f"| KL to the base model | {first['eval']['kl']:.4g} a token |" in (out / "packed" / "README.md").read_text()
 
     code, stdout, err = invoke("run", recipe, "--out", out, "--json")
     assert code == 0
     again = json.loads(stdout)
-    assert again["skipped"] == ["quantized", "packed", "eval.json"]
+    assert again["skipped"] == ["quantized", "eval.json", "packed"]
     assert again["eval"] == first["eval"]
     assert err.splitlines() == [f"{out / name}: done already, skipped" for name in again["skipped"]]
 
@@ -65,7 +66,7 @@ def test_distilling_is_a_stage(invoke: Invoke, recipe: Path, text: Path, tmp_pat
     assert invoke("run", recipe, "--out", tmp_path / "plain", "--set", data).code == 0
     assert first["eval"]["kl"] < json.loads((tmp_path / "plain" / "eval.json").read_text())["kl"]
     code, stdout, _ = invoke("run", recipe, "--out", out, "--set", steps, "--set", data, "--json")
-    assert json.loads(stdout)["skipped"] == ["quantized", "distilled", "packed", "eval.json"]
+    assert json.loads(stdout)["skipped"] == ["quantized", "distilled", "eval.json", "packed"]
 
 
 def test_distill_tunes_a_checkpoint(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
@@ -116,8 +117,10 @@ def test_a_failed_gate_fails_the_run_and_can_be_moved(invoke: Invoke, recipe: Pa
     code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 1e-9}")
     assert code == 4
     assert "gate max_kl 1e-09: KL is" in err
+    assert not (out / "packed").exists()
     code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 10}")
     assert code == 0, err
+    assert (out / "packed").exists()
     code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={min_task: {piqa: 0.6}}")
     assert code == 2
     assert "gates.min_task names piqa, tasks does not" in err

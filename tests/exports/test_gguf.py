@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import quants
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qcli.errors import UnsupportedError, UsageError
+from qcli.errors import UnsupportedError, UsageError, VerificationError
 from qcli.formats.affine import Affine, ZeroPoint
 from qcli.layouts import gguf_blocks, gguf_metadata, gguf_vocabulary
 from qcli.models.source import open_source
@@ -157,6 +158,29 @@ def test_what_does_not_fit_is_refused_and_rounded_on_request(tmp_path: Path) -> 
     assert 0 < result["kl"] < 0.01
     with pytest.raises(UsageError, match="rounds nothing"):
         pack(tmp_path / "native", tmp_path / "dense", format="dense", shard_size=10**9, requantize="Q8_0")
+
+
+@pytest.fixture
+def fits_no_type(tmp_path: Path) -> Path:
+    """A checkpoint in groups of 16."""
+    model = with_merge(tiny_model("llama", tmp_path))
+    run(model, tmp_path / "native", method__name="rtn", method__group_size=16)
+    return tmp_path / "native"
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
+def test_what_was_rounded_is_near(type: str, fits_no_type: Path, tmp_path: Path) -> None:
+    result = pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
+    assert result["rounded"] == 14
+    assert verify(tmp_path / "packed").layers == 14
+
+
+def test_garbage_is_not_taken_for_rounding(fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = quants.quantize
+    monkeypatch.setattr(quants, "quantize", lambda tensor, type: quantize(np.roll(tensor, 1, axis=0), type))
+    with pytest.raises(VerificationError, match="does not read back"):
+        pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize="Q4_0")
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize(

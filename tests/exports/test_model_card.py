@@ -54,3 +54,40 @@ def test_card_of_a_mixed_checkpoint_from_the_hub() -> None:
     assert "| method | gptq-like (3 bits, rows): 2 layers, gptq-like (4 bits, rows): 1 layers |" in card
     assert "| relative error | 0.02 of the output, mean of 3 layers |" in card
     assert "| exact | none |" in card
+
+
+def test_card_says_what_was_measured() -> None:
+    evaluation = {
+        "kl": 0.0123456,
+        "top1_agreement": 0.9512,
+        "baseline": {"model": "org/name", "perplexity": {"wikitext2": 25.0, "a/b.txt": 7.0}},
+        "perplexity": {
+            "wikitext2": {"value": 26.5, "windows": 20, "window": 512},
+            "a/b.txt": {"value": None, "windows": 1, "window": 64},
+        },
+        "tasks": {"arc_easy": {"metric": "acc", "score": 0.5, "baseline": 0.625, "samples": 40}},
+    }
+    layer = {
+        "method": "rtn",
+        "spec": {"bits": 3, "group_size": 32},
+        "error": 0.02,
+        "measure": "weight",
+    }
+    result = {
+        "format": "dense",
+        "bits_per_weight": 16,
+        "model_bits_per_weight": 16,
+        "max_logit_difference": 0.0,
+        "kl": 0.0,
+        "notes": {},
+    }
+    manifest = {"source": {"model": "org/name"}, "layers": [layer]}
+    card = model_card(manifest, result, "Load it.", "bits: 3\n", evaluation)
+    for row in (
+        "| KL to the base model | 0.01235 a token |",
+        "| same likeliest token | 95.1% |",
+        "| perplexity, wikitext2 | 26.5, the base model's 25 (20 windows of 512 tokens) |",
+        "| perplexity, b.txt | not finite, the base model's 7 (1 windows of 64 tokens) |",
+        "| arc_easy, acc | 0.5, the base model's 0.625 (40 questions) |",
+    ):
+        assert row in card

@@ -50,8 +50,8 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
     tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(0))
     batches = [stream.embed(part) for part in tokens.split(2)]
     noisy = [hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)) for hidden in batches]
-    quantized = StagedBlock(stream, 1, stream.load_block(1), noisy)
-    original = StagedBlock(stream, 1, stream.load_block(1), batches, final=True)
+    quantized = StagedBlock(stream, 1, stream.load_block(1), list(noisy))
+    original = StagedBlock(stream, 1, stream.load_block(1), list(batches), final=True)
     reference = stream.load_block(1)
 
     for index, row in enumerate(stream.family.groups):
@@ -72,9 +72,11 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
             perturb(quantized.linear(path))
             perturb(reference.get_submodule(path))
 
-    for staged, hidden in zip(quantized.outputs(), noisy, strict=True):
+    quantized.advance()
+    original.advance()
+    for staged, hidden in zip(quantized.hidden, noisy, strict=True):
         torch.testing.assert_close(staged, stream.run_block(reference, 1, hidden), rtol=1e-4, atol=1e-5)
-    for staged, hidden in zip(original.outputs(), batches, strict=True):
+    for staged, hidden in zip(original.hidden, batches, strict=True):
         torch.testing.assert_close(staged, stream.run_block(stream.load_block(1), 1, hidden), rtol=1e-4, atol=1e-5)
 
 

@@ -100,6 +100,20 @@ def test_only_what_lies_outside_the_blocks_has_memory(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in (*block.parameters(), *stream.model.parameters()))
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_blocks_run_without_the_vocabulary(model_type: str, tmp_path: Path) -> None:
+    path = tiny_model(model_type, tmp_path)
+    stream, other = streamed(path), streamed(path)
+    expected = run(stream)
+    hidden = stream.embed(TOKENS)
+    other.drop_vocabulary()
+    vocabulary = other.model.get_input_embeddings(), other.model.get_output_embeddings()
+    assert all(parameter.is_meta for module in vocabulary for parameter in module.parameters())
+    for index in range(other.n_blocks):
+        hidden = other.run_block(other.load_block(index), index, hidden)
+    assert torch.equal(stream.logits(hidden), expected)
+
+
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
     path = tiny_model("gemma3_text", tmp_path)
     before = torch.random.get_rng_state()
