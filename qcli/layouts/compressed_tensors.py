@@ -74,8 +74,8 @@ def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[
 class CompressedTensorsSource(PackedSource):
     """A folder that `qcli pack` wrote in this layout."""
 
-    def _layout(self, config: dict[str, Any]) -> _Layout:
-        return _Layout(config, self.extents)
+    def _storage_config(self, config: dict[str, Any]) -> _StorageConfig:
+        return _StorageConfig(config, self.extents)
 
 
 class _Packed(Packed):
@@ -85,7 +85,7 @@ class _Packed(Packed):
         return super().stored(layer) | {f"{layer}.weight_shape": StoredTensor("I64", (2,))}
 
 
-class _Layout:
+class _StorageConfig:
     """`quantization_config` read back."""
 
     activations: Activations | None = None

@@ -59,8 +59,8 @@ def quantization_config(format: Affine) -> dict[str, Any]:
 class GPTQSource(PackedSource):
     """A folder that `qcli pack` wrote in this layout."""
 
-    def _layout(self, config: dict[str, Any]) -> _Layout:
-        return _Layout(config, self.extents)
+    def _storage_config(self, config: dict[str, Any]) -> _StorageConfig:
+        return _StorageConfig(config, self.extents)
 
 
 class _Packed(Packed):
@@ -91,7 +91,7 @@ class _Packed(Packed):
         return QuantizedWeight(format, self.shape, codes, {"weight_scale": scale.T.contiguous()})
 
 
-class _Layout:
+class _StorageConfig:
     """`quantization_config` read back."""
 
     activations: Activations | None = None

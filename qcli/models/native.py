@@ -11,5 +11,5 @@ from qcli.models.packed import PackedSource
 class NativeSource(PackedSource):
     """A folder that `qcli quantize` wrote, or `qcli pack` in its own layout."""
 
-    def _layout(self, config: dict[str, Any]) -> Layout:
+    def _storage_config(self, config: dict[str, Any]) -> Layout:
         return Layout(config)

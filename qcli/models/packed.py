@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qcli.quantized import QuantizedWeight
 
 
-class Layout(Protocol):
-    """What a `quantization_config` says, whoever's it is.
+class StorageConfig(Protocol):
+    """What a `quantization_config` says of how layers are stored, whoever's it is.
 
     Attributes:
         activations: how the inputs of quantized layers are quantized; None: not at all.
@@ -43,18 +43,18 @@ class PackedSource(FolderSource):
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
-        self.layout = self._layout(config["quantization_config"])
-        self.activations = self.layout.activations
+        self._storage = self._storage_config(config["quantization_config"])
+        self.activations = self._storage.activations
         self._check()
 
-    def _layout(self, config: dict[str, Any]) -> Layout:
+    def _storage_config(self, config: dict[str, Any]) -> StorageConfig:
         raise NotImplementedError
 
     @cached_property
     def packed(self) -> dict[str, Packed]:
         """The quantized layers, by module name, in order of computation."""
         layers = (name for name, _, _ in self._linear_names())
-        return {layer: packed for layer in layers if (packed := self.layout.packed(layer)) is not None}
+        return {layer: packed for layer in layers if (packed := self._storage.packed(layer)) is not None}
 
     @property
     def dtype(self) -> torch.dtype:
