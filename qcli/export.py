@@ -58,9 +58,9 @@ class Export:
         """How far values of this tensor, `tensor` in the source, may be from what they were."""
         return 0.0
 
-    def rounded(self) -> int:
+    def rounded(self) -> list[str]:
         """Layers that are not what they were, because rounding them was asked for."""
-        return 0
+        return []
 
 
 def refuse_what_runs_otherwise(source: NativeSource, layout: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qcli import checkpoint
-from qcli.errors import UsageError
+from qcli.errors import UsageError, VerificationError
 from qcli.models.packed import PackedSource
-from qcli.models.source import open_source
+from qcli.models.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Inspection:
     """Facts of one checkpoint; `layers` has a row for every quantizable layer.
 
     Attributes:
+        packed_as: the layout that `qcli pack` wrote; None: it is as `qcli quantize` left it.
+        notes: what `qcli pack` had to say of the layout, by label.
         activations: how the inputs of quantized layers are quantized; None: not at all.
     """
 
@@ -28,6 +31,8 @@ class Inspection:
     bytes: int
     seconds: float
     versions: dict[str, str]
+    packed_as: str | None
+    notes: dict[str, str]
     recipe: dict[str, Any]
     fallbacks: int
     activations: dict[str, Any] | None
@@ -39,31 +44,19 @@ class Inspection:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Read headers, config and manifest of a checkpoint.
+    """Read headers, config and manifest of a checkpoint, in any layout of `qcli pack`.
+
+    What a layer was quantized to stands in its config, or, in layouts that only engines' types describe, in the
+    manifest; `stored_as` and bits per weight are those of the file.
 
     Raises:
         UsageError: it is not a qcli checkpoint.
         VerificationError: its parts do not agree.
     """
     source = open_source(str(folder))
-    if not isinstance(source, PackedSource):
+    if not (folder / checkpoint.MANIFEST).exists():
         raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
     manifest = checkpoint.read_manifest(folder)
-    reports = {layer["name"]: layer for layer in manifest["layers"]}
-    rows: list[dict[str, Any]] = []
-    for linear in source.linears():
-        packed = source.packed.get(linear.name)
-        row: dict[str, Any] = {"name": linear.name, "shape": list(linear.shape)}
-        if packed is None:
-            rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
-            continue
-        report = reports[linear.name]
-        rows.append(
-            row
-            | {"method": report["method"], **packed.format.spec()}
-            | {key: report[key] for key in ("bits_per_weight", "error", "measure", "fallbacks")}
-            | report.get("facts", {})
-        )
     return Inspection(
         folder=str(folder),
         model=manifest["source"]["model"],
@@ -73,8 +66,33 @@ def inspect(folder: Path) -> Inspection:
         bytes=source.bytes(),
         seconds=manifest["seconds"],
         versions=manifest["versions"],
+        packed_as=manifest.get("packed_as"),
+        notes=manifest.get("notes", {}),
         recipe=manifest["recipe"],
         fallbacks=sum(bool(layer["fallbacks"]) for layer in manifest["layers"]),
         activations=None if source.activations is None else source.activations.model_dump(),
-        layers=rows,
+        layers=_rows(source, manifest),
     )
+
+
+def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    reports = {layer["name"]: layer for layer in manifest["layers"]}
+    packed = source.packed if isinstance(source, PackedSource) else None
+    if packed is not None and packed.keys() != reports.keys():
+        odd = min(packed.keys() ^ reports.keys())
+        raise VerificationError(f"{source.path}: config and manifest disagree about {odd}", hint="copy it again")
+    rounded = set(manifest.get("rounded", []))
+    rows: list[dict[str, Any]] = []
+    for linear in source.linears():
+        name, report = linear.name, reports.get(linear.name)
+        row: dict[str, Any] = {"name": name, "shape": list(linear.shape)}
+        if packed is None:
+            row["stored_as"] = source.stored_as(f"{name}.weight")
+        if report is None:
+            rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
+            continue
+        spec = report["spec"] if packed is None else packed[name].format.spec()
+        row |= {"method": report["method"], **spec, "bits_per_weight": source.layer_bits(name)}
+        measured = () if name in rounded else ("error", "measure")  # of codes that are no longer those in the file
+        rows.append(row | {key: report[key] for key in (*measured, "fallbacks")} | report.get("facts", {}))
+    return rows

@@ -91,7 +91,7 @@ def _write(
         "bits_per_weight": written.bits_per_weight(),
         "model_bits_per_weight": written.model_bits_per_weight(),
         "bytes": written.bytes(),
-        "rounded": export.rounded(),
+        "rounded": len(export.rounded()),
         **difference,
         "notes": export.notes(source),
     }
@@ -99,7 +99,8 @@ def _write(
     recipe = (folder / checkpoint.RECIPE).read_text()
     shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
     size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
-    checkpoint.write_manifest(folder, manifest | size | {"packed_as": export.name})
+    packing = {"packed_as": export.name, "rounded": export.rounded(), "notes": result["notes"]}
+    checkpoint.write_manifest(folder, manifest | size | packing)
     return result
 
 

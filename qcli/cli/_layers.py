@@ -12,6 +12,7 @@ COLUMNS = {
     "bits": "bits",
     "group_size": "group",
     "rank": "rank",
+    "stored_as": "stored as",
     "bits_per_weight": "bpw",
     "zeros_plane1": "zeros in plane 1",
     "zeros_plane2": "in plane 2",

@@ -36,6 +36,7 @@ def show_checkpoint(tables: Tables, found: dict[str, Any]) -> None:
     tables.pairs(
         {
             "checkpoint": found["folder"],
+            **({} if found["packed_as"] is None else {"packed as": found["packed_as"], **found["notes"]}),
             "made from": f"{found['model']} ({found['family']})",
             "with": _options(method),
             **{what: how for what, how in around.items() if how},

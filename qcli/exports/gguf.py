@@ -95,11 +95,11 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             return _COARSEST * float(tensor.abs().max())
         return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
 
-    def rounded(self) -> int:
-        return sum(type is None for type in self._types.values())
+    def rounded(self) -> list[str]:
+        return [layer for layer, type in self._types.items() if type is None]
 
     def notes(self, source: NativeSource) -> dict[str, str]:
-        rounded = self.rounded()
+        rounded = len(self.rounded())
         types = Counter(type.name for type in self._types.values() if type is not None)
         kept = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
         return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})

@@ -111,6 +111,14 @@ class Source:
         """Size of these files."""
         return sum(self._file_sizes())
 
+    def stored_as(self, name: str) -> str:
+        """The type a tensor has in the file, where `tensors` may say what it is read as."""
+        return self.tensors()[name].dtype
+
+    def layer_bits(self, layer: str) -> float:
+        """Stored bits per weight of one linear layer."""
+        return self._bits([f"{layer}.weight"])
+
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
         return self._bits(f"{linear.name}.weight" for linear in self.linears())

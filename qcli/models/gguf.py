@@ -112,6 +112,9 @@ class GGUFSource(Source):
         self.tokenizer().save_pretrained(out)
         GenerationConfig.from_model_config(self._config).save_pretrained(out)
 
+    def stored_as(self, name: str) -> str:
+        return str(self._entries[name].type.name)
+
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         import numpy as np
         import torch

@@ -90,6 +90,10 @@ class PackedSource(FolderSource):
         extents = ((name, self.extents[name]) for name in packed.stored(layer))
         return packed.restore(layer, read_tensors(extents))
 
+    def stored_as(self, name: str) -> str:
+        packed = self.packed.get(name.removesuffix(".weight"))
+        return super().stored_as(name) if packed is None else packed.format.name
+
     def bits_per_weight(self) -> float:
         return self._bits(f"{layer}.weight" for layer in self.packed)
 

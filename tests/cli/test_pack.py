@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qcli.registry import names
 from tests.cli.conftest import Invoke
+from tests.tiny import with_merge
 
 
 @pytest.fixture
@@ -80,6 +82,72 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
     code, out, _ = invoke("inspect", checkpoint)
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [["self_attn.k_proj", "2"]]
+
+
+# Of a layer of 64 inputs in 4 bits: what inspect says it is stored as, and its bits: code, scale, and what layouts add.
+STORED = {
+    "qcli": (None, 4 + 16 / 32),
+    "compressed-tensors": (None, 4 + 16 / 32 + 128 / 64**2),  # weight_shape
+    "gptq": (None, 4 + (16 + 4) / 32 + 32 / 64),  # zero points, and g_idx for each input
+    "gguf": ("Q4_0", 4 + 16 / 32),
+    "dense": ("F32", 32),
+}
+
+
+@pytest.fixture
+def symmetric(invoke: Invoke, model: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "symmetric"
+    flags = ("--method", "rtn", "--bits", 4, "--group-size", 32, "--symmetric", "--out", out)
+    assert invoke("quantize", with_merge(model), *flags).code == 0
+    return out
+
+
+@pytest.mark.parametrize("format", names("qcli.exports"))
+def test_every_layout_is_inspected_and_verified(
+    invoke: Invoke, model: Path, symmetric: Path, tmp_path: Path, format: str
+) -> None:
+    packed = tmp_path / "packed"
+    code, _, err = invoke("pack", symmetric, "--out", packed, "--format", format)
+    assert code == 0, err
+    found = json.loads(invoke("inspect", packed, "--json").out)
+    assert (found["packed_as"], found["model"], len(found["layers"])) == (format, str(model), 14)
+    stored_as, bits = STORED[format]
+    layer = next(layer for layer in found["layers"] if layer["name"] == "model.layers.1.self_attn.o_proj")
+    assert layer.get("stored_as") == stored_as
+    assert layer["bits_per_weight"] == pytest.approx(bits)
+    assert (layer["method"], layer["bits"], layer["group_size"]) == ("rtn", 4, 32)
+    assert 0 < layer["error"] < 1
+    shown = {line.split("  ")[0].strip(): line for line in invoke("inspect", packed).out.splitlines()}
+    assert shown["packed as"].split()[-1] == format
+    assert str(model) in shown["made from"]
+    code, out, err = invoke("verify", packed, "--json")
+    assert code == 0, err
+    checked = json.loads(out)
+    assert (checked["layers"], checked["unlisted"]) == (14, [])
+    assert checked["bits_per_weight"] == found["bits_per_weight"]
+    (weights,) = (file for file in packed.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, out, err = invoke("verify", packed, "--json")
+    assert (code, out) == (4, "")
+    assert weights.name in err
+
+
+def test_inspect_says_what_was_rounded(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    """Errors were measured before."""
+    native, packed = tmp_path / "native", tmp_path / "packed"
+    sets = ("--set", "overrides=[{match: '*.down_proj', method: {group_size: 32}}]")
+    flags = ("--method", "rtn", "--group-size", 16, "--symmetric", *sets, "--out", native)
+    assert invoke("quantize", with_merge(model), *flags).code == 0
+    assert invoke("pack", native, "--out", packed, "--format", "gguf", "--requantize", "Q8_0").code == 0
+    found = json.loads(invoke("inspect", packed, "--json").out)
+    layers = {layer["name"].removeprefix("model.layers.0."): layer for layer in found["layers"]}
+    rounded, exact = layers["mlp.up_proj"], layers["mlp.down_proj"]
+    assert (rounded["stored_as"], rounded["bits_per_weight"], "error" in rounded) == ("Q8_0", 8.5, False)
+    assert (exact["stored_as"], exact["bits_per_weight"], "error" in exact) == ("Q4_0", 4.5, True)
+    assert found["notes"] == {"exact": "2 layers Q4_0", "rounded": "12 layers to Q8_0"}
+    assert "12 layers to Q8_0" in invoke("inspect", packed).out
 
 
 def test_inspect_shows_what_stands_around_the_method(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
