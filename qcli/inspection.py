@@ -57,11 +57,12 @@ def inspect(folder: Path) -> Inspection:
     if not (folder / checkpoint.MANIFEST).exists():
         raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
     manifest = checkpoint.read_manifest(folder)
+    rows = _rows(source, manifest)
     return Inspection(
         folder=str(folder),
         model=manifest["source"]["model"],
         family=source.family.model_type,
-        bits_per_weight=source.bits_per_weight(),
+        bits_per_weight=source.bits_of(layer["name"] for layer in manifest["layers"]),
         model_bits_per_weight=source.model_bits_per_weight(),
         bytes=source.bytes(),
         seconds=manifest["seconds"],
@@ -71,19 +72,20 @@ def inspect(folder: Path) -> Inspection:
         recipe=manifest["recipe"],
         fallbacks=sum(bool(layer["fallbacks"]) for layer in manifest["layers"]),
         activations=None if source.activations is None else source.activations.model_dump(),
-        layers=_rows(source, manifest),
+        layers=rows,
     )
 
 
 def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     reports = {layer["name"]: layer for layer in manifest["layers"]}
     packed = source.packed if isinstance(source, PackedSource) else None
-    if packed is not None and packed.keys() != reports.keys():
-        odd = min(packed.keys() ^ reports.keys())
-        raise VerificationError(f"{source.path}: config and manifest disagree about {odd}", hint="copy it again")
+    linears = source.linears()
+    odd = reports.keys() - {linear.name for linear in linears} if packed is None else reports.keys() ^ packed.keys()
+    if odd:
+        raise VerificationError(f"{source.path}: its weights and its manifest disagree about {min(odd)}")
     rounded = set(manifest.get("rounded", []))
     rows: list[dict[str, Any]] = []
-    for linear in source.linears():
+    for linear in linears:
         name, report = linear.name, reports.get(linear.name)
         row: dict[str, Any] = {"name": name, "shape": list(linear.shape)}
         if packed is None:
@@ -92,7 +94,7 @@ def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
             continue
         spec = report["spec"] if packed is None else packed[name].format.spec()
-        row |= {"method": report["method"], **spec, "bits_per_weight": source.layer_bits(name)}
+        row |= {"method": report["method"], **spec, "bits_per_weight": source.bits_of([name])}
         measured = () if name in rounded else ("error", "measure")  # of codes that are no longer those in the file
         rows.append(row | {key: report[key] for key in (*measured, "fallbacks")} | report.get("facts", {}))
     return rows

@@ -57,16 +57,19 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
         raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
     source = open_source(str(folder))
     _check_values(source, progress)
-    if abs(source.bits_per_weight() - manifest["bits_per_weight"]) > 1e-9:
+    layers = [layer["name"] for layer in manifest["layers"]]
+    if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
+        raise VerificationError(f"{folder} has no {min(missing)}, the manifest lists its layer")
+    bits = source.bits_of(layers)
+    if abs(bits - manifest["bits_per_weight"]) > 1e-9:
         raise VerificationError(
-            f"{folder}: {source.bits_per_weight():.4f} bits per weight, "
-            f"the manifest says {manifest['bits_per_weight']:.4f}"
+            f"{folder}: {bits:.4f} bits per weight, the manifest says {manifest['bits_per_weight']:.4f}"
         )
     return Verified(
         folder=str(folder),
         files=len(listed),
         bytes=sum(entry["bytes"] for entry in listed.values()),
-        layers=len(manifest["layers"]),
+        layers=len(layers),
         bits_per_weight=manifest["bits_per_weight"],
         unlisted=unlisted,
     )

@@ -115,9 +115,9 @@ class Source:
         """The type a tensor has in the file, where `tensors` may say what it is read as."""
         return self.tensors()[name].dtype
 
-    def layer_bits(self, layer: str) -> float:
-        """Stored bits per weight of one linear layer."""
-        return self._bits([f"{layer}.weight"])
+    def bits_of(self, layers: Iterable[str]) -> float:
+        """Stored bits per weight of these linear layers."""
+        return self._bits(f"{layer}.weight" for layer in layers)
 
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""

@@ -134,6 +134,40 @@ def test_every_layout_is_inspected_and_verified(
     assert weights.name in err
 
 
+@pytest.mark.parametrize("format", ["gguf", "dense"])
+def test_bits_are_those_of_the_quantized_layers(invoke: Invoke, model: Path, tmp_path: Path, format: str) -> None:
+    """Where a layer's type is not told from a quantized one's by the folder itself."""
+    native, packed = tmp_path / "native", tmp_path / "packed"
+    flags = (
+        "--method",
+        "rtn",
+        "--group-size",
+        32,
+        "--symmetric",
+        "--set",
+        "overrides=[{match: '*.q_proj', dense: true}]",
+    )
+    assert invoke("quantize", with_merge(model), *flags, "--out", native).code == 0
+    packing = json.loads(invoke("pack", native, "--out", packed, "--format", format, "--json").out)
+    bits = {"gguf": 4.5, "dense": 32.0}[format]
+    inspected, verified = (json.loads(invoke(command, packed, "--json").out) for command in ("inspect", "verify"))
+    assert {found["bits_per_weight"] for found in (packing, inspected, verified)} == {bits}
+    assert packing["model_bits_per_weight"] == inspected["model_bits_per_weight"] > 4.5
+    assert sum(layer["method"] is None for layer in inspected["layers"]) == 2
+
+
+def test_manifest_of_other_layers_is_found_out(invoke: Invoke, symmetric: Path, tmp_path: Path) -> None:
+    for format in ("gguf", "gptq"):
+        packed = tmp_path / format
+        assert invoke("pack", symmetric, "--out", packed, "--format", format).code == 0
+        file = packed / "qcli.manifest.json"
+        file.write_text(file.read_text().replace("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"))
+        for command in ("inspect", "verify"):
+            code, out, err = invoke(command, packed)
+            assert (code, out) == (4, "")
+            assert "layers.2.mlp.up_proj" in err or "layers.1.mlp.up_proj" in err
+
+
 def test_inspect_says_what_was_rounded(invoke: Invoke, model: Path, tmp_path: Path) -> None:
     """Errors were measured before."""
     native, packed = tmp_path / "native", tmp_path / "packed"
