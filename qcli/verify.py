@@ -52,7 +52,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     unlisted = sorted(
         file.name for file in folder.iterdir() if file.name not in listed and file.name != checkpoint.MANIFEST
     )
-    weights = [name for name in unlisted if name.endswith(".safetensors")]
+    weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
     source = open_source(str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qcli.checkpoint import MANIFEST
+from qcli.checkpoint import MANIFEST, read_manifest
 from qcli.errors import UnsupportedError, UsageError
 from qcli.layouts import compressed_tensors, gptq
 from qcli.models.base import Source, first_line
@@ -43,7 +43,8 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
-    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists():
+    # A converted file may also lie beside a checkpoint of another layout: the manifest tells which of them it is.
+    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and read_manifest(path).get("packed_as") == "gguf":
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
     return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)

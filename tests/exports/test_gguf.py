@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qcli.errors import UnsupportedError, UsageError, VerificationError
 from qcli.formats.affine import Affine, ZeroPoint
 from qcli.layouts import gguf_blocks, gguf_metadata, gguf_vocabulary
+from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.pack import pack
 from qcli.quantized import QuantizedWeight
@@ -94,6 +95,15 @@ def test_folder_is_a_model_for_qcli_too(tmp_path: Path) -> None:
     assert torch.equal(streamed(out), streamed(tmp_path / "native"))
     assert verify(out).layers == 14
     assert {"model.gguf", "config.json", "tokenizer.json", "recipe.yaml"} <= {file.name for file in out.iterdir()}
+
+
+def test_a_gguf_file_beside_a_checkpoint_is_not_opened_in_its_place(tmp_path: Path) -> None:
+    out, _ = packed(tmp_path, tiny_model("llama", tmp_path))
+    native = tmp_path / "native"
+    (native / "model.gguf").write_bytes((out / "model.gguf").read_bytes())
+    assert isinstance(open_source(str(native)), NativeSource)
+    with pytest.raises(VerificationError, match=r"model\.gguf holds weights, the manifest does not list it"):
+        verify(native)
 
 
 @settings(max_examples=80, deadline=None)
