@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qcli import checkpoint, registry, shards
+from qcli import checkpoint, registry, run_folder, shards
 from qcli.compute import matmul_precision
-from qcli.errors import StateError, UsageError, VerificationError
+from qcli.errors import ResourceError, StateError, UsageError, VerificationError
 from qcli.export import Export
 from qcli.model_card import model_card
 from qcli.models.native import NativeSource
@@ -21,6 +21,7 @@ from qcli.progress import Progress, silent
 from qcli.run_folder import RunFolder
 
 _PROBE_TOKENS = 64
+_SAME_KL = 1e-3  # norms of a gguf file are near, not equal, and bfloat16 makes steps of that; another config is far off
 
 
 def pack(
@@ -52,22 +53,27 @@ def pack(
         UsageError: `run` is not a qcli checkpoint, or the layout is unknown.
         UnsupportedError: something in `run` does not fit the layout.
         StateError: `out` exists.
-        VerificationError: what was written does not read back the same.
+        VerificationError: what was written does not read back the same, or computes something else.
+        ResourceError: the disk is full.
     """
     export: Export = registry.load("qcli.exports", format)(requantize)
     source = open_source(str(run))
     if not isinstance(source, NativeSource):
         raise UsageError(f"{run} is not a checkpoint that qcli wrote", hint="quantize the model first")
+    run_folder.refuse_existing(out)
+    if run_folder.has_parts(out):
+        raise StateError(
+            f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
+        )
     export.check(source)
-    unfinished = out.absolute().with_name(f"{out.absolute().name}.partial")
-    if (unfinished / "run.json").exists():
-        raise StateError(f"{unfinished} holds an interrupted run", hint="finish it, remove it, or choose another --out")
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
             result = _write(run, source, export, folder.result(), shard_size, evaluation, progress)
             folder.publish()
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder.path, ignore_errors=True)
+            if isinstance(error, ResourceError):  # whose hint is that of runs which keep their parts
+                raise ResourceError(error.message, hint="free some space and pack again") from None
             raise
     return {"out": str(out), **result}
 
@@ -115,8 +121,13 @@ def _compare(source: NativeSource, written: Source, export: Export, progress: Pr
             )
     before, after = (_logits(model, source.dtype) for model in (source, written))
     progress("compare", len(names), len(names))
-    kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
-    return {"max_logit_difference": float((before - after).abs().max()), "kl": float(kl)}
+    kl = float((before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean())
+    if not export.rounded() and before.isfinite().all() and not kl <= _SAME_KL:
+        raise VerificationError(
+            f"all weights read back, but the logits differ from those of the quantized checkpoint (KL {kl:.3g})",
+            hint="this is a bug of qcli",
+        )
+    return {"max_logit_difference": float((before - after).abs().max()), "kl": kl}
 
 
 def _near(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:

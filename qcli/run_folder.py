@@ -41,7 +41,7 @@ class RunFolder:
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Literal["auto", "required", "never"]) -> None:
         self.out = out.absolute()
         self.path = partial(self.out)
-        self._refuse_existing()
+        refuse_existing(self.out)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK).open("w")
@@ -51,7 +51,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out") from None
-        self._refuse_existing()  # another process may have finished in between
+        refuse_existing(self.out)  # another process may have finished in between
         journal = self._read_journal()
         if resume == "required" and not journal:
             self._lock.close()
@@ -118,10 +118,6 @@ class RunFolder:
         """Bytes of the finished parts."""
         return sum(self.file(part).stat().st_size for part in self._entries if self.done(part))
 
-    def _refuse_existing(self) -> None:
-        if self.out.exists():
-            raise StateError(f"{self.out} exists", hint="choose another --out, or remove it")
-
     def _clear(self) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir():
@@ -152,6 +148,17 @@ class RunFolder:
 def partial(out: Path) -> Path:
     """Where the run that makes `out` is kept."""
     return out.absolute().with_name(f"{out.name}.partial")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise StateError where there is something under the name of a result."""
+    if out.exists():
+        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+
+
+def has_parts(out: Path) -> bool:
+    """Whether an interrupted run of `out` has finished parts, which starting over would lose."""
+    return (partial(out) / _JOURNAL).exists()
 
 
 def part_file(folder: Path, part: str) -> Path:
