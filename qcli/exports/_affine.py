@@ -85,4 +85,4 @@ def _words(format: Affine | None) -> str:
     if format is None:
         return "dense"
     groups = "rows" if format.group_size == -1 else f"groups of {format.group_size}"
-    return f"{format.bits} bits in {groups}"
+    return f"{format.bits} bits {'symmetric' if format.zero_point == 'none' else 'asymmetric'} in {groups}"

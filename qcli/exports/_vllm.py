@@ -38,12 +38,15 @@ def _refusal(source: PackedSource, formats: Mapping[str, Affine], ranks: int) ->
         return f"{heads} heads, {kv_heads} of them for keys and values"
     for layer in source.linears():
         format = formats.get(layer.name)
-        if format is not None and (reason := _misfit(layer, format, _splits_inputs(source, layer), ranks)):
+        # Where there are more devices than heads of keys and values, several hold the same one.
+        parts = min(ranks, kv_heads) if layer.name.endswith((".k_proj", ".v_proj")) else ranks
+        if format is not None and (reason := _misfit(layer, format, _splits_inputs(source, layer), parts)):
             return f"{layer.name}: {reason}"
     return None
 
 
 def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> str | None:
+    """Why a layer cannot be loaded in so many parts; None: no rule is broken."""
     symmetric = format.zero_point == "none"
     if format.bits not in (SYMMETRIC_BITS if symmetric else ASYMMETRIC_BITS):
         return f"{format.bits} bits {'symmetric' if symmetric else 'asymmetric'}"

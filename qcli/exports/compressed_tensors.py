@@ -69,7 +69,11 @@ Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precisio
         source.copy_companions(folder)
 
     def notes(self, source: NativeSource) -> dict[str, str]:
-        return {"vLLM": _vllm.describe(source, affine_formats(source, self.name))}
+        formats = affine_formats(source, self.name)
+        notes = {"vLLM": _vllm.describe(source, formats)}
+        if not layout.transformers_reads(formats.values()):
+            notes["transformers"] = "refuses it: asymmetric layers beside others"
+        return notes
 
     def open(self, folder: Path) -> Source:
         return layout.CompressedTensorsSource(folder, read_config(folder))

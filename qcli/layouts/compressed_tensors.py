@@ -7,7 +7,7 @@ found by regular expressions: one config group for every distinct scheme.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcli.activations import Activations
@@ -65,10 +65,19 @@ def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[
         "config_groups": groups,
         "ignore": ["lm_head", *(layer.name for layer in dense)],
     }
-    # transformers 5.23 keeps packed layers only without zero points; decoding while it loads, it takes the first
-    # group's scheme for all layers. Asymmetric and mixed it shall refuse, and does when it is not told to decode.
-    asymmetric_alone = [format.zero_point for format in schemes if format is not None] == ["integer"]
-    return config | {"dequantize": True} if asymmetric_alone else config
+    asymmetric = any(format is not None and format.zero_point != "none" for format in schemes)
+    # Told to decode what it does not read, transformers would decode it wrongly; otherwise it refuses.
+    return config | {"dequantize": True} if asymmetric and transformers_reads(filter(None, schemes)) else config
+
+
+def transformers_reads(formats: Iterable[Affine]) -> bool:
+    """Whether transformers 5.23 can load layers of these formats in one checkpoint.
+
+    It keeps packed layers only without zero points; decoding while it loads, it takes the first group's scheme for all
+    layers.
+    """
+    distinct = set(formats)
+    return len(distinct) == 1 or all(format.zero_point == "none" for format in distinct)
 
 
 class CompressedTensorsSource(PackedSource):

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from qcli.errors import UnsupportedError
 from qcli.exports import _vllm
+from qcli.exports._affine import affine_formats
 from qcli.formats.affine import Affine
 from qcli.layouts import compressed_tensors as layout
 from qcli.models.arch import Linear
+from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.pack import pack
 from qcli.quantized import QuantizedWeight
 from qcli.verify import verify
 from tests.quantizing import TOKENS, logits, run, streamed
 from tests.tiny import tiny_model
-
-KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +49,9 @@ def theirs(folder: Path) -> Any:
 
 def assert_same_weights(native: Path, model: Any, dtype: torch.dtype) -> None:
     source = open_source(str(native))
-    for block in range(2):
-        for kind in KINDS:
-            name = f"model.layers.{block}.{kind}"
-            expected = source.read([f"{name}.weight"])[f"{name}.weight"].to(dtype).float()
-            assert torch.equal(model.get_submodule(name).weight.float(), expected), name
+    for name in (linear.name for linear in source.linears()):
+        expected = source.read([f"{name}.weight"])[f"{name}.weight"].to(dtype).float()
+        assert torch.equal(model.get_submodule(name).weight.float(), expected), name
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -88,11 +86,14 @@ def test_mixed_schemes_have_a_group_each(llama: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj" in config["ignore"]
 
 
-def test_what_transformers_would_decode_wrongly_it_is_made_to_refuse(llama: Path, tmp_path: Path) -> None:
-    overrides = [{"match": "*.down_proj", "method": {"bits": 3}}]
-    _, out = packed(llama, tmp_path, overrides=overrides)
+@pytest.mark.parametrize("other", [{"bits": 3}, {"group_size": 64}, {"symmetric": True}])
+def test_what_transformers_would_decode_wrongly_it_is_made_to_refuse(
+    other: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    _, out = packed(llama, tmp_path, overrides=[{"match": "*.down_proj", "method": other}])
     with pytest.raises(RuntimeError, match="mismatch"):
         theirs(out)
+    assert "| transformers | refuses it: asymmetric layers beside others |" in (out / "README.md").read_text()
 
 
 def test_packed_folder_is_a_model_for_qcli_too(llama: Path, tmp_path: Path) -> None:
@@ -133,7 +134,16 @@ def test_layout_by_hand() -> None:
         ({"method__group_size": 48, "method__group_tail": "ragged"}, "64 inputs in groups of 48"),
         ({"activations__bits": 8}, "quantizes activations to 8 bits"),
         ({"overrides": [{"match": "*.k_proj", "method": {"bits": 3}}]}, "q_proj is 4 bits .*k_proj is 3 bits"),
-        ({"overrides": [{"match": "*.up_proj", "dense": True}]}, "up_proj is dense"),
+        ({"overrides": [{"match": "*.up_proj", "dense": True}]}, "gate_proj is 4 bits .*up_proj is dense"),
+        ({"overrides": [{"match": "*.gate_proj", "method": {"bits": 3}}]}, "gate_proj is 3 bits .*up_proj is 4 bits"),
+        (
+            {"overrides": [{"match": "*.v_proj", "method": {"symmetric": True}}]},
+            "q_proj is 4 bits asymmetric in groups of 32, .*v_proj is 4 bits symmetric in groups of 32",
+        ),
+        (
+            {"overrides": [{"match": "*.1.*.q_proj", "method": {"group_size": 64}}]},
+            "layers.1.self_attn.q_proj is 4 bits asymmetric in groups of 64, .*k_proj .* in groups of 32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(flags: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:
@@ -172,6 +182,32 @@ def test_vllms_rules(
 ) -> None:
     found = _vllm._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
     assert found == reason or (found is not None and reason is not None and found.startswith(reason))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ({"method__group_size": 8, "method__symmetric": True}, "1, 2, 4, 8"),
+        ({"method__group_size": 8}, "1, 2, 4, 8"),
+        ({"method__group_size": -1, "method__symmetric": True}, "1, 2, 4, 8"),
+        ({"method__group_size": 16, "method__symmetric": True}, "1, 2, 4"),
+        ({"method__group_size": 32}, "1, 2"),
+        ({"method__group_size": 8, "method__symmetric": True, "method__bits": 3}, "1, 2"),
+        ({"method__group_size": 8, "method__symmetric": True, "method__bits": 2}, "1, 2, 4"),
+        ({"method__group_size": 8, "method__bits": 3}, None),
+    ],
+)
+def test_vllms_tensor_parallel_sizes(flags: dict[str, Any], ranks: str | None, tmp_path: Path) -> None:
+    """8 heads of 8, 2 of them for keys and values, which 4 devices and 8 hold in several copies; an MLP of 128."""
+    model = tiny_model("llama", tmp_path, num_attention_heads=8, num_key_value_heads=2)
+    run(model, tmp_path / "native", method__name="rtn", **flags)
+    source = open_source(str(tmp_path / "native"))
+    assert isinstance(source, NativeSource)
+    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    if ranks is None:
+        assert told.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
+    else:
+        assert told.split("; ")[0] == f"by its rules with tensor parallel {ranks}"
 
 
 def test_vllms_rules_are_told_with_the_result(llama: Path, tmp_path: Path) -> None:
