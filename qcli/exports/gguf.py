@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qcli import checkpoint, shards
-from qcli.errors import UnsupportedError
+from qcli.errors import UnsupportedError, UsageError
 from qcli.export import Export, dense_config, refuse_what_runs_otherwise
 from qcli.formats.affine import Affine
 from qcli.models.gguf import GGUFSource
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["GGUF"]
 
 _NORM_ROUNDING = 1e-6  # Gemma's norms are stored plus one, in float32
-_COARSEST = 0.13  # of the largest weight: Q4_0 holds it exactly, and its opposite an eighth smaller
+# How far rounding moves a weight, as a fraction of the largest: half a step of the type, a whole one where its grid
+# reaches less far on one side, and 11 bits of precision of what it stores beside the codes.
+_ROUNDING = {
+    "F16": 2**-11,
+    "BF16": 2**-8,
+    "Q8_0": 1 / 254 + 2**-11,
+    "Q5_0": 1 / 16 + 2**-11,
+    "Q5_1": 1 / 31 + 3 * 2**-11,
+    "Q4_0": 1 / 8 + 2**-11,
+    "Q4_1": 1 / 15 + 3 * 2**-11,
+}
 
 
 class _Entry(NamedTuple):
@@ -56,6 +66,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         super().__init__(requantize)
         self._types: dict[str, BlockType | None] = {}
         self._shifts_norms = False
+        if requantize is not None and requantize not in _ROUNDING:
+            raise UsageError(f"gguf: cannot round to {requantize}", hint=f"it can to {', '.join(_ROUNDING)}")
 
     def check(self, source: NativeSource) -> None:
         try:
@@ -91,8 +103,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
 
     def tolerance(self, name: str, tensor: Tensor) -> float:
         layer = name.removesuffix(".weight")
-        if layer in self._types and self._types[layer] is None:
-            return _COARSEST * float(tensor.abs().max())
+        if self.requantize is not None and layer in self._types and self._types[layer] is None:
+            return _ROUNDING[self.requantize] * float(tensor.abs().max())
         return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
 
     def rounded(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from transformers import AutoModelForCausalLM
 
 from qcli.errors import UnsupportedError
@@ -125,6 +125,33 @@ def test_layout_by_hand() -> None:
     assert torch.equal(theirs + 4, codes.to(torch.int8))
 
 
+# Eleven codes 7 i + 3 modulo 2^bits as 32-bit words, little end first; written down once, made by neither packer.
+GOLDEN = {
+    2: [0x001B1B1B],
+    3: [0x53977053, 0x0],
+    4: [0x4D6F81A3, 0x92B],
+    5: [0x4DFC4543, 0x245BA3],
+    6: [0x9F611283, 0x90BBD2D9, 0x0],
+    7: [0xF3044503, 0x3B68B531, 0x1261],
+    8: [0x18110A03, 0x342D261F, 0x49423B],
+}
+
+
+@pytest.mark.parametrize("bits", GOLDEN)
+def test_golden_words_of_every_width(bits: int) -> None:
+    """Codes along a row, zero points down a column, from us and from the package."""
+    words = torch.tensor(GOLDEN[bits]).to(torch.int32)
+    codes = (torch.arange(11) * 7 + 3).remainder(1 << bits).to(torch.uint8)
+    tables = {"weight_scale": torch.ones(11, 1, dtype=torch.float16), "weight_zero_point": codes[:, None]}
+    format = Affine(bits=bits, group_size=-1, zero_point="integer")
+    tensors = layout.tensors("layer", QuantizedWeight(format, (11, 11), codes.repeat(11, 1), tables))
+    assert torch.equal(tensors["layer.weight_packed"], words.repeat(11, 1))
+    assert torch.equal(tensors["layer.weight_zero_point"], words[:, None])
+    signed = (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+    assert torch.equal(pack_to_int32(signed[None], bits), words[None])
+    assert torch.equal(pack_to_int32(signed[:, None], bits, packed_dim=0), words[:, None])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -215,3 +242,13 @@ def test_vllms_rules_are_told_with_the_result(llama: Path, tmp_path: Path) -> No
     result = pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
     told = result["notes"]["vLLM"]
     assert told.startswith("by its rules with tensor parallel 1, 2; 4 not: "), told
+    assert told.endswith("; outside of what its Marlin kernels take, so slower"), "k_proj has 32 rows"
+
+
+def test_what_marlin_takes_is_not_called_slow(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, hidden_size=128, num_key_value_heads=4)
+    run(model, tmp_path / "native", method__name="rtn", method__symmetric=True)
+    source = open_source(str(tmp_path / "native"))
+    assert isinstance(source, NativeSource)
+    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    assert told == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"

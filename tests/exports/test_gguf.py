@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qcli.errors import UnsupportedError, UsageError, VerificationError
+from qcli.exports import gguf as gguf_export
 from qcli.formats.affine import Affine, ZeroPoint
 from qcli.layouts import gguf_blocks, gguf_metadata, gguf_vocabulary
 from qcli.models.native import NativeSource
@@ -183,6 +184,26 @@ def test_what_was_rounded_is_near(type: str, fits_no_type: Path, tmp_path: Path)
     result = pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
     assert result["rounded"] == 14
     assert verify(tmp_path / "packed").layers == 14
+
+
+@pytest.mark.parametrize(("type", "off"), [("Q8_0", 0.02), ("BF16", 0.02), ("Q5_0", 0.1)])
+def test_what_is_further_off_than_its_type_rounds_is_found_out(
+    type: str, off: float, fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = gguf_export.GGUF._encoded
+
+    def encoded(self: Any, source: Any, entry: Any) -> Any:
+        """A source whose largest weights are a little larger."""
+        if "ffn_up" not in entry.name:
+            return own(self, source, entry)
+        read = source.read
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "read", lambda names: {name: (1 + off) * t for name, t in read(names).items()})
+            return own(self, source, entry)
+
+    monkeypatch.setattr(gguf_export.GGUF, "_encoded", encoded)
+    with pytest.raises(VerificationError, match=r"up_proj\.weight does not read back"):
+        pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
 
 
 def test_garbage_is_not_taken_for_rounding(fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
