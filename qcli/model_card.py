@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 _HUB_FORMAT = {"gguf": "gguf"}  # what the hub calls a library by its files; everything else is transformers
@@ -27,7 +28,8 @@ def model_card(
         evaluation: `Evaluation.to_json` of the checkpoint.
     """
     model = str(manifest["source"]["model"])
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
+    like_an_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
+    on_hub = like_an_id and not Path(model).exists()  # a folder's relative path looks like an id
     title = model if on_hub else model.rstrip("/").rpartition("/")[2]
     layers: list[dict[str, Any]] = manifest["layers"]
     facts = {

@@ -34,7 +34,7 @@ def test_every_layout_is_verified_and_has_a_card(format: str, tmp_path: Path) ->
     assert str(tmp_path) not in body.partition("## Recipe")[0]
 
 
-def test_card_of_a_mixed_checkpoint_from_the_hub() -> None:
+def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def layer(bits: int, error: float) -> dict[str, object]:
         spec = {"format": "affine", "bits": bits, "group_size": -1}
         return {"method": "gptq-like", "spec": spec, "error": error, "measure": "output"}
@@ -54,6 +54,9 @@ def test_card_of_a_mixed_checkpoint_from_the_hub() -> None:
     assert "| method | gptq-like (3 bits, rows): 2 layers, gptq-like (4 bits, rows): 1 layers |" in card
     assert "| relative error | 0.02 of the output, mean of 3 layers |" in card
     assert "| exact | none |" in card
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in model_card(manifest, result, "Load it.", "bits: 3\n"), "a folder of that name is here"
 
 
 def test_card_says_what_was_measured() -> None:
