@@ -1,12 +1,13 @@
-"""What packed checkpoints compute in other engines: python -m benchmarks.engines families smollm2
+"""What packed checkpoints compute in other engines: python -m benchmarks.engines families stories smollm2
 
     [--llama-cpp PYTHON] [--auto-round PYTHON] [--formats F ...] [--bits N ...]
 
-`families`: tiny random models of every family, in every layout that has an engine here; `smollm2`: the real one, on
-the first windows of 512 tokens of the WikiText-2 test set. Every engine gets the same token ids; llama.cpp's own of the
-same text are compared besides (`same_tokens`). `PYTHON` are interpreters with llama-cpp-python (any version of it that
-its own processor runs) and with auto-round, whose CPU layer decodes the `gptq` layout; without them those rows are left
-out.
+`families`: tiny random models of every family, in every layout that has an engine here; `stories`: stories260k, whose
+vocabulary is SentencePiece's, with dense down_proj (172 inputs); `smollm2`: the real one. The latter two get the first
+windows of 512 tokens of the WikiText-2 test set. Every engine gets the same token ids; those that llama.cpp itself cuts
+another text into are compared besides (`same_tokens`). `PYTHON` are interpreters with llama-cpp-python (any version of
+it that its own processor runs) and with auto-round, whose CPU layer decodes the `gptq` layout; without them those rows
+are left out, as are those that `pack` refuses.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qcli
 from benchmarks import common
+from qcli.errors import UnsupportedError
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.pack import pack
@@ -158,21 +160,32 @@ def same_tokens(python: str, folder: Path) -> bool:
 
 
 def rows(
-    name: str, model: str, tokens: Tensor, engines: dict[str, Engine], given: argparse.Namespace, work: Path
+    name: str,
+    fields: dict[str, Any],
+    tokens: Tensor,
+    engines: dict[str, Engine],
+    given: argparse.Namespace,
+    work: Path,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each scheme and layout that holds it."""
+    """A row for each scheme and layout that holds it.
+
+    Args:
+        fields: of the recipe: the model, and what else it needs.
+    """
     for bits, symmetric in SCHEMES:
         if bits not in given.bits:
             continue
         native = work / f"{name}-{bits}-{symmetric}"
-        fields = {"model": model, "out": str(native), "method.name": "rtn", "method.bits": bits}
-        quantize(load_recipe(None, fields | {"method.group_size": 32, "method.symmetric": symmetric})[0])
+        scheme = {"method.name": "rtn", "method.bits": bits, "method.group_size": 32, "method.symmetric": symmetric}
+        quantize(load_recipe(None, {**fields, **scheme, "out": str(native)})[0])
         _, expected = ours(native, tokens)
         for layout, engine in engines.items():
             folder = work / f"{native.name}-{layout}"
-            if layout == "gptq" and not symmetric:
+            try:
+                packed = pack(native, folder, format=layout, shard_size=10**10)
+            except UnsupportedError as refusal:
+                print(f"{name}, {layout}: {refusal.message}", flush=True)
                 continue
-            packed = pack(native, folder, format=layout, shard_size=10**10)
             engine_name, found = engine(folder, tokens)
             yield {
                 "model": name,
@@ -200,16 +213,16 @@ def compared(expected: Tensor, found: Tensor, tokens: Tensor) -> dict[str, float
     }
 
 
-def wikitext() -> Tensor:
+def wikitext(model: str) -> Tensor:
     """The first windows of the test set, without bos."""
     text = (common.assets() / "text" / "wikitext2.test.detok.txt").read_text()
-    ids = open_source(common.smollm2()).tokenizer()(text[:20_000], add_special_tokens=False).input_ids
+    ids = open_source(model).tokenizer()(text[:20_000], add_special_tokens=False).input_ids
     return torch.tensor(ids[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="+", choices=["families", "smollm2"])
+    parser.add_argument("suites", nargs="+", choices=["families", "stories", "smollm2"])
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     parser.add_argument("--auto-round", metavar="PYTHON")
     parser.add_argument("--formats", nargs="+", metavar="F", help="only these layouts")
@@ -227,17 +240,21 @@ def main() -> None:
     random_tokens = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        models: list[tuple[str, str, Tensor]] = []
+        models: list[tuple[str, dict[str, Any], Tensor]] = []
         if "families" in given.suites:
             for family, config in FAMILIES:
                 # No longer than the tiny Mistral's window, which llama.cpp does not know.
                 tokens = random_tokens.view(-1, 8) if family == "mistral" else random_tokens
                 label = f"tiny {family}" + (", Llama 3's rotary scaling" if config else "")
-                models.append((label, str(with_merge(tiny_model(family, work, **config))), tokens))
+                models.append((label, {"model": str(with_merge(tiny_model(family, work, **config)))}, tokens))
+        if "stories" in given.suites:
+            stories = str(common.assets() / "models" / "stories260k")
+            dense = {"overrides": [{"match": "*.down_proj", "dense": True}]}  # 172 inputs are no whole groups
+            models.append(("stories260k", {"model": stories, **dense}, wikitext(stories)))
         if "smollm2" in given.suites:
-            models.append(("SmolLM2-135M-Instruct", common.smollm2(), wikitext()))
-        for label, model, tokens in models:
-            for row in rows(label, model, tokens, engines, given, work):
+            models.append(("SmolLM2-135M-Instruct", {"model": common.smollm2()}, wikitext(common.smollm2())))
+        for label, fields, tokens in models:
+            for row in rows(label, fields, tokens, engines, given, work):
                 print(row, flush=True)
                 common.save_row("engines", ("model", "format", "bits", "symmetric"), row, __doc__)
 
