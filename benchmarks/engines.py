@@ -154,7 +154,7 @@ def elsewhere(python: str, script: str, *arguments: str, given: str = "") -> str
 
 def same_tokens(python: str, folder: Path) -> bool:
     """Whether llama.cpp cuts a text into the tokens that the model's own tokenizer cuts it into."""
-    expected = AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False).input_ids
+    expected: list[int] = AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False).input_ids
     found: list[int] = json.loads(elsewhere(python, LLAMA_CPP_TOKENS, str(folder / "model.gguf"), given=TEXT))
     return found == expected
 

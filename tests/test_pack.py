@@ -9,6 +9,7 @@ import pytest
 
 from qcli import shards
 from qcli.errors import QcliError, ResourceError, StateError, VerificationError
+from qcli.export import dense_config
 from qcli.exports import dense
 from qcli.pack import pack
 from qcli.verify import verify
@@ -34,8 +35,7 @@ def test_a_config_that_computes_otherwise_is_found_out(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight reads back; the logits are others."""
-    own = dense.dense_config
-    monkeypatch.setattr(dense, "dense_config", lambda source: own(source) | {"rms_norm_eps": 10.0})
+    monkeypatch.setattr(dense, "dense_config", lambda source: dense_config(source) | {"rms_norm_eps": 10.0})
     failed(native, tmp_path / "packed", VerificationError, "logits differ from those of the quantized checkpoint")
 
 
