@@ -59,6 +59,10 @@ def pack(
     export: Export = registry.load("qcli.exports", format)(requantize)
     source = open_source(str(run))
     if not isinstance(source, NativeSource):
+        if (run / checkpoint.MANIFEST).exists() and (layout := checkpoint.read_manifest(run).get("packed_as")):
+            raise UsageError(
+                f"{run} is packed as {layout} already", hint="pack the folder of `qcli quantize` that it was made of"
+            )
         raise UsageError(f"{run} is not a checkpoint that qcli wrote", hint="quantize the model first")
     run_folder.refuse_existing(out)
     if run_folder.has_parts(out):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qcli import shards
-from qcli.errors import QcliError, ResourceError, StateError, VerificationError
+from qcli.errors import QcliError, ResourceError, StateError, UsageError, VerificationError
 from qcli.export import dense_config
 from qcli.exports import dense
 from qcli.pack import pack
@@ -68,6 +68,17 @@ def test_a_killed_pack_is_repeated(native: Path, tmp_path: Path) -> None:
     pack(native, tmp_path / "packed", format="dense", shard_size=10**9)
     assert verify(tmp_path / "packed").unlisted == []
     assert not half.parent.exists()
+
+
+def test_packed_folders_are_sent_back_to_what_they_were_made_of(native: Path, tmp_path: Path) -> None:
+    for format in ("dense", "compressed-tensors"):
+        pack(native, tmp_path / format, format=format, shard_size=10**9)
+        with pytest.raises(UsageError, match=f"is packed as {format} already") as raised:
+            pack(tmp_path / format, tmp_path / "again", format="qcli", shard_size=10**9)
+        assert raised.value.hint is not None and "`qcli quantize`" in raised.value.hint
+    pack(native, tmp_path / "native-again", format="qcli", shard_size=10**5)
+    pack(tmp_path / "native-again", tmp_path / "last", format="compressed-tensors", shard_size=10**9)
+    assert verify(tmp_path / "last").layers == 14
 
 
 def test_existing_output_is_noticed_before_any_weight_is_read(
