@@ -31,7 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq-like g32": {**UNIFORM, "method.group_size": 32, **RAGGED},
     "gptq-like g64": {**UNIFORM, "method.group_size": 64},
 }
-ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 2e-3}
+ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 4e-3}
+RATES = ((0.0025, 2e-3), (0.007, 2e-3), (0.02, 2e-3), (0.02, 6e-3), (0.05, 6e-3))  # of weights, of tables
 GAMMAS = (0.0, 0.1, 0.5, 2.0)
 SEEDS = (0, 1, 2)
 
@@ -83,7 +84,7 @@ class Bench:
     def distill(self, method: str, options: dict[str, Any], *, refined: bool = True, seed: int = 0) -> None:
         """Train a student and score it."""
         student = self.student(method, refined)
-        settings = ", ".join(f"{key} {value}" for key, value in options.items() if key not in ALL)
+        settings = ", ".join(f"{key} {value}" for key, value in options.items() if value != ALL.get(key))
         row = f"{method}{', refined' if refined else ''}, distilled: {settings}, seed {seed}"
         out = self.folder / "distilled"
         fields = {**self.recipe, **{f"distill.{key}": value for key, value in (ALL | options).items()}}
@@ -142,6 +143,10 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
     if "losses" in wanted:
         for loss in ({"loss": "onebit"}, {"hidden_mse": 0.1}):
             bench.distill("onebit", {"steps": steps, **loss})
+    if "rates" in wanted:
+        for method in ("dbllm g32", "gptq-like g32"):
+            for weights_lr, tables_lr in RATES:
+                bench.distill(method, {"steps": steps // 3, "weights_lr": weights_lr, "tables_lr": tables_lr})
     if "dad" in wanted:
         for seed in SEEDS:
             for gamma in GAMMAS:
@@ -168,7 +173,8 @@ def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
     )
     for method, train in (("dbllm g64", ALL["train"]), ("gptq-like g64", ["tables"]), ("onebit", ALL["train"])):
         if any(name in method for name in wanted):
-            bench.student(method, refined=False)
+            if train == ALL["train"]:  # what the others start from stands in benchmarks.quality
+                bench.student(method, refined=False)
             options = {"steps": steps, "judgements": 8, "batch_tokens": 512, "train": train}
             bench.distill(method, options, seed=1)  # other windows than those of the calibration
 
@@ -176,14 +182,18 @@ def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=("stories", "smollm2"))
-    parser.add_argument("wanted", nargs="*", help="methods, losses, dad; of smollm2: methods")
+    parser.add_argument("wanted", nargs="*", help="methods, losses, rates, dad; of smollm2: methods")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--keep", type=Path, help="folder for text and students, taken up again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep or Path(scratch)
         suite = stories if arguments.suite == "stories" else smollm2
-        suite(folder, arguments.steps, arguments.wanted or ["methods", "losses", "dad", "dbllm", "gptq-like", "onebit"])
+        suite(
+            folder,
+            arguments.steps,
+            arguments.wanted or ["methods", "losses", "rates", "dad", "dbllm", "gptq-like", "onebit"],
+        )
 
 
 if __name__ == "__main__":
