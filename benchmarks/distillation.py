@@ -78,7 +78,8 @@ class Bench:
             fields |= {"calibration.data": str(self.text), "calibration.samples": self.calibrated}
             recipe, _ = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
             result = quantize(recipe)
-            self.save(f"{method}{', refined' if refined else ''}", out, {"seconds": round(result.seconds, 1)})
+            more = {"refined": self.refined if refined else 0, "seconds": round(result.seconds, 1)}
+            self.save(f"{method}{', refined' if refined else ''}", out, more)
         return out
 
     def distill(self, method: str, options: dict[str, Any], *, refined: bool = True, seed: int = 0) -> None:
@@ -120,7 +121,7 @@ class Bench:
         return int(fields["distill.steps"] * passes * self.seq_len)
 
 
-def stories(folder: Path, steps: int, wanted: list[str]) -> None:
+def stories(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
     """stories260k: everything to convergence from one token budget."""
     teacher = str(common.assets() / "models" / "stories260k")
     bench = Bench(
@@ -132,7 +133,7 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
         samples=640,
         seq_len=256,
         calibrated=128,
-        refined=200,
+        refined=refined or 200,
         recipe={"dtype": "float32", "distill.checkpointing": False},  # twice as fast in so small a model
     )
     if "methods" in wanted:
@@ -155,7 +156,7 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
                 )
 
 
-def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
+def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
     """SmolLM2-135M-Instruct: what two cores can carry."""
     teacher = full_precision(common.smollm2(), folder)
     text = common.assets() / "text"
@@ -168,7 +169,7 @@ def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
         samples=128,
         seq_len=512,
         calibrated=64,
-        refined=100,
+        refined=refined or 100,
         recipe={},
     )
     for method, train in (("dbllm g64", ALL["train"]), ("gptq-like g64", ["tables"]), ("onebit", ALL["train"])):
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("suite", choices=("stories", "smollm2"))
     parser.add_argument("wanted", nargs="*", help="methods, losses, rates, dad; of smollm2: methods")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--refined", type=int, help="steps of the refinement of a block; default: 200, of smollm2 100")
     parser.add_argument("--keep", type=Path, help="folder for text and students, taken up again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
