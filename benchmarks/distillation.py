@@ -194,6 +194,7 @@ def main() -> None:
         suite(
             folder,
             arguments.steps,
+            arguments.refined,
             arguments.wanted or ["methods", "losses", "rates", "dad", "dbllm", "gptq-like", "onebit"],
         )
 
