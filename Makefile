@@ -22,7 +22,7 @@ demo: setup
 
 # One thread for each of two workers: with two they wait for each other more than they compute.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20
 
 lint: setup
 	$(BIN)/ruff check .

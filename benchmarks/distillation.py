@@ -31,7 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq-like g32": {**UNIFORM, "method.group_size": 32, **RAGGED},
     "gptq-like g64": {**UNIFORM, "method.group_size": 64},
 }
-ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 2e-3}
+ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 4e-3}
+RATES = ((0.0025, 2e-3), (0.007, 2e-3), (0.02, 2e-3), (0.02, 6e-3), (0.05, 6e-3))  # of weights, of tables
 GAMMAS = (0.0, 0.1, 0.5, 2.0)
 SEEDS = (0, 1, 2)
 
@@ -77,13 +78,14 @@ class Bench:
             fields |= {"calibration.data": str(self.text), "calibration.samples": self.calibrated}
             recipe, _ = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
             result = quantize(recipe)
-            self.save(f"{method}{', refined' if refined else ''}", out, {"seconds": round(result.seconds, 1)})
+            more = {"refined": self.refined if refined else 0, "seconds": round(result.seconds, 1)}
+            self.save(f"{method}{', refined' if refined else ''}", out, more)
         return out
 
     def distill(self, method: str, options: dict[str, Any], *, refined: bool = True, seed: int = 0) -> None:
         """Train a student and score it."""
         student = self.student(method, refined)
-        settings = ", ".join(f"{key} {value}" for key, value in options.items() if key not in ALL)
+        settings = ", ".join(f"{key} {value}" for key, value in options.items() if value != ALL.get(key))
         row = f"{method}{', refined' if refined else ''}, distilled: {settings}, seed {seed}"
         out = self.folder / "distilled"
         fields = {**self.recipe, **{f"distill.{key}": value for key, value in (ALL | options).items()}}
@@ -119,7 +121,7 @@ class Bench:
         return int(fields["distill.steps"] * passes * self.seq_len)
 
 
-def stories(folder: Path, steps: int, wanted: list[str]) -> None:
+def stories(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
     """stories260k: everything to convergence from one token budget."""
     teacher = str(common.assets() / "models" / "stories260k")
     bench = Bench(
@@ -131,7 +133,7 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
         samples=640,
         seq_len=256,
         calibrated=128,
-        refined=200,
+        refined=refined or 200,
         recipe={"dtype": "float32", "distill.checkpointing": False},  # twice as fast in so small a model
     )
     if "methods" in wanted:
@@ -142,6 +144,10 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
     if "losses" in wanted:
         for loss in ({"loss": "onebit"}, {"hidden_mse": 0.1}):
             bench.distill("onebit", {"steps": steps, **loss})
+    if "rates" in wanted:
+        for method in ("dbllm g32", "gptq-like g32"):
+            for weights_lr, tables_lr in RATES:
+                bench.distill(method, {"steps": steps // 3, "weights_lr": weights_lr, "tables_lr": tables_lr})
     if "dad" in wanted:
         for seed in SEEDS:
             for gamma in GAMMAS:
@@ -150,7 +156,7 @@ def stories(folder: Path, steps: int, wanted: list[str]) -> None:
                 )
 
 
-def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
+def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
     """SmolLM2-135M-Instruct: what two cores can carry."""
     teacher = full_precision(common.smollm2(), folder)
     text = common.assets() / "text"
@@ -163,12 +169,13 @@ def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
         samples=128,
         seq_len=512,
         calibrated=64,
-        refined=100,
+        refined=refined or 100,
         recipe={},
     )
     for method, train in (("dbllm g64", ALL["train"]), ("gptq-like g64", ["tables"]), ("onebit", ALL["train"])):
         if any(name in method for name in wanted):
-            bench.student(method, refined=False)
+            if train == ALL["train"]:  # what the others start from stands in benchmarks.quality
+                bench.student(method, refined=False)
             options = {"steps": steps, "judgements": 8, "batch_tokens": 512, "train": train}
             bench.distill(method, options, seed=1)  # other windows than those of the calibration
 
@@ -176,14 +183,20 @@ def smollm2(folder: Path, steps: int, wanted: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=("stories", "smollm2"))
-    parser.add_argument("wanted", nargs="*", help="methods, losses, dad; of smollm2: methods")
+    parser.add_argument("wanted", nargs="*", help="methods, losses, rates, dad; of smollm2: methods")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--refined", type=int, help="steps of the refinement of a block; default: 200, of smollm2 100")
     parser.add_argument("--keep", type=Path, help="folder for text and students, taken up again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep or Path(scratch)
         suite = stories if arguments.suite == "stories" else smollm2
-        suite(folder, arguments.steps, arguments.wanted or ["methods", "losses", "dad", "dbllm", "gptq-like", "onebit"])
+        suite(
+            folder,
+            arguments.steps,
+            arguments.refined,
+            arguments.wanted or ["methods", "losses", "rates", "dad", "dbllm", "gptq-like", "onebit"],
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Run a study: its recipes one after another, in processes, or on a Ray cluster.
 
-Rows are found again by the address of their run, so a study that was interrupted or extended goes on where it is.
+Rows are found again by the address of their run, which is made of its recipe and of the content of what it reads, so a
+study that was interrupted or extended goes on where it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from qcli.errors import ResourceError, UsageError
 from qcli.progress import Progress, silent
+from qcli.study_content import by_content
 from qcli.study_grid import Run, Study
 from qcli.study_rows import Row, append, opened, read_rows
 from qcli.study_run import make_row
@@ -68,11 +70,8 @@ def run_study(
     started, out = time.monotonic(), out.absolute()
     with opened(out):
         known = {row["address"]: row for row in read_rows(out)}
-        todo = [
-            run
-            for run in study.runs
-            if run.address not in known or (retry and known[run.address]["status"] == "failed")
-        ]
+        runs = by_content(study.runs)
+        todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
         ended: list[Row] = []
         progress("runs", 0, len(todo))
         for row in _rows(todo, out, workers, executor, address, progress):
@@ -81,7 +80,7 @@ def run_study(
             told = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
             progress("runs", len(ended), len(todo), f"{told}: {row['status']}")
     failed = sum(row["status"] == "failed" for row in ended)
-    return Studied(out, len(ended) - failed, failed, len(study.runs) - len(todo), time.monotonic() - started)
+    return Studied(out, len(ended) - failed, failed, len(runs) - len(todo), time.monotonic() - started)
 
 
 def require_size(study: Study, limit: int, agreed: bool) -> None:

@@ -43,7 +43,7 @@ class Run:
     Attributes:
         point: its value on each axis, or that value's name.
         recipe: resolved.
-        address: hash of all that decides the run's row.
+        address: hash of the fields that decide the run's row.
     """
 
     point: dict[str, Any]

@@ -48,7 +48,7 @@ def opened(out: Path) -> Iterator[None]:
 
 
 def read_rows(out: Path) -> list[Row]:
-    """The newest row of each address, in the order in which they ended.
+    """The newest row of each recipe, in the order in which they ended: files that it names may have changed since.
 
     Raises:
         StateError: `out` is no study, one of another version, or a row is damaged.
@@ -60,7 +60,7 @@ def read_rows(out: Path) -> list[Row]:
         return []
     whole = [line for line in lines if line.endswith("\n")]  # a study that was killed may have left half a line
     rows = [_row(line, f"{out / _ROWS}:{number}") for number, line in enumerate(whole, start=1)]
-    return list({row["address"]: row for row in rows}.values())
+    return list({row["recipe"]: row for row in rows}.values())
 
 
 def append(out: Path, row: Row) -> None:
@@ -77,7 +77,7 @@ def append(out: Path, row: Row) -> None:
 def _row(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
-        if {"address", "status", "point"} <= row.keys():
+        if {"address", "status", "point", "recipe"} <= row.keys():
             return dict(row)
     except (ValueError, AttributeError):
         pass

@@ -15,6 +15,8 @@ from qcli.tasks import Tasks
 from tests.quantizing import run
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one worker alone imports it
+
 QUESTIONS = [
     {
         "question": f"{n} times {n + 1} is",

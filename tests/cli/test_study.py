@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qcli import study as module
-from qcli.study_rows import VERSION
+from qcli.study_rows import VERSION, read_rows
 from tests.cli.conftest import Invoke
 
 TOKENS, WINDOWS = "qcli.quantize.calibration_tokens", "qcli.evaluate.evaluation_tokens"
@@ -58,6 +59,24 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert json.loads(stdout)["done"] == 1, "another run than the one that failed"
     assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
+
+
+@pytest.mark.parametrize("changed", ["text", "model"])
+def test_runs_are_made_again_when_what_they_read_has_changed(
+    invoke: Invoke, study: Path, model: Path, text: Path, tmp_path: Path, changed: str
+) -> None:
+    out = tmp_path / "out"
+    assert invoke("study", study, "--out", out).code == 0
+    if changed == "text":
+        text.write_text(text.read_text().replace("times", "by"))
+    else:
+        weights = load_file(model / "model.safetensors")
+        save_file({name: 1.5 * weight for name, weight in weights.items()}, model / "model.safetensors")
+    code, stdout, err = invoke("study", study, "--out", out, "--json")
+    assert (code, json.loads(stdout)["kept"]) == (0, 0), err
+    before, after = rows(out)[:3], read_rows(out)
+    assert [row["recipe"] for row in after] == [row["recipe"] for row in before]
+    assert all(new["kl"] != old["kl"] for new, old in zip(after[:2], before[:2], strict=True))
 
 
 def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp_path: Path) -> None:
@@ -124,7 +143,7 @@ def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "study.json").write_text('{"version": 1}')
-    (out / "results.jsonl").write_text('{"address": "a", "status": "done", "point": {}}\n{"addr\n{"half')
+    (out / "results.jsonl").write_text('{"address": "a", "status": "done", "point": {}, "recipe": ""}\n{"addr\n{"half')
     for command in (("study", study, "--out", out), ("study", "report", out)):
         code, _, err = invoke(*command)
         assert code == 3 and f"error: {out}/results.jsonl:2: not a row of a study" in err

@@ -1,0 +1,54 @@
+"""Addresses of runs by the content of what they read, not by where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from qcli import shards
+from qcli.recipe import Recipe
+from qcli.study_grid import Run
+
+
+def by_content(runs: Iterable[Run]) -> list[Run]:
+    """The runs with addresses that change when a file or folder changes that their recipes name.
+
+    What is no path here (a hub id, a data set's name) is known by its name alone.
+    """
+    hashes: dict[str, str | None] = {}
+
+    def content(name: str) -> str | None:
+        if name not in hashes:
+            hashes[name] = _content(Path(name))
+        return hashes[name]
+
+    found = []
+    for run in runs:
+        read = {name: content(name) for name in sorted(set(_names(run.recipe)))}
+        key = json.dumps([run.address, read])
+        found.append(replace(run, address=hashlib.sha256(key.encode()).hexdigest()[:16]))
+    return found
+
+
+def _names(recipe: Recipe) -> Iterable[str]:
+    yield recipe.model
+    yield recipe.calibration.data
+    if recipe.distill is not None:
+        yield recipe.distill_text.data
+    if recipe.eval is not None:
+        yield from recipe.eval.perplexity
+        yield from (path for path in (recipe.eval.baseline, recipe.eval.include_path) if path is not None)
+
+
+def _content(path: Path) -> str | None:
+    if path.is_file():
+        return shards.sha256(path)
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(
+        json.dumps([[str(file.relative_to(path)), shards.sha256(file)] for file in files]).encode()
+    ).hexdigest()
