@@ -22,7 +22,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal }
+th:first-child, td:first-child, .text { text-align: left; white-space: normal }
 img { max-width: 100% } h2 { margin-top: 2.5rem } .front td { background: #eef5ff } code, pre { font-size: 12px }
 """
 
@@ -147,6 +147,23 @@ def _markdown(parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
+def _html_table(table: Table) -> str:
+    words = [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return "".join(
+            f"<{tag}{' class=text' if word else ''}>{escape(_shown(cell))}</{tag}>"
+            for word, cell in zip(words, cells, strict=True)
+        )
+
+    rows = []
+    for number, row in enumerate(table.rows):
+        kind = ' class="front"' if number in table.marked else ""
+        rows.append(f"<tr{kind}>{line('td', row)}</tr>")
+    head = line("th", table.columns)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
 def _html(parts: Sequence[Part]) -> str:
     body = []
     for part in parts:
@@ -157,12 +174,7 @@ def _html(parts: Sequence[Part]) -> str:
             data = base64.b64encode(part.picture).decode()
             body.append(f'<img alt="{escape(part.title)}" src="data:image/png;base64,{data}">')
         if part.table is not None:
-            head = "".join(f"<th>{escape(column)}</th>" for column in part.table.columns)
-            rows = []
-            for number, row in enumerate(part.table.rows):
-                kind = ' class="front"' if number in part.table.marked else ""
-                rows.append(f"<tr{kind}>" + "".join(f"<td>{escape(_shown(cell))}</td>" for cell in row) + "</tr>")
-            body.append(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
+            body.append(_html_table(part.table))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qcli study</title>'
         f"<style>{_STYLE}</style></head><body><h1>Study</h1>{''.join(body)}</body></html>\n"
