@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from atexit import register
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,18 @@ def text(tmp_path: Path) -> Path:
     return write_text(tmp_path)
 
 
+_made: dict[str, Path] = {}
+
+
 def student(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any) -> tuple[Path, Path]:
-    """A teacher and what quantization has made of it."""
-    teacher, out = tiny_model("llama", tmp_path), tmp_path / "student"
-    run(teacher, out, text, grouped=method != "onebit", method__name=method, **METHODS[method], **flags)
-    return teacher, out
+    """A teacher and what quantization has made of it, which it does once."""
+    teacher, out, key = tiny_model("llama", tmp_path), tmp_path / "student", f"{method} {flags}"
+    if key not in _made:
+        folder = Path(tempfile.mkdtemp())
+        register(shutil.rmtree, folder, ignore_errors=True)
+        run(teacher, folder / "out", text, grouped=method != "onebit", method__name=method, **METHODS[method], **flags)
+        _made[key] = folder / "out"
+    return teacher, Path(shutil.copytree(_made[key], out))
 
 
 def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Distilled:
