@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq-like g64": {**UNIFORM, "method.group_size": 64},
 }
 ALL = {"train": ["tables", "weights"], "weights_lr": 0.02, "tables_lr": 4e-3}
+SMALL_STEPS = {"weights_lr": 5e-3, "tables_lr": 1e-3}  # for batches of one window
 RATES = ((0.0025, 2e-3), (0.007, 2e-3), (0.02, 2e-3), (0.02, 6e-3), (0.05, 6e-3))  # of weights, of tables
 GAMMAS = (0.0, 0.1, 0.5, 2.0)
 SEEDS = (0, 1, 2)
@@ -176,7 +177,7 @@ def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) ->
         if any(name in method for name in wanted):
             if train == ALL["train"]:  # what the others start from stands in benchmarks.quality
                 bench.student(method, refined=False)
-            options = {"steps": steps, "judgements": 8, "batch_tokens": 512, "train": train}
+            options = {"steps": steps, "judgements": 8, "batch_tokens": 512, "train": train, **SMALL_STEPS}
             bench.distill(method, options, seed=1)  # other windows than those of the calibration
 
 
