@@ -49,8 +49,8 @@ class Distillation(BaseModel):
         default=("tables",), description="scales, offsets and codebooks, and the weights behind the codes"
     )
     steps: int = Field(default=1000, ge=1, description="of the optimizer, under scope block for each block")
-    tables_lr: float = Field(default=4e-3, gt=0, description="learning rate of tables, relative to their size")
-    weights_lr: float = Field(default=2e-2, gt=0, description="learning rate of weights, in quantization steps")
+    tables_lr: float = Field(default=2e-3, gt=0, description="learning rate of tables, relative to their size")
+    weights_lr: float = Field(default=1e-2, gt=0, description="learning rate of weights, in quantization steps")
     warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which the rates rise")
     clip: float = Field(default=1.0, gt=0, description="largest norm of a step's gradient")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one pass through the model")
