@@ -27,7 +27,7 @@ class Distillation(BaseModel):
     seq_len: int | None = Field(default=None, ge=2, description="tokens of a sequence; default: as for calibration")
     loss: Literal["kl", "onebit", "dad"] = Field(default="kl", description="of the student's predictions")
     temperature: float = Field(default=1.0, gt=0, description="of both predictions under kl")
-    gamma: float = Field(default=0.5, ge=0, description="of dad: how much ambiguity counts; 0 is kl")
+    gamma: float = Field(default=0.1, ge=0, description="of dad: how much ambiguity counts; 0 is kl")
     ambiguity: Literal["teacher-student", "teacher"] = Field(
         default="teacher-student", description="of dad: the entropy that tells ambiguous tokens"
     )
