@@ -125,6 +125,9 @@ def _protocol(score: Score) -> dict[str, Any]:
     return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
 
 
+_MEASURED = {"perplexity", "kl", "top1_agreement", "baseline", "tasks"}
+
+
 def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
     """What `qcli eval --json` has printed of a model.
 
@@ -135,6 +138,8 @@ def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
         models = [*found["models"]] if "models" in found else [found]
         names = [str(each["model"]) for each in models]
+        if not all(each.keys() >= _MEASURED for each in models):  # of another command, as `inspect`
+            raise KeyError
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Addresses of runs by the content of what they read, not by where it lies."""
+"""Addresses of runs by their recipes and by the content of the files that these name."""
 
 from __future__ import annotations
 

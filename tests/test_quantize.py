@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qcli import shards
+from qcli.block_loop import SolvedBlock, Streamed
 from qcli.models.native import NativeSource
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
@@ -139,3 +140,18 @@ def test_dense_export_is_an_ordinary_model(tmp_path: Path) -> None:
     verify(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(checkpoint), rtol=1e-5, atol=1e-5)
+
+
+def test_the_vocabulary_is_freed_while_blocks_are_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    solve = Streamed.solve
+
+    def watched(loop: Streamed, block: int) -> SolvedBlock:
+        model = loop.stream.model
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        seen.extend(weight.is_meta for end in ends for weight in end.parameters())
+        return solve(loop, block)
+
+    monkeypatch.setattr(Streamed, "solve", watched)
+    run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), method__name="gptq-like")
+    assert seen and all(seen)

@@ -54,7 +54,11 @@ def test_card_takes_an_evaluation_of_this_checkpoint_alone(
     kl = json.loads(found.read_text())["models"][1]["kl"]
     assert f"| KL to the base model | {kl:.4g} a token |" in (tmp_path / "packed" / "README.md").read_text()
     found.write_text(invoke("eval", model, *flags).out)
-    for content, message in ((None, f"{found} is an evaluation of {model}"), ("[]", "is not what `qcli eval --json`")):
+    for content, message in (
+        (None, f"{found} is an evaluation of {model}"),
+        ("[]", "is not what `qcli eval --json`"),
+        (invoke("inspect", checkpoint, "--json").out, "is not what `qcli eval --json`"),
+    ):
         found.write_text(content or found.read_text())
         code, out, err = invoke("pack", checkpoint, "--out", tmp_path / "other", "--evaluation", found)
         assert (code, out) == (2, "")
