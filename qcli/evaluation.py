@@ -23,6 +23,9 @@ class Score:
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the predicted tokens.
         kl: mean over them of KL(baseline || model), in nats; None without a baseline.
+        worst_window: the one with the highest mean, from 0. A mean over all windows hides that a model has failed in
+            one of them.
+        worst_window_kl: that mean.
         top1_agreement: share of them for which both models' likeliest token is the same.
         baseline_perplexity: the baseline's, on the same tokens.
         windows, window: number of windows, and tokens in each; they do not overlap and have no bos.
@@ -31,6 +34,8 @@ class Score:
 
     perplexity: float
     kl: float | None
+    worst_window: int | None
+    worst_window_kl: float | None
     top1_agreement: float | None
     baseline_perplexity: float | None
     windows: int
@@ -74,6 +79,13 @@ class Evaluation:
         return self._mean([score.kl for score in self.scores.values()])
 
     @property
+    def worst_window_kl(self) -> float | None:
+        """Of the window that lost most, in any data set; None without a baseline."""
+        return max(
+            (score.worst_window_kl for score in self.scores.values() if score.worst_window_kl is not None), default=None
+        )
+
+    @property
     def top1_agreement(self) -> float | None:
         """The same mean of the top-1 agreement."""
         return self._mean([score.top1_agreement for score in self.scores.values()])
@@ -90,6 +102,7 @@ class Evaluation:
             "model": self.model,
             "perplexity": {data: _protocol(score) for data, score in self.scores.items()},
             "kl": self.kl,
+            "worst_window_kl": self.worst_window_kl,
             "top1_agreement": self.top1_agreement,
             "baseline": baseline,
             "tasks": {name: self._task(name) for name in self.tasks},
@@ -125,7 +138,7 @@ def _protocol(score: Score) -> dict[str, Any]:
     return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
 
 
-_MEASURED = {"perplexity", "kl", "top1_agreement", "baseline", "tasks"}
+_MEASURED = {"perplexity", "kl", "worst_window_kl", "top1_agreement", "baseline", "tasks"}
 
 
 def read_evaluation(file: Path, model: Path) -> dict[str, Any]:

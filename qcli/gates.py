@@ -19,6 +19,7 @@ class Gates(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_kl: float | None = Field(default=None, ge=0, description="KL divergence to the baseline, nats a token")
+    max_window_kl: float | None = Field(default=None, ge=0, description="the same, of the window that lost most")
     max_ppl_ratio: float | None = Field(
         default=None, gt=0, description="perplexity over the baseline's, of the worst text"
     )
@@ -37,7 +38,8 @@ class Gates(BaseModel):
     @property
     def needs_baseline(self) -> bool:
         """Whether any bound is relative to another model."""
-        return any(bound is not None for bound in (self.max_kl, self.max_ppl_ratio, self.max_task_drop))
+        bounds = (self.max_kl, self.max_window_kl, self.max_ppl_ratio, self.max_task_drop)
+        return any(bound is not None for bound in bounds)
 
     def failures(self, found: Mapping[str, Any]) -> Iterator[str]:
         """The gates that a model does not pass, in words.
@@ -47,6 +49,10 @@ class Gates(BaseModel):
         """
         if self.max_kl is not None and not _at_most(found["kl"], self.max_kl):
             yield f"max_kl {self.max_kl:g}: KL is {_number(found['kl'])}"
+        for data, score in found["perplexity"].items() if self.max_window_kl is not None else ():
+            if not _at_most(score["worst_window_kl"], self.max_window_kl):
+                window, lost = score["worst_window"], _number(score["worst_window_kl"])
+                yield f"max_window_kl {self.max_window_kl:g}: KL is {lost} in window {window} of {data}"
         for data, score in found["perplexity"].items() if self.max_ppl_ratio is not None else ():
             before = found["baseline"]["perplexity"][data]
             ratio = score["value"] / before if score["value"] is not None and before else None

@@ -58,7 +58,8 @@ def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What the model lost, with how that was measured."""
     before, facts = evaluation["baseline"], {}
     if evaluation["kl"] is not None:
-        facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token"
+        worst = f"{evaluation['worst_window_kl']:.4g} in the window that lost most"
+        facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token, {worst}"
         facts["same likeliest token"] = f"{evaluation['top1_agreement']:.1%}"
     for data, score in evaluation["perplexity"].items():
         was = "" if before is None else f", the base model's {_number(before['perplexity'][data])}"

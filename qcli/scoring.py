@@ -38,7 +38,8 @@ def score(tokens: Tokens, index: int, own: Run, baseline: Run | None, progress: 
     """
     windows, window = tokens.ids.shape
     positions = _LOGITS // own.stream.config.get_text_config().vocab_size
-    nll = baseline_nll = kl = agreed = 0.0
+    nll = baseline_nll = agreed = 0.0
+    kl = [0.0] * windows
     for row in range(windows):
         for start in range(0, window - 1, positions):
             stop = min(start + positions, window - 1)
@@ -54,12 +55,15 @@ def score(tokens: Tokens, index: int, own: Run, baseline: Run | None, progress: 
                     )
                 baseline_nll += _nll(reference, targets)
                 agreed += (log.argmax(-1) == reference.argmax(-1)).sum().item()
-                kl += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
+                kl[row] += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
         progress(f"scoring {tokens.source}", row + 1, windows)
     count = windows * (window - 1)
+    worst = max(range(windows), key=kl.__getitem__)
     return Score(
         perplexity=_exp(nll / count),
-        kl=None if baseline is None else kl / count,
+        kl=None if baseline is None else math.fsum(kl) / count,
+        worst_window=None if baseline is None else worst,
+        worst_window_kl=None if baseline is None else kl[worst] / (window - 1),
         top1_agreement=None if baseline is None else agreed / count,
         baseline_perplexity=None if baseline is None else _exp(baseline_nll / count),
         windows=windows,

@@ -73,10 +73,13 @@ def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
     windows = ids[: len(ids) // window * window].view(-1, window)
     own, reference = (logits(each, windows).log_softmax(-1) for each in (folder, baseline))
     targets = windows[:, 1:, None]
+    kl = (reference.exp() * (reference - own)).sum(-1).mean(-1)
     return {
         "value": own.gather(-1, targets).mean().neg().exp().item(),
         "baseline": reference.gather(-1, targets).mean().neg().exp().item(),
-        "kl": (reference.exp() * (reference - own)).sum(-1).mean().item(),
+        "kl": kl.mean().item(),
+        "worst": kl.argmax().item(),
+        "worst_kl": kl.max().item(),
         "top1": (own.argmax(-1) == reference.argmax(-1)).double().mean().item(),
         "windows": len(windows),
     }
@@ -93,6 +96,8 @@ def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
     assert found["baseline"]["perplexity"][text] == pytest.approx(direct["baseline"], rel=1e-5)
     assert found["kl"] == pytest.approx(direct["kl"], rel=1e-5)
     assert found["kl"] > 1e-3
+    assert score["worst_window"] == direct["worst"]
+    assert found["worst_window_kl"] == score["worst_window_kl"] == pytest.approx(direct["worst_kl"], rel=1e-5)
     assert found["top1_agreement"] == pytest.approx(direct["top1"], abs=1e-9)
     assert (score["window"], score["stride"], score["bos"]) == (50, 50, False)
     assert (score["windows"], score["tokens"]) == (direct["windows"], direct["windows"] * 49)
@@ -110,7 +115,7 @@ def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None
 def test_without_a_baseline_only_perplexity(tmp_path: Path, text: str) -> None:
     model = tiny_model("llama", tmp_path)
     found = evaluate(str(model), data=[text], max_windows=2, device="cpu").to_json()
-    assert found["kl"] is found["top1_agreement"] is found["baseline"] is None
+    assert found["kl"] is found["worst_window_kl"] is found["top1_agreement"] is found["baseline"] is None
     assert found["perplexity"][text]["window"] == 256  # the model's context
     assert found["perplexity"][text]["windows"] == 2
     assert found["bits_per_weight"] == found["model_bits_per_weight"] == 32
@@ -131,6 +136,7 @@ def test_several_texts_are_averaged_by_token(tmp_path: Path, text: str) -> None:
     assert list(both.scores) == [text, str(other)]
     assert [both.scores[data] for data in both.scores] == [next(iter(one.scores.values())) for one in alone]
     tokens = [score.tokens for score in both.scores.values()]
+    assert both.worst_window_kl == max(one.worst_window_kl for one in alone if one.worst_window_kl is not None)
     assert both.kl == pytest.approx(
         sum(one.kl * n for one, n in zip(alone, tokens, strict=True) if one.kl is not None) / sum(tokens)
     )
@@ -253,7 +259,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
-    score = Score(math.inf, None, None, None, 1, 8, "")
+    score = Score(math.inf, None, None, None, None, None, 1, 8, "")
     found = Evaluation("m", None, {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is None
 

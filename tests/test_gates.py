@@ -12,7 +12,10 @@ from qcli.gates import GateError, Gates, require
 FOUND: dict[str, Any] = {
     "model": "small",
     "kl": 0.2,
-    "perplexity": {"a": {"value": 12.0}, "b": {"value": 30.0}},
+    "perplexity": {
+        "a": {"value": 12.0, "worst_window": 0, "worst_window_kl": 0.3},
+        "b": {"value": 30.0, "worst_window": 7, "worst_window_kl": 4.5},
+    },
     "baseline": {"perplexity": {"a": 10.0, "b": 20.0}},
     "tasks": {"easy": {"score": 0.5, "baseline": 0.6}, "hard": {"score": 0.3, "baseline": 0.31}},
 }
@@ -23,6 +26,8 @@ FOUND: dict[str, Any] = {
     [
         ({"max_kl": 0.2}, []),
         ({"max_kl": 0.19}, ["max_kl 0.19: KL is 0.2"]),
+        ({"max_window_kl": 4.5}, []),
+        ({"max_window_kl": 4}, ["max_window_kl 4: KL is 4.5 in window 7 of b"]),
         ({"max_ppl_ratio": 1.5}, []),
         ({"max_ppl_ratio": 1.3}, ["max_ppl_ratio 1.3: the ratio on b is 1.5"]),
         (
@@ -50,11 +55,12 @@ def test_bounds(gates: dict[str, Any], failures: list[str]) -> None:
 
 
 def test_what_is_not_finite_passes_no_gate() -> None:
-    lost = FOUND | {"kl": None, "perplexity": {"a": {"value": None}, "b": {"value": None}}}
+    text = {"value": None, "worst_window": 0, "worst_window_kl": float("inf")}
+    lost = FOUND | {"kl": None, "perplexity": {"a": text, "b": text}}
     lost["tasks"] = {"easy": {"score": float("nan"), "baseline": 0.6}}
-    gates = Gates(max_kl=1e9, max_ppl_ratio=1e9, min_task={"easy": 0.0}, max_task_drop=1.0)
+    gates = Gates(max_kl=1e9, max_window_kl=1e9, max_ppl_ratio=1e9, min_task={"easy": 0.0}, max_task_drop=1.0)
     assert [failure.partition(" ")[0] for failure in gates.failures(lost)] == [
-        *("max_kl", "max_ppl_ratio", "max_ppl_ratio", "min_task", "max_task_drop")
+        *("max_kl", "max_window_kl", "max_window_kl", "max_ppl_ratio", "max_ppl_ratio", "min_task", "max_task_drop")
     ]
 
 

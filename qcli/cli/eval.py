@@ -1,6 +1,6 @@
 """`qcli eval`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +46,9 @@ def evaluate(
         bool, typer.Option("--layers", help="Also the error of every layer and block against the baseline.")
     ] = False,
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail above this KL.")] = None,
+    max_window_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Gate: fail if any window's KL is above this.")
+    ] = None,
     max_ppl_ratio: Annotated[
         float | None, typer.Option(metavar="X", help="Gate: fail above this perplexity over the baseline's.")
     ] = None,
@@ -70,16 +73,19 @@ def evaluate(
 ) -> None:
     """Measure models, and what was lost against a baseline.
 
-    The loss is the KL divergence of the predictions, and how often the likeliest token is the same. Windows of
-    text do not overlap and start without a begin token; for them, models may be larger than memory. Gates that
-    fail are named, and the exit code is 4. What the baseline gives is kept in $QCLI_CACHE (~/.cache/qcli).
+    The loss is the KL divergence of the predictions, as a mean and of the window that lost most, and how often the
+    likeliest token is the same. Windows do not overlap and start without a begin token; for them, models may be
+    larger than memory. Gates that fail are named, and the exit code is 4. What the baseline gives is kept in
+    $QCLI_CACHE (~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = tasks.split(",") if tasks else []
-        gates = _gates(baseline, names, max_kl, max_ppl_ratio, min_task or [], max_task_drop)
+        on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
+        gates = _gates(baseline, names, on_text, min_task or [], max_task_drop)
         texts = data or ([] if names else ["wikitext2"])
-        if not texts and gates is not None and (gates.max_kl is not None or gates.max_ppl_ratio is not None):
-            raise UsageError("--max-kl and --max-ppl-ratio need text", hint="--data wikitext2")
+        for name, bound in on_text.items() if not texts else ():
+            if bound is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")
         from qcli.cache import Cache, default_folder
         from qcli.evaluate import compare
         from qcli.gates import require
@@ -112,8 +118,7 @@ def evaluate(
 def _gates(
     baseline: str | None,
     tasks: Sequence[str],
-    max_kl: float | None,
-    max_ppl_ratio: float | None,
+    on_text: Mapping[str, float | None],
     min_task: Sequence[str],
     max_task_drop: float | None,
 ) -> "Gates | None":
@@ -121,7 +126,7 @@ def _gates(
     from qcli.recipe_loading import from_flags
 
     least = dict(_least(bound) for bound in min_task)
-    bounds = {"max_kl": max_kl, "max_ppl_ratio": max_ppl_ratio, "max_task_drop": max_task_drop}
+    bounds = {**on_text, "max_task_drop": max_task_drop}
     given = {name: value for name, value in bounds.items() if value is not None}
     if not given and not least:
         return None
@@ -149,18 +154,27 @@ def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
     models = found["models"]
     first = models[0]
     texts, tasks = list(first["perplexity"]), list(first["tasks"])
-    columns = ["model", "bits/weight", "size", *(f"perplexity {text}" for text in texts), "KL", "top-1", *tasks]
+    columns = [
+        "model",
+        "bits/weight",
+        "size",
+        *(f"perplexity {text}" for text in texts),
+        "KL",
+        "worst window",
+        "top-1",
+        *tasks,
+    ]
     rows = []
     if (baseline := first["baseline"]) is not None:
         scores = [first["tasks"][task]["baseline"] for task in tasks]
-        rows.append([baseline["model"], None, None, *baseline["perplexity"].values(), None, None, *scores])
+        rows.append([baseline["model"], None, None, *baseline["perplexity"].values(), None, None, None, *scores])
     for model in models:
         values = [score["value"] for score in model["perplexity"].values()]
         scores = [model["tasks"][task]["score"] for task in tasks]
         rows.append(
             [
                 *(model["model"], model["bits_per_weight"], size(model["bytes"])),
-                *(*values, model["kl"], model["top1_agreement"], *scores),
+                *(*values, model["kl"], model["worst_window_kl"], model["top1_agreement"], *scores),
             ]
         )
     tables.table(columns, rows)
@@ -183,11 +197,20 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
     tables.pairs(
         {
             "KL to baseline": found["kl"],
+            "of the worst window": _worst(found),
             "top-1 agreement": found["top1_agreement"],
             "bits per weight": bits(found),
             "size": size(found["bytes"]),
         }
     )
+
+
+def _worst(found: dict[str, Any]) -> str | None:
+    """The highest KL of a window, and which that is."""
+    if found["worst_window_kl"] is None:
+        return None
+    data, score = max(found["perplexity"].items(), key=lambda item: item[1]["worst_window_kl"])
+    return f"{score['worst_window_kl']:.4g} (window {score['worst_window']} of {data})"
 
 
 def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:

@@ -54,6 +54,11 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     assert [entry["model"] for entry in found] == [str(eight), str(two)]
     assert found[0]["kl"] < 0.001 < found[1]["kl"]
     assert err.splitlines()[-2].startswith(f"error: {two}: gate max_kl 0.001: KL is ")
+    worst = found[1]["perplexity"][str(text)]["worst_window"]
+    code, out, err = invoke("eval", two, *flags, "--max-window-kl", found[1]["kl"])
+    assert code == 4, "one of two windows is above their mean"
+    assert f"window {worst} of {text}" in out
+    assert f"gate max_window_kl {found[1]['kl']:g}: KL is " in err and f"in window {worst} of {text}" in err
     assert str(eight) not in "".join(line for line in err.splitlines() if line.startswith("error"))
     alone = invoke("eval", two, *flags, "--json")
     assert json.loads(alone.out)["kl"] == found[1]["kl"]
@@ -63,7 +68,7 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     code, out, _ = invoke("eval", eight, two, *flags, "--markdown")
     header, rule, *rows = out.strip().splitlines()
     assert header.startswith("| model | bits/weight | size | perplexity")
-    assert rule == f"|{'|'.join(['---'] * 6)}|"
+    assert rule == f"|{'|'.join(['---'] * 7)}|"
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 
@@ -72,6 +77,7 @@ def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, te
         (("--max-kl", 1), "--max-kl compares with a baseline"),
         (("--min-task", "x=1"), "--min-task names x, --tasks does not"),
         (("--min-task", "x"), "'x' is not TASK=NUMBER"),
+        (("--baseline", model, "--tasks", "x", "--max-window-kl", 1), "--max-window-kl needs text"),
         (("--baseline", model, "--max-task-drop", 1), "--max-task-drop needs --tasks"),
         (("--baseline", model, "--max-kl", -1), "--max-kl: must be at least 0"),
         (("--baseline", model, "--max-ppl-ratio", "nan"), "--max-ppl-ratio: "),

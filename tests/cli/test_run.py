@@ -32,7 +32,7 @@ def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     assert (out / "packed" / "config.json").exists()
     assert json.loads((out / "eval.json").read_text()) == first["eval"]
     assert first["eval"]["kl"] > 0
-    assert f"| KL to the base model | {first['eval']['kl']:.4g} a token |" in (out / "packed" / "README.md").read_text()
+    assert f"| KL to the base model | {first['eval']['kl']:.4g} a token, " in (out / "packed" / "README.md").read_text()
 
     code, stdout, err = invoke("run", recipe, "--out", out, "--json")
     assert code == 0
