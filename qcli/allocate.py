@@ -18,7 +18,6 @@ from qcli.allocation import Choices, choices
 from qcli.block_loop import LayerReport
 from qcli.cache import Cache
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import is_folder
 from qcli.evaluate import compare
 from qcli.memory import peak_memory
 from qcli.models.source import open_source
@@ -31,6 +30,7 @@ from qcli.recipe_errors import Issue
 from qcli.run_folder import RunFolder
 from qcli.sensitivity import Losses, sensitivities
 from qcli.solvers.knapsack import cheapest_loss
+from qcli.texts import is_folder
 
 _LEARNT_TOKENS = 8192  # that sensitivity is measured on, at most
 _HELD_OUT = "held-out"

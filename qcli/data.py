@@ -6,11 +6,9 @@ No window starts with a beginning-of-text token: windows lie anywhere in a text,
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +18,14 @@ from torch import Tensor
 from qcli import shards
 from qcli.errors import UsageError
 from qcli.progress import Progress, silent
+from qcli.texts import LOCAL, SELF, is_folder, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qcli.models.source import Source
 
-SELF = "self"
 _SELF_WINDOWS = 32  # evaluation windows to sample where no number is asked for
-_LOCAL = "give a local .txt, .jsonl or .parquet file, or `self` for text sampled from the model"
 
 
 @dataclass(frozen=True)
@@ -47,53 +44,6 @@ class Tokens:
     def sha256(self) -> str:
         """Hash of the ids: equal tokens, equal hash."""
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class NamedSet:
-    """A public data set: where it is, which parts are used, and how its rows make one text.
-
-    Attributes:
-        path: hub name.
-        load: further arguments of `datasets.load_dataset`.
-        column: the column with the text.
-        join: what stands between two rows.
-        calibration, evaluation: slices in the notation of `datasets`.
-    """
-
-    path: str
-    load: Mapping[str, Any]
-    column: str
-    join: str
-    calibration: str
-    evaluation: str
-
-
-# Slices and separators are those of the GPTQ papers' scripts, so that perplexities can be compared.
-NAMED = {
-    "wikitext2": NamedSet("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", "\n\n", "train", "test"),
-    "c4": NamedSet(
-        "allenai/c4",
-        {
-            "data_files": {
-                "train": "en/c4-train.00000-of-01024.json.gz",
-                "validation": "en/c4-validation.00000-of-00008.json.gz",
-            }
-        },
-        "text",
-        " ",
-        "train[:10000]",
-        "validation[:1100]",
-    ),
-    "ptb": NamedSet(
-        "ptb-text-only/ptb_text_only",
-        {"name": "penn_treebank", "revision": "refs/convert/parquet"},
-        "sentence",
-        " ",
-        "train",
-        "test",
-    ),
-}
 
 
 def calibration_tokens(
@@ -187,32 +137,6 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def read_text(data: str, *, calibration: bool) -> str:
-    """The text of a named set or a file; rows and documents joined.
-
-    Raises:
-        UsageError: no such data, or no text in it.
-    """
-    if data in NAMED:
-        text = _read_named(data, calibration=calibration)
-    else:
-        path = Path(data)
-        if not path.is_file():
-            raise _not_found(data)
-        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-        if path.suffix not in readers:
-            raise UsageError(f"{data}: unknown kind of file {path.suffix!r}", hint=_LOCAL)
-        text = readers[path.suffix](path)
-    if not text.strip():
-        raise UsageError(f"{data}: holds no text", hint=_LOCAL)
-    return text
-
-
-def is_folder(data: str) -> bool:
-    """Whether `data` means a folder of `qcli calibrate`."""
-    return data not in NAMED and data != SELF and Path(data).is_dir()
-
-
 def content_key(data: str, source: Source) -> dict[str, Any]:
     """What decides the tokens of a text, besides their windows: its content, and who reads or writes it."""
     return {
@@ -231,76 +155,6 @@ def require_training(found: Tokens, held_out: int) -> None:
             f"{found.source} has {len(found.ids)} samples: {held_out} are held out and none is left to train on",
             hint="use more text, or more --samples",
         )
-
-
-def _not_found(data: str) -> UsageError:
-    if Path(data).suffix or Path(data).name != data:
-        return UsageError(f"{data}: no such file", hint=_LOCAL)
-    known = [*NAMED, SELF]
-    near = get_close_matches(data, known, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown data set {data!r}", hint=f"{guess}known: {', '.join(known)}; or a file")
-
-
-def _read_named(name: str, *, calibration: bool) -> str:
-    import datasets  # type: ignore[import-untyped]
-
-    chosen = NAMED[name]
-    split = chosen.calibration if calibration else chosen.evaluation
-    try:
-        rows = datasets.load_dataset(chosen.path, split=split, **chosen.load)
-    except Exception as error:  # hub, network, cache and disk each raise their own kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"data set {name!r} could not be loaded: {reason}", hint=_LOCAL) from error
-    return chosen.join.join(rows[chosen.column])
-
-
-def _read_txt(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from None
-
-
-def _read_jsonl(path: Path) -> str:
-    documents = []
-    for number, line in enumerate(_read_txt(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path}:{number}: not JSON: {error.msg}", hint="a .jsonl file holds one JSON object per line"
-            ) from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UsageError(f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}')
-        try:
-            record["text"].encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                f"{path}:{number}: 'text' holds half a character (a lone surrogate)", hint="remove the line"
-            ) from None
-        documents.append(record["text"])
-    return "\n\n".join(documents)
-
-
-def _read_parquet(path: Path) -> str:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if "text" not in columns:
-            raise UsageError(f"{path}: no column 'text'", hint=f"its columns: {', '.join(columns) or 'none'}")
-        documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    except pyarrow.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{path}: not a readable parquet file: {reason}", hint=_LOCAL) from None
-    for row, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise UsageError(f"{path}: row {row}: 'text' holds no text", hint="remove such rows")
-    return "\n\n".join(documents)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -323,7 +177,7 @@ def _from_folder(folder: Path, source: Source) -> Tokens:
 
     file = folder / "tokens.safetensors"
     if not file.is_file():
-        raise UsageError(f"{folder} is not a folder of `qcli calibrate`: no {file.name}", hint=_LOCAL)
+        raise UsageError(f"{folder} is not a folder of `qcli calibrate`: no {file.name}", hint=LOCAL)
     try:
         ids = load_file(file)["ids"]
     except (SafetensorError, KeyError):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcli import checkpoint, run_folder, shards
 from qcli.compute import has_fast_matmul, matmul_precision, own_device, resolve_dtype
-from qcli.data import calibration_tokens, require_training
+from qcli.data import Tokens, calibration_tokens, require_training
 from qcli.distill_blocks import distill_blocks
 from qcli.distill_model import distill_model
 from qcli.distill_plan import intend, pair
@@ -167,21 +167,32 @@ def _with_speed(lesson: Lesson) -> Progress:
     return told
 
 
+def lesson_tokens(
+    recipe: Recipe, teacher: Source, device: torch.device | str = "cpu", progress: Progress = silent
+) -> Tokens:
+    """What the recipe's distillation trains on.
+
+    Raises:
+        UsageError: as `calibration_tokens` does, or nothing is left to train on.
+    """
+    wanted = recipe.distill_text
+    found = calibration_tokens(
+        wanted.data,
+        teacher,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+    )
+    require_training(found, wanted.held_out)
+    return found
+
+
 def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
     if (file := run.done(_TOKENS)) is None:
-        wanted = recipe.distill_text
-        found = calibration_tokens(
-            wanted.data,
-            teacher,
-            samples=wanted.samples,
-            seq_len=wanted.seq_len,
-            seed=recipe.seed,
-            device=device,
-            progress=progress,
-        )
-        require_training(found, wanted.held_out)
-        run.commit(_TOKENS, {"ids": found.ids})
+        run.commit(_TOKENS, {"ids": lesson_tokens(recipe, teacher, device, progress).ids})
         file = run.file(_TOKENS)
     return load_file(file)["ids"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from qcli import checkpoint
 from qcli.compute import own_device, resolve_dtype
-from qcli.data import is_folder
 from qcli.distill_model import needed_memory
 from qcli.distillation import Distillation
 from qcli.errors import ResourceError, UsageError
@@ -18,6 +17,7 @@ from qcli.memory import free_memory
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, open_source
 from qcli.recipe import Recipe
+from qcli.texts import is_folder
 
 
 @dataclass(frozen=True)

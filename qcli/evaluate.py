@@ -16,7 +16,7 @@ from torch import Tensor
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import SELF, Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, is_folder
+from qcli.data import Tokens, calibration_tokens, content_key, context_length, evaluation_tokens
 from qcli.errors import ResourceError, UsageError
 from qcli.evaluation import Evaluation
 from qcli.layer_errors import layer_errors
@@ -26,6 +26,7 @@ from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
 from qcli.scoring import Run, score
 from qcli.tasks import TaskResult, Tasks
+from qcli.texts import SELF, is_folder
 
 _WINDOW = 2048
 _BATCH_TOKENS = 4096  # in flight in one block
@@ -105,12 +106,11 @@ def compare(
     sources = [open_source(name) for name in models]
     reference = None if baseline is None else open_source(baseline)
     everything = [*sources, reference] if reference is not None else sources
-    length = min([window or _WINDOW, *(_context(source) for source in everything if window is None)])
     for folder in filter(is_folder, data):
         for source in sources:
             _refuse_seen(folder, source)
     none, kept = Cache(None), cache or Cache(None)
-    sets = [_tokens(name, everything, length, max_windows, where, kept, progress) for name in dict.fromkeys(data)]
+    sets = windows_of(data, everything, window, max_windows, where, kept, progress)
     _check_memory(sets, sources, reference, precision)
 
     with matmul_precision(fast=False), torch.inference_mode():
@@ -157,6 +157,24 @@ def compare(
     return found
 
 
+def windows_of(
+    data: Sequence[str],
+    sources: Sequence[Source],
+    window: int | None,
+    max_windows: int | None,
+    device: torch.device,
+    cache: Cache,
+    progress: Progress,
+) -> list[Tokens]:
+    """What `compare` measures `sources`, the last one the baseline if there is one, on.
+
+    Raises:
+        UsageError: no such data, text too short, or the models have different tokenizers.
+    """
+    length = min([window or _WINDOW, *(_context(source) for source in sources if window is None)])
+    return [_tokens(name, sources, length, max_windows, device, cache, progress) for name in dict.fromkeys(data)]
+
+
 def _context(source: Source) -> int:
     return context_length(source.config) or _WINDOW
 
@@ -195,7 +213,7 @@ def _width(source: Source) -> int:
 
 def _tokens(
     data: str,
-    sources: list[Source],
+    sources: Sequence[Source],
     window: int,
     max_windows: int | None,
     device: torch.device,

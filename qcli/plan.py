@@ -17,6 +17,7 @@ from qcli.models.base import Source
 from qcli.models.packed import PackedSource
 from qcli.models.source import open_source
 from qcli.recipe import Recipe
+from qcli.texts import require_text
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +171,8 @@ def plan(recipe: Recipe) -> Plan:
     Where bits are chosen by measurement, this is what they are measured against: the most bits for all alike.
 
     Raises:
-        UsageError: the model cannot be used, overrides match nothing, groups do not divide; all problems at once.
+        UsageError: the model cannot be used, overrides match nothing, groups do not divide (all problems at once), or
+            there is no such calibration text.
     """
     source = open_source(recipe.model)
     if isinstance(source, PackedSource):
@@ -196,7 +198,10 @@ def plan(recipe: Recipe) -> Plan:
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
         home = parts[int(block)] if block.isdigit() else outside
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
-    return Plan(source, recipe, layers, methods, formats, [*parts, outside])
+    found = Plan(source, recipe, layers, methods, formats, [*parts, outside])
+    if found.streamed:
+        require_text(recipe.calibration.data)
+    return found
 
 
 def _format(method: Method, recipe: Recipe) -> Format:

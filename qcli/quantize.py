@@ -15,7 +15,7 @@ from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, content_key, is_folder, require_training
+from qcli.data import Tokens, calibration_tokens, content_key, require_training
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -24,6 +24,7 @@ from qcli.progress import Progress, silent
 from qcli.quantized import TORCH_DTYPE, QuantizedWeight
 from qcli.recipe import Recipe
 from qcli.run_folder import RunFolder
+from qcli.texts import is_folder
 
 _TOKENS, _OUTSIDE = "tokens", "outside"
 

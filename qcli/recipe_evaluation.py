@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcli.cache import Cache
-from qcli.evaluate import evaluate
+from qcli.compute import resolve_device
+from qcli.evaluate import evaluate, windows_of
 from qcli.evaluation import Evaluation
+from qcli.models.source import Source, open_source
 from qcli.progress import Progress, silent
 from qcli.recipe import Recipe
 from qcli.recipe_sections import Eval
 from qcli.tasks import Tasks
+from qcli.texts import SELF
 
 
 def asked_tasks(recipe: Recipe) -> Tasks | None:
@@ -24,6 +27,22 @@ def asked_tasks(recipe: Recipe) -> Tasks | None:
     if asked is None or not asked.tasks:
         return None
     return Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot)
+
+
+def require_evaluation_texts(recipe: Recipe, source: Source, progress: Progress = silent) -> None:
+    """Read what the recipe's model will be evaluated on, so that a wrong name or a short text costs no work.
+
+    Args:
+        source: the recipe's model.
+
+    Raises:
+        UsageError: as `evaluate` does.
+    """
+    asked = recipe.eval or Eval()
+    models = [source] if asked.baseline is None else [source, open_source(asked.baseline)]
+    texts = [name for name in asked.perplexity if name != SELF]
+    device = resolve_device(recipe.device)
+    windows_of(texts, models, asked.window, asked.max_windows, device, Cache(None), progress)
 
 
 def evaluate_as_asked(

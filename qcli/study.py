@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qcli.errors import ResourceError, UsageError
 from qcli.progress import Progress, silent
-from qcli.study_content import by_content
+from qcli.study_content import by_content, require_texts
 from qcli.study_grid import Run, Study
 from qcli.study_rows import Row, append, opened, read_rows
 from qcli.study_run import make_row
@@ -63,11 +63,13 @@ def run_study(
         retry: runs that failed before are tried again.
 
     Raises:
+        UsageError: a text that a recipe names is not there.
         StateError: `out` is something else, of another version, damaged, or in use.
         ResourceError: a process was killed; what the others have finished is kept.
         UnsupportedError: Ray is not installed.
     """
     started, out = time.monotonic(), out.absolute()
+    require_texts(study.runs)
     with opened(out):
         known = {row["address"]: row for row in read_rows(out)}
         runs = by_content(study.runs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from qcli import shards
 from qcli.recipe import Recipe
 from qcli.study_grid import Run
+from qcli.texts import require_text
 
 
 def by_content(runs: Iterable[Run]) -> list[Run]:
@@ -33,14 +34,25 @@ def by_content(runs: Iterable[Run]) -> list[Run]:
     return found
 
 
+def require_texts(runs: Iterable[Run]) -> None:
+    """Raise UsageError unless there are all texts that the runs' recipes name."""
+    for name in dict.fromkeys(name for run in runs for name in _texts(run.recipe)):
+        require_text(name)
+
+
 def _names(recipe: Recipe) -> Iterable[str]:
     yield recipe.model
+    yield from _texts(recipe)
+    if recipe.eval is not None:
+        yield from (path for path in (recipe.eval.baseline, recipe.eval.include_path) if path is not None)
+
+
+def _texts(recipe: Recipe) -> Iterable[str]:
     yield recipe.calibration.data
     if recipe.distill is not None:
         yield recipe.distill_text.data
     if recipe.eval is not None:
         yield from recipe.eval.perplexity
-        yield from (path for path in (recipe.eval.baseline, recipe.eval.include_path) if path is not None)
 
 
 def _content(path: Path) -> str | None:

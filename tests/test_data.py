@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qcli.data import calibration_tokens, context_length, evaluation_tokens, read_text
+from qcli.data import calibration_tokens, context_length, evaluation_tokens
 from qcli.errors import UsageError
 from qcli.models.source import Source, open_source
+from qcli.texts import read_text, require_text
 from tests.tiny import tiny_model
 
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(60))
@@ -199,6 +200,13 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
     }
     for data, message in expected.items():
         assert problem(read_text, data, calibration=True).startswith(f"{data}: {message}")
+    unread = [data for data, message in expected.items() if message.startswith(("no such", "unknown"))]
+    assert len(unread) == 2
+    for data, message in expected.items():
+        if data in unread:
+            assert problem(require_text, data) == f"{data}: {message}"
+        else:
+            require_text(data)
 
 
 def test_an_unknown_set_names_the_nearest() -> None:

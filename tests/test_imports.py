@@ -40,7 +40,7 @@ LAYERS = (
         "run_folder",
         "cache",
         "self_text",
-        "data",
+        *("data", "texts"),
         "hf",
         "vllm_quantization",
         "vllm_plugin",
@@ -85,7 +85,7 @@ TORCH_FREE_AT_THE_TOP = (
         "recipe_errors",
     ),
     *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema", "allocation"),
-    *("refine", "distillation", "gates", "plan", "ui", "doctor", "cli", "formats", "methods"),
+    *("refine", "distillation", "gates", "texts", "plan", "ui", "doctor", "cli", "formats", "methods"),
     *("models.arch", "models.base", "models.source"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}

@@ -53,14 +53,21 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     from qcli.cli._stages import Stages
     from qcli.plan import plan
     from qcli.shards import write_json
+    from qcli.texts import SELF
 
     source = plan(recipe).source
     inputs = {"source": source.fingerprint(), "recipe": recipe.fingerprint_fields()}
     stages, tasks = Stages(folder), None
-    if recipe.eval is not None:
-        from qcli.recipe_evaluation import asked_tasks
+    if recipe.eval is not None:  # what it names, before work is spent on a model that could not be judged
+        from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
 
-        tasks = asked_tasks(recipe)  # first, so that a wrong name costs no work
+        tasks = asked_tasks(recipe)
+        if not (folder / EVALUATION).exists():
+            require_evaluation_texts(recipe, source, session.progress)
+    if recipe.distill is not None and recipe.distill_text.data != SELF and not (folder / DISTILLED).exists():
+        from qcli.distill import lesson_tokens
+
+        lesson_tokens(recipe, source)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:

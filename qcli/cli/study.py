@@ -101,8 +101,10 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
 
 def _costs(study: Any) -> dict[str, Any]:
     from qcli.plan import plan
+    from qcli.study_content import require_texts
 
     rows = []
+    require_texts(study.runs)
     for each in study.runs:
         todo = plan(each.recipe)
         bits, needed = todo.bits_per_weight, todo.peak_memory

@@ -91,12 +91,14 @@ def test_recipe_and_flags_together(invoke: Invoke, model: Path, tmp_path: Path) 
     assert {(layer["bits"], layer["group_size"]) for layer in plan["layers"]} == {(5, 32)}
 
 
-def test_errors_name_flag_or_model(invoke: Invoke, tmp_path: Path) -> None:
+def test_errors_name_flag_or_model(invoke: Invoke, model: Path, tmp_path: Path) -> None:
     code, out, err = invoke("quantize", "m", "--method", "rnt", "--bits", 12)
     assert (code, out) == (2, "")
     assert err == "error: --method: unknown method 'rnt'; did you mean 'rtn'?\n"
     code, _, err = invoke("quantize", "m")
     assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+    code, out, err = invoke("quantize", model, "--group-size", 32, "--data", "nowhere.txt", "--dry-run")
+    assert (code, out, err.splitlines()[0]) == (2, "", "error: nowhere.txt: no such file")
     code, _, err = invoke("quantize", tmp_path / "nothing", "--dry-run")
     assert code == 2
     assert str(tmp_path / "nothing") in err.splitlines()[0]

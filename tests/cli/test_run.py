@@ -107,6 +107,28 @@ def test_other_settings_conflict_with_what_is_there(
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("eval.perplexity=[nowhere.txt]", "nowhere.txt: no such file"),
+        ("eval.window=250", "short.txt: too short for evaluation: 30 tokens, but one window needs 250"),
+        ("eval.baseline=nobody", "nobody"),
+        ("distill={data: nowhere.txt, samples: 40, seq_len: 64}", "nowhere.txt: no such file"),
+        ("distill={data: short.txt, samples: 40, seq_len: 64}", "short.txt: too short for calibration: 30 tokens"),
+    ],
+)
+def test_what_later_stages_read_is_checked_before_the_first(
+    invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("s" * 30)
+    texts = ("--set", "eval.perplexity=[short.txt]") if "window" in change else ()
+    code, stdout, err = invoke("run", recipe, "--out", "out", *texts, "--set", change)
+    assert (code, stdout) == (2, "")
+    assert err.startswith("error: ") and problem in err
+    assert not Path("out").exists()
+
+
 def test_out_is_required(invoke: Invoke, recipe: Path) -> None:
     code, _, err = invoke("run", recipe)
     assert (code, err.splitlines()[0]) == (2, "error: --out: required")

@@ -32,9 +32,10 @@ base:
 grid:
   method: [{{name: rtn, bits: 3, group_size: 32}}, {{name: gptq-like, bits: 2, group_size: 32}}]
 include:
-  - {{method: {{name: onebit}}, calibration.data: nowhere.txt}}
+  - {{method: {{name: onebit}}, calibration.data: {tmp_path / "short.txt"}}}
 """
     )
+    (tmp_path / "short.txt").write_text("too short")
     return file
 
 
@@ -49,16 +50,25 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
     done = rows(out)
     assert [row["status"] for row in done] == ["done", "done", "failed"]
-    assert done[2]["error"] == "nowhere.txt: no such file" and done[2]["exit_code"] == 2
+    assert "short.txt: too short for calibration" in str(done[2]["error"]) and done[2]["exit_code"] == 2
     assert all(row["kl"] > 0 and 2 < row["bits_per_weight"] < 5 for row in done[:2])  # type: ignore[operator]
     assert not any((out / "runs").iterdir())
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
-    study.write_text(study.read_text().replace("nowhere.txt", str(text)))
+    study.write_text(study.read_text().replace(str(tmp_path / "short.txt"), str(text)))
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert json.loads(stdout)["done"] == 1, "another run than the one that failed"
     assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
+
+
+def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").unlink()
+    for flags in (("--dry-run",), ("--out", tmp_path / "out")):
+        code, stdout, err = invoke("study", study, *flags)
+        assert (code, stdout) == (2, "")
+        assert f"error: {tmp_path / 'short.txt'}: no such file" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changed", ["text", "model"])
