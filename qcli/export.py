@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qcli import shards
 from qcli.errors import UnsupportedError, UsageError
@@ -15,6 +15,32 @@ from qcli.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from qcli.activations import Activations
+    from qcli.checkpoint import Packed
+    from qcli.format import Format, StoredTensor
+    from qcli.models.arch import Family, Linear
+    from qcli.quantized import QuantizedWeight
+
+
+class Packable(Protocol):
+    """A qcli checkpoint before it is packed, or a plan of one; see `PackedSource`, whose members these are."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def activations(self) -> Activations | None: ...
+    @property
+    def packed(self) -> Mapping[str, Packed]: ...
+    def formats(self) -> Mapping[str, Format]: ...
+    def linears(self) -> list[Linear]: ...
+    def tensors(self) -> dict[str, StoredTensor]: ...
+    def hf_config(self) -> PreTrainedConfig: ...
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def read_quantized(self, layer: str) -> QuantizedWeight: ...
 
 
 class Export:
@@ -35,7 +61,7 @@ class Export:
             raise UsageError(f"{self.name} rounds nothing to {requantize}", hint="--requantize belongs to gguf")
         self.requantize = requantize
 
-    def check(self, source: NativeSource) -> None:
+    def check(self, source: Packable) -> None:
         """Refuse what does not fit, before anything is written.
 
         Raises:
@@ -63,7 +89,7 @@ class Export:
         return []
 
 
-def refuse_what_runs_otherwise(source: NativeSource, layout: str) -> None:
+def refuse_what_runs_otherwise(source: Packable, layout: str) -> None:
     """Raise UnsupportedError where a checkpoint is more than its weights: quantized activations, normed outputs."""
     if source.activations is not None:
         raise UnsupportedError(

@@ -61,7 +61,7 @@ LAYERS = (
         *("tasks", "layer_errors"),
         "verify",
         "inspection",
-        "export",
+        *("export", "packable"),
         "exports",
         "model_card",
     ),

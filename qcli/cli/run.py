@@ -14,7 +14,9 @@ from qcli.errors import UsageError
 from qcli.ui import Session, Tables
 
 if TYPE_CHECKING:
+    from qcli.plan import Plan
     from qcli.recipe import Recipe
+    from qcli.tasks import Tasks
 
 QUANTIZED, DISTILLED, PACKED, EVALUATION = "quantized", "distilled", "packed", "eval.json"
 
@@ -31,8 +33,9 @@ def run(
     """Run every stage that a recipe names.
 
     Quantizes, then distills, evaluates and packs where the recipe says so. Results are DIR/quantized,
-    DIR/distilled, DIR/eval.json and DIR/packed. What is done already is skipped. Where a gate fails nothing is
-    packed, and the exit code is 4.
+    DIR/distilled, DIR/eval.json and DIR/packed. What is done already is skipped. A text that is missing or too
+    short, and a method that the packed layout cannot hold, are told before anything is quantized. Where a gate fails
+    nothing is packed, and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.gates import require
@@ -53,21 +56,10 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     from qcli.cli._stages import Stages
     from qcli.plan import plan
     from qcli.shards import write_json
-    from qcli.texts import SELF
 
-    source = plan(recipe).source
-    inputs = {"source": source.fingerprint(), "recipe": recipe.fingerprint_fields()}
-    stages, tasks = Stages(folder), None
-    if recipe.eval is not None:  # what it names, before work is spent on a model that could not be judged
-        from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
-
-        tasks = asked_tasks(recipe)
-        if not (folder / EVALUATION).exists():
-            require_evaluation_texts(recipe, source, session.progress)
-    if recipe.distill is not None and recipe.distill_text.data != SELF and not (folder / DISTILLED).exists():
-        from qcli.distill import lesson_tokens
-
-        lesson_tokens(recipe, source)
+    planned = plan(recipe)
+    inputs = {"source": planned.source.fingerprint(), "recipe": recipe.fingerprint_fields()}
+    stages, tasks = Stages(folder), _later_stages(planned, folder, session)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:
@@ -114,6 +106,28 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             progress=session.progress,
         )
     return results
+
+
+def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | None":
+    """Refuse what stages after the first would refuse, before work is spent on it; give the tasks to ask."""
+    recipe, source, tasks = planned.recipe, planned.source, None
+    if recipe.distill is not None and not (folder / DISTILLED).exists():
+        from qcli.distill import lesson_tokens
+        from qcli.texts import SELF
+
+        if recipe.distill_text.data != SELF:
+            lesson_tokens(recipe, source)
+    if recipe.eval is not None:
+        from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
+
+        tasks = asked_tasks(recipe)
+        if not (folder / EVALUATION).exists():
+            require_evaluation_texts(recipe, source, session.progress)
+    if recipe.pack is not None and not (folder / PACKED).exists():
+        from qcli.packable import require_packable
+
+        require_packable(planned, recipe.pack.format, recipe.pack.requantize)
+    return tasks
 
 
 def show(tables: Tables, results: dict[str, Any]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qcli.errors import UnsupportedError
+from qcli.export import Packable
 from qcli.formats.affine import Affine
 from qcli.models.arch import Linear
-from qcli.models.native import NativeSource
 
 if TYPE_CHECKING:
     from qcli.quantized import QuantizedWeight
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # engines compute these as one layer
 
 
-def affine_formats(source: NativeSource, layout: str) -> dict[str, Affine]:
+def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
     """The format of every quantized layer, by name, with groups that engines can hold.
 
     Raises:
@@ -24,7 +24,7 @@ def affine_formats(source: NativeSource, layout: str) -> dict[str, Affine]:
     return {layer: _affine(source, layer, layout) for layer in source.packed}
 
 
-def _affine(source: NativeSource, layer: str, layout: str) -> Affine:
+def _affine(source: Packable, layer: str, layout: str) -> Affine:
     packed = source.packed[layer]
     format, width = packed.format, packed.shape[1]
     if not isinstance(format, Affine):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qcli import shards
 from qcli.errors import UnsupportedError
-from qcli.export import Export, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.exports import _vllm
 from qcli.exports._affine import affine_formats, refuse_mixed_fusions, with_format
 from qcli.layouts import compressed_tensors as layout
@@ -42,7 +42,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR", dtype="float16")
 
 Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precision."""
 
-    def check(self, source: NativeSource) -> None:
+    def check(self, source: Packable) -> None:
         refuse_what_runs_otherwise(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcli import shards
-from qcli.export import Export, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.models.native import NativeSource
 from qcli.progress import Progress
 
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR")
 ```"""
 
-    def check(self, source: NativeSource) -> None:
+    def check(self, source: Packable) -> None:
         refuse_what_runs_otherwise(source, "a dense model")
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qcli import checkpoint, shards
 from qcli.errors import UnsupportedError, UsageError
-from qcli.export import Export, dense_config, refuse_what_runs_otherwise
+from qcli.export import Export, Packable, dense_config, refuse_what_runs_otherwise
 from qcli.formats.affine import Affine
 from qcli.models.gguf import GGUFSource
 from qcli.models.native import NativeSource
@@ -69,25 +69,28 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         if requantize is not None and requantize not in _ROUNDING:
             raise UsageError(f"gguf: cannot round to {requantize}", hint=f"it can to {', '.join(_ROUNDING)}")
 
-    def check(self, source: NativeSource) -> None:
+    def check(self, source: Packable) -> None:
         try:
-            import gguf  # noqa: F401
+            import gguf
         except ImportError:
             raise UnsupportedError(
                 "--format gguf needs the package gguf", hint="install it: pip install 'qcli[gguf]'"
             ) from None
-        from qcli.layouts import gguf_blocks, gguf_metadata
+        from qcli.layouts import gguf_blocks, gguf_metadata, gguf_vocabulary
 
         refuse_what_runs_otherwise(source, self.name)
         self._shifts_norms = source.family.norm_offset != 0
         config = source.hf_config()
-        gguf_metadata.architecture(config)
+        known = gguf_metadata.architecture(config)
+        gguf_vocabulary.write(gguf.GGUFWriter(None, known.name), source.tokenizer(), config.vocab_size)
         if config.tie_word_embeddings and "lm_head.weight" in source.tensors():
             raise UnsupportedError(f"{source.path} stores its tied lm_head twice", hint="pack it as qcli or dense")
         for layer in source.packed:
             self._types[layer] = gguf_blocks.exact_type(source.read_quantized(layer))
             if self._types[layer] is None:
                 self._refuse_or_round(source, layer)
+        for _ in self._entries(source, known.name):
+            pass
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         """One file whatever `shard_size` says: llama.cpp maps it."""
@@ -116,7 +119,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         kept = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
         return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})
 
-    def _refuse_or_round(self, source: NativeSource, layer: str) -> None:
+    def _refuse_or_round(self, source: Packable, layer: str) -> None:
         packed = source.packed[layer]
         if self.requantize is None:
             grid = isinstance(packed.format, Affine)
@@ -165,7 +168,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         writer.close()
         progress("write", len(entries), len(entries))
 
-    def _entries(self, source: NativeSource, architecture: str) -> Iterator[_Entry]:
+    def _entries(self, source: Packable, architecture: str) -> Iterator[_Entry]:
         """Every tensor under llama.cpp's name."""
         import gguf
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qcli import shards
 from qcli.errors import UnsupportedError
-from qcli.export import Export, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.exports._affine import affine_formats
 from qcli.formats.affine import Affine
 from qcli.layouts import gptq as layout
@@ -35,7 +35,7 @@ class GPTQ(Export):
 $ vllm serve DIR --dtype float16
 ```"""
 
-    def check(self, source: NativeSource) -> None:
+    def check(self, source: Packable) -> None:
         refuse_what_runs_otherwise(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
@@ -59,7 +59,7 @@ $ vllm serve DIR --dtype float16
         return layout.GPTQSource(folder, read_config(folder))
 
 
-def _format(source: NativeSource) -> Affine:
+def _format(source: Packable) -> Affine:
     """The one format of all layers.
 
     Raises:

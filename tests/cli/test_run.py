@@ -115,16 +115,18 @@ def test_other_settings_conflict_with_what_is_there(
         ("eval.baseline=nobody", "nobody"),
         ("distill={data: nowhere.txt, samples: 40, seq_len: 64}", "nowhere.txt: no such file"),
         ("distill={data: short.txt, samples: 40, seq_len: 64}", "short.txt: too short for calibration: 30 tokens"),
+        ("pack.format=gptq", "q_proj is 3 bits asymmetric, gptq holds 4 and 8 bits symmetric"),
+        ("pack.requantize=Q8_0", "qcli rounds nothing to Q8_0"),
     ],
 )
-def test_what_later_stages_read_is_checked_before_the_first(
+def test_what_later_stages_refuse_is_told_before_the_first(
     invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("s" * 30)
     texts = ("--set", "eval.perplexity=[short.txt]") if "window" in change else ()
     code, stdout, err = invoke("run", recipe, "--out", "out", *texts, "--set", change)
-    assert (code, stdout) == (2, "")
+    assert (code, stdout) == (6 if "gptq" in change else 2, "")
     assert err.startswith("error: ") and problem in err
     assert not Path("out").exists()
 

@@ -1,0 +1,74 @@
+"""Whether a plan's result will fit the layout that it is to be packed in: known before it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcli import registry
+from qcli.activations import Activations
+from qcli.checkpoint import Packed
+from qcli.export import Export
+from qcli.format import Format, StoredTensor
+from qcli.models.arch import Family, Linear
+from qcli.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from qcli.quantized import QuantizedWeight
+
+
+def require_packable(plan: Plan, format: str, requantize: str | None) -> None:
+    """Refuse what `pack` is known to refuse of this plan's result; what depends on values is left to it.
+
+    Raises:
+        UsageError, UnsupportedError: as `pack`.
+    """
+    export: Export = registry.load("qcli.exports", format)(requantize)
+    export.check(PlannedCheckpoint(plan))
+
+
+class PlannedCheckpoint:
+    """The checkpoint that a plan will give, as far as layouts look at it before they write."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.path = Path(plan.recipe.out or plan.source.path)
+        self.family: Family = plan.source.family
+        self.activations: Activations | None = plan.recipe.activations
+
+    @cached_property
+    def packed(self) -> dict[str, Packed]:
+        shapes = {layer.name: layer.shape for layer in self._plan.layers}
+        return {layer: Packed(format, shapes[layer]) for layer, format in self.formats().items()}
+
+    def formats(self) -> Mapping[str, Format]:
+        return {layer: format for layer, format in self._plan.formats.items() if format is not None}
+
+    def linears(self) -> list[Linear]:
+        return self._plan.layers
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        source = self._plan.source
+        return {
+            name: StoredTensor(source.dense_dtype or dtype, shape) for name, (dtype, shape) in source.tensors().items()
+        }
+
+    def hf_config(self) -> PreTrainedConfig:
+        return self._plan.source.hf_config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._plan.source.tokenizer()
+
+    def read_quantized(self, layer: str) -> QuantizedWeight:
+        """One row of zeros: if not even this fits a layout, nothing of the format does."""
+        import torch
+
+        from qcli.quantized import TORCH_DTYPE
+
+        format, shape = self.packed[layer].format, (1, self.packed[layer].shape[1])
+        stored = {name: torch.zeros(t.shape, dtype=TORCH_DTYPE[t.dtype]) for name, t in format.stored(shape).items()}
+        return format.from_stored(stored, shape)
