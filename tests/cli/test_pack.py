@@ -52,7 +52,7 @@ def test_card_takes_an_evaluation_of_this_checkpoint_alone(
     code, _, err = invoke("pack", checkpoint, "--out", tmp_path / "packed", "--evaluation", found)
     assert code == 0, err
     kl = json.loads(found.read_text())["models"][1]["kl"]
-    assert f"| KL to the base model | {kl:.4g} a token |" in (tmp_path / "packed" / "README.md").read_text()
+    assert f"| KL to the base model | {kl:.4g} a token, " in (tmp_path / "packed" / "README.md").read_text()
     found.write_text(invoke("eval", model, *flags).out)
     for content, message in (
         (None, f"{found} is an evaluation of {model}"),
