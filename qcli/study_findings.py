@@ -65,6 +65,33 @@ def gains(found: Sequence[Finding], axis: str) -> Iterator[tuple[Finding, Findin
             yield from ((before, each) for each in members if each.row["point"].get(axis) is not None)
 
 
+def against_each_other(found: Sequence[Finding]) -> list[dict[str, Finding]]:
+    """Runs of one model by method: those that differ in the method alone and take the same bits, to a tenth. By bits;
+    of two runs of one method the better."""
+    rows: dict[str, dict[str, Finding]] = {}
+    for each in sorted(found, key=lambda each: (each.bits, math.inf if each.kl is None else each.kl)):
+        rest = sorted((axis, repr(value)) for axis, value in _rest(each.row["point"]).items() if value is not None)
+        rows.setdefault(repr((each.model, rest, round(each.bits, 1))), {}).setdefault(
+            method_of(each.row["point"]), each
+        )
+    return [row for row in rows.values() if len(row) > 1]
+
+
+def method_of(point: Mapping[str, Any]) -> str:
+    """The name of a run's method, or what the study calls it."""
+    method = point.get("method.name") or point.get("method") or "base"
+    return str(method.get("name", "base") if isinstance(method, Mapping) else method)
+
+
+def rest_of(point: Mapping[str, Any]) -> str:
+    """A run's values on all axes but the method, in words."""
+    return _label(_rest(point))
+
+
+def _rest(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {axis: value for axis, value in point.items() if axis not in ("method", "method.name")}
+
+
 def best_within(found: Sequence[Finding], bits: float) -> Finding | None:
     """The run of least loss that takes no more bits."""
     fitting = [each for each in found if each.kl is not None and each.bits <= bits]

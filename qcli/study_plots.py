@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qcli.study_findings import Finding
+from qcli.study_findings import Finding, method_of
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -85,11 +85,9 @@ def _number(axis: Axis) -> None:
 def _method(each: Finding) -> str:
     """The runs of one mark: method, and what follows or precedes it."""
     point = each.row["point"]
-    method = point.get("method.name") or point.get("method") or "base"
-    method = method.get("name", "base") if isinstance(method, dict) else method
     extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
     named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
-    return " + ".join([str(method), *named])
+    return " + ".join([method_of(point), *named])
 
 
 def _text(words: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from qcli import shards
 from qcli.errors import StateError, UnsupportedError
 from qcli.plots import can_plot
-from qcli.study_findings import Finding, best_within, findings, gains, pareto
+from qcli.study_findings import Finding, against_each_other, best_within, findings, gains, pareto, rest_of
 from qcli.study_plots import plot_front, plot_gains
 from qcli.study_rows import read_rows
 
@@ -93,9 +93,10 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
         ),
         Part(
             "All runs",
-            "The best first among those of equal bits. Classes by the increase of the mean perplexity.",
+            "The best first among those of equal bits. Worst window: KL of the one that lost most. Classes by the "
+            "increase of the mean perplexity.",
             Table(
-                ("run", "bits/weight", "KL", "perplexity", "increase", "class", "top-1", "seconds"),
+                ("run", "bits/weight", "KL", "worst window", "perplexity", "increase", "class", "top-1", "seconds"),
                 [_row(each) for each in ordered],
                 frozenset(number for number, each in enumerate(ordered) if each in front),
             ),
@@ -110,8 +111,21 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
             ]
             columns = ("run", "KL without", "KL with", "ratio", "bits added")
             parts.append(Part(f"The effect of {axis}", table=Table(columns, rows), picture=plot_gains(pairs, axis)))
+    if rows_of_methods := against_each_other(found):
+        parts.insert(2, _methods(rows_of_methods))
     parts.append(_recommended(found, recipes, prefix))
     return parts
+
+
+def _methods(rows: Sequence[Mapping[str, Finding]]) -> Part:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells: list[tuple[Any, ...]] = []
+    for row in rows:
+        one = next(iter(row.values()))
+        losses = (row[name].kl if name in row else "" for name in names)
+        cells.append((rest_of(one.row["point"]), one.bits, *losses))
+    text = "KL of runs that differ in the method alone and take the same bits, to a tenth."
+    return Part("Method against method", text, Table(("run", "bits/weight", *names), cells))
 
 
 def _recommended(found: Sequence[Finding], recipes: dict[str, str], prefix: str) -> Part:
@@ -131,7 +145,8 @@ def _recommended(found: Sequence[Finding], recipes: dict[str, str], prefix: str)
 def _row(each: Finding) -> tuple[Any, ...]:
     seconds = each.row["seconds"].get("quantize", 0.0) + each.row["seconds"].get("distill", 0.0)
     agreed = each.row["top1_agreement"]
-    return each.label, each.bits, each.kl, each.perplexity, each.increase, each.sensitivity, agreed, seconds
+    worst = each.row.get("worst_window_kl", "")  # rows of earlier versions have none
+    return each.label, each.bits, each.kl, worst, each.perplexity, each.increase, each.sensitivity, agreed, seconds
 
 
 def _markdown(parts: Sequence[Part]) -> str:
@@ -148,7 +163,9 @@ def _markdown(parts: Sequence[Part]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    words = [any(isinstance(row[column], str) for row in table.rows) for column in range(len(table.columns))]
+    words = [
+        any(isinstance(row[column], str) and row[column] for row in table.rows) for column in range(len(table.columns))
+    ]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "".join(

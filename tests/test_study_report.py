@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qcli.errors import StateError
-from qcli.study_findings import best_within, findings, gains, pareto
+from qcli.study_findings import against_each_other, best_within, findings, gains, method_of, pareto, rest_of
 from qcli.study_report import write_report
 
 
@@ -21,6 +21,7 @@ def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -
         "recipe": f"model: {point}\n",
         "bits_per_weight": bits,
         "kl": kl,
+        "worst_window_kl": kl,
         "top1_agreement": 0.9,
         "perplexity": {"a": {"value": perplexity}, "b": {"value": perplexity}},
         "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
@@ -48,8 +49,30 @@ def test_classes_front_gains_and_budgets() -> None:
     assert findings([row(4.0, 0.1, 11.0, **point)])[0].label == "GPTQ, zero_point float, rtn"
     pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]
     assert pairs == [(4.0, 4.2), (3.0, 3.2)]
+    assert against_each_other(found) == []
     best = [best_within(found, bits) for bits in (2.5, 3.1, 4.1, 9.0)]
     assert [each and each.bits for each in best] == [None, 3.0, 4.0, 4.2]
+
+
+def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
+    rows = [
+        row(4.02, 0.2, 11.0, **{"method": "RTN", "method.bits": 4, "refine": None}),
+        row(4.03, 0.1, 11.0, **{"method": "GPTQ", "method.bits": 4, "refine": None}),
+        row(4.02, 0.05, 11.0, **{"method": "GPTQ", "method.bits": 4, "refine": {"steps": 1}}),
+        row(3.02, None, None, **{"method": "RTN", "method.bits": 3}),
+        row(3.02, 0.7, 11.0, **{"method": "GPTQ", "method.bits": 3}),
+        row(2.0, 0.9, 11.0, method={"name": "rtn", "bits": 2}),
+        row(2.0, 0.8, 11.0, method={"name": "lcq", "bits": 2}),
+        row(2.2, 0.7, 11.0, method={"name": "dbllm"}),
+    ]
+    compared = [(method_row, *method_row.values()) for method_row in against_each_other(findings(rows))]
+    assert [{name: each.kl for name, each in row.items()} for row, *_ in compared] == [
+        {"lcq": 0.8, "rtn": 0.9},
+        {"GPTQ": 0.7, "RTN": None},
+        {"RTN": 0.2, "GPTQ": 0.1},
+    ]
+    assert [rest_of(one.row["point"]) for _, one, *_ in compared] == ["base", "bits 3", "bits 4"]
+    assert method_of({"refine": None}) == "base"
 
 
 def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
