@@ -65,13 +65,13 @@ def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
         row(2.0, 0.8, 11.0, method={"name": "lcq", "bits": 2}),
         row(2.2, 0.7, 11.0, method={"name": "dbllm"}),
     ]
-    compared = [(method_row, *method_row.values()) for method_row in against_each_other(findings(rows))]
-    assert [{name: each.kl for name, each in row.items()} for row, *_ in compared] == [
+    compared = against_each_other(findings(rows))
+    assert [{name: each.kl for name, each in row.items()} for row in compared] == [
         {"lcq": 0.8, "rtn": 0.9},
         {"GPTQ": 0.7, "RTN": None},
         {"RTN": 0.2, "GPTQ": 0.1},
     ]
-    assert [rest_of(one.row["point"]) for _, one, *_ in compared] == ["base", "bits 3", "bits 4"]
+    assert [rest_of(next(iter(row.values())).row["point"]) for row in compared] == ["base", "bits 3", "bits 4"]
     assert method_of({"refine": None}) == "base"
 
 
