@@ -134,7 +134,7 @@ def identity_of(recipe: Recipe, source: Source, device: torch.device, *, reads: 
     return {
         "versions": checkpoint.versions(),
         "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
-        "source": {"headers": source.fingerprint(), "modified": _modified(source.path)},
+        "source": state_of(source),
         "data": _data_sha256(recipe.calibration.data) if reads else None,
         "recipe": recipe.fingerprint_fields(),
     }
@@ -244,10 +244,10 @@ def shared_tokens(
     return cache.tensors(key, make)["ids"]
 
 
-def _modified(path: Path) -> float:
-    """When the newest file of a model was written."""
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return max(file.stat().st_mtime for file in files)
+def state_of(source: Source) -> dict[str, Any]:
+    """What changes when a model does, without reading its weights: headers, and when its newest file was written."""
+    files = source.path.glob("*.safetensors") if source.path.is_dir() else [source.path]
+    return {"headers": source.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
 
 
 def _data_sha256(data: str) -> str | None:

@@ -149,6 +149,17 @@ def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
         count -= len(data)
 
 
+def content(path: Path) -> str | None:
+    """sha256 of a file, or of the names and contents of all files of a folder; None: there is neither."""
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [[str(file.relative_to(path)), sha256(file)] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
 def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with file.open("rb") as stream:

@@ -23,7 +23,7 @@ def by_content(runs: Iterable[Run]) -> list[Run]:
 
     def content(name: str) -> str | None:
         if name not in hashes:
-            hashes[name] = _content(Path(name))
+            hashes[name] = shards.content(Path(name))
         return hashes[name]
 
     found = []
@@ -53,14 +53,3 @@ def _texts(recipe: Recipe) -> Iterable[str]:
         yield recipe.distill_text.data
     if recipe.eval is not None:
         yield from recipe.eval.perplexity
-
-
-def _content(path: Path) -> str | None:
-    if path.is_file():
-        return shards.sha256(path)
-    if not path.is_dir():
-        return None
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(
-        json.dumps([[str(file.relative_to(path)), shards.sha256(file)] for file in files]).encode()
-    ).hexdigest()

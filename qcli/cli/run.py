@@ -54,11 +54,15 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     import json
 
     from qcli.cli._stages import Stages
+    from qcli.models.source import open_source
     from qcli.plan import plan
-    from qcli.shards import write_json
+    from qcli.quantize import state_of
+    from qcli.shards import content, write_json
 
     planned = plan(recipe)
-    inputs = {"source": planned.source.fingerprint(), "recipe": recipe.fingerprint_fields()}
+    inputs: dict[str, Any] = {"source": state_of(planned.source), "recipe": recipe.fingerprint_fields()}
+    if planned.streamed:
+        inputs |= {"text": content(Path(recipe.calibration.data))}
     stages, tasks = Stages(folder), _later_stages(planned, folder, session)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
@@ -76,7 +80,8 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         results[QUANTIZED] = quantize(step, session.progress).to_json()
     final = folder / QUANTIZED
     if recipe.distill is not None:
-        inputs = inputs | {"distill": recipe.distill.model_dump(mode="json")}
+        text = content(Path(recipe.distill_text.data))
+        inputs = inputs | {"distill": recipe.distill.model_dump(mode="json"), "distill text": text}
         final = folder / DISTILLED
         if todo(DISTILLED, inputs):
             from qcli.distill import distill
@@ -84,7 +89,11 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             step = recipe.model_copy(update={"out": str(final)})
             results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
     if recipe.eval is not None:
-        if todo(EVALUATION, inputs | {"eval": recipe.eval.model_dump(exclude={"gates"})}):
+        read = [*recipe.eval.perplexity, *([recipe.eval.include_path] if recipe.eval.include_path else [])]
+        judged = {"eval": recipe.eval.model_dump(exclude={"gates"}), "eval files": {n: content(Path(n)) for n in read}}
+        if recipe.eval.baseline is not None:
+            judged["baseline"] = state_of(open_source(recipe.eval.baseline))
+        if todo(EVALUATION, inputs | judged):
             from qcli.cache import Cache, default_folder
             from qcli.recipe_evaluation import evaluate_as_asked
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Invoke
 
@@ -129,6 +130,27 @@ def test_what_later_stages_refuse_is_told_before_the_first(
     assert (code, stdout) == (6 if "gptq" in change else 2, "")
     assert err.startswith("error: ") and problem in err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("changed", ["model", "calibration", "text"])
+def test_what_was_read_may_not_have_changed(
+    invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path, changed: str
+) -> None:
+    """Figures of another model or text pass no gate."""
+    other = tmp_path / "calibration.txt"
+    other.write_text(text.read_text())
+    flags = ("--out", tmp_path / "out", "--set", "method.name=gptq-like")
+    data = ("--set", "calibration={data: " + json.dumps(str(other)) + ", samples: 4, seq_len: 32}")
+    assert invoke("run", recipe, *flags, *data).code == 0
+    if changed == "model":
+        weights = load_file(model / "model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    else:
+        file = other if changed == "calibration" else text
+        file.write_text(file.read_text()[::-1])
+    code, stdout, err = invoke("run", recipe, *flags, *data)
+    assert (code, stdout) == (3, "")
+    assert f"{'eval.json' if changed == 'text' else 'quantized'} was made with other settings" in err
 
 
 def test_out_is_required(invoke: Invoke, recipe: Path) -> None:
