@@ -109,6 +109,8 @@ def compare(
     for folder in filter(is_folder, data):
         for source in sources:
             _refuse_seen(folder, source)
+    if layers and reference is not None:
+        _require_same_layers(sources, reference)
     none, kept = Cache(None), cache or Cache(None)
     sets = windows_of(data, everything, window, max_windows, where, kept, progress)
     _check_memory(sets, sources, reference, precision)
@@ -177,6 +179,15 @@ def windows_of(
 
 def _context(source: Source) -> int:
     return context_length(source.config) or _WINDOW
+
+
+def _require_same_layers(sources: Sequence[Source], baseline: Source) -> None:
+    for source in sources:
+        if source.linears() != baseline.linears():
+            raise UsageError(
+                f"{source.path} and {baseline.path} have different layers: there are no errors by layer",
+                hint="the baseline is the model that was quantized; or leave --layers out",
+            )
 
 
 def _refuse_seen(folder: str, source: Source) -> None:

@@ -96,13 +96,13 @@ class Evaluation:
 
         baseline = None
         if self.baseline is not None:
-            values = {data: score.baseline_perplexity for data, score in self.scores.items()}
+            values = {data: _finite(score.baseline_perplexity) for data, score in self.scores.items()}
             baseline = {"model": self.baseline, "perplexity": values}
         return {
             "model": self.model,
             "perplexity": {data: _protocol(score) for data, score in self.scores.items()},
-            "kl": self.kl,
-            "worst_window_kl": self.worst_window_kl,
+            "kl": _finite(self.kl),
+            "worst_window_kl": _finite(self.worst_window_kl),
             "top1_agreement": self.top1_agreement,
             "baseline": baseline,
             "tasks": {name: self._task(name) for name in self.tasks},
@@ -133,9 +133,14 @@ class Evaluation:
 def _protocol(score: Score) -> dict[str, Any]:
     fields = asdict(score)
     del fields["baseline_perplexity"]
-    value = fields.pop("perplexity")
-    value = value if math.isfinite(value) else None  # JSON has no infinity
+    fields |= {name: _finite(fields[name]) for name in ("kl", "worst_window_kl")}
+    value = _finite(fields.pop("perplexity"))
     return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 _MEASURED = {"perplexity", "kl", "worst_window_kl", "top1_agreement", "baseline", "tasks"}

@@ -64,11 +64,15 @@ class PlannedCheckpoint:
         return self._plan.source.tokenizer()
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
-        """One row of zeros: if not even this fits a layout, nothing of the format does."""
+        """One row of the least codes: if not even this fits a layout, nothing of the format does. Tables of floats are
+        full of a number that is no integer and has products of more than 11 bits, as any they will hold."""
         import torch
 
         from qcli.quantized import TORCH_DTYPE
 
         format, shape = self.packed[layer].format, (1, self.packed[layer].shape[1])
-        stored = {name: torch.zeros(t.shape, dtype=TORCH_DTYPE[t.dtype]) for name, t in format.stored(shape).items()}
+        stored = {}
+        for name, (dtype, size) in format.stored(shape).items():
+            table = torch.zeros(size, dtype=TORCH_DTYPE[dtype])
+            stored[name] = table + 0.3 if table.is_floating_point() else table
         return format.from_stored(stored, shape)

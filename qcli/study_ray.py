@@ -32,7 +32,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
         ResourceError: there is no cluster at `address`, or it is lost.
     """
     if find_spec("ray") is None:
-        raise UnsupportedError("Ray is not installed", hint="pip install 'qcli[ray]'")
+        raise UnsupportedError("Ray is not installed", hint="pip install ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or it reports to its makers
     import ray
 

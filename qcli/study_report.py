@@ -58,7 +58,7 @@ def write_report(out: Path) -> list[Path]:
     if not found:
         raise StateError(f"{out}: no run has ended well", hint=f"`qcli study STUDY.yaml --out {out}` makes rows")
     if not can_plot():
-        raise UnsupportedError("matplotlib is not installed", hint="pip install 'qcli[plots]'")
+        raise UnsupportedError("matplotlib is not installed", hint="pip install matplotlib")
     folder = out / "report"
     folder.mkdir(exist_ok=True)
     parts: list[Part] = []
@@ -156,7 +156,7 @@ def _markdown(parts: Sequence[Part]) -> str:
         lines += [_plain(part.text), ""] if part.text else []
         lines += [f"![{_plain(part.title)}](figure-{number}.png)", ""] if part.picture is not None else []
         if part.table is not None:
-            lines += [f"| {' | '.join(part.table.columns)} |", "|---" * len(part.table.columns) + "|"]
+            lines += [f"| {' | '.join(map(_plain, part.table.columns))} |", "|---" * len(part.table.columns) + "|"]
             lines += [f"| {' | '.join(_plain(_shown(cell)) for cell in row)} |" for row in part.table.rows]
             lines.append("")
     return "\n".join(lines)

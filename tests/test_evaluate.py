@@ -248,6 +248,12 @@ def test_a_different_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
         evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
 
 
+def test_errors_by_layer_need_the_same_layers(tmp_path: Path, text: str) -> None:
+    model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, num_hidden_layers=3)
+    with pytest.raises(UsageError, match="have different layers"):
+        evaluate(str(model), baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+
+
 def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> None:
     folder = tiny_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -259,9 +265,11 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
-    score = Score(math.inf, None, None, None, None, None, 1, 8, "")
-    found = Evaluation("m", None, {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
-    assert found["perplexity"]["a"]["value"] is None
+    score = Score(math.inf, math.inf, 0, math.inf, 0.5, math.inf, 1, 8, "")
+    found = Evaluation("m", "b", {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    assert found["perplexity"]["a"]["value"] is found["baseline"]["perplexity"]["a"] is None
+    assert found["kl"] is found["worst_window_kl"] is found["perplexity"]["a"]["worst_window_kl"] is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_no_data_and_no_such_model(tmp_path: Path, text: str) -> None:

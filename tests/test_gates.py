@@ -55,13 +55,18 @@ def test_bounds(gates: dict[str, Any], failures: list[str]) -> None:
 
 
 def test_what_is_not_finite_passes_no_gate() -> None:
-    text = {"value": None, "worst_window": 0, "worst_window_kl": float("inf")}
+    text = {"value": None, "worst_window": 0, "worst_window_kl": None}
     lost = FOUND | {"kl": None, "perplexity": {"a": text, "b": text}}
     lost["tasks"] = {"easy": {"score": float("nan"), "baseline": 0.6}}
     gates = Gates(max_kl=1e9, max_window_kl=1e9, max_ppl_ratio=1e9, min_task={"easy": 0.0}, max_task_drop=1.0)
     assert [failure.partition(" ")[0] for failure in gates.failures(lost)] == [
         *("max_kl", "max_window_kl", "max_window_kl", "max_ppl_ratio", "max_ppl_ratio", "min_task", "max_task_drop")
     ]
+
+
+def test_a_baseline_without_a_perplexity_passes_no_gate() -> None:
+    lost = FOUND | {"baseline": {"perplexity": {"a": None, "b": 20.0}}}
+    assert list(Gates(max_ppl_ratio=1e9).failures(lost)) == ["max_ppl_ratio 1e+09: the ratio on a is not finite"]
 
 
 def test_no_gate_is_a_mistake() -> None:

@@ -33,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "activations": {"method.name": "rtn", "method.bits": 8, "method.symmetric": True, "activations.bits": 8},
     "low rank": {"method.name": "gptq-like", "method.bits": 3, "low_rank.rank": 2},
+    "float zero points": {"method.name": "gptq-like", "method.bits": 4, "method.zero_point": "float"},
     "codebook": {"method.name": "lcq", "method.bits": 2},
     "dual binary": {"method.name": "dbllm"},
     "sign": {"method.name": "onebit"},

@@ -102,7 +102,7 @@ def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
             if outcome["best_step"]
             else "none: the student is kept as it was",
             "stopped": outcome["stopped"],
-            "curve": result["plot"] or "not drawn: pip install 'qcli[plots]' draws it",
+            "curve": result["plot"] or "not drawn: pip install matplotlib",
             "bits per weight": f"{result['bits_per_weight']:.3f}",
             "size": size(result["bytes"]),
             "time": duration(result["seconds"]),

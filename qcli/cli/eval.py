@@ -80,6 +80,11 @@ def evaluate(
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = tasks.split(",") if tasks else []
+        for flag, value in {"limit": limit, "fewshot": fewshot, "include-path": include_path}.items():
+            if value is not None and not names:
+                raise UsageError(f"--{flag} needs --tasks")
+        if json and markdown:
+            raise UsageError("--json and --markdown: choose one")
         on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
         gates = _gates(baseline, names, on_text, min_task or [], max_task_drop)
         texts = data or ([] if names else ["wikitext2"])
@@ -178,6 +183,8 @@ def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
             ]
         )
     tables.table(columns, rows)
+    for text, score in first["perplexity"].items():
+        tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens, {score['tokens']} scored")
 
 
 def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             import gguf
         except ImportError:
             raise UnsupportedError(
-                "--format gguf needs the package gguf", hint="install it: pip install 'qcli[gguf]'"
+                "--format gguf needs the package gguf", hint="install it: pip install gguf"
             ) from None
         from qcli.layouts import gguf_blocks, gguf_metadata, gguf_vocabulary
 

@@ -54,9 +54,7 @@ class GGUFSource(Source):
         try:
             import gguf  # noqa: F401
         except ImportError:
-            raise UnsupportedError(
-                f"{path} needs the package gguf", hint="install it: pip install 'qcli[gguf]'"
-            ) from None
+            raise UnsupportedError(f"{path} needs the package gguf", hint="install it: pip install gguf") from None
         try:
             reader = _parse(path)
             self._architecture = str(reader.fields["general.architecture"].contents())

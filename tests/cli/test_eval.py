@@ -69,12 +69,16 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     header, rule, *rows = out.strip().splitlines()
     assert header.startswith("| model | bits/weight | size | perplexity")
     assert rule == f"|{'|'.join(['---'] * 7)}|"
+    assert rows.pop() == f"{text}: 2 windows of 64 tokens, 126 scored"
+    assert rows.pop() == ""
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 
 def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
     for flags, problem in (
         (("--max-kl", 1), "--max-kl compares with a baseline"),
+        (("--limit", 5), "--limit needs --tasks"),
+        (("--json", "--markdown"), "--json and --markdown: choose one"),
         (("--min-task", "x=1"), "--min-task names x, --tasks does not"),
         (("--min-task", "x"), "'x' is not TASK=NUMBER"),
         (("--baseline", model, "--tasks", "x", "--max-window-kl", 1), "--max-window-kl needs text"),
