@@ -18,6 +18,8 @@ class Finding:
 
     Attributes:
         label: its values on the axes, in words.
+        protocol: what it was scored on, in words; runs of another protocol cannot be compared.
+        texts: hashes of the windows of each text.
         bits: stored bits per weight of the quantized layers.
         kl: nats per token; None: not finite.
         perplexity, increase: means over texts, and over the baseline's; None: not finite.
@@ -26,6 +28,8 @@ class Finding:
     row: Row
     label: str
     model: str
+    protocol: str
+    texts: tuple[str, ...]
     bits: float
     kl: float | None
     perplexity: float | None
@@ -107,6 +111,11 @@ def _finding(row: Row) -> Finding:
         row=row,
         label=_label(row["point"]),
         model=str(row["baseline"]["model"]),
+        protocol=", ".join(
+            f"{text}: {score['windows']} windows of {score['window']} tokens"
+            for text, score in row["perplexity"].items()
+        ),
+        texts=tuple(score["sha256"] for score in row["perplexity"].values()),
         bits=row["bits_per_weight"],
         kl=row["kl"],
         perplexity=mean,

@@ -16,30 +16,30 @@ _MARKS = "osD^v<>PX*hd"
 
 
 def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
-    """Bits per weight against KL, a mark for each method, and the Pareto front."""
+    """Bits per weight against KL and against perplexity, a mark for each method, and the Pareto front by KL."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 9), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
     methods: dict[str, list[Finding]] = {}
     for each in found:
-        if each.kl is not None and each.kl > 0:
+        if each.kl is not None and each.kl > 0 and each.perplexity is not None:
             methods.setdefault(_method(each), []).append(each)
     for place, (name, members) in enumerate(sorted(methods.items())):
-        axes.scatter(
-            [each.bits for each in members],
-            [each.kl or 0 for each in members],
-            marker=_MARKS[place % len(_MARKS)],
-            color=f"C{place % 10}",
-            s=30,
-            label=_text(name),
-        )
-    line = [each for each in front if each.kl]
-    axes.plot([each.bits for each in line], [each.kl or 0 for each in line], color="0.3", linewidth=1, zorder=0)
-    axes.set(xlabel="bits per weight, tables counted", ylabel="KL to full precision, nats per token", yscale="log")
-    _number(axes.yaxis)
-    axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+        mark = {"marker": _MARKS[place % len(_MARKS)], "color": f"C{place % 10}", "s": 30, "label": _text(name)}
+        bits = [each.bits for each in members]
+        upper.scatter(bits, [each.kl for each in members], **mark)
+        lower.scatter(bits, [each.perplexity for each in members], **mark)
+    line = [each for each in front if each.kl and each.perplexity is not None]
+    bits = [each.bits for each in line]
+    upper.plot(bits, [each.kl for each in line], color="0.3", linewidth=1, zorder=0)
+    lower.plot(bits, [each.perplexity for each in line], color="0.3", linewidth=1, zorder=0)
+    upper.set(ylabel="KL to full precision, nats per token", yscale="log")
+    lower.set(xlabel="bits per weight, tables counted", ylabel="perplexity", yscale="log")
+    for axes in (upper, lower):
+        _number(axes.yaxis)
+        axes.grid(which="both", alpha=0.25)
+    upper.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 

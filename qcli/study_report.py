@@ -47,7 +47,8 @@ class Part:
 
 
 def write_report(out: Path) -> list[Path]:
-    """Write `report.html`, `report.md` with its pictures, and a recipe for each recommendation into `out`/report.
+    """Write `report.html`, `report.md` with its pictures, and a recipe for each recommendation into `out`/report, in
+    place of those that an earlier report left there.
 
     Raises:
         StateError: no study, or no run of it ended well.
@@ -61,11 +62,13 @@ def write_report(out: Path) -> list[Path]:
         raise UnsupportedError("matplotlib is not installed", hint="pip install matplotlib")
     folder = out / "report"
     folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("recipe-*.yaml"), *folder.glob("figure-*.png")):
+        old.unlink()
     parts: list[Part] = []
     recipes: dict[str, str] = {}
-    for number, model in enumerate(dict.fromkeys(each.model for each in found)):
-        members = [each for each in found if each.model == model]
-        parts += [*_of_model(model, members, recipes, f"{number}-" if number else "")]
+    for number, key in enumerate(dict.fromkeys((each.model, each.texts) for each in found)):
+        members = [each for each in found if (each.model, each.texts) == key]
+        parts += [*_of_model(key[0], members, recipes, f"{number}-" if number else "")]
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         told = [(str(row["point"]), row["error"]) for row in failed]
@@ -88,7 +91,8 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
     parts = [
         Part(
             f"{model}: loss by size",
-            f"{len(found)} runs; full precision: perplexity {told}. The line joins runs that no other beats.",
+            f"{len(found)} runs on {found[0].protocol}. Full precision: perplexity {told}. The line joins runs that no "
+            "other beats by KL.",
             picture=plot_front(found, front),
         ),
         Part(

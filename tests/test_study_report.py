@@ -13,7 +13,8 @@ from qcli.study_findings import against_each_other, best_within, findings, gains
 from qcli.study_report import write_report
 
 
-def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -> dict[str, Any]:
+def row(bits: float, kl: float | None, perplexity: float | None, windows: int = 4, **point: Any) -> dict[str, Any]:
+    score = {"value": perplexity, "windows": windows, "window": 32, "sha256": f"{windows}"}
     return {
         "address": f"{point}",
         "status": "done",
@@ -23,7 +24,7 @@ def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -
         "kl": kl,
         "worst_window_kl": kl,
         "top1_agreement": 0.9,
-        "perplexity": {"a": {"value": perplexity}, "b": {"value": perplexity}},
+        "perplexity": {"a": score, "b": score},
         "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
         "seconds": {"quantize": 3.0},
     }
@@ -90,6 +91,22 @@ def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
     assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
     assert [file.name for file in recipes] == ["recipe-3.1bpw.yaml", "recipe-4.1bpw.yaml", "recipe-4.6bpw.yaml"]
     assert recipes[0].read_text() == ROWS[2]["recipe"]
+    (tmp_path / "report" / "recipe-9bpw.yaml").write_text("of an earlier report")
     first = html.read_bytes()
     write_report(tmp_path)
     assert html.read_bytes() == first
+    assert not (tmp_path / "report" / "recipe-9bpw.yaml").exists()
+
+
+def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"version": 1}')
+    rows = [ROWS[0], row(4.0, 0.05, 11.0, windows=2, method={"name": "lcq<b>", "bits": 4})]
+    rows += [row(4.0, 0.2, 11.0, windows=2, method={"name": "rtn", "bits": 4})]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    html, markdown, *recipes = write_report(tmp_path)
+    text = markdown.read_text()
+    assert text.count("## All runs") == 2
+    assert "1 runs on a: 4 windows of 32 tokens, b: 4 windows" in text
+    assert "2 runs on a: 2 windows of 32 tokens" in text
+    assert "| run | bits/weight | lcq\\<b\\> | rtn |" in text and "lcq&lt;b&gt;" in html.read_text()
+    assert [file.name for file in recipes] == ["recipe-4.1bpw.yaml", "recipe-1-4.1bpw.yaml"]
