@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
             },
             "held_out_samples": held_out,
             "sensitivity": {
-                name: {_label(found, option): loss for option, loss in enumerate(row)} for name, row in losses.items()
+                name: {_label(found, option): loss if isfinite(loss) else None for option, loss in enumerate(row)}
+                for name, row in losses.items()
             },
         }
         final = trials[best].recipe.model_copy(update={"out": recipe.out})

@@ -22,7 +22,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, .text { text-align: left; white-space: normal }
+th:first-child, td:first-child, .text { text-align: left; white-space: normal; min-width: 6rem }
 img { max-width: 100% } h2 { margin-top: 2.5rem } .front td { background: #eef5ff } code, pre { font-size: 12px }
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_automatic_recipes_are_written_as_they_were_said(groups: Any, tmp_path: 
 def test_what_cannot_be_chosen_is_told(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         choices(recipe(**fields), LAYERS)
+
+
+def test_group_sizes_that_a_layer_does_not_fit_leave_the_manifest_json(ready: dict[str, Any]) -> None:
+    out = quantize(recipe(**ready, **{"method.group_size": "auto"})).out
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    manifest = json.loads((out / "qcli.manifest.json").read_text(), parse_constant=refuse)
+    options = manifest["allocation"]["sensitivity"]["model.layers.0.mlp.up_proj"]
+    assert None in options.values() and any(loss is not None for loss in options.values())
 
 
 def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
