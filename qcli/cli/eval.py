@@ -79,7 +79,7 @@ def evaluate(
     $QCLI_CACHE (~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
-        names = tasks.split(",") if tasks else []
+        names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
         on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
         gates = _gates(baseline, names, on_text, min_task or [], max_task_drop)
         texts = data or ([] if names else ["wikitext2"])
@@ -94,6 +94,7 @@ def evaluate(
             from qcli.tasks import Tasks
 
             asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
+            asked.require_scores(gates.min_task if gates is not None else ())
         found = compare(
             models,
             baseline=baseline,
