@@ -13,7 +13,8 @@ from qcli.errors import VerificationError
 class Gates(BaseModel):
     """Bounds on what `qcli eval` measures; what is not finite passes none.
 
-    `min_task` and `max_task_drop` look at a task's main metric: accuracy where it has one.
+    `min_task` and `max_task_drop` look at a task's main metric: accuracy where it has one. Where a lower value is the
+    better one, as of a perplexity, a rise is the drop, and `min_task` fails whatever the value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,11 +60,16 @@ class Gates(BaseModel):
             if not _at_most(ratio, self.max_ppl_ratio):
                 yield f"max_ppl_ratio {self.max_ppl_ratio:g}: the ratio on {data} is {_number(ratio)}"
         for task, least in self.min_task.items():
-            score = found["tasks"][task]["score"]
-            if not score >= least:
-                yield f"min_task {task}={least:g}: its score is {_number(score)}"
+            result = found["tasks"].get(task)
+            if result is None:
+                yield f"min_task {task}={least:g}: it has no score"
+            elif not _higher_is_better(result):
+                yield f"min_task {task}={least:g}: of {result['metric']} lower is better: min_task cannot judge it"
+            elif not result["score"] >= least:
+                yield f"min_task {task}={least:g}: its score is {_number(result['score'])}"
         for task, result in found["tasks"].items() if self.max_task_drop is not None else ():
-            drop = result["baseline"] - result["score"]
+            change = result["score"] - result["baseline"]
+            drop = -change if _higher_is_better(result) else change
             if not drop <= self.max_task_drop:
                 yield f"max_task_drop {self.max_task_drop:g}: {task} lost {_number(drop)}"
 
@@ -85,6 +91,10 @@ def require(gates: Gates | None, found: Sequence[Mapping[str, Any]]) -> None:
     ]
     if failed:
         raise GateError("\n".join(failed), hint="use more bits, smaller groups or `refine`, or move the gate")
+
+
+def _higher_is_better(result: Mapping[str, Any]) -> bool:
+    return bool(result.get("higher_is_better", True))  # a run from before this was kept has accuracies
 
 
 def _at_most(value: float | None, bound: float | None) -> bool:

@@ -20,13 +20,14 @@ def asked_tasks(recipe: Recipe) -> Tasks | None:
     """The tasks that the recipe names; None: none.
 
     Raises:
-        UsageError: there are no such tasks.
-        UnsupportedError: lm-eval is not installed.
+        UsageError: there are no such tasks, or a gate names a group that has no score.
     """
     asked = recipe.eval
     if asked is None or not asked.tasks:
         return None
-    return Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot)
+    tasks = Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot)
+    tasks.require_scores(asked.gates.min_task if asked.gates is not None else ())
+    return tasks
 
 
 def require_evaluation_texts(recipe: Recipe, source: Source, progress: Progress = silent) -> None:

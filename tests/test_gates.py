@@ -72,3 +72,18 @@ def test_a_baseline_without_a_perplexity_passes_no_gate() -> None:
 def test_no_gate_is_a_mistake() -> None:
     with pytest.raises(ValidationError, match="names no gate"):
         Gates()
+
+
+def test_where_lower_is_better_a_rise_is_the_loss() -> None:
+    prose = {"metric": "word_perplexity", "score": 400.0, "baseline": 20.0, "higher_is_better": False}
+    worse, better = FOUND | {"tasks": {"prose": prose}}, FOUND | {"tasks": {"prose": prose | {"score": 2.0}}}
+    drop = Gates(max_task_drop=1.0)
+    assert list(drop.failures(worse)) == ["max_task_drop 1: prose lost 380"]
+    assert list(drop.failures(better)) == []
+    assert list(Gates(min_task={"prose": 3.0}).failures(worse)) == [
+        "min_task prose=3: of word_perplexity lower is better: min_task cannot judge it"
+    ]
+
+
+def test_a_task_without_a_score_fails_its_gate() -> None:
+    assert list(Gates(min_task={"group": 0.1}).failures(FOUND)) == ["min_task group=0.1: it has no score"]

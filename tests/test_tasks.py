@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from qcli.errors import UsageError
 from qcli.evaluate import compare
-from qcli.tasks import Tasks
+from qcli.progress import silent
+from qcli.tasks import Tasks, _result
 from tests.quantizing import run
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -88,3 +91,100 @@ def test_unknown_tasks_offer_the_nearest(folder: Path) -> None:
     assert "our_times" in str(caught.value.hint)
     with pytest.raises(UsageError, match="nowhere is not a folder"):
         Tasks(["our_times"], "nowhere")
+
+
+def test_an_empty_name_is_no_task() -> None:
+    with pytest.raises(UsageError, match="name of a task is empty"):
+        Tasks(["our_times", ""])
+
+
+@pytest.fixture
+def group(folder: Path, tmp_path: Path) -> Path:
+    """`our_group` of `our_times` and `our_more`, which includes a file and has data elsewhere; `bare` has no score."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "common.yaml").write_text(
+        (folder / "times.yaml").read_text().replace("task: our_times\n", "process_docs: !function code.keep\n")
+    )
+    (other / "code.py").write_text("def keep(docs):\n    return docs\n")
+    for name in ("first", "second"):
+        (other / f"{name}.jsonl").write_text((folder / "times.jsonl").read_text())
+    files = f"[{other / 'first.jsonl'}, {other / 'second.jsonl'}]"
+    (folder / "more.yaml").write_text(
+        f"include: {other / 'common.yaml'}\ntask: our_more\ndataset_kwargs: {{data_files: {{test: {files}}}}}\n"
+    )
+    (folder / "group.yaml").write_text(
+        "group: our_group\ntask: [our_times, our_more]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "bare.yaml").write_text("group: bare\ntask: [our_times, our_more]\n")
+    return folder
+
+
+def test_a_change_in_any_file_of_a_member_is_another_definition(
+    group: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_only = partial(TaskManager, include_defaults=False)  # lm-eval reads all its own tasks again each time
+    monkeypatch.setattr("qcli.tasks._manager", lambda folder: own_only(include_path=folder))
+
+    def key() -> object:
+        return Tasks(["our_group"], str(group)).key
+
+    before = key()
+    assert key() == before
+    other = tmp_path / "other"
+    for file, old, new in (
+        (group / "times.jsonl", "times", "plus"),
+        (group / "group.yaml", "true", "false"),
+        (other / "common.yaml", 'target_delimiter: ""', 'target_delimiter: " "'),
+        (other / "second.jsonl", "times", "plus"),
+        (other / "code.py", "return docs", "return docs.select([0])"),
+    ):
+        content = file.read_text()
+        assert old in content
+        file.write_text(content.replace(old, new))
+        assert key() != before, file.name
+        file.write_text(content)
+        assert key() == before
+
+
+def test_a_group_has_the_score_of_its_members(group: Path, tmp_path: Path) -> None:
+    tasks = Tasks(["our_group"], str(group), limit=4)
+    tasks.require_scores(["our_group"])
+    found = tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+    assert set(found) == {"our_times", "our_more", "our_group"}
+    assert (found["our_group"].samples, found["our_group"].metric) == (8, "acc")
+    assert found["our_group"].score == pytest.approx((found["our_times"].score + found["our_more"].score) / 2)
+    with pytest.raises(UsageError, match="bare is a group of tasks without a score of its own"):
+        Tasks(["bare"], str(group)).require_scores(["bare"])
+
+
+def test_an_error_in_a_template_names_the_task(folder: Path, tmp_path: Path) -> None:
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace("{{question}}", "{{questoin}}"))
+    tasks = Tasks(["our_times"], str(folder))
+    with pytest.raises(UsageError, match="a template of task our_times does not fit its data: 'questoin' is undefined"):
+        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+
+
+def test_the_first_filter_counts_and_directions_are_kept() -> None:
+    found = {
+        "results": {
+            "sums": {
+                "alias": "sums",
+                "exact_match,strict-match": 0.62,
+                "exact_match_stderr,strict-match": 0.02,
+                "exact_match,flexible-extract": 0.31,
+                "exact_match_stderr,flexible-extract": 0.01,
+            },
+            "prose": {"word_perplexity,none": 20.0, "word_perplexity_stderr,none": "N/A"},
+        },
+        "n-samples": {"sums": {"effective": 5}, "prose": {"effective": 7}},
+        "versions": {"sums": 1, "prose": 2},
+        "higher_is_better": {"sums": {"exact_match": True}, "prose": {"word_perplexity": False}},
+        "group_subtasks": {},
+    }
+    sums, prose = _result("sums", found), _result("prose", found)
+    assert (sums.metric, sums.score, sums.stderr) == ("exact_match (strict-match)", 0.62, 0.02)
+    assert sums.metrics == {"exact_match (strict-match)": 0.62, "exact_match (flexible-extract)": 0.31}
+    assert (prose.metric, prose.score, prose.stderr, prose.samples) == ("word_perplexity", 20.0, None, 7)
+    assert (sums.higher_is_better, prose.higher_is_better) == (True, False)

@@ -79,7 +79,7 @@ def evaluate(
     $QCLI_CACHE (~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
-        names = tasks.split(",") if tasks else []
+        names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
         for flag, value in {"limit": limit, "fewshot": fewshot, "include-path": include_path}.items():
             if value is not None and not names:
                 raise UsageError(f"--{flag} needs --tasks")
@@ -99,6 +99,7 @@ def evaluate(
             from qcli.tasks import Tasks
 
             asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
+            asked.require_scores(gates.min_task if gates is not None else ())
         found = compare(
             models,
             baseline=baseline,

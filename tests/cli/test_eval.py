@@ -89,3 +89,20 @@ def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, te
         code, out, err = invoke("eval", model, *flags)
         assert (code, out) == (2, "")
         assert err.startswith("error: ") and problem in err
+
+
+def test_names_of_tasks_may_have_blanks_around_them_but_none_is_empty(invoke: Invoke, model: Path) -> None:
+    for names in ("arc_easy,,piqa", "arc_easy, ", ""):
+        code, _, err = invoke("eval", model, "--tasks", names)
+        assert code == 2
+        assert "the name of a task is empty" in err
+    code, _, err = invoke("eval", model, "--tasks", "arc_easy, piqaa")
+    assert code == 2
+    assert "task 'piqaa' does not exist" in err
+
+
+def test_a_gate_on_a_group_without_a_score_is_refused_before_work(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("group: bare\ntask: [piqa]\n")
+    code, _, err = invoke("eval", model, "--include-path", tmp_path, "--tasks", "bare", "--min-task", "bare=0.1")
+    assert code == 2
+    assert "bare is a group of tasks without a score of its own" in err
