@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -64,7 +65,7 @@ def run_study(
 
     Raises:
         UsageError: a text that a recipe names is not there.
-        StateError: `out` is something else, of another version, damaged, or in use.
+        StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
         ResourceError: a process was killed; what the others have finished is kept.
         UnsupportedError: Ray is not installed.
     """
@@ -108,7 +109,7 @@ def _rows(
 def _rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_use_threads, initargs=(threads,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(threads, os.getpid()))
     try:
         for future in as_completed([pool.submit(make_row, run, out) for run in runs]):
             yield future.result()
@@ -125,7 +126,15 @@ def _rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _use_threads(count: int) -> None:
+def _begin_worker(threads: int, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has: killed, it cannot tell its workers, who would go on with queued runs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -30,6 +30,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
     Raises:
         UnsupportedError: Ray is not installed.
         ResourceError: there is no cluster at `address`, or it is lost.
+        StateError: another process makes one of the runs.
     """
     if find_spec("ray") is None:
         raise UnsupportedError("Ray is not installed", hint="pip install 'qcli[ray]'")
@@ -52,6 +53,8 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
             run = waiting.pop(ended)
             try:
                 yield ray.get(ended)
+            except ray.exceptions.RayTaskError as error:  # what `make_row` raises is no row
+                raise error.cause from None
             except ray.exceptions.RayError as error:
                 yield headed(run) | failure(f"its worker died {_TRIES} times: {type(error).__name__}", 5)
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qcli import study as module
+from qcli.study_content import by_content
+from qcli.study_grid import load_study
 from qcli.study_rows import VERSION, read_rows
 from tests.cli.conftest import Invoke
 
@@ -147,6 +152,44 @@ def test_killed_processes_are_one_line(
 
 def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+ORPHANS = """
+import time
+from pathlib import Path
+from qcli import study
+
+def make_row(run, out):
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    study.make_row = make_row
+    next(study._rows_from_processes([None, None], Path(), 1))
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
+    parent.kill()
+    assert parent.communicate(timeout=60) == ("", None), "nobody holds the pipe any more, and no other run was begun"
+
+
+def test_a_run_that_another_process_makes_ends_the_study(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = out / "runs" / by_content(load_study(study).runs)[1].address
+    folder.mkdir(parents=True)
+    (out / "study.json").write_text('{"version": 1}')
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = invoke("study", study, "--out", out)
+        assert code == 3 and f"error: another qcli is at work in {folder}" in err
+        assert folder.exists() and len(rows(out)) == 1, "the first run has its row"
+    code, stdout, _ = invoke("study", study, "--out", out, "--json")
+    assert (code, json.loads(stdout)["done"], len(rows(out))) == (0, 1, 3)
 
 
 def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> None:
