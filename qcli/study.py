@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qcli.errors import ResourceError, UsageError
+from qcli.errors import QcliError, ResourceError, UsageError
 from qcli.progress import Progress, silent
 from qcli.study_content import by_content, require_texts
 from qcli.study_grid import Run, Study
@@ -25,6 +26,7 @@ from qcli.study_rows import Row, append, opened, read_rows
 from qcli.study_run import make_row
 
 Executor = Literal["local", "ray"]
+RETRY = "--retry tries them again"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Studied:
 
     Attributes:
         done, failed, kept: runs that ended well now, that failed now, and whose row was there.
+        failed_before: of those kept, the runs that had failed.
+        reason: why the first of all runs that failed did.
+        exit_code: 0 if a run has ended well, now or before; else that of most failures.
     """
 
     out: Path
@@ -40,6 +45,9 @@ class Studied:
     failed: int
     kept: int
     seconds: float
+    failed_before: int = 0
+    reason: str | None = None
+    exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -81,15 +89,43 @@ def run_study(
             append(out, row)
             ended.append(row)
             told = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
-            progress("runs", len(ended), len(todo), f"{told}: {row['status']}")
+            progress("runs", len(ended), len(todo), f"{told}: {_ended(row)}")
+    rows = {**known, **{row["address"]: row for row in ended}}
+    failures = [row for row in (rows[run.address] for run in runs) if row["status"] == "failed"]
     failed = sum(row["status"] == "failed" for row in ended)
-    return Studied(out, len(ended) - failed, failed, len(runs) - len(todo), time.monotonic() - started)
+    codes = Counter(row["exit_code"] for row in failures) if len(failures) == len(runs) else Counter()
+    return Studied(
+        out,
+        done=len(ended) - failed,
+        failed=failed,
+        kept=len(runs) - len(todo),
+        seconds=time.monotonic() - started,
+        failed_before=len(failures) - failed,
+        reason=_first_line(failures[0]) if failures else None,
+        exit_code=codes.most_common(1)[0][0] if codes else 0,
+    )
+
+
+def require_one_done(studied: Studied) -> None:
+    """Raise the error of most failures if no run of the study has ended well, now or before."""
+    if studied.exit_code:
+        error = QcliError(f"all {studied.failed + studied.failed_before} runs failed: {studied.reason}", hint=RETRY)
+        error.exit_code = studied.exit_code
+        raise error
 
 
 def require_size(study: Study, limit: int, agreed: bool) -> None:
     """Raise UsageError if there are more runs than anybody meant, unless they were agreed to."""
     if len(study.runs) > limit and not agreed:
         raise UsageError(f"{study.source} has {len(study.runs)} runs", hint=f"--yes runs more than {limit}")
+
+
+def _ended(row: Row) -> str:
+    return f"failed: {_first_line(row)}" if row["status"] == "failed" else str(row["status"])
+
+
+def _first_line(row: Row) -> str:
+    return next(iter(str(row["error"]).splitlines()), "no reason given")
 
 
 def _rows(

@@ -52,10 +52,10 @@ def run(
     """Run what is missing of a study.
 
     Rows are appended to DIR/results.jsonl as runs end. Interrupted or extended, the same command goes on; runs that
-    fail are rows too.
+    fail are rows too, and only where all have failed is the exit code theirs.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.study import require_size, run_study
+        from qcli.study import require_one_done, require_size, run_study
         from qcli.study_grid import load_study
 
         if executor not in ("local", "ray"):
@@ -77,6 +77,7 @@ def run(
             progress=session.progress,
         )
         session.result(result.to_json(), show_studied)
+        require_one_done(result)
 
 
 @app.command("report")
@@ -129,12 +130,15 @@ def show_costs(tables: Tables, found: dict[str, Any]) -> None:
 
 def show_studied(tables: Tables, found: dict[str, Any]) -> None:
     """How many rows there are."""
+    from qcli.study import RETRY
+
     tables.pairs(
         {
             "rows": found["out"] + "/results.jsonl",
             "done": found["done"],
             "there before": found["kept"] or None,
-            "failed": f"{found['failed']}; --retry tries them again" if found["failed"] else None,
+            "failed": f"{found['failed']}; {RETRY}" if found["failed"] else None,
+            "failed before": f"{found['failed_before']}; {RETRY}" if found["failed_before"] else None,
             "time": duration(found["seconds"]),
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     code, stdout, err = invoke("study", study, "--out", out, "--json")
     assert code == 0, err
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
+    assert f"failed: {tmp_path / 'short.txt'}: too short for calibration" in err
     done = rows(out)
     assert [row["status"] for row in done] == ["done", "done", "failed"]
     assert "short.txt: too short for calibration" in str(done[2]["error"]) and done[2]["exit_code"] == 2
@@ -60,6 +62,8 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert not any((out / "runs").iterdir())
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
+    code, stdout, _ = invoke("study", study, "--out", out)
+    assert code == 0 and re.search("failed before +1; --retry", stdout)
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
     study.write_text(study.read_text().replace(str(tmp_path / "short.txt"), str(text)))
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
@@ -133,8 +137,11 @@ def test_any_error_of_a_run_is_a_row(
         raise KeyError("no such thing")
 
     monkeypatch.setattr("qcli.quantize.quantize", broken)
-    code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json")
-    assert (code, json.loads(stdout)["failed"]) == (0, 3)
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--json")
+    assert (code, json.loads(stdout)["failed"]) == (1, 3)
+    assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out")
+    assert code == 1 and "all 3 runs failed" in err, "those of before count"
     assert {row["error"] for row in rows(tmp_path / "out")} == {"KeyError: 'no such thing'"}
     monkeypatch.undo()
     code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json", "--retry")
