@@ -11,18 +11,20 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qcli.cache import Cache
 from qcli.errors import QcliError, ResourceError, UsageError
 from qcli.progress import Progress, silent
+from qcli.recipe_sections import Eval
 from qcli.study_content import by_content, require_texts
 from qcli.study_grid import Run, Study
-from qcli.study_rows import Row, append, opened, read_rows
+from qcli.study_rows import CACHE, Row, append, opened, read_rows
 from qcli.study_run import make_row
 
 Executor = Literal["local", "ray"]
@@ -72,10 +74,11 @@ def run_study(
         retry: runs that failed before are tried again.
 
     Raises:
-        UsageError: a text that a recipe names is not there.
+        UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task;
+            nothing was run.
         StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
         ResourceError: a process was killed; what the others have finished is kept.
-        UnsupportedError: Ray is not installed.
+        UnsupportedError: Ray is not installed, or lm-eval, which a recipe needs.
     """
     started, out = time.monotonic(), out.absolute()
     require_texts(study.runs)
@@ -84,6 +87,8 @@ def run_study(
         runs = by_content(study.runs)
         todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
         ended: list[Row] = []
+        require_tasks(todo)
+        _require_evaluation_texts(todo, Cache(out / CACHE), executor)
         progress("runs", 0, len(todo))
         for row in _rows(todo, out, workers, executor, address, progress):
             append(out, row)
@@ -104,6 +109,30 @@ def run_study(
         reason=_first_line(failures[0]) if failures else None,
         exit_code=codes.most_common(1)[0][0] if codes else 0,
     )
+
+
+def require_tasks(runs: Iterable[Run]) -> None:
+    """Raise UsageError unless there are all tasks that the recipes name; UnsupportedError without lm-eval."""
+    from qcli.recipe_evaluation import asked_tasks  # torch
+
+    asked = {str(run.recipe.eval): run.recipe for run in runs}
+    for recipe in asked.values():
+        asked_tasks(recipe)
+
+
+def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
+    """Read every text once for each model and length, so that a short one costs no run."""
+    from qcli.models.source import open_source
+    from qcli.recipe_evaluation import require_evaluation_texts
+
+    asked = {}
+    for run in runs:
+        wanted = run.recipe.eval or Eval()
+        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows
+        asked[str((run.recipe.model, run.recipe.device, read))] = run.recipe
+    for recipe in asked.values():
+        here = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # nodes have the GPUs
+        require_evaluation_texts(here, open_source(recipe.model), cache=cache)
 
 
 def require_one_done(studied: Studied) -> None:

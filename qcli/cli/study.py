@@ -102,10 +102,13 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
 
 def _costs(study: Any) -> dict[str, Any]:
     from qcli.plan import plan
+    from qcli.study import require_tasks
     from qcli.study_content import require_texts
 
     rows = []
     require_texts(study.runs)
+    if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
+        require_tasks(study.runs)
     for each in study.runs:
         todo = plan(each.recipe)
         bits, needed = todo.bits_per_weight, todo.peak_memory

@@ -80,6 +80,17 @@ def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    short = f"eval.perplexity=[{tmp_path / 'short.txt'}]"
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--set", short)
+    assert (code, stdout) == (2, "") and f"error: {tmp_path / 'short.txt'}: too short" in err
+    pytest.importorskip("lm_eval")
+    for flags in (("--dry-run",), ("--out", tmp_path / "out")):
+        code, stdout, err = invoke("study", study, *flags, "--set", "eval.tasks=[arc_esy]")
+        assert (code, stdout) == (2, "") and "arc_esy" in err and "arc_easy" in err
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
 @pytest.mark.parametrize("changed", ["text", "model"])
 def test_runs_are_made_again_when_what_they_read_has_changed(
     invoke: Invoke, study: Path, model: Path, text: Path, tmp_path: Path, changed: str
