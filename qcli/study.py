@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qcli.cache import Cache
-from qcli.errors import QcliError, ResourceError, UsageError
+from qcli.errors import QcliError, ResourceError
 from qcli.progress import Progress, silent
 from qcli.recipe_sections import Eval
 from qcli.study_content import by_content, require_texts
-from qcli.study_grid import Run, Study
+from qcli.study_grid import Run, Study, too_many
 from qcli.study_rows import CACHE, Row, append, opened, read_rows
 from qcli.study_run import make_row
 
@@ -146,7 +146,7 @@ def require_one_done(studied: Studied) -> None:
 def require_size(study: Study, limit: int, agreed: bool) -> None:
     """Raise UsageError if there are more runs than anybody meant, unless they were agreed to."""
     if len(study.runs) > limit and not agreed:
-        raise UsageError(f"{study.source} has {len(study.runs)} runs", hint=f"--yes runs more than {limit}")
+        raise too_many(f"{study.source} has {len(study.runs)} runs", limit)
 
 
 def _ended(row: Row) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from qcli.yaml_places import KeyPath
 
 _SECTIONS = ("base", "names", "grid", "include", "exclude")
 _NOT_DECISIVE = {"device", "out", "resume", "pack"}
+_EXPANDED = 10  # times the limit: so many combinations, made recipes in half a second, may still come to few runs
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,21 @@ class Study:
     runs: list[Run]
 
 
-def load_study(path: Path, sets: Sequence[str] = ()) -> Study:
+def load_study(path: Path, sets: Sequence[str] = (), most: int | None = None) -> Study:
     """Read and expand a study.
 
     Args:
         sets: `a.b=c` texts, which change its base.
+        most: runs that nobody need agree to; None: any number was agreed to.
 
     Raises:
-        UsageError: everything that is wrong, a line each.
+        UsageError: everything that is wrong, a line each; or far more combinations than `most`.
     """
     draft = Draft()
     draft.add_file(path)
     sections = _Sections(draft)
+    if most is not None and sections.combinations() > _EXPANDED * most:
+        raise too_many(f"{path} has up to {sections.combinations()} combinations", most)
     axes = [*dict.fromkeys(axis for entry in (*sections.grids.values(), *sections.include) for axis in entry)]
     runs: dict[str, Run] = {}
     lines = list(sections.lines)
@@ -91,6 +96,11 @@ def load_study(path: Path, sets: Sequence[str] = ()) -> Study:
     if lines:
         raise UsageError("\n".join(dict.fromkeys(lines)))
     return Study(str(path), axes, list(runs.values()))
+
+
+def too_many(found: str, most: int) -> UsageError:
+    """More runs than anybody meant."""
+    return UsageError(found, hint=f"--yes runs more than {most}")
 
 
 class _Sections:
@@ -143,6 +153,10 @@ class _Sections:
                     yield point, {axis: self._place((*at, axis, i)) for axis, (i, _) in zip(grid, picks, strict=True)}
         for number, entry in enumerate(self.include):
             yield dict(entry), {axis: self._place(("include", number, axis)) for axis in entry}
+
+    def combinations(self) -> int:
+        """How many points there are at most: nothing is left out or merged yet."""
+        return sum(prod(map(len, grid.values())) for grid in self.grids.values()) + len(self.include)
 
     def value(self, axis: str, value: Any) -> Any:
         """What a value of an axis means, which may be given by its name."""

@@ -90,6 +90,18 @@ def test_sets_change_the_base_and_axes_win(tmp_path: Path) -> None:
         load_study(file, ["modle=x"])
 
 
+def test_far_too_many_combinations_are_told_before_they_are_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("base: {model: m}\ngrid: {method.bits: [2, 3, 4], seed: [1, 2, 3, 4]}\ninclude: [{seed: 5}]")
+    assert len(load_study(file, (), 2).runs) == 13, "few enough to count after all"
+    monkeypatch.setattr("qcli.study_grid.checked", None)
+    with pytest.raises(UsageError, match=r"study\.yaml has up to 13 combinations") as caught:
+        load_study(file, (), 1)
+    assert caught.value.hint == "--yes runs more than 1"
+
+
 def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
     first = study(tmp_path, "base: {model: a, eval: {perplexity: [x]}}")
     same = study(tmp_path, "base: {model: a, out: elsewhere, device: cpu, eval: {perplexity: [x], gates: {max_kl: 1}}}")

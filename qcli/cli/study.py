@@ -60,7 +60,7 @@ def run(
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
-        found = load_study(study, set_ or ())
+        found = load_study(study, set_ or (), None if yes or dry_run else MOST)
         if dry_run:
             session.result(_costs(found), show_costs)
             return
