@@ -31,10 +31,12 @@ from qcli.recipe import Recipe
 from qcli.recipe_draft import Draft
 from qcli.recipe_errors import unknown
 from qcli.recipe_loading import checked
-from qcli.yaml_places import KeyPath
+from qcli.yaml_places import KeyPath, dotted
 
 _SECTIONS = ("base", "names", "grid", "include", "exclude")
-_NOT_DECISIVE = {"device", "out", "resume", "pack"}
+_NOT_DECISIVE = {"device", "out", "resume", "pack"}  # and `eval.gates`
+_IGNORED: tuple[KeyPath, ...] = (("pack",), ("out",), ("eval", "gates"))
+_NO_PART = "{}: {}: pack, out and gates are no part of a study"
 _EXPANDED = 10  # times the limit: so many combinations, made recipes in half a second, may still come to few runs
 
 
@@ -208,7 +210,22 @@ def _recipe(sections: _Sections, point: Mapping[str, Any], places: Mapping[str, 
         draft.add_set(text)
     for axis, value in point.items():
         draft.put(axis.split("."), deepcopy(sections.value(axis, value)), places[axis])
+    ignored = [_NO_PART.format(_origin(draft, path), dotted(path)) for path in _IGNORED if _given(draft.data, path)]
+    if ignored:
+        raise UsageError("\n".join(ignored))
     return checked(draft)
+
+
+def _given(data: Any, path: KeyPath) -> bool:
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data is not None
+
+
+def _origin(draft: Draft, path: KeyPath) -> str | None:
+    """Where what is at `path`, or the first of what is in it, stands."""
+    known = draft.origins.by_path.items()
+    return next((place for at, place in known if at[: len(path)] == path), draft.origins.near(path))
 
 
 def _address(recipe: Recipe) -> str:
