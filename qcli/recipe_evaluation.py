@@ -30,11 +30,14 @@ def asked_tasks(recipe: Recipe) -> Tasks | None:
     return tasks
 
 
-def require_evaluation_texts(recipe: Recipe, source: Source, progress: Progress = silent) -> None:
+def require_evaluation_texts(
+    recipe: Recipe, source: Source, progress: Progress = silent, cache: Cache | None = None
+) -> None:
     """Read what the recipe's model will be evaluated on, so that a wrong name or a short text costs no work.
 
     Args:
         source: the recipe's model.
+        cache: keeps what was read for `evaluate_as_asked`; None: nothing is kept.
 
     Raises:
         UsageError: as `evaluate` does.
@@ -43,7 +46,7 @@ def require_evaluation_texts(recipe: Recipe, source: Source, progress: Progress 
     models = [source] if asked.baseline is None else [source, open_source(asked.baseline)]
     texts = [name for name in asked.perplexity if name != SELF]
     device = resolve_device(recipe.device)
-    windows_of(texts, models, asked.window, asked.max_windows, device, Cache(None), progress)
+    windows_of(texts, models, asked.window, asked.max_windows, device, cache or Cache(None), progress)
 
 
 def evaluate_as_asked(

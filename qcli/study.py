@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qcli.errors import ResourceError, UsageError
+from qcli.cache import Cache
+from qcli.errors import QcliError, ResourceError
 from qcli.progress import Progress, silent
+from qcli.recipe_sections import Eval
 from qcli.study_content import by_content, require_texts
-from qcli.study_grid import Run, Study
-from qcli.study_rows import Row, append, opened, read_rows
+from qcli.study_grid import Run, Study, too_many
+from qcli.study_rows import CACHE, Row, append, opened, read_rows
 from qcli.study_run import make_row
 
 Executor = Literal["local", "ray"]
+RETRY = "--retry tries them again"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Studied:
 
     Attributes:
         done, failed, kept: runs that ended well now, that failed now, and whose row was there.
+        failed_before: of those kept, the runs that had failed.
+        reason: why the first of all runs that failed did.
+        exit_code: 0 if a run has ended well, now or before; else that of most failures.
     """
 
     out: Path
@@ -39,6 +47,9 @@ class Studied:
     failed: int
     kept: int
     seconds: float
+    failed_before: int = 0
+    reason: str | None = None
+    exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -63,10 +74,11 @@ def run_study(
         retry: runs that failed before are tried again.
 
     Raises:
-        UsageError: a text that a recipe names is not there.
-        StateError: `out` is something else, of another version, damaged, or in use.
+        UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task;
+            nothing was run.
+        StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
         ResourceError: a process was killed; what the others have finished is kept.
-        UnsupportedError: Ray is not installed.
+        UnsupportedError: Ray is not installed, or lm-eval, which a recipe needs.
     """
     started, out = time.monotonic(), out.absolute()
     require_texts(study.runs)
@@ -75,20 +87,74 @@ def run_study(
         runs = by_content(study.runs)
         todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
         ended: list[Row] = []
+        require_tasks(todo)
+        _require_evaluation_texts(todo, Cache(out / CACHE), executor)
         progress("runs", 0, len(todo))
         for row in _rows(todo, out, workers, executor, address, progress):
             append(out, row)
             ended.append(row)
             told = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
-            progress("runs", len(ended), len(todo), f"{told}: {row['status']}")
+            progress("runs", len(ended), len(todo), f"{told}: {_ended(row)}")
+    rows = {**known, **{row["address"]: row for row in ended}}
+    failures = [row for row in (rows[run.address] for run in runs) if row["status"] == "failed"]
     failed = sum(row["status"] == "failed" for row in ended)
-    return Studied(out, len(ended) - failed, failed, len(runs) - len(todo), time.monotonic() - started)
+    codes = Counter(row["exit_code"] for row in failures) if len(failures) == len(runs) else Counter()
+    return Studied(
+        out,
+        done=len(ended) - failed,
+        failed=failed,
+        kept=len(runs) - len(todo),
+        seconds=time.monotonic() - started,
+        failed_before=len(failures) - failed,
+        reason=_first_line(failures[0]) if failures else None,
+        exit_code=codes.most_common(1)[0][0] if codes else 0,
+    )
+
+
+def require_tasks(runs: Iterable[Run]) -> None:
+    """Raise UsageError unless there are all tasks that the recipes name; UnsupportedError without lm-eval."""
+    from qcli.recipe_evaluation import asked_tasks  # torch
+
+    asked = {str(run.recipe.eval): run.recipe for run in runs}
+    for recipe in asked.values():
+        asked_tasks(recipe)
+
+
+def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
+    """Read every text once for each model and length, so that a short one costs no run."""
+    from qcli.models.source import open_source
+    from qcli.recipe_evaluation import require_evaluation_texts
+
+    asked = {}
+    for run in runs:
+        wanted = run.recipe.eval or Eval()
+        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows
+        asked[str((run.recipe.model, run.recipe.device, read))] = run.recipe
+    for recipe in asked.values():
+        here = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # nodes have the GPUs
+        require_evaluation_texts(here, open_source(recipe.model), cache=cache)
+
+
+def require_one_done(studied: Studied) -> None:
+    """Raise the error of most failures if no run of the study has ended well, now or before."""
+    if studied.exit_code:
+        error = QcliError(f"all {studied.failed + studied.failed_before} runs failed: {studied.reason}", hint=RETRY)
+        error.exit_code = studied.exit_code
+        raise error
 
 
 def require_size(study: Study, limit: int, agreed: bool) -> None:
     """Raise UsageError if there are more runs than anybody meant, unless they were agreed to."""
     if len(study.runs) > limit and not agreed:
-        raise UsageError(f"{study.source} has {len(study.runs)} runs", hint=f"--yes runs more than {limit}")
+        raise too_many(f"{study.source} has {len(study.runs)} runs", limit)
+
+
+def _ended(row: Row) -> str:
+    return f"failed: {_first_line(row)}" if row["status"] == "failed" else str(row["status"])
+
+
+def _first_line(row: Row) -> str:
+    return next(iter(str(row["error"]).splitlines()), "no reason given")
 
 
 def _rows(
@@ -108,7 +174,7 @@ def _rows(
 def _rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_use_threads, initargs=(threads,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(threads, os.getpid()))
     try:
         for future in as_completed([pool.submit(make_row, run, out) for run in runs]):
             yield future.result()
@@ -125,7 +191,15 @@ def _rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _use_threads(count: int) -> None:
+def _begin_worker(threads: int, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has: killed, it cannot tell its workers, who would go on with queued runs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

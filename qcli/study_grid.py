@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ from qcli.recipe import Recipe
 from qcli.recipe_draft import Draft
 from qcli.recipe_errors import unknown
 from qcli.recipe_loading import checked
-from qcli.yaml_places import KeyPath
+from qcli.yaml_places import KeyPath, dotted
 
 _SECTIONS = ("base", "names", "grid", "include", "exclude")
-_NOT_DECISIVE = {"device", "out", "resume", "pack"}
+_NOT_DECISIVE = {"device", "out", "resume", "pack"}  # and `eval.gates`
+_IGNORED: tuple[KeyPath, ...] = (("pack",), ("out",), ("eval", "gates"))
+_NO_PART = "{}: {}: pack, out and gates are no part of a study"
+_EXPANDED = 10  # times the limit: so many combinations, made recipes in half a second, may still come to few runs
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,21 @@ class Study:
     runs: list[Run]
 
 
-def load_study(path: Path, sets: Sequence[str] = ()) -> Study:
+def load_study(path: Path, sets: Sequence[str] = (), most: int | None = None) -> Study:
     """Read and expand a study.
 
     Args:
         sets: `a.b=c` texts, which change its base.
+        most: runs that nobody need agree to; None: any number was agreed to.
 
     Raises:
-        UsageError: everything that is wrong, a line each.
+        UsageError: everything that is wrong, a line each; or far more combinations than `most`.
     """
     draft = Draft()
     draft.add_file(path)
     sections = _Sections(draft)
+    if most is not None and sections.combinations() > _EXPANDED * most:
+        raise too_many(f"{path} has up to {sections.combinations()} combinations", most)
     axes = [*dict.fromkeys(axis for entry in (*sections.grids.values(), *sections.include) for axis in entry)]
     runs: dict[str, Run] = {}
     lines = list(sections.lines)
@@ -91,6 +98,11 @@ def load_study(path: Path, sets: Sequence[str] = ()) -> Study:
     if lines:
         raise UsageError("\n".join(dict.fromkeys(lines)))
     return Study(str(path), axes, list(runs.values()))
+
+
+def too_many(found: str, most: int) -> UsageError:
+    """More runs than anybody meant."""
+    return UsageError(found, hint=f"--yes runs more than {most}")
 
 
 class _Sections:
@@ -144,6 +156,10 @@ class _Sections:
         for number, entry in enumerate(self.include):
             yield dict(entry), {axis: self._place(("include", number, axis)) for axis in entry}
 
+    def combinations(self) -> int:
+        """How many points there are at most: nothing is left out or merged yet."""
+        return sum(prod(map(len, grid.values())) for grid in self.grids.values()) + len(self.include)
+
     def value(self, axis: str, value: Any) -> Any:
         """What a value of an axis means, which may be given by its name."""
         return self.names.get(axis, {}).get(value, value) if isinstance(value, str) else value
@@ -194,7 +210,22 @@ def _recipe(sections: _Sections, point: Mapping[str, Any], places: Mapping[str, 
         draft.add_set(text)
     for axis, value in point.items():
         draft.put(axis.split("."), deepcopy(sections.value(axis, value)), places[axis])
+    ignored = [_NO_PART.format(_origin(draft, path), dotted(path)) for path in _IGNORED if _given(draft.data, path)]
+    if ignored:
+        raise UsageError("\n".join(ignored))
     return checked(draft)
+
+
+def _given(data: Any, path: KeyPath) -> bool:
+    for key in path:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data is not None
+
+
+def _origin(draft: Draft, path: KeyPath) -> str | None:
+    """Where what is at `path`, or the first of what is in it, stands."""
+    known = draft.origins.by_path.items()
+    return next((place for at, place in known if at[: len(path)] == path), draft.origins.near(path))
 
 
 def _address(recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
     Raises:
         UnsupportedError: Ray is not installed.
         ResourceError: there is no cluster at `address`, or it is lost.
+        StateError: another process makes one of the runs.
     """
     if find_spec("ray") is None:
         raise UnsupportedError("Ray is not installed", hint="pip install ray")
@@ -39,23 +40,30 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
     _connect(address)
     try:
         make = ray.remote(max_retries=_TRIES - 1)(make_row)
-        has = ray.cluster_resources()
+        has, cpus = ray.cluster_resources(), _cpus_each(ray.nodes(), workers)
         waiting: dict[Any, Run] = {}
         queue = list(runs)
         while queue or waiting:
             while queue and len(waiting) < workers:
                 run = queue.pop(0)
                 gpus = 1 if has.get("GPU") and run.recipe.device != "cpu" else 0
-                cpus = max(1, int(has.get("CPU", 0)) // workers)
                 waiting[make.options(num_cpus=cpus, num_gpus=gpus).remote(run, out)] = run
             (ended,), _ = ray.wait(list(waiting), num_returns=1)
             run = waiting.pop(ended)
             try:
                 yield ray.get(ended)
+            except ray.exceptions.RayTaskError as error:  # what `make_row` raises is no row
+                raise error.cause from None
             except ray.exceptions.RayError as error:
                 yield headed(run) | failure(f"its worker died {_TRIES} times: {type(error).__name__}", 5)
     finally:
         ray.shutdown()
+
+
+def _cpus_each(nodes: Sequence[Mapping[str, Any]], workers: int) -> int:
+    """A run's share of the CPUs; a run that asked for more than the largest node has would wait for ever."""
+    found = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
+    return max(1, min(sum(found) // workers, max(found, default=0)))
 
 
 def _connect(address: str | None) -> None:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from qcli.errors import QcliError
+from qcli import shards
+from qcli.cache import Cache
+from qcli.errors import QcliError, StateError
 from qcli.progress import Progress, silent
 from qcli.study_grid import Run
 from qcli.study_rows import CACHE, RUNS, Row
 
 
 def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
-    """Make a run in the study's folder `out`; what goes wrong is in the row."""
+    """Make a run in the study's folder `out`; what goes wrong is in the row.
+
+    Raises:
+        StateError: another process makes it.
+        ResourceError: its folder cannot be made.
+    """
     from qcli.checkpoint import versions
 
     begun = time.time()
-    try:
-        found = _measured(run, out, progress)
-    except QcliError as error:
-        found = failure(error.message, error.exit_code) | {"hint": error.hint}
-    except Exception as error:  # a study goes on, whatever a run meets
-        found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
-    shutil.rmtree(out / RUNS / run.address, ignore_errors=True)
+    with _held(out / RUNS / run.address) as work:
+        try:
+            found = _measured(run, work, Cache(out / CACHE), progress)
+        except QcliError as error:
+            found = failure(error.message, error.exit_code) | {"hint": error.hint}
+        except Exception as error:  # a study goes on, whatever a run meets
+            found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
+        shutil.rmtree(work, ignore_errors=True)
     known = headed(run) | {"started": round(begun, 1)}
     return known | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
 
@@ -38,16 +49,29 @@ def failure(error: str, exit_code: int = 1) -> Row:
     return {"status": "failed", "error": error, "exit_code": exit_code}
 
 
-def _measured(run: Run, out: Path, progress: Progress) -> Row:
-    from qcli.cache import Cache
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """The folder, made if there is none, for this process alone: a worker of a study that was killed may be in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise shards.disk_problem(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another qcli is at work in {folder}", hint="wait for it") from None
+        yield folder
+
+
+def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
     from qcli.checkpoint import read_manifest
     from qcli.distill import distill
     from qcli.quantize import quantize
     from qcli.recipe_evaluation import asked_tasks, evaluate_as_asked
 
-    recipe, work, cache = run.recipe, out / RUNS / run.address, Cache(out / CACHE)
-    work.mkdir(parents=True, exist_ok=True)
-    final = work / "quantized"
+    recipe, final = run.recipe, work / "quantized"
     if not final.exists():
         quantize(recipe.model_copy(update={"out": str(final)}), progress, cache)
     story = read_manifest(final)

@@ -90,9 +90,21 @@ def test_sets_change_the_base_and_axes_win(tmp_path: Path) -> None:
         load_study(file, ["modle=x"])
 
 
+def test_far_too_many_combinations_are_told_before_they_are_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("base: {model: m}\ngrid: {method.bits: [2, 3, 4], seed: [1, 2, 3, 4]}\ninclude: [{seed: 5}]")
+    assert len(load_study(file, (), 2).runs) == 13, "few enough to count after all"
+    monkeypatch.setattr("qcli.study_grid.checked", None)
+    with pytest.raises(UsageError, match=r"study\.yaml has up to 13 combinations") as caught:
+        load_study(file, (), 1)
+    assert caught.value.hint == "--yes runs more than 1"
+
+
 def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
     first = study(tmp_path, "base: {model: a, eval: {perplexity: [x]}}")
-    same = study(tmp_path, "base: {model: a, out: elsewhere, device: cpu, eval: {perplexity: [x], gates: {max_kl: 1}}}")
+    same = study(tmp_path, "base: {model: a, device: cpu, eval: {perplexity: [x]}}")
     other = study(tmp_path, "base: {model: a, eval: {perplexity: [y]}}")
     assert len(first.runs) == 1
     assert first.runs[0].address == same.runs[0].address != other.runs[0].address
@@ -112,6 +124,10 @@ def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
         ("base: {model: m}\nexclude: [{method.bits: 3}]", r"study\.yaml:2:11: leaves nothing out"),
         ("base: {model: m}\ninclude: [3]", r"include\.0: must be a mapping of axes"),
         ("grid: {method.bits: [3]}", "model: required"),
+        ("base: {model: m}\ngrid: {pack.format: [gguf]}", r"study\.yaml:2:22: pack: pack, out and gates are no part"),
+        ("base: {model: m}\ninclude: [{out: a}]", r"study\.yaml:2:12: out: pack, out and gates are no part"),
+        ("base: {model: m, pack: {format: gguf}}", r"study\.yaml:1:18: pack: pack, out and gates are no part"),
+        ("base: {model: m, eval: {gates: {max_kl: 1}}}", r"study\.yaml:1:25: eval\.gates: pack, out and gates are no"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path: Path) -> None:

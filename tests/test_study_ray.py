@@ -13,6 +13,7 @@ from pathlib import Path
 from qcli.study import run_study
 from qcli.study_content import by_content
 from qcli.study_grid import load_study
+from qcli.study_ray import _cpus_each
 from qcli.study_rows import read_rows
 from tests.tiny import tiny_model
 
@@ -69,3 +70,9 @@ def test_runs_of_killed_workers_are_taken_up_by_others(tmp_path: Path) -> None:
     assert (result.done, result.failed) == (2, 0)
     assert {row["address"] for row in read_rows(out)} == {run.address for run in by_content(study.runs)}
     assert not any((out / "runs").iterdir())
+
+
+def test_no_run_asks_for_more_cpus_than_a_node_has() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}]
+    nodes += [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    assert [_cpus_each(nodes, workers) for workers in (1, 2, 3, 100)] == [8, 6, 4, 1]

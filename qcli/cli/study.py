@@ -52,15 +52,15 @@ def run(
     """Run what is missing of a study.
 
     Rows are appended to DIR/results.jsonl as runs end. Interrupted or extended, the same command goes on; runs that
-    fail are rows too.
+    fail are rows too, and only where all have failed is the exit code theirs.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.study import require_size, run_study
+        from qcli.study import require_one_done, require_size, run_study
         from qcli.study_grid import load_study
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
-        found = load_study(study, set_ or ())
+        found = load_study(study, set_ or (), None if yes or dry_run else MOST)
         if dry_run:
             session.result(_costs(found), show_costs)
             return
@@ -77,6 +77,7 @@ def run(
             progress=session.progress,
         )
         session.result(result.to_json(), show_studied)
+        require_one_done(result)
 
 
 @app.command("report")
@@ -101,10 +102,13 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
 
 def _costs(study: Any) -> dict[str, Any]:
     from qcli.plan import plan
+    from qcli.study import require_tasks
     from qcli.study_content import require_texts
 
     rows = []
     require_texts(study.runs)
+    if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
+        require_tasks(study.runs)
     for each in study.runs:
         todo = plan(each.recipe)
         bits, needed = todo.bits_per_weight, todo.peak_memory
@@ -129,12 +133,15 @@ def show_costs(tables: Tables, found: dict[str, Any]) -> None:
 
 def show_studied(tables: Tables, found: dict[str, Any]) -> None:
     """How many rows there are."""
+    from qcli.study import RETRY
+
     tables.pairs(
         {
             "rows": found["out"] + "/results.jsonl",
             "done": found["done"],
             "there before": found["kept"] or None,
-            "failed": f"{found['failed']}; --retry tries them again" if found["failed"] else None,
+            "failed": f"{found['failed']}; {RETRY}" if found["failed"] else None,
+            "failed before": f"{found['failed_before']}; {RETRY}" if found["failed_before"] else None,
             "time": duration(found["seconds"]),
         }
     )

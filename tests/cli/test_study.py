@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qcli import study as module
+from qcli.study_content import by_content
+from qcli.study_grid import load_study
 from qcli.study_rows import VERSION, read_rows
 from tests.cli.conftest import Invoke
 
@@ -48,6 +54,7 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     code, stdout, err = invoke("study", study, "--out", out, "--json")
     assert code == 0, err
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
+    assert f"failed: {tmp_path / 'short.txt'}: too short for calibration" in err
     done = rows(out)
     assert [row["status"] for row in done] == ["done", "done", "failed"]
     assert "short.txt: too short for calibration" in str(done[2]["error"]) and done[2]["exit_code"] == 2
@@ -55,6 +62,8 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert not any((out / "runs").iterdir())
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
+    code, stdout, _ = invoke("study", study, "--out", out)
+    assert code == 0 and re.search("failed before +1; --retry", stdout)
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
     study.write_text(study.read_text().replace(str(tmp_path / "short.txt"), str(text)))
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
@@ -69,6 +78,17 @@ def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: 
         assert (code, stdout) == (2, "")
         assert f"error: {tmp_path / 'short.txt'}: no such file" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    short = f"eval.perplexity=[{tmp_path / 'short.txt'}]"
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--set", short)
+    assert (code, stdout) == (2, "") and f"error: {tmp_path / 'short.txt'}: too short" in err
+    pytest.importorskip("lm_eval")
+    for flags in (("--dry-run",), ("--out", tmp_path / "out")):
+        code, stdout, err = invoke("study", study, *flags, "--set", "eval.tasks=[arc_esy]")
+        assert (code, stdout) == (2, "") and "arc_esy" in err and "arc_easy" in err
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 @pytest.mark.parametrize("changed", ["text", "model"])
@@ -128,8 +148,11 @@ def test_any_error_of_a_run_is_a_row(
         raise KeyError("no such thing")
 
     monkeypatch.setattr("qcli.quantize.quantize", broken)
-    code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json")
-    assert (code, json.loads(stdout)["failed"]) == (0, 3)
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--json")
+    assert (code, json.loads(stdout)["failed"]) == (1, 3)
+    assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out")
+    assert code == 1 and "all 3 runs failed" in err, "those of before count"
     assert {row["error"] for row in rows(tmp_path / "out")} == {"KeyError: 'no such thing'"}
     monkeypatch.undo()
     code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json", "--retry")
@@ -147,6 +170,44 @@ def test_killed_processes_are_one_line(
 
 def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+ORPHANS = """
+import time
+from pathlib import Path
+from qcli import study
+
+def make_row(run, out):
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    study.make_row = make_row
+    next(study._rows_from_processes([None, None], Path(), 1))
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
+    parent.kill()
+    assert parent.communicate(timeout=60) == ("", None), "nobody holds the pipe any more, and no other run was begun"
+
+
+def test_a_run_that_another_process_makes_ends_the_study(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = out / "runs" / by_content(load_study(study).runs)[1].address
+    folder.mkdir(parents=True)
+    (out / "study.json").write_text('{"version": 1}')
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = invoke("study", study, "--out", out)
+        assert code == 3 and f"error: another qcli is at work in {folder}" in err
+        assert folder.exists() and len(rows(out)) == 1, "the first run has its row"
+    code, stdout, _ = invoke("study", study, "--out", out, "--json")
+    assert (code, json.loads(stdout)["done"], len(rows(out))) == (0, 1, 3)
 
 
 def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> None:
