@@ -87,6 +87,7 @@ def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
     return {
         "status": "done",
         **found.to_json(),
+        "model": recipe.model,  # and not the folder of what was made of it, which is gone
         "fallbacks": {layer["name"]: layer["fallbacks"] for layer in story["layers"] if layer["fallbacks"]},
         "peak_memory": story["peak_memory"],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
