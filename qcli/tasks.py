@@ -118,7 +118,7 @@ class Tasks:
         Raises:
             UsageError: a task's data cannot be loaded, its templates do not fit its data, or it gives no number.
         """
-        from datasets.exceptions import DatasetsError
+        from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
         from jinja2 import TemplateError
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -127,7 +127,7 @@ class Tasks:
         progress(f"tasks of {model}", 0, len(names))
         loaded, tokenizer = _load(model, device, dtype)
         wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=8)
-        results = {}
+        results: dict[str, TaskResult] = {}
         for done, name in enumerate(names):  # one by one: lm-eval's errors do not name the task
             try:
                 found = simple_evaluate(

@@ -13,8 +13,8 @@ from qcli.study_findings import against_each_other, best_within, findings, gains
 from qcli.study_report import write_report
 
 
-def row(bits: float, kl: float | None, perplexity: float | None, windows: int = 4, **point: Any) -> dict[str, Any]:
-    score = {"value": perplexity, "windows": windows, "window": 32, "sha256": f"{windows}"}
+def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -> dict[str, Any]:
+    score = {"value": perplexity, "windows": 4, "window": 32, "sha256": "4"}
     return {
         "address": f"{point}",
         "status": "done",
@@ -28,6 +28,11 @@ def row(bits: float, kl: float | None, perplexity: float | None, windows: int = 
         "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
         "seconds": {"quantize": 3.0},
     }
+
+
+def on_two_windows(row: dict[str, Any]) -> dict[str, Any]:
+    texts = {text: score | {"windows": 2, "sha256": "2"} for text, score in row["perplexity"].items()}
+    return row | {"perplexity": texts}
 
 
 ROWS = [
@@ -100,8 +105,8 @@ def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
 
 def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"version": 1}')
-    rows = [ROWS[0], row(4.0, 0.05, 11.0, windows=2, method={"name": "lcq<b>", "bits": 4})]
-    rows += [row(4.0, 0.2, 11.0, windows=2, method={"name": "rtn", "bits": 4})]
+    others = [row(4.0, 0.05, 11.0, method={"name": "lcq<b>"}), row(4.0, 0.2, 11.0, method={"name": "rtn"})]
+    rows = [ROWS[0], *map(on_two_windows, others)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     html, markdown, *recipes = write_report(tmp_path)
     text = markdown.read_text()
