@@ -74,10 +74,11 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
 
 
 def _number(axis: Axis) -> None:
-    """Tick a logarithmic axis at 1, 2 and 5, in figures for people."""
+    """Tick a logarithmic axis in figures for people: at 1, 2 and 5 where there is room."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
