@@ -144,6 +144,7 @@ def compare(
                     baseline_tasks=baseline_tasks,
                     blocks=None,
                     bits_per_weight=source.bits_per_weight(),
+                    linear_bits_per_weight=source.linear_bits_per_weight(),
                     model_bits_per_weight=source.model_bits_per_weight(),
                     bytes=source.bytes(),
                     device=str(where),

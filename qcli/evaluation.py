@@ -56,7 +56,8 @@ class Evaluation:
         scores: by data set, as the user named it.
         tasks, baseline_tasks: by name; both models answer the same questions.
         blocks: errors by block and layer on the first text, where asked for.
-        bits_per_weight: stored bits per weight of the quantizable layers, tables included.
+        bits_per_weight: stored bits per weight of the quantized layers, tables included.
+        linear_bits_per_weight: the same of all quantizable layers, those that stay dense included.
         model_bits_per_weight: the same of the whole model.
         bytes: of the files that hold the weights.
     """
@@ -68,6 +69,7 @@ class Evaluation:
     baseline_tasks: dict[str, TaskResult]
     blocks: list[BlockErrors] | None
     bits_per_weight: float
+    linear_bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
     device: str
@@ -108,6 +110,7 @@ class Evaluation:
             "tasks": {name: self._task(name) for name in self.tasks},
             "blocks": None if self.blocks is None else [asdict(block) for block in self.blocks],
             "bits_per_weight": self.bits_per_weight,
+            "linear_bits_per_weight": self.linear_bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
             "device": self.device,

@@ -20,7 +20,7 @@ class Finding:
         label: its values on the axes, in words.
         protocol: what it was scored on, in words; runs of another protocol cannot be compared.
         texts: hashes of the windows of each text.
-        bits: stored bits per weight of the quantized layers.
+        bits: stored bits per weight of all quantizable layers: what a run leaves dense makes it no smaller.
         kl: nats per token; None: not finite.
         perplexity, increase: means over texts, and over the baseline's; None: not finite.
     """
@@ -116,7 +116,7 @@ def _finding(row: Row) -> Finding:
             for text, score in row["perplexity"].items()
         ),
         texts=tuple(score["sha256"] for score in row["perplexity"].values()),
-        bits=row["bits_per_weight"],
+        bits=row.get("linear_bits_per_weight", row["bits_per_weight"]),  # rows of earlier versions have none
         kl=row["kl"],
         perplexity=mean,
         increase=None if mean is None else mean - sum(before) / len(before),

@@ -19,6 +19,7 @@ from qcli.calibrate import calibrate
 from qcli.errors import ResourceError, UsageError, VerificationError
 from qcli.evaluate import compare, evaluate
 from qcli.evaluation import Evaluation, Score
+from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantize import quantize
 from qcli.recipe_loading import load_recipe
@@ -118,7 +119,7 @@ def test_without_a_baseline_only_perplexity(tmp_path: Path, text: str) -> None:
     assert found["kl"] is found["worst_window_kl"] is found["top1_agreement"] is found["baseline"] is None
     assert found["perplexity"][text]["window"] == 256  # the model's context
     assert found["perplexity"][text]["windows"] == 2
-    assert found["bits_per_weight"] == found["model_bits_per_weight"] == 32
+    assert found["bits_per_weight"] == found["linear_bits_per_weight"] == found["model_bits_per_weight"] == 32
     assert found["bytes"] == (model / "model.safetensors").stat().st_size
     assert (found["device"], found["dtype"]) == ("cpu", "float32")
     assert set(found["versions"]) == {"qcli", "torch", "transformers"}
@@ -242,6 +243,20 @@ def test_a_different_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
         evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
 
 
+def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
+    model = tiny_model("llama", tmp_path)
+    dense = [{"match": "*.mlp.*", "dense": True}]
+    flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
+    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    found = evaluate(str(tmp_path / "out"), data=[text], window=32, max_windows=1, device="cpu")
+    shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
+    left = sum(size for name, size in shapes.items() if ".mlp." in name)
+    quantized = sum(shapes.values()) - left
+    assert found.bits_per_weight < 3
+    expected = (found.bits_per_weight * quantized + 32 * left) / sum(shapes.values())
+    assert found.linear_bits_per_weight == pytest.approx(expected)
+
+
 def test_a_different_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
     model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, vocab_size=VOCAB + 8)
     with pytest.raises(UsageError, match="vocabularies of 320 and 328"):
@@ -266,7 +281,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
     score = Score(math.inf, math.inf, 0, math.inf, 0.5, math.inf, 1, 8, "")
-    found = Evaluation("m", "b", {"a": score}, {}, {}, None, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    found = Evaluation("m", "b", {"a": score}, {}, {}, None, 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is found["baseline"]["perplexity"]["a"] is None
     assert found["kl"] is found["worst_window_kl"] is found["perplexity"]["a"]["worst_window_kl"] is None
     json.dumps(found, allow_nan=False)

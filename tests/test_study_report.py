@@ -51,6 +51,8 @@ def test_classes_front_gains_and_budgets() -> None:
     assert [each.label for each in found[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
     assert found[0].increase == pytest.approx(0.05)
     assert [each.bits for each in pareto(found)] == [3.0, 4.0, 4.2]
+    mostly_dense = row(2.5, 0.1, 11.0, method={"name": "rtn"}) | {"linear_bits_per_weight": 29.5}
+    assert findings([mostly_dense])[0].bits == 29.5
     point = {"method": "GPTQ", "method.zero_point": "float", "method.name": "rtn", "refine": None}
     assert findings([row(4.0, 0.1, 11.0, **point)])[0].label == "GPTQ, zero_point float, rtn"
     pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]

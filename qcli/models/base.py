@@ -121,6 +121,10 @@ class Source:
 
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
+        return self.linear_bits_per_weight()
+
+    def linear_bits_per_weight(self) -> float:
+        """Stored bits per weight of all linear layers of the blocks, also of those that stay dense."""
         return self._bits(f"{linear.name}.weight" for linear in self.linears())
 
     def model_bits_per_weight(self) -> float:
