@@ -44,6 +44,15 @@ class Stages:
         if described:
             raise StateError(
                 f"{result} was made with other settings: {described}",
-                hint=f"choose another --out, or remove {result}",
+                hint=f"choose another --out, or remove {', '.join(self._made_of(name))}",
             )
         return True
+
+    def _made_of(self, name: str) -> list[str]:
+        """This result and those of later stages, as far as they exist."""
+        names = [name, *(other for other in self._after(name) if (self.folder / other).exists())]
+        return [str(self.folder / other) for other in names]
+
+    def _after(self, name: str) -> list[str]:
+        names = [*self.record]  # in the order in which stages began
+        return names[names.index(name) + 1 :] if name in names else []

@@ -105,6 +105,9 @@ def test_other_settings_conflict_with_what_is_there(
     code, stdout, err = invoke("run", recipe, "--out", out, "--set", change)
     assert (code, stdout) == (3, "")
     assert f"error: {out / result} was made with other settings: {difference}" in err
+    stale = {"quantized": ("quantized", "eval.json", "packed"), "eval.json": ("eval.json", "packed")}
+    removed = ", ".join(str(out / name) for name in stale.get(result, (result,)))
+    assert err.splitlines()[-1] == f"hint: choose another --out, or remove {removed}"
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
