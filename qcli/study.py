@@ -78,7 +78,7 @@ def run_study(
             nothing was run.
         StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
         ResourceError: a process was killed; what the others have finished is kept.
-        UnsupportedError: Ray is not installed, or lm-eval, which a recipe needs.
+        UnsupportedError: Ray is not installed.
     """
     started, out = time.monotonic(), out.absolute()
     require_texts(study.runs)
@@ -112,7 +112,7 @@ def run_study(
 
 
 def require_tasks(runs: Iterable[Run]) -> None:
-    """Raise UsageError unless there are all tasks that the recipes name; UnsupportedError without lm-eval."""
+    """Raise UsageError unless there are all tasks that the recipes name."""
     from qcli.recipe_evaluation import asked_tasks  # torch
 
     asked = {str(run.recipe.eval): run.recipe for run in runs}
