@@ -28,6 +28,7 @@ from qcli.progress import Progress
 from qcli.quantize import Result, identity_of, quantize, shared_tokens
 from qcli.recipe import Recipe
 from qcli.recipe_errors import Issue
+from qcli.recipe_sections import Calibration
 from qcli.run_folder import RunFolder
 from qcli.sensitivity import Losses, sensitivities
 from qcli.solvers.knapsack import cheapest_loss
@@ -53,19 +54,21 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
     started, out = time.monotonic(), Path(recipe.out)
     source = open_source(recipe.model)
     found = choices(recipe, source.linears())
-    held_out = _require_samples(recipe)
+    judges = _require_samples(recipe)
+    fitted = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - judges})
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     with RunFolder(out, identity_of(recipe, source, device), recipe.resume) as run:
-        tokens = shared_tokens(recipe, source, device, cache, progress)
-        learnt = tokens[: max(1, min(len(tokens) - held_out, _LEARNT_TOKENS // tokens.shape[1]))]
+        shorter = recipe.model_copy(update={"calibration": fitted})
+        tokens = shared_tokens(shorter, source, device, cache, progress, judges)
+        learnt = tokens[: max(1, min(fitted.samples, _LEARNT_TOKENS // tokens.shape[1]))]
         with matmul_precision(fast=False):
             stream = ModelStream(source, device=device, dtype=dtype)
             losses = sensitivities(found, stream, learnt, _kept(run), progress)
             del stream
-        trials = _trials(found, losses, len(tokens) - held_out)
+        trials = _trials(found, losses, fitted)
         folder = run.path / "trials"
         (folder / _HELD_OUT).mkdir(parents=True, exist_ok=True)
-        shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": tokens[-held_out:].clone()})
+        shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": tokens[-judges:].clone()})
         for name, trial in trials.items():
             if not (folder / name).exists():
                 quantize(trial.recipe.model_copy(update={"out": str(folder / name), "resume": "auto"}), progress, cache)
@@ -90,7 +93,7 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
                 }
                 for name, trial in trials.items()
             },
-            "held_out_samples": held_out,
+            "held_out_samples": judges,
             "sensitivity": {
                 name: {_label(found, option): loss if isfinite(loss) else None for option, loss in enumerate(row)}
                 for name, row in losses.items()
@@ -136,7 +139,7 @@ def _kept(run: RunFolder) -> Callable[[int, Callable[[], Losses]], Losses]:
     return kept
 
 
-def _trials(found: Choices, losses: Losses, samples: int) -> dict[str, _Trial]:
+def _trials(found: Choices, losses: Losses, fitted: Calibration) -> dict[str, _Trial]:
     """The allocation of least predicted loss, and the uniform recipe of least, where there is one."""
     names = [layer.name for layer in found.layers]
     costs = [[bits or 0 for bits in found.stored[name]] for name in names]
@@ -150,9 +153,8 @@ def _trials(found: Choices, losses: Losses, samples: int) -> dict[str, _Trial]:
 
     def trial(chosen: Mapping[str, int]) -> _Trial:
         recipe = found.resolved(chosen)
-        less = recipe.calibration.model_copy(update={"samples": samples})
         predicted = sum(losses[name][option] for name, option in chosen.items())
-        return _Trial(recipe.model_copy(update={"calibration": less}), predicted, found.bits_per_weight(chosen))
+        return _Trial(recipe.model_copy(update={"calibration": fitted}), predicted, found.bits_per_weight(chosen))
 
     return {name: trial(chosen) for name, chosen in wanted.items()}
 

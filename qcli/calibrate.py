@@ -93,6 +93,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
         samples=wanted.samples,
         seq_len=wanted.seq_len,
         seed=recipe.seed,
+        held_out=wanted.held_out,
         device=device,
         progress=progress,
     )

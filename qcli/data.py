@@ -53,6 +53,8 @@ def calibration_tokens(
     samples: int,
     seq_len: int,
     seed: int,
+    held_out: int = 0,
+    judges: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Tokens:
@@ -60,8 +62,10 @@ def calibration_tokens(
 
     Args:
         data: `wikitext2`, `c4` or `ptb` (training part); a .txt, .jsonl or .parquet file; `self`; or a folder
-            written by `qcli calibrate`, whose windows are taken as they are, whatever `samples` and `seq_len`.
+            written by `qcli calibrate`, whose windows are taken as they are, whatever else is asked for.
         source: the model: its tokenizer, its longest context and, for `self`, its weights.
+        held_out: so many of `samples`, the last ones, share no token with those before.
+        judges: so many windows more, behind `samples`, share no token with any of these.
         device: where `self` samples.
 
     Raises:
@@ -74,7 +78,7 @@ def calibration_tokens(
     if data == SELF:
         from qcli.self_text import sample
 
-        return Tokens(sample(source, samples, seq_len, f"calibration:{seed}", device, progress), SELF)
+        return Tokens(sample(source, samples + judges, seq_len, f"calibration:{seed}", device, progress), SELF)
     ids = _encode(source.tokenizer(), read_text(data, calibration=True))
     if len(ids) <= seq_len:
         raise UsageError(
@@ -83,6 +87,17 @@ def calibration_tokens(
         )
     generator = random.Random(seed)
     offsets = [generator.randrange(0, len(ids) - seq_len) for _ in range(samples)]
+    try:
+        if 0 < held_out < samples:
+            held = offsets[-held_out:]
+            offsets = _apart(offsets[:-held_out], held, len(ids), seq_len, generator) + held
+        extra = [generator.randrange(0, len(ids) - seq_len) for _ in range(judges)]
+        offsets += _apart(extra, offsets, len(ids), seq_len, generator)
+    except IndexError:
+        raise UsageError(
+            f"{data}: too short for samples held out: every window of {seq_len} tokens shares some of its {len(ids)}",
+            hint="use more text, fewer --samples, or a smaller --seq-len",
+        ) from None
     return Tokens(torch.stack([ids[offset : offset + seq_len] for offset in offsets]), data)
 
 
@@ -155,6 +170,17 @@ def require_training(found: Tokens, held_out: int) -> None:
             f"{found.source} has {len(found.ids)} samples: {held_out} are held out and none is left to train on",
             hint="use more text, or more --samples",
         )
+
+
+def _apart(offsets: list[int], fixed: list[int], length: int, window: int, generator: random.Random) -> list[int]:
+    """Offsets of windows, drawn anew where the window shares a token with one of `fixed`; IndexError if all do."""
+    taken = torch.zeros(length - window, dtype=torch.bool)
+    for offset in fixed:
+        taken[max(0, offset - window + 1) : offset + window] = True
+    if not taken[offsets].any():
+        return offsets
+    free = torch.nonzero(~taken).flatten()
+    return [int(generator.choice(free)) if taken[offset] else offset for offset in offsets]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

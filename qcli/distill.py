@@ -182,6 +182,7 @@ def lesson_tokens(
         samples=wanted.samples,
         seq_len=wanted.seq_len,
         seed=recipe.seed,
+        held_out=wanted.held_out,
         device=device,
         progress=progress,
     )

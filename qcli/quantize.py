@@ -216,10 +216,19 @@ def _tokens(todo: Plan, run: RunFolder, device: torch.device, cache: Cache, prog
 
 
 def shared_tokens(
-    recipe: Recipe, source: Source, device: torch.device, cache: Cache, progress: Progress = silent
+    recipe: Recipe,
+    source: Source,
+    device: torch.device,
+    cache: Cache,
+    progress: Progress = silent,
+    judges: int = 0,
 ) -> Tensor:
-    """The recipe's calibration tokens, int64 `[samples, length]`; the cache keeps those that must be made first."""
+    """The recipe's calibration tokens, int64 `[samples + judges, length]`; the cache keeps those made before.
+
+    See `qcli.data.calibration_tokens`.
+    """
     settings = recipe.calibration
+    held_out = settings.held_out if recipe.trained else 0
 
     def make() -> dict[str, Tensor]:
         tokens = calibration_tokens(
@@ -228,6 +237,8 @@ def shared_tokens(
             samples=settings.samples,
             seq_len=settings.seq_len,
             seed=recipe.seed,
+            held_out=held_out,
+            judges=judges,
             device=str(device),
             progress=progress,
         )
@@ -236,7 +247,7 @@ def shared_tokens(
     if cache.folder is None or is_folder(settings.data):
         return make()["ids"]
     key = {
-        "calibration": [settings.samples, settings.seq_len, recipe.seed],
+        "calibration": [settings.samples, settings.seq_len, recipe.seed, held_out, judges],
         "device": device.type,
         **content_key(settings.data, source),
         **checkpoint.versions(),

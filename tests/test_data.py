@@ -66,6 +66,37 @@ def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Calla
     assert tokens.sha256 != calibration_tokens(data, source, samples=5, seq_len=32, seed=4).sha256
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_and_judging_windows_share_no_token_with_others(
+    source: Source, file: Callable[[str, str], str], seed: int
+) -> None:
+    text = "".join(random.Random(5).choices("abcdefghijklmnop", k=4000))  # no window of it occurs twice
+    ids, data = ids_of(source, text), file("a.txt", text)
+
+    def offsets(**options: int) -> list[int]:
+        tokens = calibration_tokens(data, source, samples=40, seq_len=32, seed=seed, **options).ids
+        return [int(torch.nonzero((ids.unfold(0, 32, 1) == window).all(1)).item()) for window in tokens]
+
+    drawn, held, judged = offsets(), offsets(held_out=6), offsets(held_out=6, judges=4)
+    assert held[-6:] == drawn[-6:] and judged[:40] == held
+    assert all(abs(one - other) >= 32 for one in held[:-6] for other in held[-6:])
+    assert all(abs(one - other) >= 32 for one in judged[:40] for other in judged[40:])
+    kept = [all(abs(offset - other) >= 32 for other in drawn[-6:]) for offset in drawn[:-6]]
+    assert 0 < sum(kept) < 34
+    assert [offset for offset, keep in zip(held, kept, strict=False) if keep] == [
+        offset for offset, keep in zip(drawn, kept, strict=False) if keep
+    ]
+
+
+def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Callable[[str, str], str]) -> None:
+    text = TEXT[:60]
+    data, length = file("a.txt", text), len(ids_of(source, text)) - 2
+    assert calibration_tokens(data, source, samples=4, seq_len=length, seed=0).ids.shape == (4, length)
+    for options in ({"held_out": 1}, {"judges": 1}):
+        message = problem(calibration_tokens, data, source, samples=4, seq_len=length, seed=0, **options)
+        assert "too short for samples held out" in message and str(length + 2) in message
+
+
 def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:
     data, ids = file("a.txt", TEXT), ids_of(source, TEXT)
     tokens = evaluation_tokens(data, source, window=100)
