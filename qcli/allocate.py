@@ -142,9 +142,14 @@ def _kept(run: RunFolder) -> Callable[[int, Callable[[], Losses]], Losses]:
 def _trials(found: Choices, losses: Losses, fitted: Calibration) -> dict[str, _Trial]:
     """The allocation of least predicted loss, and the uniform recipe of least, where there is one."""
     names = [layer.name for layer in found.layers]
-    costs = [[bits or 0 for bits in found.stored[name]] for name in names]
-    picked = cheapest_loss([losses[name] for name in names], costs, found.budget)
-    wanted: dict[str, Mapping[str, int]] = {"allocation": dict(zip(names, picked, strict=True))}
+    costs = {name: [bits or 0 for bits in found.stored[name]] for name in names}
+    picked = cheapest_loss(
+        [[sum(each) for each in zip(*(losses[name] for name in unit), strict=True)] for unit in found.units],
+        [[sum(each) for each in zip(*(costs[name] for name in unit), strict=True)] for unit in found.units],
+        found.budget,
+    )
+    chosen = {name: option for unit, option in zip(found.units, picked, strict=True) for name in unit}
+    wanted: dict[str, Mapping[str, int]] = {"allocation": chosen}
     if alike := found.uniform():
         best = min(alike, key=lambda option: sum(losses[name][option] for name in names))
         wanted["uniform"] = dict.fromkeys(names, best)

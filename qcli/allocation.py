@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcli.method import Method
+from qcli.models.arch import fused
 from qcli.plugins import build_method, named_fields
 from qcli.recipe_errors import Issue
 
@@ -96,6 +97,11 @@ class Choices:
     def bits_per_weight(self, chosen: Mapping[str, int]) -> float:
         """Of all quantized layers, tables included, with these options."""
         return (self.fixed + sum(self.stored[name][option] or 0 for name, option in chosen.items())) / self.weights
+
+    @cached_property
+    def units(self) -> list[list[str]]:
+        """Names of the layers that get one option: what engines compute as one has one format."""
+        return [[layer.name for layer in layers] for layers in fused(self.layers)]
 
     def uniform(self) -> list[int]:
         """Options that every layer can have and that keep within the target, the smallest first."""
@@ -184,6 +190,19 @@ def uniform(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
         for name, stored in found.stored.items()
     }
     return found.resolved(smallest)
+
+
+def mixed(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
+    """A recipe with every option that might be chosen in it: a layout that holds it holds any choice.
+
+    Raises:
+        UsageError: as `choices`.
+    """
+    found, chosen = choices(recipe, layers), {}
+    for number, unit in enumerate(found.units):
+        fitting = [option for option, bits in enumerate(found.stored[unit[0]]) if bits is not None]
+        chosen |= dict.fromkeys(unit, fitting[number % len(fitting)])
+    return found.resolved(chosen)
 
 
 def _options(recipe: Recipe) -> list[Method]:

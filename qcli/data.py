@@ -6,6 +6,7 @@ No window starts with a beginning-of-text token: windows lie anywhere in a text,
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from qcli.models.source import Source
 
+CALIBRATION = "calibration.json"  # of a folder of `qcli calibrate`: what it was made of
 _SELF_WINDOWS = 32  # evaluation windows to sample where no number is asked for
 
 
@@ -152,11 +154,22 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def text_sha256(data: str) -> str | None:
+    """Of the local file that a text is, or that a folder of `qcli calibrate` was cut from; None: there is none."""
+    if is_folder(data):
+        try:
+            found: str | None = json.loads((Path(data) / CALIBRATION).read_bytes()).get("text_sha256")
+        except (OSError, ValueError, AttributeError):
+            return None  # such a folder is its tokens; what tells of them may be gone
+        return found
+    return shards.sha256(Path(data)) if Path(data).is_file() else None
+
+
 def content_key(data: str, source: Source) -> dict[str, Any]:
     """What decides the tokens of a text, besides their windows: its content, and who reads or writes it."""
     return {
         "data": data,
-        "text": shards.sha256(Path(data)) if Path(data).is_file() else None,
+        "text": text_sha256(data),
         "tokenizer": source.tokenizer_content(),
         "writer": source.content() if data == SELF else None,
         "context": context_length(source.config),

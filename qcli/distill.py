@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcli import checkpoint, run_folder, shards
 from qcli.compute import has_fast_matmul, matmul_precision, own_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, require_training
+from qcli.data import Tokens, calibration_tokens, require_training, text_sha256
 from qcli.distill_blocks import distill_blocks
 from qcli.distill_model import distill_model
 from qcli.distill_plan import intend, pair
@@ -220,6 +220,7 @@ def _write(
     distilled = {
         "teacher": recipe.model,
         "text": recipe.distill_text.model_dump(mode="json"),
+        "text_sha256": text_sha256(recipe.distill_text.data),
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": recipe.seed,
         "measure": result.measure,

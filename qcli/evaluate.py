@@ -16,7 +16,7 @@ from torch import Tensor
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, content_key, context_length, evaluation_tokens
+from qcli.data import Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, text_sha256
 from qcli.errors import ResourceError, UsageError
 from qcli.evaluation import Evaluation
 from qcli.layer_errors import layer_errors
@@ -112,6 +112,7 @@ def compare(
     if layers and reference is not None:
         _require_same_layers(sources, reference)
     none, kept = Cache(None), cache or Cache(None)
+    texts = {name: text_sha256(name) for name in data}
     sets = windows_of(data, everything, window, max_windows, where, kept, progress)
     _check_memory(sets, sources, reference, precision)
 
@@ -143,6 +144,7 @@ def compare(
                     tasks={},
                     baseline_tasks=baseline_tasks,
                     blocks=None,
+                    fitted_to=_fitted_to(source, texts),
                     bits_per_weight=source.bits_per_weight(),
                     linear_bits_per_weight=source.linear_bits_per_weight(),
                     model_bits_per_weight=source.model_bits_per_weight(),
@@ -204,6 +206,16 @@ def _refuse_seen(folder: str, source: Source) -> None:
             f"{source.path} was {how} on {folder}: it must be evaluated on other text",
             hint="for another folder: qcli calibrate --seed 1",
         )
+
+
+def _fitted_to(source: Source, texts: Mapping[str, str | None]) -> list[str]:
+    """Those of the texts, hashes by name, that a checkpoint was calibrated or distilled on."""
+    if not (source.path / MANIFEST).is_file():
+        return []
+    manifest = read_manifest(source.path)
+    seen = {manifest.get("calibration_text_sha256")}
+    seen |= {lesson.get("text_sha256") for lesson in manifest.get("distilled", [])}
+    return [data for data, text in texts.items() if text is not None and text in seen]
 
 
 def _check_memory(sets: list[Tokens], sources: list[Source], baseline: Source | None, dtype: torch.dtype) -> None:

@@ -56,6 +56,7 @@ class Evaluation:
         scores: by data set, as the user named it.
         tasks, baseline_tasks: by name; both models answer the same questions.
         blocks: errors by block and layer on the first text, where asked for.
+        fitted_to: texts of `scores` that the model was calibrated or distilled on: its losses there are too low.
         bits_per_weight: stored bits per weight of the quantized layers, tables included.
         linear_bits_per_weight: the same of all quantizable layers, those that stay dense included.
         model_bits_per_weight: the same of the whole model.
@@ -68,6 +69,7 @@ class Evaluation:
     tasks: dict[str, TaskResult]
     baseline_tasks: dict[str, TaskResult]
     blocks: list[BlockErrors] | None
+    fitted_to: list[str]
     bits_per_weight: float
     linear_bits_per_weight: float
     model_bits_per_weight: float
@@ -109,6 +111,7 @@ class Evaluation:
             "baseline": baseline,
             "tasks": {name: self._task(name) for name in self.tasks},
             "blocks": None if self.blocks is None else [asdict(block) for block in self.blocks],
+            "fitted_to": self.fitted_to,
             "bits_per_weight": self.bits_per_weight,
             "linear_bits_per_weight": self.linear_bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,

@@ -15,7 +15,7 @@ from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, content_key, require_training
+from qcli.data import Tokens, calibration_tokens, content_key, require_training, text_sha256
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -135,7 +135,7 @@ def identity_of(recipe: Recipe, source: Source, device: torch.device, *, reads: 
         "versions": checkpoint.versions(),
         "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
         "source": state_of(source),
-        "data": _data_sha256(recipe.calibration.data) if reads else None,
+        "data": text_sha256(recipe.calibration.data) if reads else None,
         "recipe": recipe.fingerprint_fields(),
     }
 
@@ -261,11 +261,6 @@ def state_of(source: Source) -> dict[str, Any]:
     return {"headers": source.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
 
 
-def _data_sha256(data: str) -> str | None:
-    """Of a local file; named sets, folders and `self` are known by their name."""
-    return shards.sha256(Path(data)) if Path(data).is_file() else None
-
-
 def _sha256(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
@@ -286,6 +281,7 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
         "recipe": todo.recipe.to_dict(),
         "source": {"model": todo.recipe.model, "fingerprint": todo.source.fingerprint()},
         "calibration_tokens_sha256": result.tokens_sha256,
+        "calibration_text_sha256": text_sha256(todo.recipe.calibration.data) if result.tokens_sha256 else None,
         "seed": todo.recipe.seed,
         "bits_per_weight": todo.bits_per_weight,
         "model_bits_per_weight": todo.model_bits_per_weight,

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-from qcli.allocation import choices
+from qcli.allocation import choices, mixed
 from qcli.checkpoint import read_manifest
 from qcli.errors import QcliError, UsageError
 from qcli.method import LinearGroup
 from qcli.models.arch import Linear
 from qcli.models.source import open_source
 from qcli.models.stream import ModelStream
+from qcli.pack import pack
 from qcli.plan import plan
 from qcli.quantize import quantize
 from qcli.quantized import QuantizedWeight
@@ -95,6 +96,22 @@ def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
     assert {name: assigned[name] for name in chosen} == {name: found.options[n] for name, n in chosen.items()}
     fixed = assigned["model.layers.1.mlp.up_proj"]
     assert fixed is not None and fixed.format.bits == 8 and len(assigned) == len(chosen) + 1
+
+
+def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp_path: Path) -> None:
+    wanted = recipe(**ready)
+    result = quantize(wanted)
+    assert result.allocation is not None and result.allocation["shipped"] == "allocation"
+    bits = {layer.name: layer.spec["bits"] for layer in result.layers}
+    assert len(set(bits.values())) > 1
+    for block in range(2):
+        attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"
+        assert len({bits[f"{attention}.{name}_proj"] for name in "qkv"}) == 1
+        assert bits[f"{mlp}.gate_proj"] == bits[f"{mlp}.up_proj"]
+    pack(result.out, tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    layers = open_source(ready["model"]).linears()
+    methods = mixed(wanted, layers).assign(layers).values()
+    assert set(methods) == set(choices(wanted, layers).options)
 
 
 @pytest.mark.parametrize("groups", [32, "auto"])

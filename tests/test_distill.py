@@ -230,6 +230,8 @@ def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: 
     teach(pupil, teacher, out, text, f"distill.data={folder}")
     with pytest.raises(UsageError, match="was distilled on .*tokens"):
         evaluate(str(out), data=[str(folder)], window=32)
+    assert evaluate(str(out), data=[str(text)], window=32).fitted_to == [str(text)]
+    assert evaluate(str(teacher), data=[str(text)], window=32).fitted_to == []
 
 
 def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:

@@ -169,6 +169,23 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
     assert evaluate(model, data=[str(folders[0])], device="cpu").scores, "an unquantized model has seen nothing"
 
 
+@pytest.mark.parametrize("through_folder", [False, True])
+def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text: str, through_folder: bool) -> None:
+    model, data, other = str(tiny_model("llama", tmp_path)), text, tmp_path / "other.txt"
+    other.write_text(Path(text).read_text() + ".")
+    flags = {"model": model, "calibration.samples": 4, "calibration.seq_len": 32}
+    if through_folder:
+        data = str(tmp_path / "calibration")
+        calibrate(load_recipe(None, flags | {"calibration.data": text})[0], Path(data))
+    flags |= {"calibration.data": data, "method.group_size": 32}
+    fits = {"read": {"method.name": "gptq-like"}, "not read": {"method.name": "rtn"}}
+    for name, method in fits.items():
+        quantize(load_recipe(None, flags | method | {"out": str(tmp_path / name)})[0])
+    texts: dict[str, Any] = {"data": [str(other), text], "window": 32, "max_windows": 2, "device": "cpu"}
+    found = {name: evaluate(str(tmp_path / name), **texts).to_json()["fitted_to"] for name in fits}
+    assert found == {"read": [text], "not read": []}
+
+
 def test_more_text_than_memory_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
     model = str(tiny_model("llama", tmp_path))
@@ -281,7 +298,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
     score = Score(math.inf, math.inf, 0, math.inf, 0.5, math.inf, 1, 8, "")
-    found = Evaluation("m", "b", {"a": score}, {}, {}, None, 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    found = Evaluation("m", "b", {"a": score}, {}, {}, None, [], 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
     assert found["perplexity"]["a"]["value"] is found["baseline"]["perplexity"]["a"] is None
     assert found["kl"] is found["worst_window_kl"] is found["perplexity"]["a"]["worst_window_kl"] is None
     json.dumps(found, allow_nan=False)

@@ -184,6 +184,7 @@ def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
             ]
         )
     tables.table(columns, rows)
+    show_fitted(tables, models)
     for text, score in first["perplexity"].items():
         tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens, {score['tokens']} scored")
 
@@ -211,6 +212,14 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
             "size": size(found["bytes"]),
         }
     )
+    show_fitted(tables, [found])
+
+
+def show_fitted(tables: Tables, models: list[dict[str, Any]]) -> None:
+    """Whose numbers say little, and why."""
+    for model in models:
+        for text in model["fitted_to"]:
+            tables.line(f"{model['model']} was calibrated or distilled on {text}: on other text it loses more")
 
 
 def _worst(found: dict[str, Any]) -> str | None:

@@ -53,6 +53,7 @@ def run(
 def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     import json
 
+    from qcli.allocation import mixed
     from qcli.cli._stages import Stages
     from qcli.models.source import open_source
     from qcli.plan import plan
@@ -64,6 +65,12 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     if planned.streamed:
         inputs |= {"text": content(Path(recipe.calibration.data))}
     stages, tasks = Stages(folder), _later_stages(planned, folder, session)
+    if recipe.pack is not None and not (folder / PACKED).exists():
+        from qcli.packable import require_packable
+
+        possible = [planned] if recipe.allocation is None else [planned, plan(mixed(recipe, planned.layers))]
+        for each in possible:
+            require_packable(each, recipe.pack.format, recipe.pack.requantize)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:
@@ -132,10 +139,6 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
         tasks = asked_tasks(recipe)
         if not (folder / EVALUATION).exists():
             require_evaluation_texts(recipe, source, session.progress)
-    if recipe.pack is not None and not (folder / PACKED).exists():
-        from qcli.packable import require_packable
-
-        require_packable(planned, recipe.pack.format, recipe.pack.requantize)
     return tasks
 
 

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 from qcli.errors import UnsupportedError
 from qcli.export import Packable
 from qcli.formats.affine import Affine
-from qcli.models.arch import Linear
+from qcli.models.arch import Linear, fused
 
 if TYPE_CHECKING:
     from qcli.quantized import QuantizedWeight
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # engines compute these as one layer
 
 
 def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
@@ -66,19 +64,15 @@ def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
 
 def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layout: str) -> None:
     """Raise UnsupportedError where layers that engines compute as one have different schemes."""
-    known = {layer.name for layer in layers}
-    for layer in layers:
-        for first, *others in _FUSED:
-            if not layer.name.endswith(f".{first}"):
-                continue
-            siblings = [layer.name.removesuffix(first) + other for other in others]
-            for name in siblings:
-                if name in known and formats.get(name) != formats.get(layer.name):
-                    raise UnsupportedError(
-                        f"{layer.name} is {_words(formats.get(layer.name))}, {name} is {_words(formats.get(name))}: "
-                        f"engines that load {layout} compute them as one layer",
-                        hint="quantize them alike, or pack it as qcli or dense",
-                    )
+    for first, *others in fused(layers):
+        for other in others:
+            one, two = formats.get(first.name), formats.get(other.name)
+            if one != two:
+                raise UnsupportedError(
+                    f"{first.name} is {_words(one)}, {other.name} is {_words(two)}: "
+                    f"engines that load {layout} compute them as one layer",
+                    hint="quantize them alike, or pack it as qcli or dense",
+                )
 
 
 def _words(format: Affine | None) -> str:

@@ -7,7 +7,7 @@ model of each class: the streamed forward equals the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -125,6 +125,19 @@ class Linear:
     def path(self) -> str:
         """Module path inside the block, `self_attn.q_proj`."""
         return self.name.partition(f".{self.block}.")[2]
+
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused(layers: Iterable[Linear]) -> list[list[Linear]]:
+    """Layers that engines compute as one, which they can only in one format; every other layer alone."""
+    found: dict[str, list[Linear]] = {}
+    for layer in layers:
+        parent, _, own = layer.name.rpartition(".")
+        first = next((names[0] for names in _FUSED if own in names), own)
+        found.setdefault(f"{parent}.{first}", []).append(layer)
+    return list(found.values())
 
 
 def _out(linear: str, residual: str | None = None) -> Group:

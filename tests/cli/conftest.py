@@ -31,6 +31,7 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
     """`invoke("quantize", model, "--json")`: exit code, stdout and stderr."""
 
     def run(*arguments: object) -> Outcome:
+        capsys.readouterr()  # what fixtures have printed
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()

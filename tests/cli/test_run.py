@@ -135,6 +135,22 @@ def test_what_later_stages_refuse_is_told_before_the_first(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("layout", "code"), [("gptq", 6), ("compressed-tensors", 0)])
+def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
+    invoke: Invoke, recipe: Path, text: Path, tmp_path: Path, layout: str, code: int
+) -> None:
+    method = "method={name: rtn, bits: auto, target_bpw: 4.7, group_size: 32, symmetric: true}"
+    data = "calibration={data: " + json.dumps(str(text)) + ", samples: 12, seq_len: 32}"
+    flags = ("--out", tmp_path / "out", "--set", method, "--set", data, "--set", f"pack.format={layout}")
+    found, stdout, err = invoke("run", recipe, *flags, "--json")
+    assert found == code, err
+    if code:
+        assert "3 bits symmetric, gptq holds 4 and 8 bits" in err and not (tmp_path / "out").exists()
+    else:
+        layers = json.loads(stdout)["quantized"]["layers"]
+        assert len({layer["spec"]["bits"] for layer in layers}) > 1
+
+
 @pytest.mark.parametrize("changed", ["model", "calibration", "text"])
 def test_what_was_read_may_not_have_changed(
     invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path, changed: str
