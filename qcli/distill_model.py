@@ -9,9 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcli.checkpoint import stored_tensors
+from qcli.checkpoint import Packed, stored_tensors
 from qcli.distillation import Distillation
-from qcli.models.native import NativeSource
 from qcli.models.stream import ModelStream
 from qcli.models.student import Student, StudentBlock, Teacher
 from qcli.processes import Processes
@@ -75,13 +74,14 @@ def stored_layers(block: StudentBlock, outcome: Outcome) -> Stored:
     return found
 
 
-def needed_memory(pupil: NativeSource, options: Distillation, teacher_bytes: int, processes: int) -> int:
+def needed_memory(packed: Mapping[str, Packed], options: Distillation, teacher_bytes: int, processes: int) -> int:
     """Bytes that `distill_model` takes in each process besides activations, at least.
 
     Args:
+        packed: the student's quantized layers.
         teacher_bytes: of one weight.
     """
-    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in pupil.packed.values()))
+    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in packed.values()))
     teacher = n_weights * teacher_bytes // processes
     student = n_weights * (_CODE + (_TRAINED // processes if "weights" in options.train else 0))
     return teacher + student if options.teacher_top_k is None else max(teacher, student)

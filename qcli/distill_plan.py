@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qcli import checkpoint
+from qcli.checkpoint import Packed
 from qcli.compute import own_device, resolve_dtype
 from qcli.distill_model import needed_memory
 from qcli.distillation import Distillation
@@ -53,9 +55,39 @@ def intend(student: Path, recipe: Recipe) -> Intended:
         UsageError: no qcli checkpoint, another architecture than the teacher's, or options that do not fit them.
         ResourceError: model, teacher and optimizer do not fit in memory.
     """
-    options, text, processes = recipe.distill or Distillation(), recipe.distill_text, count()
+    options, text = recipe.distill or Distillation(), recipe.distill_text
     pupil, master = pair(student, recipe.model)
-    vocabulary = master.hf_config().get_text_config().vocab_size
+    needed, free = require_possible(recipe, pupil.packed, master.hf_config().get_text_config().vocab_size)
+    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in pupil.packed.values()))
+    return Intended(
+        student=str(student),
+        teacher=recipe.model,
+        layers=len(pupil.packed),
+        weights=n_weights,
+        trained=(n_weights if "weights" in options.train else 0) + (_tables(pupil) if "tables" in options.train else 0),
+        tokens=options.steps
+        * options.accumulate
+        * max(1, options.batch_tokens // text.seq_len)
+        * text.seq_len
+        * (pupil.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1),
+        memory=needed,
+        free=free,
+    )
+
+
+def require_possible(recipe: Recipe, packed: Mapping[str, Packed], vocabulary: int) -> tuple[int | None, int | None]:
+    """Refuse options that do not fit the model or the processes, and what does not fit in memory.
+
+    Args:
+        packed: the student's quantized layers, that exist or are planned.
+
+    Returns:
+        `memory` and `free` of `Intended`.
+
+    Raises:
+        UsageError, ResourceError: as `intend`.
+    """
+    options, text, processes = recipe.distill or Distillation(), recipe.distill_text, count()
     if options.scope == "block" and processes > 1:
         raise UsageError("distill.scope: blocks are trained by one process", hint="run without torchrun")
     if options.accumulate % processes:
@@ -75,27 +107,13 @@ def intend(student: Path, recipe: Recipe) -> Intended:
     if free is not None and device.type == "cpu":
         free //= count_here()
     if options.scope == "model":
-        needed = needed_memory(pupil, options, resolve_dtype(recipe.dtype).itemsize, processes)
+        needed = needed_memory(packed, options, resolve_dtype(recipe.dtype).itemsize, processes)
         if free is not None and needed > free:
             raise ResourceError(
                 f"distilling the whole model needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
                 hint="--train tables needs less; --scope block needs one block at a time",
             )
-    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in pupil.packed.values()))
-    return Intended(
-        student=str(student),
-        teacher=recipe.model,
-        layers=len(pupil.packed),
-        weights=n_weights,
-        trained=(n_weights if "weights" in options.train else 0) + (_tables(pupil) if "tables" in options.train else 0),
-        tokens=options.steps
-        * options.accumulate
-        * max(1, options.batch_tokens // text.seq_len)
-        * text.seq_len
-        * (pupil.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1),
-        memory=needed,
-        free=free,
-    )
+    return needed, free
 
 
 def pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:

@@ -74,8 +74,8 @@ def run_study(
         retry: runs that failed before are tried again.
 
     Raises:
-        UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task;
-            nothing was run.
+        UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task
+            or its data cannot be loaded; nothing was run.
         StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
         ResourceError: a process was killed; what the others have finished is kept.
         UnsupportedError: Ray is not installed.
@@ -88,7 +88,7 @@ def run_study(
         todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
         ended: list[Row] = []
         require_tasks(todo)
-        _require_evaluation_texts(todo, Cache(out / CACHE), executor)
+        _require_evaluation_data(todo, Cache(out / CACHE), executor)
         progress("runs", 0, len(todo))
         for row in _rows(todo, out, workers, executor, address, progress):
             append(out, row)
@@ -120,19 +120,21 @@ def require_tasks(runs: Iterable[Run]) -> None:
         asked_tasks(recipe)
 
 
-def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
-    """Read every text once for each model and length, so that a short one costs no run."""
+def _require_evaluation_data(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
+    """Read every text once for each model and length, and what tasks ask, so that what is missing costs no run."""
     from qcli.models.source import open_source
-    from qcli.recipe_evaluation import require_evaluation_texts
+    from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
 
     asked = {}
     for run in runs:
         wanted = run.recipe.eval or Eval()
-        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows
+        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows, wanted.tasks
         asked[str((run.recipe.model, run.recipe.device, read))] = run.recipe
     for recipe in asked.values():
         here = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # nodes have the GPUs
         require_evaluation_texts(here, open_source(recipe.model), cache=cache)
+        if executor == "local" and (tasks := asked_tasks(recipe)) is not None:
+            tasks.require_data()
 
 
 def require_one_done(studied: Studied) -> None:

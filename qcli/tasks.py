@@ -7,10 +7,12 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +102,38 @@ class Tasks:
                     hint="name its tasks, both as tasks and as gates",
                 )
 
+    def require_data(self) -> None:
+        """Load what will be asked, before work is spent.
+
+        Raises:
+            UsageError: as `run`.
+        """
+        for name in self.names:
+            with self._errors(name):
+                self._manager.load([name])
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Tell of errors in what a task brings as the user's; others stay what they are."""
+        from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+        from jinja2 import TemplateError
+
+        try:
+            yield
+        except (ConnectionError, FileNotFoundError, DatasetsError) as error:
+            raise UsageError(f"the data of task {name} cannot be loaded: {error}") from None
+        except TemplateError as error:
+            raise UsageError(f"a template of task {name} does not fit its data: {error}") from None
+        except Exception as error:
+            files = {
+                str(file) for entry in _members(self._manager.task_index, [name]).values() for file in _code(entry.cfg)
+            }
+            own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
+            if not own:
+                raise
+            place = f"{own[-1].filename}, line {own[-1].lineno}"
+            raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
+
     @cached_property
     def key(self) -> dict[str, Any]:
         """What decides a model's results, besides the model."""
@@ -116,10 +150,8 @@ class Tasks:
         """Ask a model, as transformers loads it.
 
         Raises:
-            UsageError: a task's data cannot be loaded, its templates do not fit its data, or it gives no number.
+            UsageError: a task's data cannot be loaded, its templates or its code fail on it, or it gives no number.
         """
-        from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
-        from jinja2 import TemplateError
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -129,7 +161,7 @@ class Tasks:
         wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=8)
         results: dict[str, TaskResult] = {}
         for done, name in enumerate(names):  # one by one: lm-eval's errors do not name the task
-            try:
+            with self._errors(name):
                 found = simple_evaluate(
                     wrapped,
                     tasks=[name],
@@ -139,10 +171,6 @@ class Tasks:
                     bootstrap_iters=100,
                     log_samples=False,
                 )
-            except (ConnectionError, FileNotFoundError, DatasetsError) as error:
-                raise UsageError(f"the data of task {name} cannot be loaded: {error}") from None
-            except TemplateError as error:
-                raise UsageError(f"a template of task {name} does not fit its data: {error}") from None
             assert found is not None
             results |= {task: _result(task, found) for task in found["results"] if _has_score(task, found)}
             progress(f"tasks of {model}", done + 1, len(names))
@@ -191,7 +219,7 @@ def _beside(entry: Entry) -> Iterator[Path]:
         yield from (file for file in Path(entry.yaml_path).parent.iterdir() if file.is_file())
 
 
-def _code(config: Mapping[str, Any]) -> Iterator[Path]:
+def _code(config: Mapping[str, Any] | None) -> Iterator[Path]:
     """All modules in the folders of those that `!function` names, which an included file may have elsewhere."""
     for text in _strings(config):
         module, _, function = Path(text).name.rpartition(".")  # the index has !function as /folder/module.function

@@ -166,6 +166,24 @@ def test_an_error_in_a_template_names_the_task(folder: Path, tmp_path: Path) -> 
         tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
 
 
+def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "helpers.py").write_text("def shown(doc):\n    return doc['questoin']\n")
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace('"{{question}}"', "!function helpers.shown"))
+    tasks = Tasks(["our_times"], str(folder))
+    with pytest.raises(
+        UsageError, match=r"the code of task our_times fails: KeyError: 'questoin' \(.*helpers.py, line 2"
+    ):
+        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+
+
+def test_data_that_is_missing_is_told_without_a_model(folder: Path) -> None:
+    Tasks(["our_times"], str(folder)).require_data()
+    (folder / "times.jsonl").unlink()
+    with pytest.raises(UsageError, match="the data of task our_times cannot be loaded: .*times.jsonl"):
+        Tasks(["our_times"], str(folder)).require_data()
+
+
 def test_the_first_filter_counts_and_directions_are_kept() -> None:
     found = {
         "results": {

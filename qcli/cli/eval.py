@@ -100,6 +100,7 @@ def evaluate(
 
             asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
             asked.require_scores(gates.min_task if gates is not None else ())
+            asked.require_data()
         found = compare(
             models,
             baseline=baseline,

@@ -129,8 +129,12 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
     recipe, source, tasks = planned.recipe, planned.source, None
     if recipe.distill is not None and not (folder / DISTILLED).exists():
         from qcli.distill import lesson_tokens
+        from qcli.distill_plan import require_possible
+        from qcli.packable import PlannedCheckpoint
         from qcli.texts import SELF
 
+        vocabulary = source.hf_config().get_text_config().vocab_size
+        require_possible(recipe, PlannedCheckpoint(planned).packed, vocabulary)
         if recipe.distill_text.data != SELF:
             lesson_tokens(recipe, source)
     if recipe.eval is not None:
@@ -138,6 +142,8 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
 
         tasks = asked_tasks(recipe)
         if not (folder / EVALUATION).exists():
+            if tasks is not None:
+                tasks.require_data()
             require_evaluation_texts(recipe, source, session.progress)
     return tasks
 
