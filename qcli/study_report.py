@@ -12,6 +12,7 @@ from typing import Any
 
 from qcli import shards
 from qcli.errors import StateError, UnsupportedError
+from qcli.markdown import plain
 from qcli.plots import can_plot
 from qcli.study_findings import Finding, against_each_other, best_within, findings, gains, pareto, rest_of
 from qcli.study_plots import plot_front, plot_gains
@@ -156,12 +157,12 @@ def _row(each: Finding) -> tuple[Any, ...]:
 def _markdown(parts: Sequence[Part]) -> str:
     lines = []
     for number, part in enumerate(parts):
-        lines += [f"## {_plain(part.title)}", ""]
-        lines += [_plain(part.text), ""] if part.text else []
-        lines += [f"![{_plain(part.title)}](figure-{number}.png)", ""] if part.picture is not None else []
+        lines += [f"## {plain(part.title)}", ""]
+        lines += [plain(part.text), ""] if part.text else []
+        lines += [f"![{plain(part.title)}](figure-{number}.png)", ""] if part.picture is not None else []
         if part.table is not None:
-            lines += [f"| {' | '.join(map(_plain, part.table.columns))} |", "|---" * len(part.table.columns) + "|"]
-            lines += [f"| {' | '.join(_plain(_shown(cell)) for cell in row)} |" for row in part.table.rows]
+            lines += [f"| {' | '.join(map(plain, part.table.columns))} |", "|---" * len(part.table.columns) + "|"]
+            lines += [f"| {' | '.join(plain(_shown(cell)) for cell in row)} |" for row in part.table.rows]
             lines.append("")
     return "\n".join(lines)
 
@@ -200,11 +201,6 @@ def _html(parts: Sequence[Part]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qcli study</title>'
         f"<style>{_STYLE}</style></head><body><h1>Study</h1>{''.join(body)}</body></html>\n"
     )
-
-
-def _plain(text: str) -> str:
-    """Text in Markdown that stays text."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c == "\n" else c for c in text)
 
 
 def _shown(value: Any) -> str:

@@ -23,6 +23,7 @@ from qcli.allocator import return_large_blocks
 from qcli.errors import QcliError
 from qcli.launch import count as processes
 from qcli.launch import is_first
+from qcli.markdown import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,14 +185,17 @@ class Tables:
 
     def _markdown_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None) -> None:
         def row(cells: Sequence[Any]) -> str:
-            return f"| {' | '.join(_cell(value).replace('|', chr(92) + '|') for value in cells)} |"
+            return f"| {' | '.join(plain(_cell(value)) for value in cells)} |"
 
         lines = [row(columns), f"|{'|'.join('---' for _ in columns)}|", *map(row, rows), ""]
-        for line in [title, "", *lines] if title else lines:
-            self.line(line)
+        for line in [plain(title), "", *lines] if title else lines:
+            self._print(line)
 
     def line(self, text: str) -> None:
         """One line of text."""
+        self._print(plain(text) if self.markdown else text)
+
+    def _print(self, text: str) -> None:
         self.console.print(clean(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 

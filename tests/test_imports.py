@@ -14,7 +14,7 @@ import qcli
 
 ROOT = Path(qcli.__file__).parent
 LAYERS = (
-    ("errors", "registry", "bits", "progress", "memory", "allocator", "launch", "processes", "_autoload"),
+    ("errors", "registry", "bits", "progress", "memory", "allocator", "launch", "processes", "markdown", "_autoload"),
     ("format", "quantized", "formats"),
     (
         "method",
