@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)  # that `group_size: auto` chooses from
+_OWN = ("target_bpw", "fused")  # fields that only an automatic method has
 _BELOW, _ABOVE = 1.6, 2.1  # bits around the target from which options are measured
 
 
@@ -33,16 +34,22 @@ class Allocation(BaseModel):
 
     Attributes:
         groups: whether the group size is chosen too.
+        fused: whether layers that engines compute as one get one format, which they can load only then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_bpw: float = Field(gt=0, description="with bits auto: most bits per weight of the quantized layers")
     groups: bool = False
+    fused: bool = Field(
+        default=False,
+        description="with bits auto: one width for layers that engines compute as one (q, k, v; gate, up)",
+    )
 
     def fields(self) -> dict[str, Any]:
         """As they stand in a recipe's method."""
-        return {"bits": AUTO, "target_bpw": self.target_bpw} | ({"group_size": AUTO} if self.groups else {})
+        said = {"bits": AUTO, "target_bpw": self.target_bpw} | ({"fused": True} if self.fused else {})
+        return said | ({"group_size": AUTO} if self.groups else {})
 
 
 def split(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, list[Issue]]:
@@ -54,15 +61,15 @@ def split(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | N
     rest, wanted = dict(method), None
     if rest.get("bits") == AUTO:
         wanted = {"groups": rest.get("group_size") == AUTO}
-        wanted |= {"target_bpw": rest.pop("target_bpw")} if "target_bpw" in rest else {}
+        wanted |= {name: rest.pop(name) for name in _OWN if name in rest}
         del rest["bits"]
         if wanted["groups"]:
             del rest["group_size"]
         return rest, wanted, []
     found = []
-    if "target_bpw" in rest:
-        del rest["target_bpw"]
-        found.append(Issue(("method", "target_bpw"), "is for bits: auto"))
+    for name in (name for name in _OWN if name in rest):
+        del rest[name]
+        found.append(Issue(("method", name), "is for bits: auto"))
     if rest.get("group_size") == AUTO:
         del rest["group_size"]
         found.append(Issue(("method", "group_size"), "auto goes with bits: auto"))
@@ -100,8 +107,10 @@ class Choices:
 
     @cached_property
     def units(self) -> list[list[str]]:
-        """Names of the layers that get one option: what engines compute as one has one format."""
-        return [[layer.name for layer in layers] for layers in fused(self.layers)]
+        """Names of the layers that get one option together."""
+        together = self.recipe.allocation is not None and self.recipe.allocation.fused
+        units = fused(self.layers) if together else [[layer] for layer in self.layers]
+        return [[layer.name for layer in layers] for layers in units]
 
     def uniform(self) -> list[int]:
         """Options that every layer can have and that keep within the target, the smallest first."""
@@ -198,7 +207,8 @@ def mixed(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
     Raises:
         UsageError: as `choices`.
     """
-    found, chosen = choices(recipe, layers), {}
+    found = choices(recipe, layers)
+    chosen: dict[str, int] = {}
     for number, unit in enumerate(found.units):
         fitting = [option for option, bits in enumerate(found.stored[unit[0]]) if bits is not None]
         chosen |= dict.fromkeys(unit, fitting[number % len(fitting)])

@@ -40,7 +40,8 @@ def _offer_auto(options: dict[str, Any]) -> None:
     if "minimum" in options.get("bits", {}):
         for name in ("bits", "group_size"):
             options[name] = {"anyOf": [options[name], {"const": AUTO}], "description": options[name]["description"]}
-        options["target_bpw"] = Allocation.model_json_schema()["properties"]["target_bpw"]
+        own = Allocation.model_json_schema()["properties"]
+        options |= {name: own[name] for name in ("target_bpw", "fused")}
 
 
 def _transform_schema(name: str) -> dict[str, Any]:

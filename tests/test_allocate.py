@@ -99,7 +99,8 @@ def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
 
 
 def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp_path: Path) -> None:
-    wanted = recipe(**ready)
+    wanted = recipe(**ready, **{"method.fused": True})
+    assert load_recipe(None, wanted.to_dict())[0] == wanted
     result = quantize(wanted)
     assert result.allocation is not None and result.allocation["shipped"] == "allocation"
     bits = {layer.name: layer.spec["bits"] for layer in result.layers}
@@ -132,6 +133,8 @@ def test_automatic_recipes_are_written_as_they_were_said(groups: Any, tmp_path: 
     ("fields", "problem"),
     [
         ({"method.target_bpw": None}, "method.target_bpw: required"),
+        ({"method.fused": "yes"}, "--fused: must be true or false"),
+        ({"method.bits": 3, "method.target_bpw": None, "method.fused": True}, "fused: is for bits: auto"),
         ({"method.bits": 3}, "--target-bpw: is for bits: auto"),
         ({"method.bits": 3, "method.target_bpw": None, "method.group_size": "auto"}, "--group-size: auto goes with"),
         ({"method.target_bpw": 2.2}, r"--target-bpw: must be within 2\.56\d* and 8\.75, what rtn reaches"),

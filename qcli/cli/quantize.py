@@ -32,6 +32,10 @@ def quantize(
         float | None,
         typer.Option(metavar="X", help="With --bits auto: bits per weight at most, tables counted; measured by layer."),
     ] = None,
+    fused: Annotated[
+        bool | None,
+        typer.Option("--fused", help="With --bits auto: q, k and v alike, gate and up too; for compressed-tensors."),
+    ] = None,
     group_size: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +90,7 @@ def quantize(
             "method.name": method,
             "method.bits": bits,
             "method.target_bpw": target_bpw,
+            "method.fused": fused,
             "method.group_size": group_size,
             "method.group_tail": group_tail,
             "method.symmetric": symmetric,

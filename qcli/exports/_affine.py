@@ -71,7 +71,7 @@ def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layou
                 raise UnsupportedError(
                     f"{first.name} is {_words(one)}, {other.name} is {_words(two)}: "
                     f"engines that load {layout} compute them as one layer",
-                    hint="quantize them alike, or pack it as qcli or dense",
+                    hint="quantize them alike (--bits auto does with --fused), or pack it as qcli or dense",
                 )
 
 

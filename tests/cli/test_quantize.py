@@ -118,6 +118,9 @@ def test_bits_chosen_by_measurement_are_shown(invoke: Invoke, model: Path, text:
     code, out, err = invoke("quantize", model, *auto, *data, "--out", tmp_path / "out")
     assert code == 0, err
     assert "target" in out and "shipped" in out and "on 4 held-out samples" in out
+    assert invoke("quantize", model, *auto, "--fused", *data, "--out", tmp_path / "fused").code == 0
+    packed = ("--format", "compressed-tensors", "--out", tmp_path / "packed")
+    assert invoke("pack", tmp_path / "fused", *packed).code == 0
     code, _, err = invoke("quantize", model, "--bits", "auto", "--target-bpw", 1, "--group-size", 32, "--dry-run")
     assert code == 2
     assert err.startswith("error: --target-bpw: must be within 2.56")

@@ -137,17 +137,25 @@ def test_what_later_stages_refuse_is_told_before_the_first(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(("layout", "code"), [("gptq", 6), ("compressed-tensors", 0)])
+@pytest.mark.parametrize(
+    ("layout", "fused", "refusal"),
+    [
+        ("gptq", True, "3 bits symmetric, gptq holds 4 and 8 bits"),
+        ("compressed-tensors", False, "engines that load compressed-tensors compute them as one layer"),
+        ("compressed-tensors", True, None),
+    ],
+)
 def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
-    invoke: Invoke, recipe: Path, text: Path, tmp_path: Path, layout: str, code: int
+    invoke: Invoke, recipe: Path, text: Path, tmp_path: Path, layout: str, fused: bool, refusal: str | None
 ) -> None:
-    method = "method={name: rtn, bits: auto, target_bpw: 4.7, group_size: 32, symmetric: true}"
+    own = f"bits: auto, target_bpw: 4.7, fused: {json.dumps(fused)}"
+    method = f"method={{name: rtn, {own}, group_size: 32, symmetric: true}}"
     data = "calibration={data: " + json.dumps(str(text)) + ", samples: 12, seq_len: 32}"
     flags = ("--out", tmp_path / "out", "--set", method, "--set", data, "--set", f"pack.format={layout}")
     found, stdout, err = invoke("run", recipe, *flags, "--json")
-    assert found == code, err
-    if code:
-        assert "3 bits symmetric, gptq holds 4 and 8 bits" in err and not (tmp_path / "out").exists()
+    assert found == (6 if refusal else 0), err
+    if refusal:
+        assert refusal in err and not (tmp_path / "out").exists()
     else:
         layers = json.loads(stdout)["quantized"]["layers"]
         assert len({layer["spec"]["bits"] for layer in layers}) > 1
