@@ -44,7 +44,9 @@ def run(
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MOST} runs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they would take.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs, what they would take, and with --out what is missing.")
+    ] = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -62,7 +64,7 @@ def run(
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
         found = load_study(study, set_ or (), None if yes or dry_run else MOST)
         if dry_run:
-            session.result(_costs(found), show_costs)
+            session.result(_costs(found, out), show_costs)
             return
         if out is None:
             raise UsageError("--out: required", hint="name the folder of the rows, or look first with --dry-run")
@@ -100,35 +102,47 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
         tables.line(file)
 
 
-def _costs(study: Any) -> dict[str, Any]:
+def _costs(study: Any, out: Path | None) -> dict[str, Any]:
     from qcli.plan import plan
     from qcli.study import require_tasks
-    from qcli.study_content import require_texts
+    from qcli.study_content import by_content, require_texts
+    from qcli.study_rows import read_rows
 
     rows = []
     require_texts(study.runs)
+    known = {row["address"]: row["status"] for row in read_rows(out)} if out is not None and out.exists() else {}
     if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
         require_tasks(study.runs)
-    for each in study.runs:
+    for each in by_content(study.runs) if known else study.runs:
         todo = plan(each.recipe)
-        bits, needed = todo.bits_per_weight, todo.peak_memory
-        rows.append({"point": each.point, "bits_per_weight": bits, "bytes": todo.bytes, "peak_memory_estimate": needed})
+        rows.append(
+            {
+                "point": each.point,
+                "bits_per_weight": todo.bits_per_weight,
+                "bytes": todo.bytes,
+                "peak_memory_estimate": todo.peak_memory,
+                "status": known.get(each.address),
+            }
+        )
     return {"study": study.source, "axes": study.axes, "runs": rows}
 
 
 def show_costs(tables: Tables, found: dict[str, Any]) -> None:
     """A row for each run."""
     axes = found["axes"]
-    columns = [*axes, "bits/weight", "size", "peak memory"]
+    columns = [*axes, "bits/weight", "size", "peak memory", "there"]
     rows = [
         [
             *(_shown(each["point"].get(axis)) for axis in axes),
             *(each["bits_per_weight"], size(each["bytes"]), size(each["peak_memory_estimate"])),
+            each["status"] or "-",
         ]
         for each in found["runs"]
     ]
     tables.table(columns, rows)
-    tables.line(f"{len(rows)} runs")
+    missing = sum(each["status"] is None for each in found["runs"])
+    most = max(each["peak_memory_estimate"] for each in found["runs"])
+    tables.line(f"{len(rows)} runs, {missing} to make, {size(most)} of memory at most for one at a time")
 
 
 def show_studied(tables: Tables, found: dict[str, Any]) -> None:
