@@ -96,7 +96,7 @@ def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
     assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
     assert r"\|broken\|" in text and r"\<script\>" in text
     assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
-    assert [file.name for file in recipes] == ["recipe-3.1bpw.yaml", "recipe-4.1bpw.yaml", "recipe-4.6bpw.yaml"]
+    assert [file.name for file in recipes] == ["recipe-3bpw.yaml", "recipe-4bpw.yaml", "recipe-4.25bpw.yaml"]
     assert recipes[0].read_text() == ROWS[2]["recipe"]
     (tmp_path / "report" / "recipe-9bpw.yaml").write_text("of an earlier report")
     first = html.read_bytes()
@@ -116,4 +116,4 @@ def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     assert "1 runs on a: 4 windows of 32 tokens, b: 4 windows" in text
     assert "2 runs on a: 2 windows of 32 tokens" in text
     assert "| run | bits/weight | lcq\\<b\\> | rtn |" in text and "lcq&lt;b&gt;" in html.read_text()
-    assert [file.name for file in recipes] == ["recipe-4.1bpw.yaml", "recipe-1-4.1bpw.yaml"]
+    assert [file.name for file in recipes] == ["recipe-4bpw.yaml", "recipe-1-4bpw.yaml"]
