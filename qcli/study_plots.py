@@ -16,17 +16,26 @@ _MARKS = "osD^v<>PX*hd"
 
 
 def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
-    """Bits per weight against KL and against perplexity, a mark for each method, and the Pareto front by KL."""
+    """Bits per weight against KL and against perplexity, and the Pareto front by KL.
+
+    A method has a colour, what follows or precedes it a shape.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 9), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    methods: dict[str, list[Finding]] = {}
+    runs: dict[tuple[str, str], list[Finding]] = {}
     for each in found:
         if each.kl is not None and each.kl > 0 and each.perplexity is not None:
-            methods.setdefault(_method(each), []).append(each)
-    for place, (name, members) in enumerate(sorted(methods.items())):
-        mark = {"marker": _MARKS[place % len(_MARKS)], "color": f"C{place % 10}", "s": 30, "label": _text(name)}
+            runs.setdefault((method_of(each.row["point"]), _steps(each)), []).append(each)
+    colours, marks = (sorted({names[i] for names in runs}) for i in (0, 1))
+    for (method, steps), members in sorted(runs.items()):
+        mark = {
+            "marker": _MARKS[marks.index(steps) % len(_MARKS)],
+            "color": f"C{colours.index(method) % 10}",
+            "s": 30,
+            "label": _text(method + steps),
+        }
         bits = [each.bits for each in members]
         upper.scatter(bits, [each.kl for each in members], **mark)
         lower.scatter(bits, [each.perplexity for each in members], **mark)
@@ -83,12 +92,12 @@ def _number(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _method(each: Finding) -> str:
-    """The runs of one mark: method, and what follows or precedes it."""
+def _steps(each: Finding) -> str:
+    """What follows or precedes the method, as ` + ZQ-Local + LoRC`."""
     point = each.row["point"]
     extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
     named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
-    return " + ".join([method_of(point), *named])
+    return "".join(f" + {name}" for name in named)
 
 
 def _text(words: str) -> str:
