@@ -6,20 +6,15 @@ study that was interrupted or extended goes on where it is.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qcli.cache import Cache
-from qcli.errors import QcliError, ResourceError
+from qcli.errors import QcliError
 from qcli.progress import Progress, silent
 from qcli.recipe_sections import Eval
 from qcli.study_content import by_content, require_texts
@@ -77,7 +72,7 @@ def run_study(
         UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task
             or its data cannot be loaded; nothing was run.
         StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
-        ResourceError: a process was killed; what the others have finished is kept.
+        ResourceError: the folder of a run cannot be made.
         UnsupportedError: Ray is not installed.
     """
     started, out = time.monotonic(), out.absolute()
@@ -170,38 +165,6 @@ def _rows(
         for run in runs:
             yield make_row(run, out, progress)
     else:
-        yield from _rows_from_processes(runs, out, workers)
+        from qcli.study_processes import rows_from_processes
 
-
-def _rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(threads, os.getpid()))
-    try:
-        for future in as_completed([pool.submit(make_row, run, out) for run in runs]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise ResourceError(
-            "the process of a run was killed, perhaps for its memory",
-            hint="the same command goes on; fewer --workers take less memory",
-        ) from None
-    except BaseException:  # interrupted: nobody waits for runs that resume anyway
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(threads: int, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when `parent` has: killed, it cannot tell its workers, who would go on with queued runs."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+        yield from rows_from_processes(runs, out, workers)

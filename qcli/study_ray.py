@@ -12,9 +12,7 @@ from typing import Any
 from qcli.errors import ResourceError, UnsupportedError
 from qcli.study_grid import Run
 from qcli.study_rows import Row
-from qcli.study_run import failure, headed, make_row
-
-_TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
+from qcli.study_run import TRIES, failure, headed, make_row
 
 
 def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | None) -> Iterator[Row]:
@@ -39,7 +37,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
 
     _connect(address)
     try:
-        make = ray.remote(max_retries=_TRIES - 1)(make_row)
+        make = ray.remote(max_retries=TRIES - 1)(make_row)
         has, cpus = ray.cluster_resources(), _cpus_each(ray.nodes(), workers)
         waiting: dict[Any, Run] = {}
         queue = list(runs)
@@ -55,7 +53,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
             except ray.exceptions.RayTaskError as error:  # what `make_row` raises is no row
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                yield headed(run) | failure(f"its worker died {_TRIES} times: {type(error).__name__}", 5)
+                yield headed(run) | failure(f"its worker died {TRIES} times: {type(error).__name__}", 5)
     finally:
         ray.shutdown()
 

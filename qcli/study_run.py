@@ -16,6 +16,8 @@ from qcli.progress import Progress, silent
 from qcli.study_grid import Run
 from qcli.study_rows import CACHE, RUNS, Row
 
+TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
+
 
 def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
     """Make a run in the study's folder `out`; what goes wrong is in the row.

@@ -65,7 +65,17 @@ LAYERS = (
         "exports",
         "model_card",
     ),
-    ("study", "study_content", "study_rows", "study_run", "study_ray", "study_findings", "study_plots", "study_report"),
+    (
+        "study",
+        "study_content",
+        "study_rows",
+        "study_run",
+        "study_processes",
+        "study_ray",
+        "study_findings",
+        "study_plots",
+        "study_report",
+    ),
     ("doctor", "ui", "cli", "__main__"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

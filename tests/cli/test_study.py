@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qcli import study as module
+from qcli import study_processes as module
 from qcli.study_content import by_content
-from qcli.study_grid import load_study
+from qcli.study_grid import Run, load_study
 from qcli.study_rows import VERSION, read_rows
+from qcli.study_run import headed
 from tests.cli.conftest import Invoke
 
 TOKENS, WINDOWS = "qcli.quantize.calibration_tokens", "qcli.evaluate.evaluation_tokens"
@@ -159,31 +160,41 @@ def test_any_error_of_a_run_is_a_row(
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
 
 
-def test_killed_processes_are_one_line(
+def test_runs_whose_process_is_killed_are_tried_again_and_then_told_as_failed(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "make_row", _die)
-    code, _, err = invoke("study", study, "--out", tmp_path / "out", "--workers", 2, "-q")
-    assert code == 5
-    assert err.splitlines()[0] == "error: the process of a run was killed, perhaps for its memory"
+    monkeypatch.setattr(module, "make_row", _dies)
+    code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--workers", 2, "-q", "--json")
+    assert code == 0, err
+    assert {key: json.loads(stdout)[key] for key in ("done", "failed")} == {"done": 2, "failed": 1}
+    (failed,) = [row for row in rows(tmp_path / "out") if row["status"] == "failed"]
+    assert (failed["error"], failed["exit_code"]) == ("its process was killed 3 times, perhaps for its memory", 5)
+    assert "onebit" in str(failed["recipe"])
+    assert [(tmp_path / "out" / name).read_text() for name in ("rtn", "gptq-like", "onebit")] == ["x", "xx", "xxx"]
 
 
-def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _dies(run: Run, out: Path) -> dict[str, Any]:
+    """Whenever it is tried where the method is onebit; at the first try where it is gptq-like."""
+    name = run.recipe.method.name
+    with (out / name).open("a") as tries:
+        tries.write("x")
+    if name == "onebit" or (out / name).read_text() == "x" * (name == "gptq-like"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return headed(run) | {"status": "done"}
 
 
 ORPHANS = """
 import time
 from pathlib import Path
-from qcli import study
+from qcli import study_processes
 
 def make_row(run, out):
     print("begun", flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
-    study.make_row = make_row
-    next(study._rows_from_processes([None, None], Path(), 1))
+    study_processes.make_row = make_row
+    next(study_processes.rows_from_processes([None, None], Path(), 1))
 """
 
 
