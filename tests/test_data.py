@@ -73,7 +73,7 @@ def test_held_out_and_judging_windows_share_no_token_with_others(
     text = "".join(random.Random(5).choices("abcdefghijklmnop", k=4000))  # no window of it occurs twice
     ids, data = ids_of(source, text), file("a.txt", text)
 
-    def offsets(**options: int) -> list[int]:
+    def offsets(**options: Any) -> list[int]:
         tokens = calibration_tokens(data, source, samples=40, seq_len=32, seed=seed, **options).ids
         return [int(torch.nonzero((ids.unfold(0, 32, 1) == window).all(1)).item()) for window in tokens]
 
