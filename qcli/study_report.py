@@ -96,12 +96,14 @@ def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], pre
     front = pareto(found)
     baseline = found[0].row["baseline"]["perplexity"]
     told = ", ".join(f"{data} {value:.2f}" for data, value in baseline.items())
+    fitted = sorted({text for each in found for text in each.row.get("fitted_to", [])})
+    warned = f" Runs were calibrated on {', '.join(fitted)}: on other text they lose more." if fitted else ""
     ordered = sorted(found, key=lambda each: (round(each.bits, 1), math.inf if each.kl is None else each.kl))
     parts = [
         Part(
             f"{model}: loss by size",
             f"{len(found)} runs on {found[0].protocol}. Full precision: perplexity {told}. The line joins runs that no "
-            "other beats by KL.",
+            f"other beats by KL.{warned}",
             picture=plot_front(found, front),
         ),
         Part(

@@ -108,6 +108,7 @@ def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
 def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"version": 1}')
     others = [row(4.0, 0.05, 11.0, method={"name": "lcq<b>"}), row(4.0, 0.2, 11.0, method={"name": "rtn"})]
+    others[1]["fitted_to"] = ["b"]
     rows = [ROWS[0], *map(on_two_windows, others)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     html, markdown, *recipes = write_report(tmp_path)
@@ -115,5 +116,6 @@ def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     assert text.count("## All runs") == 2
     assert "1 runs on a: 4 windows of 32 tokens, b: 4 windows" in text
     assert "2 runs on a: 2 windows of 32 tokens" in text
+    assert text.count("Runs were calibrated on b: on other text they lose more") == 1
     assert "| run | bits/weight | lcq\\<b\\> | rtn |" in text and "lcq&lt;b&gt;" in html.read_text()
     assert [file.name for file in recipes] == ["recipe-4bpw.yaml", "recipe-1-4bpw.yaml"]
