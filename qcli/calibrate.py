@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qcli import __version__, shards
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import CALIBRATION, calibration_tokens, text_sha256
+from qcli.data import CALIBRATION, calibration_tokens, text_identity
 from qcli.errors import StateError
 from qcli.method import LinearGroup
 from qcli.methods.rtn import RTN
@@ -107,7 +107,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
         "seq_len": tokens.ids.shape[1],
         "seed": recipe.seed,
         "tokens_sha256": tokens.sha256,
-        "text_sha256": text_sha256(wanted.data),
+        "text_identity": text_identity(wanted.data),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,

@@ -19,7 +19,7 @@ from torch import Tensor
 from qcli import shards
 from qcli.errors import UsageError
 from qcli.progress import Progress, silent
-from qcli.texts import LOCAL, SELF, is_folder, read_text
+from qcli.texts import LOCAL, NAMED, SELF, is_folder, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,17 +89,21 @@ def calibration_tokens(
         )
     generator = random.Random(seed)
     offsets = [generator.randrange(0, len(ids) - seq_len) for _ in range(samples)]
-    try:
-        if 0 < held_out < samples:
-            held = offsets[-held_out:]
-            offsets = _apart(offsets[:-held_out], held, len(ids), seq_len, generator) + held
-        extra = [generator.randrange(0, len(ids) - seq_len) for _ in range(judges)]
-        offsets += _apart(extra, offsets, len(ids), seq_len, generator)
-    except IndexError:
-        raise UsageError(
-            f"{data}: too short for samples held out: every window of {seq_len} tokens shares some of its {len(ids)}",
-            hint="use more text, fewer --samples, or a smaller --seq-len",
-        ) from None
+    taken = _Taken(len(ids), seq_len, data)
+    if 0 < held_out < samples:
+        held = offsets[-held_out:]
+        for offset in held:
+            taken.add(offset)
+        free = taken.free("a smaller --seq-len")
+        offsets = [int(generator.choice(free)) if taken.at(offset) else offset for offset in offsets[:-held_out]] + held
+    for offset in offsets if judges else ():
+        taken.add(offset)
+    for _ in range(judges):
+        offset = generator.randrange(0, len(ids) - seq_len)
+        if taken.at(offset):
+            offset = int(generator.choice(taken.free("fewer --samples, or a smaller --seq-len")))
+        taken.add(offset)
+        offsets.append(offset)
     return Tokens(torch.stack([ids[offset : offset + seq_len] for offset in offsets]), data)
 
 
@@ -154,14 +158,19 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def text_sha256(data: str) -> str | None:
-    """Of the local file that a text is, or that a folder of `qcli calibrate` was cut from; None: there is none."""
+def text_identity(data: str) -> str | None:
+    """What calibration data is cut from: a file's hash, a set's name; None: the model's own text, or unknown."""
     if is_folder(data):
         try:
-            found: str | None = json.loads((Path(data) / CALIBRATION).read_bytes()).get("text_sha256")
+            found: str | None = json.loads((Path(data) / CALIBRATION).read_bytes()).get("text_identity")
         except (OSError, ValueError, AttributeError):
             return None  # such a folder is its tokens; what tells of them may be gone
         return found
+    return data if data in NAMED else text_sha256(data)
+
+
+def text_sha256(data: str) -> str | None:
+    """Of a local file; other texts are known by their name."""
     return shards.sha256(Path(data)) if Path(data).is_file() else None
 
 
@@ -185,15 +194,35 @@ def require_training(found: Tokens, held_out: int) -> None:
         )
 
 
-def _apart(offsets: list[int], fixed: list[int], length: int, window: int, generator: random.Random) -> list[int]:
-    """Offsets of windows, drawn anew where the window shares a token with one of `fixed`; IndexError if all do."""
-    taken = torch.zeros(length - window, dtype=torch.bool)
-    for offset in fixed:
-        taken[max(0, offset - window + 1) : offset + window] = True
-    if not taken[offsets].any():
-        return offsets
-    free = torch.nonzero(~taken).flatten()
-    return [int(generator.choice(free)) if taken[offset] else offset for offset in offsets]
+class _Taken:
+    """Where windows may still lie in a text if they shall share no token with others."""
+
+    def __init__(self, length: int, window: int, data: str) -> None:
+        self.length, self.window, self.data = length, window, data
+        self._taken = torch.zeros(length - window, dtype=torch.bool)
+
+    def add(self, offset: int) -> None:
+        """Take what a window covers."""
+        self._taken[max(0, offset - self.window + 1) : offset + self.window] = True
+
+    def at(self, offset: int) -> bool:
+        """Whether a window here would share a token with another."""
+        return bool(self._taken[offset])
+
+    def free(self, less: str) -> Tensor:
+        """The other offsets.
+
+        Raises:
+            UsageError: there are so few that windows would be all the same; `less` helps.
+        """
+        found = torch.nonzero(~self._taken).flatten()
+        if len(found) < min(self.window, self.length - self.window):
+            raise UsageError(
+                f"{self.data}: too short to keep samples apart: of its {self.length} tokens hardly a window of "
+                f"{self.window} is left to others",
+                hint=f"use more text, {less}",
+            )
+        return found
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcli import checkpoint, run_folder, shards
 from qcli.compute import has_fast_matmul, matmul_precision, own_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, require_training, text_sha256
+from qcli.data import Tokens, calibration_tokens, require_training, text_identity
 from qcli.distill_blocks import distill_blocks
 from qcli.distill_model import distill_model
 from qcli.distill_plan import intend, pair
@@ -193,7 +193,8 @@ def lesson_tokens(
 def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
     if (file := run.done(_TOKENS)) is None:
-        run.commit(_TOKENS, {"ids": lesson_tokens(recipe, teacher, device, progress).ids})
+        identity = text_identity(recipe.distill_text.data)
+        run.commit(_TOKENS, {"ids": lesson_tokens(recipe, teacher, device, progress).ids}, identity)
         file = run.file(_TOKENS)
     return load_file(file)["ids"]
 
@@ -220,7 +221,7 @@ def _write(
     distilled = {
         "teacher": recipe.model,
         "text": recipe.distill_text.model_dump(mode="json"),
-        "text_sha256": text_sha256(recipe.distill_text.data),
+        "text_identity": run.report(_TOKENS),
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": recipe.seed,
         "measure": result.measure,

@@ -16,7 +16,7 @@ from torch import Tensor
 from qcli.cache import Cache
 from qcli.checkpoint import MANIFEST, read_manifest, versions
 from qcli.compute import matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, text_sha256
+from qcli.data import Tokens, calibration_tokens, content_key, context_length, evaluation_tokens, text_identity
 from qcli.errors import ResourceError, UsageError
 from qcli.evaluation import Evaluation
 from qcli.layer_errors import layer_errors
@@ -26,7 +26,7 @@ from qcli.models.stream import ModelStream
 from qcli.progress import Progress, silent
 from qcli.scoring import Run, score
 from qcli.tasks import TaskResult, Tasks
-from qcli.texts import SELF, is_folder
+from qcli.texts import NAMED, SELF, is_folder
 
 _WINDOW = 2048
 _BATCH_TOKENS = 4096  # in flight in one block
@@ -112,7 +112,7 @@ def compare(
     if layers and reference is not None:
         _require_same_layers(sources, reference)
     none, kept = Cache(None), cache or Cache(None)
-    texts = {name: text_sha256(name) for name in data}
+    texts = {name: None if name in NAMED else text_identity(name) for name in data}  # sets have parts for each use
     sets = windows_of(data, everything, window, max_windows, where, kept, progress)
     _check_memory(sets, sources, reference, precision)
 
@@ -209,12 +209,12 @@ def _refuse_seen(folder: str, source: Source) -> None:
 
 
 def _fitted_to(source: Source, texts: Mapping[str, str | None]) -> list[str]:
-    """Those of the texts, hashes by name, that a checkpoint was calibrated or distilled on."""
+    """Those of the texts, identities by name, that a checkpoint was calibrated or distilled on."""
     if not (source.path / MANIFEST).is_file():
         return []
     manifest = read_manifest(source.path)
-    seen = {manifest.get("calibration_text_sha256")}
-    seen |= {lesson.get("text_sha256") for lesson in manifest.get("distilled", [])}
+    seen = {manifest.get("calibration_text_identity")}
+    seen |= {lesson.get("text_identity") for lesson in manifest.get("distilled", [])}
     return [data for data, text in texts.items() if text is not None and text in seen]
 
 

@@ -57,6 +57,8 @@ def model_card(
 def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What the model lost, with how that was measured."""
     before, facts = evaluation["baseline"], {}
+    if texts := evaluation.get("fitted_to"):  # what earlier versions measured has none
+        facts["measured on text it was fitted to"] = f"{', '.join(texts)}: on other text it loses more"
     if evaluation["kl"] is not None:
         worst = f"{evaluation['worst_window_kl']:.4g} in the window that lost most"
         facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token, {worst}"

@@ -15,7 +15,7 @@ from qcli import checkpoint, shards
 from qcli.block_loop import Alone, LayerReport, Streamed
 from qcli.cache import Cache
 from qcli.compute import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.data import Tokens, calibration_tokens, content_key, require_training, text_sha256
+from qcli.data import Tokens, calibration_tokens, content_key, require_training, text_identity, text_sha256
 from qcli.memory import peak_memory
 from qcli.models.headers import read_header
 from qcli.models.source import Source
@@ -210,7 +210,7 @@ def _tokens(todo: Plan, run: RunFolder, device: torch.device, cache: Cache, prog
         ids = shared_tokens(todo.recipe, todo.source, device, cache, progress)
         if todo.held_out:
             require_training(Tokens(ids, todo.recipe.calibration.data), todo.held_out)
-        run.commit(_TOKENS, {"tokens": ids})
+        run.commit(_TOKENS, {"tokens": ids}, text_identity(todo.recipe.calibration.data))
         return ids
     return load_file(file)["tokens"]
 
@@ -281,7 +281,7 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
         "recipe": todo.recipe.to_dict(),
         "source": {"model": todo.recipe.model, "fingerprint": todo.source.fingerprint()},
         "calibration_tokens_sha256": result.tokens_sha256,
-        "calibration_text_sha256": text_sha256(todo.recipe.calibration.data) if result.tokens_sha256 else None,
+        "calibration_text_identity": run.report(_TOKENS) if result.tokens_sha256 else None,
         "seed": todo.recipe.seed,
         "bits_per_weight": todo.bits_per_weight,
         "model_bits_per_weight": todo.model_bits_per_weight,

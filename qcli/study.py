@@ -82,8 +82,8 @@ def run_study(
         runs = by_content(study.runs)
         todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
         ended: list[Row] = []
-        require_tasks(todo)
-        _require_evaluation_data(todo, Cache(out / CACHE), executor)
+        require_tasks(todo, data=executor == "local")
+        _require_evaluation_texts(todo, Cache(out / CACHE), executor)
         progress("runs", 0, len(todo))
         for row in _rows(todo, out, workers, executor, address, progress):
             append(out, row)
@@ -106,30 +106,30 @@ def run_study(
     )
 
 
-def require_tasks(runs: Iterable[Run]) -> None:
-    """Raise UsageError unless there are all tasks that the recipes name."""
+def require_tasks(runs: Iterable[Run], *, data: bool = False) -> None:
+    """Raise UsageError unless there are all tasks that the recipes name, and if it matters here the `data` of them."""
     from qcli.recipe_evaluation import asked_tasks  # torch
 
-    asked = {str(run.recipe.eval): run.recipe for run in runs}
+    asked = {str((each.tasks, each.include_path, each.gates)): run.recipe for run in runs if (each := run.recipe.eval)}
     for recipe in asked.values():
-        asked_tasks(recipe)
+        tasks = asked_tasks(recipe)
+        if data and tasks is not None:
+            tasks.require_data()
 
 
-def _require_evaluation_data(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
-    """Read every text once for each model and length, and what tasks ask, so that what is missing costs no run."""
+def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
+    """Read every text once for each model and length, so that a short one costs no run."""
     from qcli.models.source import open_source
-    from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
+    from qcli.recipe_evaluation import require_evaluation_texts
 
     asked = {}
     for run in runs:
         wanted = run.recipe.eval or Eval()
-        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows, wanted.tasks
+        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows
         asked[str((run.recipe.model, run.recipe.device, read))] = run.recipe
     for recipe in asked.values():
         here = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # nodes have the GPUs
         require_evaluation_texts(here, open_source(recipe.model), cache=cache)
-        if executor == "local" and (tasks := asked_tasks(recipe)) is not None:
-            tasks.require_data()
 
 
 def require_one_done(studied: Studied) -> None:

@@ -31,7 +31,7 @@ def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
     colours, marks = (sorted({names[i] for names in runs}) for i in (0, 1))
     for (method, steps), members in sorted(runs.items()):
         mark = {
-            "marker": _MARKS[marks.index(steps) % len(_MARKS)],
+            "marker": _MARKS[(marks.index(steps) + colours.index(method) // 10) % len(_MARKS)],
             "color": f"C{colours.index(method) % 10}",
             "s": 30,
             "label": _text(method + steps),

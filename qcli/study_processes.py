@@ -50,6 +50,7 @@ def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterato
                         queue.insert(0, (run, tries + 1))
                         continue
                     row = headed(run) | failure(f"its process was killed {TRIES} times, perhaps for its memory", 5)
+                    row["hint"] = "fewer --workers take less memory"
                 else:
                     idle.append(pool)
                 yield row

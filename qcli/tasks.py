@@ -110,7 +110,13 @@ class Tasks:
         """
         for name in self.names:
             with self._errors(name):
-                self._manager.load([name])
+                try:
+                    self._manager.load([name])
+                except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+                    if self._own_line(name, error):
+                        raise
+                    problem = f"{type(error).__name__}: {error}"
+                    raise UsageError(f"task {name} cannot be loaded: {problem}", hint="-vv shows where") from error
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -125,14 +131,16 @@ class Tasks:
         except TemplateError as error:
             raise UsageError(f"a template of task {name} does not fit its data: {error}") from None
         except Exception as error:
-            files = {
-                str(file) for entry in _members(self._manager.task_index, [name]).values() for file in _code(entry.cfg)
-            }
-            own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
-            if not own:
+            if not (place := self._own_line(name, error)):
                 raise
-            place = f"{own[-1].filename}, line {own[-1].lineno}"
             raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
+
+    def _own_line(self, name: str, error: Exception) -> str | None:
+        """The last line of the task's own code that an error has passed."""
+        entries = _members(self._manager.task_index, [name]).values()
+        files = {str(file) for entry in entries for file in _code(entry.cfg)}
+        own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
+        return f"{own[-1].filename}, line {own[-1].lineno}" if own else None
 
     @cached_property
     def key(self) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class Tables:
         shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
         width = max(map(len, shown), default=0)
         for name, value in shown.items():
-            self.line(f"- {name}: {value}" if self.markdown else f"{name:<{width}}  {value}")
+            self._print(f"- {name}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
 
     def _markdown_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None) -> None:
         def row(cells: Sequence[Any]) -> str:
@@ -192,8 +192,10 @@ class Tables:
             self._print(line)
 
     def line(self, text: str) -> None:
-        """One line of text."""
+        """One line of text; of a document, a paragraph."""
         self._print(plain(text) if self.markdown else text)
+        if self.markdown:
+            self._print("")
 
     def _print(self, text: str) -> None:
         self.console.print(clean(text), soft_wrap=True, markup=False, highlight=False, emoji=False)

@@ -81,6 +81,7 @@ def test_held_out_and_judging_windows_share_no_token_with_others(
     assert held[-6:] == drawn[-6:] and judged[:40] == held
     assert all(abs(one - other) >= 32 for one in held[:-6] for other in held[-6:])
     assert all(abs(one - other) >= 32 for one in judged[:40] for other in judged[40:])
+    assert all(abs(one - other) >= 32 for i, one in enumerate(judged[40:]) for other in judged[41 + i :])
     kept = [all(abs(offset - other) >= 32 for other in drawn[-6:]) for offset in drawn[:-6]]
     assert 0 < sum(kept) < 34
     assert [offset for offset, keep in zip(held, kept, strict=False) if keep] == [
@@ -94,7 +95,7 @@ def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Ca
     assert calibration_tokens(data, source, samples=4, seq_len=length, seed=0).ids.shape == (4, length)
     for options in ({"held_out": 1}, {"judges": 1}):
         message = problem(calibration_tokens, data, source, samples=4, seq_len=length, seed=0, **options)
-        assert "too short for samples held out" in message and str(length + 2) in message
+        assert "too short to keep samples apart" in message and str(length + 2) in message
 
 
 def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:

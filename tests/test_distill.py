@@ -168,8 +168,8 @@ def test_a_teacher_that_is_remembered_in_full_teaches_the_same(tmp_path: Path, t
     )
     assert judged(remembered) == pytest.approx(judged(present), rel=1e-3)
     kl = judged(little)
-    assert kl[-1] is not None and kl[0] is not None and judged(present)[0] is not None
-    assert kl[-1] < kl[0] < 0.98 * present.outcome.before, "what is told apart less well differs less"
+    assert kl[0] is not None and judged(present)[0] is not None
+    assert kl[0] < 0.98 * present.outcome.before, "what is told apart less well differs less"
 
 
 def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:

@@ -177,6 +177,21 @@ def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_
         tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"{{question}}"', "!function helpers.shown", "SyntaxError"),
+        ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded_are_named(folder: Path, old: str, new: str, problem: str) -> None:
+    (folder / "helpers.py").write_text("def shown(doc)\n")
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=f"task our_times cannot be loaded: {problem}"):
+        Tasks(["our_times"], str(folder)).require_data()
+
+
 def test_data_that_is_missing_is_told_without_a_model(folder: Path) -> None:
     Tasks(["our_times"], str(folder)).require_data()
     (folder / "times.jsonl").unlink()

@@ -94,12 +94,15 @@ def evaluate(
         from qcli.cache import Cache, default_folder
         from qcli.evaluate import compare
         from qcli.gates import require
+        from qcli.models.source import open_source
 
         if names:
             from qcli.tasks import Tasks
 
             asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
             asked.require_scores(gates.min_task if gates is not None else ())
+            for name in filter(None, [*models, baseline]):
+                open_source(name)  # a wrong name costs no data
             asked.require_data()
         found = compare(
             models,
@@ -185,7 +188,9 @@ def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
             ]
         )
     tables.table(columns, rows)
-    show_fitted(tables, models)
+    for model in models:
+        if told := fitted(model):
+            tables.line(f"{model['model']} was fitted to {told}")
     for text, score in first["perplexity"].items():
         tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens, {score['tokens']} scored")
 
@@ -211,16 +216,15 @@ def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
             "top-1 agreement": found["top1_agreement"],
             "bits per weight": bits(found),
             "size": size(found["bytes"]),
+            "fitted to": fitted(found),
         }
     )
-    show_fitted(tables, [found])
 
 
-def show_fitted(tables: Tables, models: list[dict[str, Any]]) -> None:
-    """Whose numbers say little, and why."""
-    for model in models:
-        for text in model["fitted_to"]:
-            tables.line(f"{model['model']} was calibrated or distilled on {text}: on other text it loses more")
+def fitted(found: dict[str, Any]) -> str | None:
+    """Why a model's numbers say little."""
+    texts = ", ".join(found.get("fitted_to", []))  # a run's from before this was kept has none
+    return f"{texts}: on other text it loses more" if texts else None
 
 
 def _worst(found: dict[str, Any]) -> str | None:

@@ -69,7 +69,9 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         from qcli.packable import require_packable
 
         possible = [planned] if recipe.allocation is None else [planned, plan(mixed(recipe, planned.layers))]
-        for each in possible:
+        for each in (
+            () if recipe.allocation and (folder / QUANTIZED).exists() else possible
+        ):  # `pack` knows what is there
             require_packable(each, recipe.pack.format, recipe.pack.requantize)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
@@ -142,9 +144,9 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
 
         tasks = asked_tasks(recipe)
         if not (folder / EVALUATION).exists():
+            require_evaluation_texts(recipe, source, session.progress)
             if tasks is not None:
                 tasks.require_data()
-            require_evaluation_texts(recipe, source, session.progress)
     return tasks
 
 

@@ -64,7 +64,7 @@ def run(
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
         found = load_study(study, set_ or (), None if yes or dry_run else MOST)
         if dry_run:
-            session.result(_costs(found, out), show_costs)
+            session.result(_costs(found, out, retry), show_costs)
             return
         if out is None:
             raise UsageError("--out: required", hint="name the folder of the rows, or look first with --dry-run")
@@ -102,7 +102,7 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
         tables.line(file)
 
 
-def _costs(study: Any, out: Path | None) -> dict[str, Any]:
+def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
     from qcli.plan import plan
     from qcli.study import require_tasks
     from qcli.study_content import by_content, require_texts
@@ -110,7 +110,8 @@ def _costs(study: Any, out: Path | None) -> dict[str, Any]:
 
     rows = []
     require_texts(study.runs)
-    known = {row["address"]: row["status"] for row in read_rows(out)} if out is not None and out.exists() else {}
+    there = read_rows(out) if out is not None and out.exists() and any(out.iterdir()) else []
+    known = {row["address"]: row["status"] for row in there if row["status"] == "done" or not retry}
     if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
         require_tasks(study.runs)
     for each in by_content(study.runs) if known else study.runs:
@@ -141,7 +142,7 @@ def show_costs(tables: Tables, found: dict[str, Any]) -> None:
     ]
     tables.table(columns, rows)
     missing = sum(each["status"] is None for each in found["runs"])
-    most = max(each["peak_memory_estimate"] for each in found["runs"])
+    most = max((each["peak_memory_estimate"] for each in found["runs"]), default=0)
     tables.line(f"{len(rows)} runs, {missing} to make, {size(most)} of memory at most for one at a time")
 
 

@@ -43,6 +43,15 @@ def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     assert err.splitlines() == [f"{out / name}: done already, skipped" for name in again["skipped"]]
 
 
+def test_figures_of_an_earlier_version_are_shown(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", recipe, "--out", out).code == 0
+    found = json.loads((out / "eval.json").read_text())
+    del found["fitted_to"]
+    (out / "eval.json").write_text(json.dumps(found))
+    assert "KL to baseline" in invoke("run", recipe, "--out", out).out
+
+
 def test_missing_stage_alone_is_repeated(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke("run", recipe, "--out", out).code == 0
@@ -156,6 +165,8 @@ def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
     assert found == (6 if refusal else 0), err
     if refusal:
         assert refusal in err and not (tmp_path / "out").exists()
+        later = [*flags[:6], "--set", "pack=null"]
+        assert invoke("run", recipe, *later).code == 0, "without that layout it may be made"
     else:
         layers = json.loads(stdout)["quantized"]["layers"]
         assert len({layer["spec"]["bits"] for layer in layers}) > 1
