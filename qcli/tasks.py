@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ class Tasks:
             raise UsageError(f"include_path: {include_path} is not a folder")
         if "" in self.names:
             raise UsageError("the name of a task is empty", hint="names are parted by single commas: arc_easy,piqa")
-        self._manager = _manager(include_path)
+        self._manager = _manager(self.names, include_path)
         known = self._manager.all_tasks
         for name in self.names:
             if name not in known:
@@ -185,10 +185,23 @@ class Tasks:
         return results
 
 
-def _manager(include_path: str | None) -> TaskManager:
+def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """An index of task files; without lm-eval's own, which take seconds to read, where the user's have all `names`."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    if include_path is None:
+        return _builtin()
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    members = _members(own.task_index, names)
+    wanted = [*names, *(name for entry in members.values() for name in _named_by(entry))]
+    return own if members.keys() >= set(wanted) else TaskManager(include_path=include_path)
+
+
+@cache
+def _builtin() -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _definition(index: Mapping[str, Entry], names: Sequence[str]) -> list[Any]:
@@ -214,11 +227,15 @@ def _members(index: Mapping[str, Entry], names: Iterable[str]) -> dict[str, Entr
         if name in found or name not in index:
             continue
         entry = found[name] = index[name]
-        if entry.kind.name == "TAG":
-            waiting += entry.tags
-        elif entry.kind.name == "GROUP":
-            waiting += _strings((entry.cfg or {}).get("task"))  # names, or mappings with names in them
+        waiting += _named_by(entry)
     return found
+
+
+def _named_by(entry: Entry) -> Iterable[str]:
+    """Names in a group or a tag; in a group also words beside them."""
+    if entry.kind.name == "TAG":
+        return list(entry.tags)
+    return _strings((entry.cfg or {}).get("task")) if entry.kind.name == "GROUP" else ()
 
 
 def _beside(entry: Entry) -> Iterator[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +92,22 @@ def test_unknown_tasks_offer_the_nearest(folder: Path) -> None:
         Tasks(["our_times"], "nowhere")
 
 
+def test_tasks_of_lm_eval_are_indexed_only_where_they_are_named(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index takes ten seconds."""
+    made: list[bool] = []
+
+    def own_only(include_path: str, include_defaults: bool = True) -> TaskManager:
+        made.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own_only)
+    Tasks(["our_group", "our_times"], str(group))
+    assert made == [False]
+    (group / "mixed.yaml").write_text("group: mixed\ntask: [our_times, arc_easy]\n")
+    Tasks(["mixed"], str(group))
+    assert made == [False, False, True]
+
+
 def test_an_empty_name_is_no_task() -> None:
     with pytest.raises(UsageError, match="name of a task is empty"):
         Tasks(["our_times", ""])
@@ -120,12 +135,7 @@ def group(folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_change_in_any_file_of_a_member_is_another_definition(
-    group: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own_only = partial(TaskManager, include_defaults=False)  # lm-eval reads all its own tasks again each time
-    monkeypatch.setattr("qcli.tasks._manager", lambda folder: own_only(include_path=folder))
-
+def test_a_change_in_any_file_of_a_member_is_another_definition(group: Path, tmp_path: Path) -> None:
     def key() -> object:
         return Tasks(["our_group"], str(group)).key
 
