@@ -53,7 +53,6 @@ def run(
 def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     import json
 
-    from qcli.allocation import mixed
     from qcli.cli._stages import Stages
     from qcli.models.source import open_source
     from qcli.plan import plan
@@ -65,14 +64,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     if planned.streamed:
         inputs |= {"text": content(Path(recipe.calibration.data))}
     stages, tasks = Stages(folder), _later_stages(planned, folder, session)
-    if recipe.pack is not None and not (folder / PACKED).exists():
-        from qcli.packable import require_packable
-
-        possible = [planned] if recipe.allocation is None else [planned, plan(mixed(recipe, planned.layers))]
-        for each in (
-            () if recipe.allocation and (folder / QUANTIZED).exists() else possible
-        ):  # `pack` knows what is there
-            require_packable(each, recipe.pack.format, recipe.pack.requantize)
+    _require_layout(recipe, planned, folder)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:
@@ -124,6 +116,20 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             progress=session.progress,
         )
     return results
+
+
+def _require_layout(recipe: "Recipe", planned: "Plan", folder: Path) -> None:
+    """Refuse what `pack` would refuse; where bits have been chosen already, it knows better."""
+    chosen = recipe.allocation is not None and (folder / QUANTIZED).exists()
+    if recipe.pack is None or chosen or (folder / PACKED).exists():
+        return
+    from qcli.allocation import mixed
+    from qcli.packable import require_packable
+    from qcli.plan import plan
+
+    require_packable(planned, recipe.pack.format, recipe.pack.requantize)
+    if recipe.allocation is not None:
+        require_packable(plan(mixed(recipe, planned.layers)), recipe.pack.format, recipe.pack.requantize)
 
 
 def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | None":
