@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)  # that `group_size: auto` chooses from
-_OWN = ("target_bpw", "fused")  # fields that only an automatic method has
+OWN = ("target_bpw", "fused")  # fields that only an automatic method has
 _BELOW, _ABOVE = 1.6, 2.1  # bits around the target from which options are measured
 
 
@@ -61,13 +61,13 @@ def split(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | N
     rest, wanted = dict(method), None
     if rest.get("bits") == AUTO:
         wanted = {"groups": rest.get("group_size") == AUTO}
-        wanted |= {name: rest.pop(name) for name in _OWN if name in rest}
+        wanted |= {name: rest.pop(name) for name in OWN if name in rest}
         del rest["bits"]
         if wanted["groups"]:
             del rest["group_size"]
         return rest, wanted, []
     found = []
-    for name in (name for name in _OWN if name in rest):
+    for name in (name for name in OWN if name in rest):
         del rest[name]
         found.append(Issue(("method", name), "is for bits: auto"))
     if rest.get("group_size") == AUTO:
@@ -202,7 +202,7 @@ def uniform(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
 
 
 def mixed(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
-    """A recipe with every option that might be chosen in it: a layout that holds it holds any choice.
+    """A recipe with the options by turns: what a layout cannot hold of it may be chosen. `pack` has the last word.
 
     Raises:
         UsageError: as `choices`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcli import registry
-from qcli.allocation import AUTO, Allocation
+from qcli.allocation import AUTO, OWN, Allocation
 from qcli.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS
 from qcli.recipe import Recipe
 
@@ -41,7 +41,7 @@ def _offer_auto(options: dict[str, Any]) -> None:
         for name in ("bits", "group_size"):
             options[name] = {"anyOf": [options[name], {"const": AUTO}], "description": options[name]["description"]}
         own = Allocation.model_json_schema()["properties"]
-        options |= {name: own[name] for name in ("target_bpw", "fused")}
+        options |= {name: own[name] for name in OWN}
 
 
 def _transform_schema(name: str) -> dict[str, Any]:

@@ -18,15 +18,8 @@ from qcli.study_findings import Finding, against_each_other, best_within, findin
 from qcli.study_plots import plot_front, plot_gains
 from qcli.study_rows import read_rows
 
-_BUDGETS = (
-    *(quarter / 4 for quarter in range(4, 18)),
-    4.5,
-    5.0,
-    6.0,
-    7.0,
-    8.0,
-    9.0,
-)  # bits per weight, of recommendations
+# Bits per weight that recommendations are given for: quarters up to 4.5, where choices are many.
+_BUDGETS = (*(quarters / 4 for quarters in range(4, 19)), 5.0, 6.0, 7.0, 8.0, 9.0)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }

@@ -63,8 +63,8 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     inputs: dict[str, Any] = {"source": state_of(planned.source), "recipe": recipe.fingerprint_fields()}
     if planned.streamed:
         inputs |= {"text": content(Path(recipe.calibration.data))}
-    stages, tasks = Stages(folder), _later_stages(planned, folder, session)
     _require_layout(recipe, planned, folder)
+    stages, tasks = Stages(folder), _later_stages(planned, folder, session)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
 
     def todo(name: str, inputs: dict[str, Any]) -> bool:

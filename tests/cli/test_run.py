@@ -167,6 +167,8 @@ def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
         assert refusal in err and not (tmp_path / "out").exists()
         later = [*flags[:6], "--set", "pack=null"]
         assert invoke("run", recipe, *later).code == 0, "without that layout it may be made"
+        err = invoke("run", recipe, *flags).err
+        assert "quantized: done already, skipped" in err, "what is there is left to pack"
     else:
         layers = json.loads(stdout)["quantized"]["layers"]
         assert len({layer["spec"]["bits"] for layer in layers}) > 1
