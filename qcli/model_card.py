@@ -58,20 +58,25 @@ def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """What the model lost, with how that was measured."""
     before, facts = evaluation["baseline"], {}
     if texts := evaluation.get("fitted_to"):  # what earlier versions measured has none
-        facts["measured on text it was fitted to"] = f"{', '.join(texts)}: on other text it loses more"
+        facts["measured on text it was fitted to"] = f"{', '.join(map(_title, texts))}: on other text it loses more"
     if evaluation["kl"] is not None:
         worst = f"{evaluation['worst_window_kl']:.4g} in the window that lost most"
         facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token, {worst}"
         facts["same likeliest token"] = f"{evaluation['top1_agreement']:.1%}"
     for data, score in evaluation["perplexity"].items():
         was = "" if before is None else f", the base model's {_number(before['perplexity'][data])}"
-        facts[f"perplexity, {data.rstrip('/').rpartition('/')[2]}"] = (
+        facts[f"perplexity, {_title(data)}"] = (
             f"{_number(score['value'])}{was} ({score['windows']} windows of {score['window']} tokens)"
         )
     for task, found in evaluation["tasks"].items():
         was = "" if found["baseline"] is None else f", the base model's {_number(found['baseline'])}"
         facts[f"{task}, {found['metric']}"] = f"{_number(found['score'])}{was} ({found['samples']} questions)"
     return facts
+
+
+def _title(data: str) -> str:
+    """A text's name without the folders of the machine that it was on."""
+    return data.rstrip("/").rpartition("/")[2]
 
 
 def _number(value: float | None) -> str:

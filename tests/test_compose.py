@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qcli.data import calibration_tokens
 from qcli.errors import UsageError
 from qcli.evaluate import evaluate
+from qcli.models.source import open_source
 from qcli.quantize import Result, quantize
 from qcli.recipe_loading import load_recipe
 from qcli.verify import verify
@@ -34,6 +37,15 @@ def run(model: Path, out: Path, text: Path, *sets: str, **flags: Any) -> Result:
     given |= {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
     recipe, _ = load_recipe(None, given | flags, sets)
     return quantize(recipe)
+
+
+def test_only_what_trains_holds_samples_apart(tmp_path: Path, text: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    cut = partial(calibration_tokens, str(text), open_source(str(model)), samples=60, seq_len=32, seed=0)
+    assert cut(held_out=4).sha256 != cut().sha256
+    for name, sets, held_out in (("plain", (), 0), ("trained", ("refine.steps=1",), 4)):
+        found = run(model, tmp_path / name, text, *sets, **{"calibration.samples": 60})
+        assert found.tokens_sha256 == cut(held_out=held_out).sha256
 
 
 def loss(model: Path, out: Path, text: Path) -> float:

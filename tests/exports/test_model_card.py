@@ -61,6 +61,7 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
 
 def test_card_says_what_was_measured() -> None:
     evaluation = {
+        "fitted_to": ["a/b.txt"],
         "kl": 0.0123456,
         "worst_window_kl": 0.25,
         "top1_agreement": 0.9512,
@@ -89,6 +90,7 @@ def test_card_says_what_was_measured() -> None:
     card = model_card(manifest, result, "Load it.", "bits: 3\n", evaluation)
     for row in (
         "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",
+        "| measured on text it was fitted to | b.txt: on other text it loses more |",
         "| same likeliest token | 95.1% |",
         "| perplexity, wikitext2 | 26.5, the base model's 25 (20 windows of 512 tokens) |",
         "| perplexity, b.txt | not finite, the base model's 7 (1 windows of 64 tokens) |",
