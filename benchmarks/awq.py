@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from benchmarks import common
 from benchmarks.quality import BLOCKS, full_precision
-from qcli.data import calibration_tokens
-from qcli.evaluate import evaluate
-from qcli.models.source import open_source
+from qcli.data.tokens import calibration_tokens
+from qcli.evaluation.evaluate import evaluate
+from qcli.models.open import open_source
 
 PEER = """
 import json, sys, time

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.quality import degridded
-from qcli.compute import has_fast_matmul, matmul_precision
-from qcli.data import calibration_tokens
-from qcli.method import HESSIAN, LinearGroup, Method
-from qcli.methods.gptq_like import GPTQLike
-from qcli.methods.lcq import LCQ
-from qcli.models.moments import StagedBlock, gather
-from qcli.models.source import open_source
+from qcli.algorithms.method import HESSIAN, LinearGroup, Method
+from qcli.algorithms.methods.gptq_like import GPTQLike
+from qcli.algorithms.methods.lcq import LCQ
+from qcli.data.tokens import calibration_tokens
+from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
+from qcli.quantization.statistics import StagedBlock, gather
+from qcli.utils.device import has_fast_matmul, matmul_precision
 
 BLOCKS = (3, 14, 26)
 WINDOWS, HELD_OUT = 64, 16

@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.quality import full_precision
-from qcli.calibrate import calibrate
-from qcli.distill import distill
-from qcli.evaluate import evaluate
-from qcli.quantize import quantize
-from qcli.recipe_loading import load_recipe
+from qcli.distillation.distill import distill
+from qcli.evaluation.evaluate import evaluate
+from qcli.quantization.calibrate import calibrate
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
 
 UNIFORM = {"method.name": "gptq-like", "method.bits": 2, "method.zero_point": "float"}
 RAGGED = {"method.group_tail": "ragged"}  # stories260k has rows of 172

@@ -29,12 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qcli
 from benchmarks import common
-from qcli.errors import UnsupportedError
-from qcli.models.source import open_source
+from qcli.export.pack import pack
+from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.pack import pack
-from qcli.quantize import quantize
-from qcli.recipe_loading import load_recipe
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
+from qcli.utils.errors import UnsupportedError
 from tests.tiny import tiny_model, with_merge
 
 WINDOWS, WINDOW = 4, 512

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks import common
-from qcli import shards
+from qcli.utils import shards
 
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000
 

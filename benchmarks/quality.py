@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from qcli.allocator import return_large_blocks
-from qcli.cache import Cache
-from qcli.evaluate import evaluate
-from qcli.quantize import quantize
-from qcli.recipe_loading import load_recipe
+from qcli.evaluation.evaluate import evaluate
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
+from qcli.utils.allocator import return_large_blocks
+from qcli.utils.cache import Cache
 
 Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 
@@ -239,7 +239,7 @@ def full_precision(gguf: str, folder: Path) -> str:
     """The GGUF file's weights as a float32 folder: the same model, opened faster."""
     from transformers import AutoModelForCausalLM
 
-    from qcli.models.source import open_source
+    from qcli.models.open import open_source
 
     source = open_source(gguf)
     model = AutoModelForCausalLM.from_config(source.hf_config(), dtype="float32")

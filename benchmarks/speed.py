@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from qcli.bits import pack, unpack
-from qcli.method import LinearGroup
-from qcli.methods.rtn import RTN
+from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.methods.rtn import RTN
+from qcli.core.packing import pack, unpack
 
 ROUNDS, SHAPE, MATRICES = 7, (4096, 4096), 6
 

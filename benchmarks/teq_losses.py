@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from qcli.calibrate import calibrate
-from qcli.evaluate import evaluate
-from qcli.quantize import quantize
-from qcli.recipe_loading import load_recipe
+from qcli.evaluation.evaluate import evaluate
+from qcli.quantization.calibrate import calibrate
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
 
 LENGTH = 256
 LOSSES = ("block", "kl", "cross-entropy")

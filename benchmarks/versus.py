@@ -41,8 +41,8 @@ print(json.dumps({"seconds": time.perf_counter() - started, "version": llmcompre
 
 OURS = """
 import json, sys
-from qcli.quantize import quantize
-from qcli.recipe_loading import load_recipe
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
 folder, text, out, options = sys.argv[1:5]
 flags = {"model": folder, "out": out, "calibration.data": text, "calibration.samples": 16}
 flags |= {"calibration.seq_len": 512, "method.bits": 3, "method.group_size": 64}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qcli import run_folder
-from qcli.models.source import open_source
+from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantize import Result, quantize
-from qcli.recipe_loading import load_recipe
+from qcli.quantization.job import Result, quantize
+from qcli.recipe.load import load_recipe
+from qcli.utils import run_folder
 
 TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qcli.models.arch import FAMILIES
+from qcli.models.families import FAMILIES
 
 VOCAB = 320
 HIDDEN = 64

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcli.errors import StateError
-from qcli.run_folder import differences
-from qcli.shards import write_json
+from qcli.utils.errors import StateError
+from qcli.utils.run_folder import differences
+from qcli.utils.shards import write_json
 
 RECORD = "stages.json"
 

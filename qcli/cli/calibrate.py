@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.errors import UsageError
-from qcli.ui import Session, Tables
+from qcli.cli.ui.session import Session, Tables
+from qcli.utils.errors import UsageError
 
 SHOWN = 10  # layers in the table
 
@@ -34,7 +34,7 @@ def calibrate(
     --data DIR.
     """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.load import load_recipe
 
         resolved, _ = load_recipe(
             recipe,
@@ -52,7 +52,7 @@ def calibrate(
         )
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the result")
-        from qcli.calibrate import calibrate as run
+        from qcli.quantization.calibrate import calibrate as run
 
         result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress)
         session.result(result.to_json(), show_calibration)

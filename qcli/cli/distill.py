@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.errors import UsageError
-from qcli.ui import Session, Tables, duration, size
+from qcli.cli.ui.session import Session, Tables, duration, size
+from qcli.utils.errors import UsageError
 
 
 def distill(
@@ -45,7 +45,7 @@ def distill(
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, together=True) as session:
         session.memory_hint = "a smaller distill.batch_tokens takes less; --scope block has one block in memory"
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.load import load_recipe
 
         given = flags.recipe_fields(
             model=teacher,
@@ -67,11 +67,11 @@ def distill(
         if not dry_run and resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
         if dry_run:
-            from qcli.distill_plan import intend
+            from qcli.distillation.plan import intend
 
             session.result(intend(student, resolved).to_json(), show_intended)
         else:
-            from qcli.distill import distill as run
+            from qcli.distillation.distill import distill as run
 
             session.result(run(student, resolved, session.progress).to_json(), show_distilled)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables, size
+from qcli.cli.ui.session import Session, Tables, size
 
 
 def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.Verbose = 0) -> None:
@@ -11,7 +11,7 @@ def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.
 
     Versions, devices, memory, disk, and what is missing."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.doctor import examine
+        from qcli.utils.environment import examine
 
         session.result(examine(), show)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.errors import UsageError
-from qcli.ui import Session, Tables, bits, size
+from qcli.cli.ui.session import Session, Tables, bits, size
+from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcli.gates import Gates
+    from qcli.recipe.gates import Gates
 
 
 def evaluate(
@@ -91,13 +91,13 @@ def evaluate(
         for name, bound in on_text.items() if not texts else ():
             if bound is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")
-        from qcli.cache import Cache, default_folder
-        from qcli.evaluate import compare
-        from qcli.gates import require
-        from qcli.models.source import open_source
+        from qcli.evaluation.evaluate import compare
+        from qcli.models.open import open_source
+        from qcli.recipe.gates import require
+        from qcli.utils.cache import Cache, default_folder
 
         if names:
-            from qcli.tasks import Tasks
+            from qcli.evaluation.tasks import Tasks
 
             asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
             asked.require_scores(gates.min_task if gates is not None else ())
@@ -132,8 +132,8 @@ def _gates(
     min_task: Sequence[str],
     max_task_drop: float | None,
 ) -> "Gates | None":
-    from qcli.gates import Gates
-    from qcli.recipe_loading import from_flags
+    from qcli.recipe.gates import Gates
+    from qcli.recipe.load import from_flags
 
     least = dict(_least(bound) for bound in min_task)
     bounds = {**on_text, "max_task_drop": max_task_drop}
@@ -247,7 +247,7 @@ def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:
 
 def show_blocks(tables: Tables, blocks: list[dict[str, Any]]) -> None:
     """Errors of outputs, by block and by kind of layer; of blocks the layer that errs most."""
-    from qcli.layer_errors import by_kind
+    from qcli.evaluation.layer_errors import by_kind
 
     rows = []
     for block in blocks:

@@ -7,7 +7,7 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
-from qcli.ui import Session, Tables, bits, duration, size
+from qcli.cli.ui.session import Session, Tables, bits, duration, size
 
 
 def inspect(
@@ -18,7 +18,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds and how it was made."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.inspection import inspect as look
+        from qcli.export.inspect import inspect as look
 
         session.result(look(folder).to_json(), show_checkpoint)
 

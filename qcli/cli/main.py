@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
-from qcli.ui import show_error
+from qcli.cli.ui.session import show_error
 
 app = typer.Typer(
     name="qcli",

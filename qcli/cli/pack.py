@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables, size
+from qcli.cli.ui.session import Session, Tables, size
 
 
 def pack(
@@ -33,10 +33,10 @@ def pack(
     Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for
     `qcli verify` and a model card lie beside the weights."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.evaluation import read_evaluation
-        from qcli.pack import pack as write
-        from qcli.recipe_loading import from_flags
-        from qcli.recipe_sections import Pack
+        from qcli.evaluation.results import read_evaluation
+        from qcli.export.pack import pack as write
+        from qcli.recipe.load import from_flags
+        from qcli.recipe.sections import Pack
 
         wanted = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
         session.result(

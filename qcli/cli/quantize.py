@@ -7,9 +7,9 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
-from qcli.errors import UsageError
-from qcli.registry import names
-from qcli.ui import Session, Tables, bits, duration, size
+from qcli.cli.ui.session import Session, Tables, bits, duration, size
+from qcli.utils.errors import UsageError
+from qcli.utils.registry import names
 
 
 def number_or_auto(text: str) -> Any:
@@ -20,7 +20,8 @@ def number_or_auto(text: str) -> Any:
 def quantize(
     model: flags.OptionalModel = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{', '.join(names('qcli.methods'))}. Default: gptq-like.")
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(names('qcli.algorithms.methods'))}. Default: gptq-like."),
     ] = None,
     bits: Annotated[
         str | None,
@@ -75,7 +76,7 @@ def quantize(
     --set method.NAME=VALUE; `qcli recipe schema` lists them.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.load import load_recipe
 
         given = flags.recipe_fields(
             model=model,
@@ -100,11 +101,11 @@ def quantize(
         if not dry_run and resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
         if dry_run:
-            from qcli.plan import plan
+            from qcli.quantization.plan import plan
 
             session.result(plan(resolved).to_json(), show_plan)
         else:
-            from qcli.quantize import quantize as run
+            from qcli.quantization.job import quantize as run
 
             session.result(run(resolved, session.progress).to_json(), show_result)
 

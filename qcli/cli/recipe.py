@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables
+from qcli.cli.ui.session import Session, Tables
 
 app = typer.Typer()
 
@@ -27,8 +27,8 @@ def validate(
 ) -> None:
     """Check recipes: every error of every file, with its place."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.errors import UsageError
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.load import load_recipe
+        from qcli.utils.errors import UsageError
 
         errors, hints = [], []
         for recipe in recipes:
@@ -58,7 +58,7 @@ def show(
 ) -> None:
     """Print the resolved recipe; comments tell where each value comes from."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.load import load_recipe
 
         resolved, origins = load_recipe(recipe, {}, set_ or ())
         if json:
@@ -71,6 +71,6 @@ def show(
 def schema() -> None:
     """Print the JSON schema of recipes, with the options of every method."""
     with Session() as session:
-        from qcli.recipe_schema import recipe_schema
+        from qcli.recipe.schema import recipe_schema
 
         session.result(recipe_schema())

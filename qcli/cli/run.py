@@ -10,13 +10,13 @@ from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation
 from qcli.cli.pack import show_packed
 from qcli.cli.quantize import show_result
-from qcli.errors import UsageError
-from qcli.ui import Session, Tables
+from qcli.cli.ui.session import Session, Tables
+from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcli.plan import Plan
-    from qcli.recipe import Recipe
-    from qcli.tasks import Tasks
+    from qcli.evaluation.tasks import Tasks
+    from qcli.quantization.plan import Plan
+    from qcli.recipe.recipe import Recipe
 
 QUANTIZED, DISTILLED, PACKED, EVALUATION = "quantized", "distilled", "packed", "eval.json"
 
@@ -38,8 +38,8 @@ def run(
     nothing is packed, and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.gates import require
-        from qcli.recipe_loading import load_recipe
+        from qcli.recipe.gates import require
+        from qcli.recipe.load import load_recipe
 
         resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:
@@ -54,10 +54,10 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     import json
 
     from qcli.cli._stages import Stages
-    from qcli.models.source import open_source
-    from qcli.plan import plan
-    from qcli.quantize import state_of
-    from qcli.shards import content, write_json
+    from qcli.models.open import open_source
+    from qcli.quantization.job import state_of
+    from qcli.quantization.plan import plan
+    from qcli.utils.shards import content, write_json
 
     planned = plan(recipe)
     inputs: dict[str, Any] = {"source": state_of(planned.source), "recipe": recipe.fingerprint_fields()}
@@ -75,7 +75,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         return False
 
     if todo(QUANTIZED, inputs):
-        from qcli.quantize import quantize
+        from qcli.quantization.job import quantize
 
         step = recipe.model_copy(update={"out": str(folder / QUANTIZED)})
         results[QUANTIZED] = quantize(step, session.progress).to_json()
@@ -85,7 +85,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         inputs = inputs | {"distill": recipe.distill.model_dump(mode="json"), "distill text": text}
         final = folder / DISTILLED
         if todo(DISTILLED, inputs):
-            from qcli.distill import distill
+            from qcli.distillation.distill import distill
 
             step = recipe.model_copy(update={"out": str(final)})
             results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
@@ -95,8 +95,8 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         if recipe.eval.baseline is not None:
             judged["baseline"] = state_of(open_source(recipe.eval.baseline))
         if todo(EVALUATION, inputs | judged):
-            from qcli.cache import Cache, default_folder
-            from qcli.recipe_evaluation import evaluate_as_asked
+            from qcli.evaluation.from_recipe import evaluate_as_asked
+            from qcli.utils.cache import Cache, default_folder
 
             evaluation = evaluate_as_asked(recipe, final, tasks, Cache(default_folder()), session.progress)
             write_json(folder / EVALUATION, evaluation.to_json())
@@ -104,7 +104,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         if recipe.eval.gates is not None and any(recipe.eval.gates.failures(results["eval"])):
             return results
     if recipe.pack is not None and todo(PACKED, inputs | {"pack": recipe.pack.model_dump()}):
-        from qcli.pack import pack
+        from qcli.export.pack import pack
 
         results[PACKED] = pack(
             final,
@@ -123,9 +123,9 @@ def _require_layout(recipe: "Recipe", planned: "Plan", folder: Path) -> None:
     chosen = recipe.allocation is not None and (folder / QUANTIZED).exists()
     if recipe.pack is None or chosen or (folder / PACKED).exists():
         return
-    from qcli.allocation import mixed
-    from qcli.packable import require_packable
-    from qcli.plan import plan
+    from qcli.export.packable import require_packable
+    from qcli.quantization.allocation_options import mixed
+    from qcli.quantization.plan import plan
 
     require_packable(planned, recipe.pack.format, recipe.pack.requantize)
     if recipe.allocation is not None:
@@ -136,17 +136,17 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
     """Refuse what stages after the first would refuse, before work is spent on it; give the tasks to ask."""
     recipe, source, tasks = planned.recipe, planned.source, None
     if recipe.distill is not None and not (folder / DISTILLED).exists():
-        from qcli.distill import lesson_tokens
-        from qcli.distill_plan import require_possible
-        from qcli.packable import PlannedCheckpoint
-        from qcli.texts import SELF
+        from qcli.data.datasets import SELF
+        from qcli.distillation.distill import lesson_tokens
+        from qcli.distillation.plan import require_possible
+        from qcli.export.packable import PlannedCheckpoint
 
         vocabulary = source.hf_config().get_text_config().vocab_size
         require_possible(recipe, PlannedCheckpoint(planned).packed, vocabulary)
         if recipe.distill_text.data != SELF:
             lesson_tokens(recipe, source)
     if recipe.eval is not None:
-        from qcli.recipe_evaluation import asked_tasks, require_evaluation_texts
+        from qcli.evaluation.from_recipe import asked_tasks, require_evaluation_texts
 
         tasks = asked_tasks(recipe)
         if not (folder / EVALUATION).exists():

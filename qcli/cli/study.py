@@ -7,8 +7,8 @@ import typer
 from typer.core import TyperGroup
 
 from qcli.cli import _flags as flags
-from qcli.errors import UsageError
-from qcli.ui import Session, Tables, duration, size
+from qcli.cli.ui.session import Session, Tables, duration, size
+from qcli.utils.errors import UsageError
 
 MOST = 100  # runs that need no --yes
 
@@ -57,8 +57,8 @@ def run(
     fail are rows too, and only where all have failed is the exit code theirs.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.study import require_one_done, require_size, run_study
-        from qcli.study_grid import load_study
+        from qcli.study.grid import load_study
+        from qcli.study.study import require_one_done, require_size, run_study
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
@@ -91,7 +91,7 @@ def report(
 ) -> None:
     """Write DIR/report: tables, plots and recommended recipes, as HTML and Markdown."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.study_report import write_report
+        from qcli.study.report import write_report
 
         session.result({"written": [str(file) for file in write_report(folder)]}, show_written)
 
@@ -103,10 +103,10 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
 
 
 def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
-    from qcli.plan import plan
-    from qcli.study import require_tasks
-    from qcli.study_content import by_content, require_texts
-    from qcli.study_rows import read_rows
+    from qcli.quantization.plan import plan
+    from qcli.study.content import by_content, require_texts
+    from qcli.study.rows import read_rows
+    from qcli.study.study import require_tasks
 
     rows = []
     require_texts(study.runs)
@@ -148,7 +148,7 @@ def show_costs(tables: Tables, found: dict[str, Any]) -> None:
 
 def show_studied(tables: Tables, found: dict[str, Any]) -> None:
     """How many rows there are."""
-    from qcli.study import RETRY
+    from qcli.study.study import RETRY
 
     tables.pairs(
         {

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.ui import Session, Tables, size
+from qcli.cli.ui.session import Session, Tables, size
 
 
 def verify(
@@ -19,7 +19,7 @@ def verify(
 
     Every file's hash, every tensor's shape and type, every value."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.verify import verify as check
+        from qcli.export.verify import verify as check
 
         session.result(check(folder, session.progress).to_json(), show_verified)
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.errors import UsageError
-from qcli.format import StoredTensor
-from qcli.models import arch
-from qcli.models.base import Source, first_line
-from qcli.models.headers import Extent, read_header, read_tensors
+from qcli.core.format import StoredTensor
+from qcli.models import families
+from qcli.models.source import Source, first_line
+from qcli.utils.errors import UsageError
+from qcli.utils.safetensors import Extent, read_header, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +165,7 @@ def _no_weights(path: Path) -> UsageError:
     return UsageError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
 
 
-def _normalise(family: arch.Family, extents: Mapping[str, Extent]) -> dict[str, Extent]:
+def _normalise(family: families.Family, extents: Mapping[str, Extent]) -> dict[str, Extent]:
     """Names as in the causal LM today: old prefixes renamed, the base model's prefix added if missing."""
     prefix, _, blocks = family.blocks.partition(".")
     bare = not any(name.startswith(f"{prefix}.") for name in extents)

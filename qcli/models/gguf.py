@@ -17,9 +17,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcli.errors import UnsupportedError, UsageError
-from qcli.format import StoredTensor
-from qcli.models.base import Source, first_line
+from qcli.core.format import StoredTensor
+from qcli.models.source import Source, first_line
+from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor

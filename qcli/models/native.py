@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcli.checkpoint import Layout
+from qcli.models.manifest import Layout
 from qcli.models.packed import PackedSource
 
 

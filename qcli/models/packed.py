@@ -7,18 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qcli.activations import Activations
-from qcli.checkpoint import Packed
-from qcli.errors import VerificationError
-from qcli.format import Format, StoredTensor
+from qcli.core.activations import Activations
+from qcli.core.format import Format, StoredTensor
 from qcli.models.folder import FolderSource
-from qcli.models.headers import read_tensors
+from qcli.models.manifest import Packed
+from qcli.utils.errors import VerificationError
+from qcli.utils.safetensors import read_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qcli.quantized import QuantizedWeight
+    from qcli.core.weight import QuantizedWeight
 
 
 class StorageConfig(Protocol):

@@ -1,81 +1,203 @@
-"""Where a model comes from: a folder, a hub id, or a GGUF file."""
+"""What every source of a model offers: config, tensor headers, weights, tokenizer."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qcli.checkpoint import MANIFEST, read_manifest
-from qcli.errors import UnsupportedError, UsageError
-from qcli.layouts import compressed_tensors, gptq
-from qcli.models.base import Source, first_line
-from qcli.models.folder import FolderSource, quant_method, read_config
-from qcli.models.gguf import GGUFSource
-from qcli.models.native import NativeSource
+from qcli.core.format import Format, StoredTensor
+from qcli.models import families
+from qcli.utils import shards
+from qcli.utils.errors import UnsupportedError, UsageError
 
-__all__ = ["PACKED_GGUF", "Source", "open_source"]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
+    from qcli.core.activations import Activations
 
-_PACKED: dict[str, type[FolderSource]] = {
-    compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource,
-    gptq.NAME: gptq.GPTQSource,
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
-    """Open a model and check its files; no weight is read, and for folders torch is not imported.
+class Source:
+    """A model on disk. Tensors go by the names they have in the causal LM's `state_dict`.
 
-    Args:
-        model: a folder, a `.gguf` file, or the id of a model on the hub (downloaded, or found in its cache).
-        trust_remote_code: let the model's own Python files run where transformers asks for them.
-
-    Raises:
-        UsageError: no such model, or its files are missing, truncated, malformed or unsafe.
-        UnsupportedError: the model is of a kind that qcli does not handle, or a package is missing.
+    Attributes:
+        path: the folder or file.
+        config: `config.json` as a dict.
+        trust_remote_code: whether Python files of the model may run; only ever set from the command line.
+        dense_dtype: what tensors that stay dense are written as; None: as they are stored.
+        activations: how the inputs of quantized layers are quantized while the model runs; None: not at all.
     """
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UsageError(f"{model} is a file", hint="give the model's folder, or a .gguf file")
-        return GGUFSource(path, trust_remote_code=trust_remote_code)
-    if not path.is_dir():
-        path = _download(model)
-    # A converted file may also lie beside a checkpoint of another layout: the manifest tells which of them it is.
-    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and read_manifest(path).get("packed_as") == "gguf":
-        return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
-    config = read_config(path)
-    return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)
+
+    dense_dtype: str | None = None
+    activations: Activations | None = None
+
+    def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
+        self.path, self.config, self.trust_remote_code = path, config, trust_remote_code
+
+    @cached_property
+    def family(self) -> families.Family:
+        """The row of the model table, with the groups that the config implies."""
+        return families.family(self.config)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """dtype and shape by name, from headers; masks and rotary tables of old checkpoints are left out."""
+        raise NotImplementedError
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, in their stored dtype, in memory of their own.
+
+        Raises:
+            UsageError: a tensor is missing, or holds NaN or infinity.
+        """
+        tensors = self._read(list(names))
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+                raise UsageError(f"{name} holds NaN or infinity", hint="the model itself is broken")
+        return tensors
+
+    def linears(self) -> list[families.Linear]:
+        """The quantizable layers, in order of computation.
+
+        Raises:
+            UsageError: a weight is missing or is no matrix.
+            UnsupportedError: a block holds matrices that the family's row does not know, or a dtype such as
+                float8 that cannot be quantized again.
+        """
+        self._refuse_leftovers()
+        stored = self.tensors()
+        return [
+            families.Linear(name, block, group, self._shape(name, stored))
+            for name, block, group in self._linear_names()
+        ]
+
+    def formats(self) -> Mapping[str, Format]:
+        """The formats of the layers that are quantized, by name."""
+        return {}
+
+    def leftovers(self) -> list[str]:
+        """Matrices (and stacks of matrices) of the blocks that the family's row does not cover."""
+        prefix = f"{self.family.blocks}."
+        known = {f"{name}.weight" for name, _, _ in self._linear_names()}
+        return [
+            name
+            for name, stored in self.tensors().items()
+            if name.startswith(prefix) and len(stored.shape) > 1 and name not in known
+        ]
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The config as transformers reads it."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        raise NotImplementedError
+
+    def copy_companions(self, out: Path) -> None:
+        """Write tokenizer, chat template and generation config: all but config and weights."""
+        raise NotImplementedError
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in order."""
+        raise NotImplementedError
+
+    def bytes(self) -> int:
+        """Size of these files."""
+        return sum(self._file_sizes())
+
+    def stored_as(self, name: str) -> str:
+        """The type a tensor has in the file, where `tensors` may say what it is read as."""
+        return self.tensors()[name].dtype
+
+    def bits_of(self, layers: Iterable[str]) -> float:
+        """Stored bits per weight of these linear layers."""
+        return self._bits(f"{layer}.weight" for layer in layers)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
+        return self.linear_bits_per_weight()
+
+    def linear_bits_per_weight(self) -> float:
+        """Stored bits per weight of all linear layers of the blocks, also of those that stay dense."""
+        return self._bits(f"{linear.name}.weight" for linear in self.linears())
+
+    def model_bits_per_weight(self) -> float:
+        """Stored bits per weight of the whole model."""
+        return self._bits(self.tensors())
+
+    def fingerprint(self) -> str:
+        """sha256 of config, names, dtypes, shapes and file sizes: cheap, and changes when the model does."""
+        headers = [(name, *stored) for name, stored in sorted(self.tensors().items())]
+        described = json.dumps([self.config, headers, self._file_sizes()], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def content(self) -> str:
+        """sha256 of config and weight files, byte by byte."""
+        hashes = [shards.sha256(file) for file in self.weight_files()]
+        return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
+
+    def tokenizer_content(self) -> str:
+        """sha256 of the files that make the tokenizer."""
+        if self.path.is_file():
+            return self.content()
+        files = sorted(file for file in self.path.iterdir() if file.name.startswith(_TOKENIZER_FILES))
+        return hashlib.sha256(json.dumps([shards.sha256(file) for file in files]).encode()).hexdigest()
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _stored_bytes(self, name: str) -> int:
+        raise NotImplementedError
+
+    def _file_sizes(self) -> list[int]:
+        return [file.stat().st_size for file in self.weight_files()]
+
+    def _linear_names(self) -> Iterator[tuple[str, int, int]]:
+        """Name, block and group of every layer that config and row announce."""
+        for block in range(families.block_count(self.config)):
+            for index, group in enumerate(self.family.groups):
+                for path in group.linears:
+                    yield f"{self.family.blocks}.{block}.{path}", block, index
+
+    def _bits(self, names: Iterable[str]) -> float:
+        names, stored = list(names), self.tensors()
+        weights = sum(prod(stored[name].shape) for name in names)
+        return 8 * sum(self._stored_bytes(name) for name in names) / weights
+
+    def _shape(self, linear: str, stored: dict[str, StoredTensor]) -> tuple[int, int]:
+        weight = stored.get(f"{linear}.weight")
+        if weight is None:
+            raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
+        if weight.dtype not in _WEIGHT_DTYPES:
+            raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
+        if len(weight.shape) != 2:
+            raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, expected a matrix")
+        rows, columns = weight.shape
+        return (columns, rows) if self.family.conv1d else (rows, columns)
+
+    def _refuse_leftovers(self) -> None:
+        leftovers = self.leftovers()
+        if leftovers:
+            more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
+            raise UnsupportedError(
+                f"this {self.family.model_type} has weights that qcli does not know: {', '.join(leftovers[:3])}{more}",
+                hint="nothing is skipped silently; is it a variant of the architecture?",
+            )
 
 
-def _kind(path: Path, method: str | None) -> type[FolderSource]:
-    """Of other tools' layouts only what `qcli pack` wrote is read, which its manifest tells."""
-    if method is None:
-        return FolderSource
-    if method == "qcli":
-        return NativeSource
-    if method in _PACKED and (path / MANIFEST).exists():
-        return _PACKED[method]
-    raise UnsupportedError(f"{path} is already quantized ({method})", hint="start from the unquantized model")
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, without a mask of the tensor's size."""
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
-def _download(model: str) -> Path:
-    if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
-        raise UsageError(f"{model} does not exist", hint="give a folder, a .gguf file, or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
-    except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and its cache does not hold it"
-    except RepositoryNotFoundError:
-        reason = "the hub does not have it, or not for you"
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-    raise UsageError(
-        f"{model} is no folder here, and {reason}",
-        hint="check the spelling, the network, and HF_TOKEN if gated",
-    )
+def first_line(error: Exception) -> str:
+    """A foreign error in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

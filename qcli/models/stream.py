@@ -19,8 +19,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.errors import UnsupportedError, UsageError
-from qcli.models.base import Source
+from qcli.models.source import Source
+from qcli.utils.errors import UnsupportedError, UsageError
 
 
 @dataclass(frozen=True)

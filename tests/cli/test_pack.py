@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcli.registry import names
+from qcli.utils.registry import names
 from tests.cli.conftest import Invoke
 from tests.tiny import with_merge
 
@@ -106,7 +106,7 @@ def symmetric(invoke: Invoke, model: Path, tmp_path: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("format", names("qcli.exports"))
+@pytest.mark.parametrize("format", names("qcli.export.targets"))
 def test_every_layout_is_inspected_and_verified(
     invoke: Invoke, model: Path, symmetric: Path, tmp_path: Path, format: str
 ) -> None:

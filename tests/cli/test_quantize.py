@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qcli import registry
-from qcli.plugins import METHODS
+from qcli.recipe.plugins import METHODS
+from qcli.utils import registry
 from tests.cli.conftest import Invoke
 
 

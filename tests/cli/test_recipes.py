@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import qcli
-from qcli import registry
-from qcli.plugins import METHODS
+from qcli.recipe.plugins import METHODS
+from qcli.utils import registry
 from tests.cli.conftest import Invoke
 
 RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qcli import study_processes as module
-from qcli.study_content import by_content
-from qcli.study_grid import Run, load_study
-from qcli.study_rows import VERSION, read_rows
-from qcli.study_run import headed
+from qcli.study import processes as module
+from qcli.study.content import by_content
+from qcli.study.grid import Run, load_study
+from qcli.study.rows import VERSION, read_rows
+from qcli.study.run import headed
 from tests.cli.conftest import Invoke
 
-TOKENS, WINDOWS = "qcli.quantize.calibration_tokens", "qcli.evaluate.evaluation_tokens"
-BASELINE = "qcli.evaluate._run_blocks"
+TOKENS, WINDOWS = "qcli.quantization.job.calibration_tokens", "qcli.evaluation.evaluate.evaluation_tokens"
+BASELINE = "qcli.evaluation.evaluate._run_blocks"
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_calibration_tokens_and_baselines_are_made_once(
     assert made.count(WINDOWS) <= 2, "read by the model's tokenizer, and by the copies that the checkpoints have"
     assert made.count(BASELINE) == 3, "two models and one baseline"
     kept = {row["address"]: row.get("kl") for row in rows(tmp_path / "out")}
-    monkeypatch.setattr("qcli.cache.Cache.tensors", lambda self, key, make: make())
+    monkeypatch.setattr("qcli.utils.cache.Cache.tensors", lambda self, key, make: make())
     assert invoke("study", study, "--out", tmp_path / "fresh").code == 0
     assert {row["address"]: row.get("kl") for row in rows(tmp_path / "fresh")} == kept
 
@@ -148,7 +148,7 @@ def test_any_error_of_a_run_is_a_row(
     def broken(*_: object) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr("qcli.quantize.quantize", broken)
+    monkeypatch.setattr("qcli.quantization.job.quantize", broken)
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--json")
     assert (code, json.loads(stdout)["failed"]) == (1, 3)
     assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err
@@ -186,7 +186,7 @@ def _dies(run: Run, out: Path) -> dict[str, Any]:
 ORPHANS = """
 import time
 from pathlib import Path
-from qcli import study_processes
+from qcli.study import processes as study_processes
 
 def make_row(run, out):
     print("begun", flush=True)
@@ -263,7 +263,7 @@ def test_what_is_no_study_is_refused(
     (old / "study.json").write_text('{"version": 0}')
     code, _, err = invoke("study", study, "--out", old)
     assert code == 3 and "is a study of version 0" in err
-    monkeypatch.setattr("qcli.study_ray.find_spec", lambda name: None)
+    monkeypatch.setattr("qcli.study.ray.find_spec", lambda name: None)
     code, _, err = invoke("study", study, "--out", tmp_path / "ray", "--executor", "ray")
     assert code == 6 and "pip install ray" in err
     monkeypatch.setattr("qcli.cli.study.MOST", 2)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qcli.errors import QcliError, UnsupportedError, UsageError
-from qcli.models.arch import FAMILIES, Linear
-from qcli.models.source import open_source
+from qcli.models.families import FAMILIES, Linear
+from qcli.models.open import open_source
+from qcli.utils.errors import QcliError, UnsupportedError, UsageError
 from tests.tiny import HIDDEN, VOCAB, tiny_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,7 +136,7 @@ def test_bits_and_bytes_are_those_stored(llama: Path) -> None:
 
 def test_headers_need_no_torch(llama: Path) -> None:
     code = (
-        "import sys; from qcli.models.source import open_source; source = open_source(sys.argv[1]);"
+        "import sys; from qcli.models.open import open_source; source = open_source(sys.argv[1]);"
         "source.tensors(), source.linears(), source.fingerprint(), source.bits_per_weight();"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

@@ -14,9 +14,9 @@ import torch
 from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qcli.errors import UnsupportedError, UsageError
-from qcli.models.source import open_source
+from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
+from qcli.utils.errors import UnsupportedError, UsageError
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 HEADS, KV_HEADS = 4, 2

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qcli.errors import UsageError
-from qcli.models.arch import FAMILIES
-from qcli.models.source import open_source
+from qcli.models.families import FAMILIES
+from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
+from qcli.utils.errors import UsageError
 from tests.tiny import VARIANTS, tiny_model
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,26 @@
+"""Options that every method with groups of weights shares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qcli.algorithms.method import Method
+
+
+class GroupedMethod(Method):
+    """A method whose format has numbers for each group of a row."""
+
+    bits: int = Field(default=4, ge=2, le=8, description="bits of a weight's code")
+    group_size: int = Field(default=64, ge=-1, description="weights of a row that share a scale; -1: the whole row")
+    group_tail: Literal["error", "ragged"] = Field(
+        default="error", description="rows that group_size does not divide: refuse, or a shorter last group"
+    )
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        if self.group_size == 0:
+            return "group_size must be positive, or -1 for whole rows"
+        if self.group_tail == "error" and self.group_size > 0 and shape[1] % self.group_size:
+            return f"group_size {self.group_size} does not divide its {shape[1]} inputs"
+        return None

@@ -1,0 +1,46 @@
+"""Round to nearest: each group on its own grid, no calibration data needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from qcli.algorithms.method import HESSIAN, LinearGroup, Solution
+from qcli.algorithms.methods._affine import AffineMethod
+
+__all__ = ["RTN"]
+
+
+class RTN(AffineMethod):
+    """Nearest codes on a grid that spans each group's range, or on a searched one."""
+
+    name: ClassVar[str] = "rtn"
+
+    grid: Literal["minmax", "search", "hessian"] = Field(
+        default="minmax",
+        description="range of each group; clip search for |error|^2.4; search weighted by calibrated input energy",
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({HESSIAN}) if self.grid == "hessian" else frozenset()
+
+    def quantize(self, group: LinearGroup) -> dict[str, Solution]:
+        from qcli.algorithms.solvers import grid
+        from qcli.core.weight import QuantizedWeight
+
+        solutions = {}
+        for name, weight in group.weights.items():
+            if self.grid == "minmax":
+                codes, tables = grid.round_to_minmax(weight, self.format)
+            else:
+                if self.grid == "search":
+                    tables = grid.search(weight, self.format, power=2.4)
+                else:
+                    assert group.hessian is not None
+                    tables = grid.search(weight, self.format, group.hessian.diagonal())
+                codes = self.format.encode(weight, tables)
+            weight_codes = QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables)
+            solutions[name] = self.solution(weight_codes, None, [])
+        return solutions

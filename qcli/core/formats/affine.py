@@ -1,0 +1,131 @@
+"""Uniform grid per group: `w_hat = scale * (code - zero_point)`.
+
+Layout of compressed-tensors `pack-quantized`: codes packed along a row, integer zero points packed along
+a column of groups. Symmetric has no zero point: codes are centred on `2**(bits - 1)` and a negative scale
+flips the longer side of the range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qcli.core.format import Rounder, StoredTensor
+from qcli.core.formats._grouped import Grouped
+from qcli.utils.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.core.weight import QuantizedWeight
+
+__all__ = ["Affine"]
+
+ZeroPoint = Literal["none", "integer", "float"]
+
+
+class Affine(Grouped):
+    """`bits` wide codes on one uniform grid per `group_size` weights of a row.
+
+    Tables: `weight_scale` float16 `[out, groups]`; `weight_zero_point` uint8 (integer) or float16 (float)
+    `[out, groups]`, absent when symmetric. The last group of a row may be shorter.
+    """
+
+    name: ClassVar[str] = "affine"
+
+    zero_point: ZeroPoint = "integer"
+
+    @property
+    def center(self) -> int:
+        """The code that stands for 0 when there is no zero point."""
+        return 1 << (self.bits - 1)
+
+    def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+        out_features, in_features = shape
+        groups = self.groups(in_features)
+        tensors = {
+            "weight_packed": StoredTensor("I32", (out_features, -(-in_features * self.bits // 32))),
+            "weight_scale": StoredTensor("F16", (out_features, groups)),
+        }
+        if self.zero_point == "integer":
+            words = -(-out_features * self.bits // 32)
+            tensors["weight_zero_point"] = StoredTensor("I32", (words, groups))
+        elif self.zero_point == "float":
+            tensors["weight_zero_point"] = StoredTensor("F16", (out_features, groups))
+        return tensors
+
+    def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        from qcli.core import packing
+
+        tensors = {
+            "weight_packed": packing.pack(weight.codes, self.bits),
+            "weight_scale": weight.tables["weight_scale"].contiguous(),
+        }
+        if self.zero_point == "integer":
+            by_group = weight.tables["weight_zero_point"].T.contiguous()
+            tensors["weight_zero_point"] = packing.pack(by_group, self.bits).T.contiguous()
+        elif self.zero_point == "float":
+            tensors["weight_zero_point"] = weight.tables["weight_zero_point"].contiguous()
+        return tensors
+
+    def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        from qcli.core import packing
+        from qcli.core.weight import QuantizedWeight
+
+        out_features, in_features = shape
+        tables = {"weight_scale": tensors["weight_scale"]}
+        if self.zero_point == "integer":
+            by_group = tensors["weight_zero_point"].T.contiguous()
+            tables["weight_zero_point"] = packing.unpack(by_group, self.bits, out_features).T.contiguous()
+        elif self.zero_point == "float":
+            tables["weight_zero_point"] = tensors["weight_zero_point"]
+        codes = packing.unpack(tensors["weight_packed"], self.bits, in_features)
+        return QuantizedWeight(self, shape, codes, tables)
+
+    def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        scale, zero_point = self._per_group(tables)
+        codes = (self.grouped(weight.float()) / scale).add_(zero_point).round_().clamp_(0, (1 << self.bits) - 1)
+        return codes.to(torch.uint8).view(weight.shape[0], -1)[:, : weight.shape[1]]
+
+    def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        scale, zero_point = self._per_group(tables)
+        weight = (self.grouped(codes).float() - zero_point) * scale
+        return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
+
+    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        import torch
+
+        groups = self.groups_of(columns)
+        scale = tables["weight_scale"].float().T[groups]
+        if self.zero_point == "none":
+            zero_point = torch.full((len(columns), 1), float(self.center), device=columns.device)
+        else:
+            zero_point = tables["weight_zero_point"].float().T[groups]
+        top = (1 << self.bits) - 1
+
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = (values / scale[column]).add_(zero_point[column]).round_().clamp_(0, top)
+            return codes, (codes - zero_point[column]).mul_(scale[column])
+
+        return nearest
+
+    def check(self, weight: QuantizedWeight) -> None:
+        for name, tensor in self.to_stored(weight).items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise VerificationError(f"{name} holds NaN or infinity")
+        if bool((weight.tables["weight_scale"] == 0).any()):
+            raise VerificationError("weight_scale holds zeros")
+        if int(weight.codes.max()) >> self.bits:
+            raise VerificationError(f"a code does not fit {self.bits} bits")
+
+    def spread(self, table: Tensor, in_features: int) -> Tensor:
+        """A table `[out, groups]` with each entry repeated for its weights: `[out, in]`."""
+        return table.repeat_interleave(self.group_width(in_features), dim=1)[:, :in_features]
+
+    def _per_group(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | int]:
+        scale = tables["weight_scale"].float().unsqueeze(-1)
+        if self.zero_point == "none":
+            return scale, self.center
+        return scale, tables["weight_zero_point"].float().unsqueeze(-1)

@@ -1,0 +1,131 @@
+"""Two binary planes with a scale each: the flexible dual binarization of DB-LLM (arXiv 2402.11960).
+
+`fdb`: `w_hat = alpha1 b1 + alpha2 b2` with bits b and `alpha1 > -alpha2 > 0`: levels `alpha2 < 0 < alpha1 + alpha2 <
+alpha1`. `symmetric` (ours): the same with signs for bits and `alpha1 > alpha2 > 0`. Code bit 0 is b1, bit 1 is b2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qcli.core.format import Rounder, StoredTensor
+from qcli.core.formats._grouped import Leveled
+from qcli.core.formats._tables import check_tables
+from qcli.utils.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.core.weight import QuantizedWeight
+
+__all__ = ["DualBinary"]
+
+ALPHA1, ALPHA2 = "alpha1", "alpha2"
+Levels = Literal["fdb", "symmetric"]
+_APART = 1 + 2.0**-9  # least ratio of the alphas: two steps of float16
+_SMALLEST = 2.0**-24  # least |alpha2|, and least difference: float16's smallest number
+
+
+class DualBinary(Leveled):
+    """Two planes of bits and two scales for every `group_size` weights of a row.
+
+    Tables: `alpha1`, `alpha2` float16 `[out, groups]`. The last group of a row may be shorter.
+    """
+
+    name: ClassVar[str] = "dual-binary"
+
+    bits: Literal[2] = 2
+    levels: Levels = "fdb"
+
+    def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+        out_features, in_features = shape
+        alpha = StoredTensor("F16", (out_features, self.groups(in_features)))
+        packed = StoredTensor("I32", (out_features, -(-in_features * 2 // 32)))
+        return {"weight_packed": packed, ALPHA1: alpha, ALPHA2: alpha}
+
+    def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        from qcli.core import packing
+
+        tables = {name: weight.tables[name].contiguous() for name in (ALPHA1, ALPHA2)}
+        return {"weight_packed": packing.pack(weight.codes, 2), **tables}
+
+    def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        from qcli.core import packing
+        from qcli.core.weight import QuantizedWeight
+
+        codes = packing.unpack(tensors["weight_packed"], 2, shape[1])
+        return QuantizedWeight(self, shape, codes, {name: tensors[name] for name in (ALPHA1, ALPHA2)})
+
+    def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        alpha1, alpha2 = (tables[name].float().unsqueeze(-1) for name in (ALPHA1, ALPHA2))
+        codes = self.nearest(self.grouped(weight.float()), alpha1, alpha2)
+        return codes.to(torch.uint8).view(len(weight), -1)[:, : weight.shape[1]]
+
+    def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        alpha1, alpha2 = (tables[name].float().unsqueeze(-1) for name in (ALPHA1, ALPHA2))
+        first, second = self.planes(self.grouped(codes))
+        weight: Tensor = first * alpha1 + second * alpha2
+        return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
+
+    def entries(self, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        alpha1, alpha2 = (tables[name].float().unsqueeze(-1) for name in (ALPHA1, ALPHA2))
+        first, second = self.planes(torch.arange(4, device=alpha1.device))
+        entries: Tensor = first * alpha1 + second * alpha2
+        return entries
+
+    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        alpha1, alpha2 = self.ordered(relaxed[ALPHA1], relaxed[ALPHA2])
+        return super().restored({ALPHA1: alpha1, ALPHA2: alpha2}, given)
+
+    def ordered(self, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest float32 alphas with the signs and the order that make every code its own level."""
+        smaller = -(-alpha2).clamp(min=_SMALLEST) if self.levels == "fdb" else alpha2.clamp(min=_SMALLEST)
+        return alpha1.maximum(smaller.abs() * _APART + _SMALLEST), smaller
+
+    def planes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the alphas are multiplied by, float32: bits, or for `symmetric` signs."""
+        first, second = (codes & 1).float(), (codes >> 1).float()
+        return (first, second) if self.levels == "fdb" else (2 * first - 1, 2 * second - 1)
+
+    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        groups = self.groups_of(columns)
+        alpha1, alpha2 = (tables[name].float().T[groups] for name in (ALPHA1, ALPHA2))
+
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = self.nearest(values, alpha1[column], alpha2[column])
+            first, second = self.planes(codes.long())
+            return codes, first * alpha1[column] + second * alpha2[column]
+
+        return nearest
+
+    def check(self, weight: QuantizedWeight) -> None:
+        stored = self.stored(weight.shape)
+        check_tables(weight.tables, {name: stored[name] for name in (ALPHA1, ALPHA2)})
+        alpha1, alpha2 = (weight.tables[name].float() for name in (ALPHA1, ALPHA2))
+        smaller = -alpha2 if self.levels == "fdb" else alpha2
+        if not bool(((alpha1 > smaller) & (smaller > 0)).all()):
+            raise VerificationError("the alphas of a group are out of order: its codes do not name levels in order")
+        if int(weight.codes.max()) >> 2:
+            raise VerificationError("a code does not fit 2 bits")
+
+    def facts(self, weight: QuantizedWeight) -> dict[str, float]:
+        """The shares of zeros in both planes, which DB-LLM saves computing with, and the additions per weight left."""
+        if self.levels == "symmetric":
+            return {}
+        ones = [float(plane.mean()) for plane in self.planes(weight.codes)]
+        return {"zeros_plane1": 1 - ones[0], "zeros_plane2": 1 - ones[1], "additions_per_weight": sum(ones)}
+
+    def nearest(self, values: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
+        """Codes as floats: of the nearest level, since the alphas are in order."""
+        if self.levels == "symmetric":
+            first = values >= 0
+            second = (values - alpha1.where(first, -alpha1)) >= 0
+        else:
+            first = values >= (alpha1 + alpha2) / 2
+            second = values - alpha1 * first <= alpha2 / 2
+        return first.float() + 2 * second

@@ -1,0 +1,101 @@
+"""One bit a weight: `w_hat = out_scale * sign * in_scale`, the rank-one magnitude of OneBit.
+
+arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 stands for +1, which is also the sign of 0. The scales
+may have any sign; codes are those of the nearest value all the same. In the paper's own models a LayerNorm without
+parameters follows, of the whole linear, its bias included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qcli.core.format import Format, Rounder, StoredTensor
+from qcli.core.formats._tables import check_tables
+from qcli.utils.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.core.weight import QuantizedWeight
+
+__all__ = ["Sign"]
+
+IN_SCALE, OUT_SCALE = "in_scale", "out_scale"
+
+
+class Sign(Format):
+    """Signs between a scale for each input and one for each output.
+
+    Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer is the paper's:
+    it computes `LayerNorm(Y + bias)`, and the weights behind the signs are trained as in its authors' code, with values
+    of +-1 for the unit: they start at `0.01 sign` and have the slope `1.001 - tanh^2` (not below a low-rank term).
+    """
+
+    name: ClassVar[str] = "sign"
+
+    bits: Literal[1] = 1
+    output_norm: bool = False
+
+    @property
+    def normed(self) -> bool:
+        return self.output_norm
+
+    def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
+        out_features, in_features = shape
+        return {
+            "weight_packed": StoredTensor("I32", (out_features, -(-in_features // 32))),
+            IN_SCALE: StoredTensor("F16", (in_features,)),
+            OUT_SCALE: StoredTensor("F16", (out_features, 1)),
+        }
+
+    def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        from qcli.core import packing
+
+        tables = {name: weight.tables[name].contiguous() for name in (IN_SCALE, OUT_SCALE)}
+        return {"weight_packed": packing.pack(weight.codes, 1), **tables}
+
+    def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+        from qcli.core import packing
+        from qcli.core.weight import QuantizedWeight
+
+        codes = packing.unpack(tensors["weight_packed"], 1, shape[1])
+        return QuantizedWeight(self, shape, codes, {name: tensors[name] for name in (IN_SCALE, OUT_SCALE)})
+
+    def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        signs = tables[IN_SCALE].float().sign() * tables[OUT_SCALE].float().sign()
+        return (weight.float() * signs >= 0).to(torch.uint8)
+
+    def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        return (2 * codes.float() - 1) * tables[IN_SCALE].float() * tables[OUT_SCALE].float()
+
+    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        return 0.01 * value if self.output_norm else super().latents(target, value, step)
+
+    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        if not self.output_norm:
+            return super().slope(latent, value, step)
+        return 1.001 - (2 * latent / step.clamp(min=1e-30)).tanh().square()
+
+    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
+
+    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        return {**tables, IN_SCALE: tables[IN_SCALE][columns]}
+
+    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]
+
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = (values * magnitude[column] >= 0).float()
+            return codes, (2 * codes - 1) * magnitude[column]
+
+        return nearest
+
+    def check(self, weight: QuantizedWeight) -> None:
+        stored = self.stored(weight.shape)
+        check_tables(weight.tables, {name: stored[name] for name in (IN_SCALE, OUT_SCALE)})
+        if int(weight.codes.max()) > 1:
+            raise VerificationError("a code does not fit 1 bit")

@@ -1,0 +1,181 @@
+"""Text that a model writes itself: calibration without data, on what the model really produces.
+
+Each document starts with a token drawn uniformly over the vocabulary, goes on with the likeliest tokens for a
+few steps, so that it finds a subject, and is then sampled at temperature 1 (the recipe of OneBit's authors). When
+the model ends it, the next one starts at once, in the same window: nothing is written and thrown away.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from inspect import signature
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from qcli.models.open import Source
+from qcli.models.stream import ModelStream
+from qcli.utils.device import has_fast_matmul
+from qcli.utils.errors import ResourceError
+from qcli.utils.memory import free_memory
+from qcli.utils.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_GREEDY = 4
+_BATCH = 32
+_CACHE_BYTES = 2 << 30
+
+
+def sample(
+    source: Source,
+    samples: int,
+    length: int,
+    seed: str,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Tensor:
+    """Windows of text sampled from a model, which is held in memory as a whole meanwhile.
+
+    Computes in bfloat16 where the device has units for it, else in float32. A window depends on `seed` and its
+    own number, through generators of its own.
+
+    Returns:
+        int64 `[samples, length]`, on the CPU.
+
+    Raises:
+        ResourceError: model and cache do not fit the memory.
+    """
+    device = torch.device(device)
+    dtype = torch.bfloat16 if has_fast_matmul(device) else torch.float32
+    config, tokenizer = source.hf_config().get_text_config(), source.tokenizer()
+    batch = _check_memory(source, config, length, device, dtype)
+
+    stream = ModelStream(source, device=device, dtype=dtype)
+    blocks = stream.model.get_submodule(stream.family.blocks)
+    for index in range(stream.n_blocks):
+        blocks[index] = stream.load_block(index)
+
+    ends = _end_tokens(tokenizer, config)
+    starts = _start_tokens(tokenizer, config, ends)
+    windows = []
+    steps = -(-samples // batch) * length
+    for first in range(0, samples, batch):
+        numbers = range(first, min(first + batch, samples))
+        generators = [random.Random(f"{seed}:{number}") for number in numbers]
+        ids = torch.empty(len(numbers), length, dtype=torch.int64)
+        cache = Cache(layers=[_Room(length) for _ in range(stream.n_blocks)])
+        writer = _write(stream.model, cache, generators, length, starts, ends, device)
+        for step, tokens in enumerate(writer):
+            ids[:, step] = tokens
+            progress("sampling text from the model", first // batch * length + step + 1, steps)
+        windows.append(ids)
+    return torch.cat(windows)
+
+
+class _Room(DynamicLayer):
+    """Keys and values of one layer in memory for a whole window: appending copies nothing that is there."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room = tuple(
+                states.new_empty(*states.shape[:-2], self._length, states.shape[-1])
+                for states in (key_states, value_states)
+            )
+        stop = start + key_states.shape[-2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:stop, :] = states
+        self.keys, self.values = (room[..., :stop, :] for room in self._room)
+        return self.keys, self.values
+
+
+@torch.inference_mode()
+def _write(
+    model: torch.nn.Module,
+    cache: Cache,
+    generators: list[random.Random],
+    length: int,
+    starts: list[int],
+    ends: list[int],
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """The tokens of all windows, one place after another: int64 `[batch]` on the CPU, `length` times.
+
+    A document is masked from those before it and counts its positions from 0, so it is what the model writes
+    with nothing in mind. (Left to see them, it soon repeats one-word documents without end.)
+    """
+    ending = torch.tensor(ends)
+    takes_positions = "position_ids" in signature(model.forward).parameters
+    tokens = torch.tensor([generator.choice(starts) for generator in generators])
+    age = torch.zeros_like(tokens)  # of the current document, in tokens before the last
+    for step in range(length):
+        yield tokens
+        if step == length - 1:
+            return
+        document = torch.arange(step, -1, -1) <= age[:, None]
+        positions = {"position_ids": age.to(device)[:, None]} if takes_positions else {}
+        output = model(
+            input_ids=tokens.to(device)[:, None],
+            attention_mask=document.to(device, torch.int64),
+            past_key_values=cache,
+            use_cache=True,
+            **positions,
+        )
+        logits = output.logits[:, -1].float()
+        draws = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
+        fresh = torch.tensor([generator.choice(starts) for generator in generators])
+        chosen = torch.where(age < _GREEDY, logits.argmax(-1).cpu(), _draw(logits, draws.to(device)).cpu())
+        ended = torch.isin(tokens, ending)
+        tokens = torch.where(ended, fresh, chosen)
+        age = torch.where(ended, 0, age + 1)
+
+
+def _draw(logits: Tensor, draws: Tensor) -> Tensor:
+    """Tokens at T = 1: float32 logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    return (
+        torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+        .squeeze(1)
+        .clamp_(max=logits.shape[1] - 1)
+    )
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]) -> list[int]:
+    """The vocabulary without special tokens, and without rows of the embedding that stand for nothing."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids, ends)
+    return [token for token in range(min(len(tokenizer), config.vocab_size)) if token not in special]
+
+
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[int]:
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({token for token in (tokenizer.eos_token_id, *named) if token is not None})
+
+
+def _check_memory(
+    source: Source, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """How many windows to write at once: by the model's size alone, so that every machine does the same."""
+    weights: int = sum(prod(tensor.shape) for tensor in source.tensors().values()) * dtype.itemsize
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = 2 * config.num_hidden_layers * heads * width * length * dtype.itemsize
+    batch: int = min(_BATCH, max(1, max(_CACHE_BYTES, weights) // window))
+    needed, free = weights + batch * window, free_memory(device)
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"sampling text from the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            hint="calibrate on text instead: --data FILE, or a named set; the rest works block by block",
+        )
+    return batch

@@ -1,0 +1,137 @@
+"""GGUF's block types: 32 weights of a row share one scale. A weight is stored only in a type that holds it exactly.
+
+A uniform grid `scale * (code - zero_point)` with an integer zero point is a grid of signed integers, so it fits a type
+without an offset as soon as its integers do: 4 asymmetric bits, -15..15, fit the five of `Q5_0`. The types are those of
+ggml (ggml-common.h, `block_q4_0` and following):
+
+    type   bytes of 32   value                 codes
+    Q4_0   18            d * (q - 8)           low nibbles: weights 0..15, high ones: 16..31
+    Q4_1   20            d * q + m             the same
+    Q5_0   22            d * (q - 16)          the same, and the fifth bits in one 32-bit word
+    Q5_1   24            d * q + m             the same
+    Q8_0   34            d * q                 signed bytes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcli.core.formats.affine import Affine
+from qcli.core.weight import QuantizedWeight
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """What a type can hold: `bits` wide codes, centred in it or, with an offset, from 0."""
+
+    name: str
+    bits: int
+    offset: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of one block."""
+        return 2 + 2 * self.offset + BLOCK * self.bits // 8
+
+
+TYPES = (
+    BlockType("Q4_0", 4, False),
+    BlockType("Q4_1", 4, True),
+    BlockType("Q5_0", 5, False),
+    BlockType("Q5_1", 5, True),
+    BlockType("Q8_0", 8, False),
+)
+
+
+def exact_type(weight: QuantizedWeight) -> BlockType | None:
+    """The smallest type that holds exactly what the codes stand for; None: there is none."""
+    if not _in_blocks(weight):
+        return None
+    return next((type for type in TYPES if _holds(type, weight)), None)
+
+
+def encode(weight: QuantizedWeight, type: BlockType) -> Tensor:
+    """The weight's blocks in a type that holds it: uint8 `[out, in / 32 * type.bytes]`."""
+    rows = weight.shape[0]
+    scale = _scale(weight)
+    head = [scale.contiguous().view(torch.uint8).view(rows, -1, 2)]
+    if type.offset:
+        head.append(_offset(weight).half().contiguous().view(torch.uint8).view(rows, -1, 2))
+        codes = weight.codes
+    else:
+        codes = (_signed(weight) + (0 if type.bits == 8 else 1 << (type.bits - 1))).to(torch.int8).view(torch.uint8)
+    codes = codes.reshape(rows, -1, BLOCK)
+    if type.bits == 8:
+        return torch.cat([*head, codes], dim=2).view(rows, -1)
+    low, high = codes[..., : BLOCK // 2] & 15, codes[..., BLOCK // 2 :] & 15
+    if type.bits == 5:
+        head.append(_bits(codes >> 4))
+    return torch.cat([*head, low | high << 4], dim=2).view(rows, -1)
+
+
+def _in_blocks(weight: QuantizedWeight) -> bool:
+    """Whether every block has one scale."""
+    format, columns = weight.format, weight.shape[1]
+    if not isinstance(format, Affine) or columns % BLOCK:
+        return False
+    return format.group_width(columns) % BLOCK == 0 or format.groups(columns) == 1
+
+
+def _holds(type: BlockType, weight: QuantizedWeight) -> bool:
+    if type.offset:
+        offset = _offset(weight)
+        fits = int(weight.codes.max()) < 1 << type.bits and torch.equal(offset.half().float(), offset)
+        return fits and torch.equal(_scaled(weight.codes, weight) + _repeated(offset, weight), weight.dense())
+    zero_point = _zero_point(weight)
+    if not torch.equal(zero_point, zero_point.round()):
+        return False
+    signed, half = _signed(weight), 1 << (type.bits - 1)
+    return -half <= int(signed.min()) and int(signed.max()) < half
+
+
+def _signed(weight: QuantizedWeight) -> Tensor:
+    """What the scales are multiplied with, where zero points are integers: int16 `[out, in]`."""
+    zero_point = _zero_point(weight).to(torch.int16)
+    return weight.codes.to(torch.int16) - _affine(weight).spread(zero_point, weight.shape[1])
+
+
+def _zero_point(weight: QuantizedWeight) -> Tensor:
+    """float32 `[out, groups]`."""
+    scale = weight.tables["weight_scale"].float()
+    table = weight.tables.get("weight_zero_point")
+    return torch.full_like(scale, float(_affine(weight).center)) if table is None else table.float()
+
+
+def _scale(weight: QuantizedWeight) -> Tensor:
+    """The scale of every block, float16 `[out, in / 32]`."""
+    return _affine(weight).spread(weight.tables["weight_scale"], weight.shape[1])[:, ::BLOCK]
+
+
+def _offset(weight: QuantizedWeight) -> Tensor:
+    """What a code of 0 stands for in every block, float32 `[out, in / 32]`."""
+    return _affine(weight).spread(-_zero_point(weight), weight.shape[1])[:, ::BLOCK] * _scale(weight).float()
+
+
+def _scaled(codes: Tensor, weight: QuantizedWeight) -> Tensor:
+    return codes.float() * _repeated(_scale(weight).float(), weight)
+
+
+def _repeated(table: Tensor, weight: QuantizedWeight) -> Tensor:
+    return table.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
+
+
+def _affine(weight: QuantizedWeight) -> Affine:
+    assert isinstance(weight.format, Affine)
+    return weight.format
+
+
+def _bits(fifth: Tensor) -> Tensor:
+    """32 single bits as a little-endian word: uint8 `[..., 32]` -> uint8 `[..., 4]`."""
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=fifth.device)
+    eights: Tensor = fifth.unflatten(-1, (4, 8))
+    return (eights * weights).sum(-1).to(torch.uint8)

@@ -1,0 +1,161 @@
+"""What a GGUF file says of a model besides its weights: llama.cpp's names for families and their settings.
+
+Facts from llama.cpp (src/models/*.cpp and conversion/, autumn 2026). What its graph for a family cannot compute is
+refused: llama.cpp would load it and be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import pi
+from typing import TYPE_CHECKING, Any
+
+from qcli.utils.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp knows a family.
+
+    Attributes:
+        name: `general.architecture`.
+        permuted: rows of q and k stand in the order of Meta's rotary embedding.
+        wide: number of blocks of the model whose attention is scaled by width per head, not by the head's size.
+    """
+
+    name: str
+    permuted: bool = False
+    wide: int | None = None
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),
+    "mistral": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", wide=46),
+    "gemma3_text": Architecture("gemma3", wide=62),
+}
+
+
+def architecture(config: PreTrainedConfig) -> Architecture:
+    """llama.cpp's architecture for a model.
+
+    Raises:
+        UnsupportedError: the family, or a setting of it, is none that llama.cpp's graph for it computes.
+    """
+    known = ARCHITECTURES.get(config.model_type)
+    if known is None:
+        raise _unsupported(f"{config.model_type} is not among {', '.join(ARCHITECTURES)}")
+    for kind, rope in ropes(config).items():
+        if rope["rope_type"] not in ("default", "linear", "llama3"):
+            raise _unsupported(f"{rope['rope_type']} rotary embedding")
+        if rope["rope_type"] == "llama3" and not known.permuted:
+            raise _unsupported(f"llama3 rotary embedding of {config.model_type}")
+        if kind == "sliding_attention" and rope["rope_type"] != "default":
+            raise _unsupported(f"{rope['rope_type']} rotary embedding of sliding layers")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise _unsupported("rotary embedding of part of a head")
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar is not None and scalar != _attention_scalar(config, known):
+        raise _unsupported(f"query_pre_attn_scalar {scalar}, llama.cpp takes {_attention_scalar(config, known)}")
+    if known.wide is None and _sliding(config) and config.model_type != "mistral":
+        raise _unsupported(f"sliding windows of {config.model_type}")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != ("gelu_pytorch_tanh" if "gemma" in config.model_type else "silu"):
+        raise _unsupported(f"{activation} as the MLP's activation")
+    return known
+
+
+def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
+    """Write the settings of a model that `architecture` accepts; `writer` is gguf.GGUFWriter."""
+    heads = config.num_attention_heads
+    writer.add_name(name)
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_dimension_count(head_size(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = ropes(config)
+    main = rope.get("full_attention") or next(iter(rope.values()))
+    writer.add_rope_freq_base(main["rope_theta"])
+    if main["rope_type"] == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(main["factor"])
+    if ARCHITECTURES[config.model_type].wide is not None and _sliding(config):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base_swa(rope.get("sliding_attention", main)["rope_theta"])
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (cap := getattr(config, key, None)) is not None:
+            getattr(writer, f"add_{key}")(cap)
+
+
+def rope_factors(config: PreTrainedConfig) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by, float32 `[head / 2]`; None: nothing.
+
+    Llama 3.1's scaling, as in its reference code: long waves are stretched by `factor`, short ones left alone, and what
+    lies between is interpolated.
+    """
+    import torch
+
+    (rope, *_) = ropes(config).values()
+    if rope["rope_type"] != "llama3":
+        return None
+    size, trained = head_size(config), rope["original_max_position_embeddings"]
+    wave = 2 * pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((trained / wave - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()
+
+
+def ropes(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """Rotary embeddings by kind of layer; one kind is called `full_attention`."""
+    given: dict[str, Any] = config.rope_parameters
+    return {"full_attention": given} if "rope_type" in given else given
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """Positions the model is offered with. Mistral's window is not in llama.cpp's graph; up to it nothing differs."""
+    positions = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    return positions if window is None else min(positions, window)
+
+
+def _sliding(config: PreTrainedConfig) -> bool:
+    """Whether some layers see only a window."""
+    if config.model_type == "mistral":
+        return config.sliding_window is not None
+    return "sliding_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def _attention_scalar(config: PreTrainedConfig, known: Architecture) -> int:
+    if known.wide == config.num_hidden_layers:
+        return int(config.hidden_size // config.num_attention_heads)
+    return head_size(config)
+
+
+def _unsupported(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"gguf: {what}: llama.cpp's graph has no place for it", hint="pack it as qcli, dense or compressed-tensors"
+    )

@@ -1,0 +1,147 @@
+"""A tokenizer as llama.cpp stores it: tokens, their kinds, merges or scores, and how text is split before.
+
+Byte-level BPE becomes llama.cpp's `gpt2`; how it splits text is a name, found from the pre-tokenizer's own pattern.
+BPE with byte fallback, which is what a SentencePiece model becomes in tokenizers, becomes `llama`: there a token's
+score stands for the rank of the merge that makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qcli.utils.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Patterns of pre-tokenizers in Hugging Face's tokenizers, by llama.cpp's name for them (src/llama-vocab.cpp, 2026).
+_CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    _CASELESS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _CASELESS + r"\p{N}" + _REST: "qwen2",
+    _TEKKEN: "tekken",
+}
+_NO_MERGE = -1e6  # the score of a token that no merge makes
+_SPECIAL = ("bos", "eos", "unk", "pad")
+
+
+def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Write a tokenizer into a GGUF file.
+
+    Args:
+        writer: gguf.GGUFWriter.
+        size: rows of the embedding; there may be more of them than tokens.
+
+    Raises:
+        UnsupportedError: it is neither kind of BPE, or splits text in a way that llama.cpp has no name for.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unsupported("has no tokenizer.json")
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise _unsupported(f"is {model['type']}, not BPE")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise _unsupported("has no merges, without which llama.cpp loads none")
+    tokens, kinds = _tokens(tokenizer, described, size)
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(_adds_space(described))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_splitting(described))
+        writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    for name in _SPECIAL:
+        if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None:
+            getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(tokenizer.bos_token_id in tokenizer("a").input_ids[:1])
+    if isinstance(template := tokenizer.chat_template, str):
+        writer.add_chat_template(template)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Every row's text and kind."""
+    from gguf import TokenType
+
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = {token["id"]: token for token in described["added_tokens"]}
+    unknown = described["model"].get("unk_token")
+    if max(names) >= size:
+        raise _unsupported(f"has {max(names) + 1} tokens, the embedding {size} rows")
+    tokens, kinds = [], []
+    for index in range(size):
+        text = names.get(index, f"[PAD{index}]")
+        if index not in names:
+            kind = TokenType.UNUSED
+        elif text == unknown:
+            kind = TokenType.UNKNOWN
+        elif index in added:
+            kind = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
+        elif described["model"].get("byte_fallback") and len(text) == 6 and text.startswith("<0x"):
+            kind = TokenType.BYTE
+        else:
+            kind = TokenType.NORMAL
+        tokens.append(text)
+        kinds.append(int(kind))
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """llama.cpp joins the pair whose token scores highest, tokenizers the pair whose merge ranks first."""
+    first: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        first.setdefault(merge.replace(" ", "", 1), -float(rank))
+    return [first.get(token, _NO_MERGE) for token in tokens]
+
+
+def _adds_space(described: Mapping[str, Any]) -> bool:
+    """Whether text gets a space in front, by its normalizer or its pre-tokenizer."""
+    parts = [*_parts(described["normalizer"], "normalizers"), *_parts(described["pre_tokenizer"], "pretokenizers")]
+    return any(
+        part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
+
+
+def _splitting(described: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the pre-tokenizer."""
+    if described["normalizer"] is not None and described["normalizer"]["type"] != "NFC":
+        raise _unsupported(f"normalizes text ({described['normalizer']['type']})")
+    *before, last = _parts(described["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if last["use_regex"] and not before:
+            return "gpt-2"
+        if last["use_regex"] and [part["type"] for part in before] == ["Digits"] and before[0]["individual_digits"]:
+            return "smollm"
+        if not last["use_regex"] and [part["type"] for part in before] == ["Split"]:
+            name = _PATTERNS.get(before[0]["pattern"].get("Regex", ""))
+            if name is not None:
+                return name
+    raise _unsupported("splits text in a way that llama.cpp has no name for")
+
+
+def _parts(component: Mapping[str, Any] | None, members: str) -> list[dict[str, Any]]:
+    """A component's members, or itself."""
+    if component is None:
+        return []
+    return list(component[members]) if component["type"] == "Sequence" else [dict(component)]
+
+
+def _unsupported(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"gguf: the model's tokenizer {reason}", hint="pack it as qcli, dense or compressed-tensors"
+    )

@@ -1,0 +1,100 @@
+"""What a checkpoint holds and how it came to be, from its config, headers and manifest. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcli.models import manifest as checkpoint
+from qcli.models.open import Source, open_source
+from qcli.models.packed import PackedSource
+from qcli.utils.errors import UsageError, VerificationError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts of one checkpoint; `layers` has a row for every quantizable layer.
+
+    Attributes:
+        packed_as: the layout that `qcli pack` wrote; None: it is as `qcli quantize` left it.
+        notes: what `qcli pack` had to say of the layout, by label.
+        activations: how the inputs of quantized layers are quantized; None: not at all.
+    """
+
+    folder: str
+    model: str
+    family: str
+    bits_per_weight: float
+    model_bits_per_weight: float
+    bytes: int
+    seconds: float
+    versions: dict[str, str]
+    packed_as: str | None
+    notes: dict[str, str]
+    recipe: dict[str, Any]
+    fallbacks: int
+    activations: dict[str, Any] | None
+    layers: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+def inspect(folder: Path) -> Inspection:
+    """Read headers, config and manifest of a checkpoint, in any layout of `qcli pack`.
+
+    What a layer was quantized to stands in its config, or, in layouts that only engines' types describe, in the
+    manifest; `stored_as` and bits per weight are those of the file.
+
+    Raises:
+        UsageError: it is not a qcli checkpoint.
+        VerificationError: its parts do not agree.
+    """
+    source = open_source(str(folder))
+    if not (folder / checkpoint.MANIFEST).exists():
+        raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
+    manifest = checkpoint.read_manifest(folder)
+    rows = _rows(source, manifest)
+    return Inspection(
+        folder=str(folder),
+        model=manifest["source"]["model"],
+        family=source.family.model_type,
+        bits_per_weight=source.bits_of(layer["name"] for layer in manifest["layers"]),
+        model_bits_per_weight=source.model_bits_per_weight(),
+        bytes=source.bytes(),
+        seconds=manifest["seconds"],
+        versions=manifest["versions"],
+        packed_as=manifest.get("packed_as"),
+        notes=manifest.get("notes", {}),
+        recipe=manifest["recipe"],
+        fallbacks=sum(bool(layer["fallbacks"]) for layer in manifest["layers"]),
+        activations=None if source.activations is None else source.activations.model_dump(),
+        layers=rows,
+    )
+
+
+def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    reports = {layer["name"]: layer for layer in manifest["layers"]}
+    packed = source.packed if isinstance(source, PackedSource) else None
+    linears = source.linears()
+    odd = reports.keys() - {linear.name for linear in linears} if packed is None else reports.keys() ^ packed.keys()
+    if odd:
+        raise VerificationError(f"{source.path}: its weights and its manifest disagree about {min(odd)}")
+    rounded = set(manifest.get("rounded", []))
+    rows: list[dict[str, Any]] = []
+    for linear in linears:
+        name, report = linear.name, reports.get(linear.name)
+        row: dict[str, Any] = {"name": name, "shape": list(linear.shape)}
+        if packed is None:
+            row["stored_as"] = source.stored_as(f"{name}.weight")
+        if report is None:
+            rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
+            continue
+        spec = report["spec"] if packed is None else packed[name].format.spec()
+        row |= {"method": report["method"], **spec, "bits_per_weight": source.bits_of([name])}
+        measured = () if name in rounded else ("error", "measure")  # of codes that are no longer those in the file
+        rows.append(row | {key: report[key] for key in (*measured, "fallbacks")} | report.get("facts", {}))
+    return rows

@@ -1,0 +1,78 @@
+"""Whether a plan's result will fit the layout that it is to be packed in: known before it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcli.core.activations import Activations
+from qcli.core.format import Format, StoredTensor
+from qcli.export.target import Export
+from qcli.models.families import Family, Linear
+from qcli.models.manifest import Packed
+from qcli.quantization.plan import Plan
+from qcli.utils import registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from qcli.core.weight import QuantizedWeight
+
+
+def require_packable(plan: Plan, format: str, requantize: str | None) -> None:
+    """Refuse what `pack` is known to refuse of this plan's result; what depends on values is left to it.
+
+    Raises:
+        UsageError, UnsupportedError: as `pack`.
+    """
+    export: Export = registry.load("qcli.export.targets", format)(requantize)
+    export.check(PlannedCheckpoint(plan))
+
+
+class PlannedCheckpoint:
+    """The checkpoint that a plan will give, as far as layouts look at it before they write."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.path = Path(plan.recipe.out or plan.source.path)
+        self.family: Family = plan.source.family
+        self.activations: Activations | None = plan.recipe.activations
+
+    @cached_property
+    def packed(self) -> dict[str, Packed]:
+        shapes = {layer.name: layer.shape for layer in self._plan.layers}
+        return {layer: Packed(format, shapes[layer]) for layer, format in self.formats().items()}
+
+    def formats(self) -> Mapping[str, Format]:
+        return {layer: format for layer, format in self._plan.formats.items() if format is not None}
+
+    def linears(self) -> list[Linear]:
+        return self._plan.layers
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        source = self._plan.source
+        return {
+            name: StoredTensor(source.dense_dtype or dtype, shape) for name, (dtype, shape) in source.tensors().items()
+        }
+
+    def hf_config(self) -> PreTrainedConfig:
+        return self._plan.source.hf_config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._plan.source.tokenizer()
+
+    def read_quantized(self, layer: str) -> QuantizedWeight:
+        """One row of the least codes: if not even this fits a layout, nothing of the format does. Tables of floats are
+        full of a number that is no integer and has products of more than 11 bits, as any they will hold."""
+        import torch
+
+        from qcli.core.weight import TORCH_DTYPE
+
+        format, shape = self.packed[layer].format, (1, self.packed[layer].shape[1])
+        stored = {}
+        for name, (dtype, size) in format.stored(shape).items():
+            table = torch.zeros(size, dtype=TORCH_DTYPE[dtype])
+            stored[name] = table + 0.3 if table.is_floating_point() else table
+        return format.from_stored(stored, shape)

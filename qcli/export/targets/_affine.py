@@ -1,0 +1,82 @@
+"""What layouts for uniform grids share: which layers they can hold, and as what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qcli.core.formats.affine import Affine
+from qcli.export.target import Packable
+from qcli.models.families import Linear, fused
+from qcli.utils.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from qcli.core.weight import QuantizedWeight
+
+
+def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
+    """The format of every quantized layer, by name, with groups that engines can hold.
+
+    Raises:
+        UnsupportedError: another format, a ragged last group, or floating-point zero points.
+    """
+    return {layer: _affine(source, layer, layout) for layer in source.packed}
+
+
+def _affine(source: Packable, layer: str, layout: str) -> Affine:
+    packed = source.packed[layer]
+    format, width = packed.format, packed.shape[1]
+    if not isinstance(format, Affine):
+        raise UnsupportedError(
+            f"{layer} is {format.name}, {layout} holds only uniform grids", hint="pack it as qcli or dense"
+        )
+    if width % format.group_width(width):
+        raise UnsupportedError(
+            f"{layer} has {width} inputs in groups of {format.group_size}: {layout} has no shorter last group",
+            hint="pack it as qcli or dense, or quantize in groups that divide",
+        )
+    if format.zero_point == "float" and not _integers(source.read_quantized(layer)):
+        raise UnsupportedError(
+            f"{layer} has floating-point zero points, {layout} holds only integers",
+            hint="pack it as qcli or dense, or quantize with `zero_point: integer`",
+        )
+    size = -1 if format.group_size > width else format.group_size
+    return Affine(bits=format.bits, group_size=size, zero_point="none" if format.zero_point == "none" else "integer")
+
+
+def _integers(weight: QuantizedWeight) -> bool:
+    """Whether floating-point zero points are integers that codes could be."""
+    zero_point = weight.tables["weight_zero_point"].float()
+    top = (1 << weight.format.bits) - 1
+    return bool(((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)).all())
+
+
+def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
+    """The same weight as `affine_formats` has it."""
+    import torch
+
+    from qcli.core.weight import QuantizedWeight
+
+    tables = dict(weight.tables)
+    if format.zero_point == "integer":
+        tables["weight_zero_point"] = tables["weight_zero_point"].to(torch.uint8)
+    return QuantizedWeight(format, weight.shape, weight.codes, tables)
+
+
+def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layout: str) -> None:
+    """Raise UnsupportedError where layers that engines compute as one have different schemes."""
+    for first, *others in fused(layers):
+        for other in others:
+            one, two = formats.get(first.name), formats.get(other.name)
+            if one != two:
+                raise UnsupportedError(
+                    f"{first.name} is {_words(one)}, {other.name} is {_words(two)}: "
+                    f"engines that load {layout} compute them as one layer",
+                    hint="quantize them alike (--bits auto does with --fused), or pack it as qcli or dense",
+                )
+
+
+def _words(format: Affine | None) -> str:
+    if format is None:
+        return "dense"
+    groups = "rows" if format.group_size == -1 else f"groups of {format.group_size}"
+    return f"{format.bits} bits {'symmetric' if format.zero_point == 'none' else 'asymmetric'} in {groups}"

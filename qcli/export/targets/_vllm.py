@@ -1,0 +1,86 @@
+"""What vLLM accepts of a compressed-tensors checkpoint: its rules as data, for nothing here can run it.
+
+From vllm-project/vllm, main of 2026: widths and the split of packed tensors from model_executor/layers/quantization/
+compressed_tensors/schemes/compressed_tensors_wNaM.py (at c3b9c01) and compressed_tensors_wNa16.py beside it, Marlin's
+limits from model_executor/layers/quantization/utils/marlin_utils.py, the split of fused layers and heads from
+model_executor/layers/linear.py (at 0036d38).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qcli.core.formats.affine import Affine
+from qcli.models.families import Linear
+from qcli.models.packed import PackedSource
+
+SYMMETRIC_BITS, ASYMMETRIC_BITS = (2, 3, 4, 5, 6, 7, 8), (4, 8)
+MARLIN_BITS, MARLIN_GROUPS, MARLIN_ROWS, MARLIN_COLUMNS = (4, 8), (-1, 32, 64, 128), 64, 128
+RANKS = (1, 2, 4, 8)
+
+
+def describe(source: PackedSource, formats: Mapping[str, Affine]) -> str:
+    """In words: the tensor parallel sizes at which vLLM's rules are kept, and what stands in the way of others."""
+    refusals = {ranks: _refusal(source, formats, ranks) for ranks in RANKS}
+    fits = [str(ranks) for ranks, reason in refusals.items() if reason is None]
+    reason = next((f"; {ranks} not: {reason}" for ranks, reason in refusals.items() if reason), "")
+    if not fits:
+        return f"refused: {refusals[1]}"
+    slower = "" if _marlin(source, formats) else "; outside of what its Marlin kernels take, so slower"
+    return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
+
+
+def _refusal(source: PackedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:
+    """Why vLLM cannot load this split over so many devices; None: no rule is broken."""
+    heads, kv_heads = _heads(source.config)
+    if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        return f"{heads} heads, {kv_heads} of them for keys and values"
+    for layer in source.linears():
+        format = formats.get(layer.name)
+        # Where there are more devices than heads of keys and values, several hold the same one.
+        parts = min(ranks, kv_heads) if layer.name.endswith((".k_proj", ".v_proj")) else ranks
+        if format is not None and (reason := _misfit(layer, format, _splits_inputs(source, layer), parts)):
+            return f"{layer.name}: {reason}"
+    return None
+
+
+def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> str | None:
+    """Why a layer cannot be loaded in so many parts; None: no rule is broken."""
+    symmetric = format.zero_point == "none"
+    if format.bits not in (SYMMETRIC_BITS if symmetric else ASYMMETRIC_BITS):
+        return f"{format.bits} bits {'symmetric' if symmetric else 'asymmetric'}"
+    rows, columns = layer.shape
+    if (columns if splits_inputs else rows) % ranks:
+        return f"{columns} inputs" if splits_inputs else f"{rows} outputs"
+    if splits_inputs:
+        columns //= ranks
+        if format.group_size > 0 and columns % format.group_size:
+            return f"{columns} inputs a device, groups of {format.group_size}"
+        if ranks > 1 and columns * format.bits % 32:
+            return f"{columns} inputs a device are no whole words"
+    elif not symmetric and rows // ranks * format.bits % 32:
+        return f"zero points of {rows // ranks} outputs are no whole words"
+    return None
+
+
+def _splits_inputs(source: PackedSource, layer: Linear) -> bool:
+    """Whether devices share a layer's inputs (output and down projections) instead of its outputs."""
+    return source.family.groups[layer.group].leads_out
+
+
+def _marlin(source: PackedSource, formats: Mapping[str, Affine]) -> bool:
+    shapes = {layer.name: layer.shape for layer in source.linears()}
+    return all(
+        format.bits in MARLIN_BITS
+        and format.group_size in MARLIN_GROUPS
+        and shapes[name][0] % MARLIN_ROWS == 0
+        and shapes[name][1] % MARLIN_COLUMNS == 0
+        for name, format in formats.items()
+    )
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    text = config.get("text_config") or config
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
+    return heads, int(text.get("num_key_value_heads") or heads)

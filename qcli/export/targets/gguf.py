@@ -1,0 +1,240 @@
+"""GGUF, one file: llama.cpp and all that is built on it load it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from qcli.core.formats.affine import Affine
+from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise
+from qcli.models import manifest as checkpoint
+from qcli.models.gguf import GGUFSource
+from qcli.models.native import NativeSource
+from qcli.models.open import PACKED_GGUF, Source
+from qcli.utils import shards
+from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.export.gguf.blocks import BlockType
+
+__all__ = ["GGUF"]
+
+_NORM_ROUNDING = 1e-6  # Gemma's norms are stored plus one, in float32
+# How far rounding moves a weight, as a fraction of the largest: half a step of the type, a whole one where its grid
+# reaches less far on one side, and 11 bits of precision of what it stores beside the codes.
+_ROUNDING = {
+    "F16": 2**-11,
+    "BF16": 2**-8,
+    "Q8_0": 1 / 254 + 2**-11,
+    "Q5_0": 1 / 16 + 2**-11,
+    "Q5_1": 1 / 31 + 3 * 2**-11,
+    "Q4_0": 1 / 8 + 2**-11,
+    "Q4_1": 1 / 15 + 3 * 2**-11,
+}
+
+
+class _Entry(NamedTuple):
+    """A tensor of the file: type, name and shape there, and the dense model's name for it."""
+
+    type: str
+    name: str
+    shape: tuple[int, ...]
+    original: str
+
+
+class GGUF(Export):
+    """A `.gguf` file, with config and tokenizer beside it for other readers.
+
+    A quantized layer gets the smallest block type that holds it exactly; what is dense keeps its own type, and
+    vectors are float32.
+    """
+
+    name: ClassVar[str] = "gguf"
+    requantizes: ClassVar[bool] = True
+    loading: ClassVar[str] = f"""Loads in llama.cpp and what is built on it.
+
+```console
+$ llama-cli -m DIR/{PACKED_GGUF}
+```"""
+
+    def __init__(self, requantize: str | None = None) -> None:
+        super().__init__(requantize)
+        self._types: dict[str, BlockType | None] = {}
+        self._shifts_norms = False
+        if requantize is not None and requantize not in _ROUNDING:
+            raise UsageError(f"gguf: cannot round to {requantize}", hint=f"it can to {', '.join(_ROUNDING)}")
+
+    def check(self, source: Packable) -> None:
+        try:
+            import gguf
+        except ImportError:
+            raise UnsupportedError(
+                "--format gguf needs the package gguf", hint="install it: pip install gguf"
+            ) from None
+        from qcli.export.gguf import blocks, metadata, vocabulary
+
+        refuse_what_runs_otherwise(source, self.name)
+        self._shifts_norms = source.family.norm_offset != 0
+        config = source.hf_config()
+        known = metadata.architecture(config)
+        vocabulary.write(gguf.GGUFWriter(None, known.name), source.tokenizer(), config.vocab_size)
+        if config.tie_word_embeddings and "lm_head.weight" in source.tensors():
+            raise UnsupportedError(f"{source.path} stores its tied lm_head twice", hint="pack it as qcli or dense")
+        for layer in source.packed:
+            self._types[layer] = blocks.exact_type(source.read_quantized(layer))
+            if self._types[layer] is None:
+                self._refuse_or_round(source, layer)
+        for _ in self._entries(source, known.name):
+            pass
+
+    def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        """One file whatever `shard_size` says: llama.cpp maps it."""
+        try:
+            self._write(source, folder / PACKED_GGUF, progress)
+        except OSError as error:
+            raise shards.disk_problem(folder / PACKED_GGUF, error) from None
+        shards.write_json(folder / "config.json", dense_config(source))
+        source.copy_companions(folder)
+
+    def open(self, folder: Path) -> Source:
+        return GGUFSource(folder / PACKED_GGUF, beside=folder)
+
+    def tolerance(self, name: str, tensor: Tensor) -> float:
+        layer = name.removesuffix(".weight")
+        if self.requantize is not None and layer in self._types and self._types[layer] is None:
+            return _ROUNDING[self.requantize] * float(tensor.abs().max())
+        return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
+
+    def rounded(self) -> list[str]:
+        return [layer for layer, type in self._types.items() if type is None]
+
+    def notes(self, source: NativeSource) -> dict[str, str]:
+        rounded = len(self.rounded())
+        types = Counter(type.name for type in self._types.values() if type is not None)
+        kept = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
+        return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})
+
+    def _refuse_or_round(self, source: Packable, layer: str) -> None:
+        packed = source.packed[layer]
+        if self.requantize is None:
+            grid = isinstance(packed.format, Affine)
+            raise UnsupportedError(
+                f"{layer} ({packed.format.bits} bits, {packed.format.name}) fits none of gguf's types exactly",
+                hint=("quantize in groups that are multiples of 32 with integer zero points, " if grid else "")
+                + "pack it as qcli or dense, or round it: --requantize Q8_0",
+            )
+        if self.requantize not in ("F16", "BF16") and packed.shape[1] % 32:
+            raise UnsupportedError(
+                f"{layer} has {packed.shape[1]} inputs, {self.requantize} takes blocks of 32",
+                hint="--requantize F16 takes any number",
+            )
+
+    def _write(self, source: NativeSource, file: Path, progress: Progress) -> None:
+        import gguf
+
+        from qcli.export.gguf import metadata, vocabulary
+
+        config = source.hf_config()
+        known = metadata.architecture(config)
+        model = checkpoint.read_manifest(source.path)["source"]["model"]
+        writer: Any = gguf.GGUFWriter(file, known.name)
+        entries = list(self._entries(source, known.name))
+        metadata.write(writer, config, Path(str(model)).name)
+        vocabulary.write(writer, source.tokenizer(), config.vocab_size)
+        writer.add_file_type(_file_type(entries))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        factors = metadata.rope_factors(config)
+        if factors is not None:
+            _announce(writer, _Entry("F32", "rope_freqs.weight", tuple(factors.shape), ""))
+        for entry in entries:
+            _announce(writer, entry)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+        for number, entry in enumerate(entries):
+            progress("write", number, len(entries))
+            tensor = self._encoded(source, entry)
+            if known.permuted and entry.name.split(".")[-2] in ("attn_q", "attn_k"):
+                heads = config.num_attention_heads if ".attn_q." in entry.name else config.num_key_value_heads
+                tensor = _interleaved(tensor, heads)
+            writer.write_tensor_data(tensor.numpy())
+        writer.close()
+        progress("write", len(entries), len(entries))
+
+    def _entries(self, source: Packable, architecture: str) -> Iterator[_Entry]:
+        """Every tensor under llama.cpp's name."""
+        import gguf
+
+        names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        table = gguf.get_tensor_name_map(names[architecture], source.hf_config().num_hidden_layers)
+        for original, stored in source.tensors().items():
+            name = table.get_name(original, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise UnsupportedError(
+                    f"gguf: {architecture} has no place for {original}", hint="pack it as qcli or dense"
+                )
+            layer = original.removesuffix(".weight")
+            if layer in self._types:
+                block = self._types[layer]
+                kind = str(self.requantize) if block is None else block.name
+            else:
+                kind = "F32" if len(stored.shape) == 1 else stored.dtype
+            yield _Entry(kind, name, stored.shape, original)
+
+    def _encoded(self, source: NativeSource, entry: _Entry) -> Tensor:
+        """A tensor as it stands in the file: bytes, or float32."""
+        import torch
+
+        from qcli.export.gguf import blocks
+
+        layer = entry.original.removesuffix(".weight")
+        if (block := self._types.get(layer)) is not None:
+            return blocks.encode(source.read_quantized(layer), block)
+        tensor = source.read([entry.original])[entry.original]
+        if self._shifts_norms and entry.original.endswith("norm.weight"):
+            tensor = tensor.float() + source.family.norm_offset
+        if entry.type in _DTYPES:
+            tensor = tensor.to(getattr(torch, _DTYPES[entry.type])).contiguous()
+            return tensor if entry.type == "F32" else tensor.view(torch.uint8)
+        import gguf
+        from gguf.quants import quantize
+
+        return torch.from_numpy(quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[entry.type]))
+
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _announce(writer: Any, entry: _Entry) -> None:
+    """Tell the file's index of a tensor that is written later."""
+    import gguf
+    import numpy as np
+
+    type = gguf.GGMLQuantizationType[entry.type]
+    if entry.type == "F32":
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), 4 * prod(entry.shape))
+        return
+    shape = gguf.quant_shape_to_byte_shape(entry.shape, type)
+    writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=type)
+
+
+def _interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """llama.cpp's order of the rows of q and k: the two halves of a head take turns."""
+    halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _file_type(entries: list[_Entry]) -> int:
+    """gguf's number for a file that is mostly of one type."""
+    import gguf
+
+    most = Counter(entry.type for entry in entries if len(entry.shape) > 1).most_common(1)[0][0]
+    return int(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])

@@ -1,0 +1,83 @@
+"""GPTQ's layout, for engines that read nothing newer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from qcli.core.formats.affine import Affine
+from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export.targets._affine import affine_formats
+from qcli.models.folder import read_config
+from qcli.models.layouts import gptq as layout
+from qcli.models.native import NativeSource
+from qcli.models.open import Source
+from qcli.utils import shards
+from qcli.utils.errors import UnsupportedError
+from qcli.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GPTQ"]
+
+_BITS = (4, 8)
+_ELSE = "pack it as compressed-tensors, qcli or dense"
+
+
+class GPTQ(Export):
+    """`quant_method: gptq`: symmetric, 4 or 8 bits, all layers alike."""
+
+    name: ClassVar[str] = layout.NAME
+    loading: ClassVar[str] = """Loads in engines that read GPTQ (`checkpoint_format: gptq`), vLLM among them.
+
+```console
+$ vllm serve DIR --dtype float16
+```"""
+
+    def check(self, source: Packable) -> None:
+        refuse_what_runs_otherwise(source, self.name)
+        if source.family.conv1d:
+            raise UnsupportedError(
+                f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
+            )
+        _format(source)
+
+    def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        def packed(name: str) -> dict[str, Tensor]:
+            layer = name.removesuffix(".weight")
+            return (
+                layout.tensors(layer, source.read_quantized(layer)) if layer in source.packed else source.read([name])
+            )
+
+        write_layers(source, folder, shard_size, progress, packed)
+        quantization = layout.quantization_config(_format(source))
+        shards.write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
+        source.copy_companions(folder)
+
+    def open(self, folder: Path) -> Source:
+        return layout.GPTQSource(folder, read_config(folder))
+
+
+def _format(source: Packable) -> Affine:
+    """The one format of all layers.
+
+    Raises:
+        UnsupportedError: there are several, or it is not one that the layout holds.
+    """
+    formats = affine_formats(source, layout.NAME)
+    first, one = next(iter(formats.items()))
+    for layer in source.linears():
+        format, (rows, columns) = formats.get(layer.name), layer.shape
+        if format is None:
+            raise UnsupportedError(f"{layer.name} is dense, gptq quantizes every layer of a block", hint=_ELSE)
+        if format != one:
+            raise UnsupportedError(f"{layer.name} has another format than {first}, gptq has one for all", hint=_ELSE)
+        if format.bits not in _BITS or format.zero_point != "none":
+            kind = "symmetric" if format.zero_point == "none" else "asymmetric"
+            raise UnsupportedError(
+                f"{layer.name} is {format.bits} bits {kind}, gptq holds 4 and 8 bits symmetric", hint=_ELSE
+            )
+        if rows * format.bits % 32 or columns * format.bits % 32:
+            raise UnsupportedError(f"{layer.name} is {rows} x {columns}, in gptq no whole words", hint=_ELSE)
+    return one

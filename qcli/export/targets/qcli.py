@@ -1,0 +1,34 @@
+"""The native checkpoint again, in files of another size: bytes are copied, nothing is decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from qcli.export.target import Export
+from qcli.models.native import NativeSource
+from qcli.utils import shards
+from qcli.utils.progress import Progress
+
+__all__ = ["Native"]
+
+
+class Native(Export):
+    """`quant_method: qcli`."""
+
+    name: ClassVar[str] = "qcli"
+    loading: ClassVar[str] = """Loads in transformers after `import qcli`, and stays packed.
+
+```python
+import qcli  # teaches transformers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```"""
+
+    def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        progress("write", 0, 1)
+        shards.join([{name: extent} for name, extent in source.extents.items()], folder, shard_size)
+        shards.write_json(folder / "config.json", source.config)
+        source.copy_companions(folder)
+        progress("write", 1, 1)

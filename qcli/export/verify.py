@@ -1,0 +1,91 @@
+"""Check a checkpoint against its manifest: files, headers, codes, tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcli.models import manifest as checkpoint
+from qcli.models.open import Source, open_source
+from qcli.models.packed import PackedSource
+from qcli.utils import shards
+from qcli.utils.errors import QcliError, VerificationError
+from qcli.utils.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A checkpoint that is what it claims to be.
+
+    Attributes:
+        unlisted: files of the folder that the manifest does not know, such as a README; none holds weights.
+    """
+
+    folder: str
+    files: int
+    bytes: int
+    layers: int
+    bits_per_weight: float
+    unlisted: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+def verify(folder: Path, progress: Progress = silent) -> Verified:
+    """Recompute everything the manifest says that can be recomputed.
+
+    Raises:
+        VerificationError: the first thing that does not agree, with its file or tensor.
+    """
+    manifest = checkpoint.read_manifest(folder)
+    listed = manifest["files"]
+    for number, (name, entry) in enumerate(listed.items()):
+        progress("hash", number, len(listed), name)
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise VerificationError(f"{file} is missing, the manifest lists it", hint="copy the checkpoint again")
+        if file.stat().st_size != entry["bytes"] or shards.sha256(file) != entry["sha256"]:
+            raise VerificationError(f"{file} is not the file that was written: its hash differs from the manifest")
+    progress("hash", len(listed), len(listed))
+    unlisted = sorted(
+        file.name for file in folder.iterdir() if file.name not in listed and file.name != checkpoint.MANIFEST
+    )
+    weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
+    if weights:
+        raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
+    source = open_source(str(folder))
+    _check_values(source, progress)
+    layers = [layer["name"] for layer in manifest["layers"]]
+    if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
+        raise VerificationError(f"{folder} has no {min(missing)}, the manifest lists its layer")
+    bits = source.bits_of(layers)
+    if abs(bits - manifest["bits_per_weight"]) > 1e-9:
+        raise VerificationError(
+            f"{folder}: {bits:.4f} bits per weight, the manifest says {manifest['bits_per_weight']:.4f}"
+        )
+    return Verified(
+        folder=str(folder),
+        files=len(listed),
+        bytes=sum(entry["bytes"] for entry in listed.values()),
+        layers=len(layers),
+        bits_per_weight=manifest["bits_per_weight"],
+        unlisted=unlisted,
+    )
+
+
+def _check_values(source: Source, progress: Progress) -> None:
+    names = list(source.tensors())
+    for number, name in enumerate(names):
+        progress("check", number, len(names))
+        layer = name.removesuffix(".weight")
+        try:
+            if isinstance(source, PackedSource) and layer in source.packed:
+                source.read_quantized(layer).check()
+            else:
+                source.read([name])
+        except QcliError as problem:
+            raise VerificationError(f"{source.path}: {layer}: {problem.message}") from None
+    progress("check", len(names), len(names))

@@ -1,0 +1,123 @@
+"""The transformers plug-in: `from_pretrained` loads qcli checkpoints, packed, after `import qcli`.
+
+transformers fills in missing tensors with random numbers and only warns. Here the files' headers are compared
+with the checkpoint's config before any weight is read, and every disagreement is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qcli.core.format import StoredTensor
+from qcli.core.weight import QuantLinear
+from qcli.models.manifest import Layout
+from qcli.utils.errors import VerificationError
+from qcli.utils.safetensors import read_header
+
+
+class QcliConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint, kept as it is: `Layout` refuses what it does not know."""
+
+    def __init__(self, **config: Any) -> None:
+        vars(self).update(config)
+        self.quant_method: Any = "qcli"  # transformers types it as an enum of its own methods
+
+
+class QcliQuantizer(HfQuantizer):
+    """Puts a `QuantLinear` where the checkpoint has packed tensors."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QcliConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise VerificationError(
+                "QcliConfig cannot quantize while loading",
+                hint="run `qcli quantize MODEL --out DIR`, then load DIR",
+            )
+        self.layout = Layout(quantization_config.to_dict())
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        replaced = _replace_linears(model, self.layout)
+        if checkpoint_files:
+            _check_files(checkpoint_files, model, replaced)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the same tensors again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are fixed."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know `quant_method: qcli`; a second call does nothing."""
+    if "qcli" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config("qcli")(QcliConfig)
+        register_quantizer("qcli")(QcliQuantizer)
+
+
+def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]:
+    """Swap every linear layer that the layout names; by module name."""
+    replaced: dict[str, QuantLinear] = {}
+    for name, module in list(model.named_modules()):
+        packed = layout.packed(name)
+        if packed is None or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        if (rows, columns) != packed.shape:
+            raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {packed.shape}")
+        bias: Tensor | None = None if module.bias is None else module.bias.detach()
+        replaced[name] = QuantLinear(packed.format, columns, rows, bias).to(module.weight.device)
+        if layout.activations is not None:
+            layout.activations.simulate(replaced[name])
+        model.set_submodule(name, replaced[name])
+    return replaced
+
+
+def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear]) -> None:
+    found = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    for layer, module in replaced.items():
+        for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
+            name = f"{layer}.{suffix}"
+            if found.get(name) != stored:
+                has = "is missing" if name not in found else f"is {found[name]}"
+                raise VerificationError(
+                    f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
+                )
+    linears = {name for name, module in model.named_modules() if isinstance(module, QuantLinear | nn.Linear | Conv1D)}
+    unknown = sorted(found.keys() - model.state_dict().keys())
+    surplus = [name for name in unknown if name.rpartition(".")[0] in linears or name.endswith(".weight_packed")]
+    if surplus:
+        raise VerificationError(f"{surplus[0]} belongs to no quantized layer of config.json")
+    _check_dense(found, model)
+
+
+def _check_dense(found: Mapping[str, StoredTensor], model: nn.Module) -> None:
+    """Tensors outside the quantized layers. transformers may rename some while loading, so a name alone proves nothing;
+    fewer tensors in the files than in the model do."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    missing = [name for name in expected if name not in found and name not in tied]
+    surplus = [name for name in found if name not in expected and name not in tied]
+    if len(missing) > len(surplus):
+        raise VerificationError(f"{missing[0]} is missing from the checkpoint", hint="copy it again")
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            raise VerificationError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}")

@@ -1,0 +1,153 @@
+"""compressed-tensors `pack-quantized`, as that package writes it since 0.18: the affine format under other names.
+
+Codes and integer zero points lie as ours do. What differs is a `weight_shape` beside each weight, and that layers are
+found by regular expressions: one config group for every distinct scheme.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcli.core.activations import Activations
+from qcli.core.format import StoredTensor
+from qcli.core.formats.affine import Affine
+from qcli.models.families import Linear
+from qcli.models.manifest import Packed, stored_tensors
+from qcli.models.packed import PackedSource
+from qcli.utils.errors import VerificationError
+from qcli.utils.safetensors import Extent, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qcli.core.weight import QuantizedWeight
+
+NAME, _FORMAT = "compressed-tensors", "pack-quantized"
+
+
+def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A layer's tensors on disk, by full name; `weight` is affine without floating-point zero points."""
+    import torch
+
+    return stored_tensors(layer, weight) | {f"{layer}.weight_shape": torch.tensor(weight.shape)}
+
+
+def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[str, Affine | None]) -> dict[str, Any]:
+    """What the checkpoint's `config.json` says.
+
+    Args:
+        layers: all quantizable layers of the model.
+        blocks: path of the list of blocks.
+        formats: by layer name; None for those that stay dense.
+    """
+    schemes: dict[Affine | None, list[Linear]] = {}
+    for layer in layers:
+        schemes.setdefault(formats[layer.name], []).append(layer)
+    dense = schemes.pop(None, [])
+    count = 1 + max(layer.block for layer in layers)
+    groups = {
+        f"group_{number}": {
+            "targets": _patterns(members, blocks, count),
+            "weights": _arguments(format),
+            "input_activations": None,
+            "output_activations": None,
+            "format": _FORMAT,
+        }
+        for number, (format, members) in enumerate(schemes.items())
+        if format is not None
+    }
+    config = {
+        "quant_method": NAME,
+        "format": _FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *(layer.name for layer in dense)],
+    }
+    asymmetric = any(format is not None and format.zero_point != "none" for format in schemes)
+    # Told to decode what it does not read, transformers would decode it wrongly; otherwise it refuses.
+    return config | {"dequantize": True} if asymmetric and transformers_reads(filter(None, schemes)) else config
+
+
+def transformers_reads(formats: Iterable[Affine]) -> bool:
+    """Whether transformers 5.23 can load layers of these formats in one checkpoint.
+
+    It keeps packed layers only without zero points; decoding while it loads, it takes the first group's scheme for all
+    layers.
+    """
+    distinct = set(formats)
+    return len(distinct) == 1 or all(format.zero_point == "none" for format in distinct)
+
+
+class CompressedTensorsSource(PackedSource):
+    """A folder that `qcli pack` wrote in this layout."""
+
+    def _storage_config(self, config: dict[str, Any]) -> _StorageConfig:
+        return _StorageConfig(config, self.extents)
+
+
+class _Packed(Packed):
+    """An affine weight with its `weight_shape`."""
+
+    def stored(self, layer: str) -> dict[str, StoredTensor]:
+        return super().stored(layer) | {f"{layer}.weight_shape": StoredTensor("I64", (2,))}
+
+
+class _StorageConfig:
+    """`quantization_config` read back."""
+
+    activations: Activations | None = None
+
+    def __init__(self, config: Mapping[str, Any], extents: Mapping[str, Extent]) -> None:
+        self._extents = extents
+        try:
+            groups = list(config["config_groups"].values())
+            self._schemes = [(re.compile(t.removeprefix("re:")), _format(g)) for g in groups for t in g["targets"]]
+        except (AttributeError, KeyError, TypeError, ValueError, re.error):
+            raise VerificationError("quantization_config is not understood") from None
+
+    def packed(self, layer: str) -> Packed | None:
+        """How a layer is stored; its shape stands in the file."""
+        if (shape := self._extents.get(f"{layer}.weight_shape")) is None:
+            return None
+        format = next((format for pattern, format in self._schemes if pattern.fullmatch(layer)), None)
+        raw = read_bytes(shape)
+        if format is None or len(raw) != 16:
+            raise VerificationError(f"quantization_config has no scheme for {layer}")
+        return _Packed(format, (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")))
+
+
+def _patterns(members: Sequence[Linear], blocks: str, count: int) -> list[str]:
+    """Regular expressions for layers, one for each kind: the name of an engine's module may begin otherwise."""
+    kinds: dict[str, list[int]] = {}
+    for layer in members:
+        kinds.setdefault(layer.name.removeprefix(f"{blocks}.{layer.block}."), []).append(layer.block)
+    return [
+        rf"re:.*{re.escape(blocks)}\."
+        + (r"\d+" if len(numbers) == count else f"({'|'.join(map(str, numbers))})")
+        + rf"\.{re.escape(kind)}$"
+        for kind, numbers in kinds.items()
+    ]
+
+
+def _arguments(format: Affine) -> dict[str, Any]:
+    whole_row = format.group_size == -1
+    return {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": format.zero_point == "none",
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else format.group_size,
+        "dynamic": False,
+    }
+
+
+def _format(group: Mapping[str, Any]) -> Affine:
+    """Inverse of `_arguments`."""
+    weights = group["weights"]
+    size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+    format = Affine(bits=weights["num_bits"], group_size=size, zero_point="none" if weights["symmetric"] else "integer")
+    if _arguments(format) != weights:
+        raise ValueError
+    return format

@@ -1,0 +1,141 @@
+"""The recipe's transforms on their way into the blocks: fitted once, kept in the run's folder, folded.
+
+What a fit has found is a part of the run like a finished block, so a resumed run folds exactly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qcli.algorithms.training.loop import Objective, Outcome
+from qcli.algorithms.transform import ChannelScale
+from qcli.core.format import Format
+from qcli.models.stream import ModelStream
+from qcli.quantization.folding import channel_scales, fold
+from qcli.quantization.objectives import ModelObjective
+from qcli.quantization.plan import Plan
+from qcli.utils.progress import Progress
+from qcli.utils.run_folder import RunFolder
+
+TRAINED_TOKENS = 1024  # of a training step
+
+
+class BlockTransforms:
+    """All transforms of a run, in order.
+
+    Args:
+        fast: whether the model may use bf16 or TF32 matrix products.
+    """
+
+    def __init__(self, todo: Plan, run: RunFolder, stream: ModelStream, *, fast: bool, progress: Progress) -> None:
+        self.todo, self.run, self.stream, self.fast, self.progress = todo, run, stream, fast, progress
+        self.transforms = todo.recipe.all_transforms
+        self.paths = [path for group in stream.family.groups for path in group.linears]
+
+    def fit_model(self, tokens: Tensor, held: Tensor) -> None:
+        """Fit the transforms that look at the whole model, which is held in memory meanwhile.
+
+        Args:
+            tokens, held: int64 `[samples, length]`, to train on and held out.
+        """
+        for number, transform in enumerate(self.transforms):
+            if transform.whole_model and self.run.done(self._part(number, 0)) is None:
+                self._fit_model(number, tokens, held)
+
+    def fold(
+        self, block: int, module: nn.Module, twin: nn.Module, objective: Callable[[str], Objective]
+    ) -> dict[str, Tensor]:
+        """Fold every transform into the block and its twin.
+
+        Args:
+            module: will be quantized; weights are the original's.
+            twin: the same, and stays in full precision.
+            objective: judges weights of `module` by path; called with a name for the seed.
+
+        Returns:
+            The tensors of `module` that changed, by path.
+        """
+        scales = channel_scales(module, self.stream.family, self.stream.config)
+        stored = self.todo.stored_dtypes(block)
+        changed: dict[str, None] = {}
+        for number in range(len(self.transforms)):
+            part = self._part(number, block)
+            if self.run.done(part) is None:
+                self._fit_block(number, block, module, scales, objective(part))
+            alphas = self._found(number, block, len(scales))
+            changed |= dict.fromkeys(fold(module, scales, alphas, stored))
+            fold(twin, scales, alphas, stored)
+        return {name: module.get_parameter(name) for name in changed}
+
+    def outcomes(self, block: int) -> dict[str, Outcome]:
+        """How the fits that this block was folded with went, by name of the transform."""
+        reports = [self.run.report(self._part(number, block)) for number in range(len(self.transforms))]
+        return {what: Outcome(**outcome) for report in reports for what, outcome in report.items()}
+
+    def _part(self, number: int, block: int) -> str:
+        """Where the run keeps what a transform has found for a block."""
+        name = f"transform-{number}"
+        return name if self.transforms[number].whole_model else f"{block:05d}-{name}"
+
+    def _label(self, number: int) -> str:
+        """Name of a transform in reports; a second one of the same name is told apart."""
+        name = self.transforms[number].name
+        again = sum(transform.name == name for transform in self.transforms[:number])
+        return f"{name}-{again + 1}" if again else name
+
+    def _found(self, number: int, block: int, count: int) -> list[Tensor]:
+        """The alphas of the `count` scales of a block."""
+        found = load_file(self.run.file(self._part(number, block)))
+        return [found[_key(block, place)].to(self.stream.device) for place in range(count)]
+
+    def _fit_block(
+        self, number: int, block: int, module: nn.Module, scales: list[ChannelScale], objective: Objective
+    ) -> None:
+        weights = {path: self._weight(module, path) for path in self.paths}
+        formats = {path: method.format for path, method in self.todo.methods_of(block).items()}
+        alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress)
+        found = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
+        self.run.commit(self._part(number, block), found, {self._label(number): asdict(outcome)})
+
+    def _fit_model(self, number: int, tokens: Tensor, held: Tensor) -> None:
+        """Fit on the model as earlier transforms, which are of the whole model too, have left it."""
+        blocks = [self.stream.load_block(block) for block in range(self.stream.n_blocks)]
+        weights: dict[str, Tensor] = {}
+        formats: dict[str, Format | None] = {}
+        scales: dict[str, ChannelScale] = {}
+        quantized: list[nn.Module] = []
+        for block, module in enumerate(blocks):
+            own = channel_scales(module, self.stream.family, self.stream.config)
+            for earlier in range(number):
+                fold(module, own, self._found(earlier, block, len(own)), self.todo.stored_dtypes(block))
+            methods = self.todo.methods_of(block)
+            quantized += [module.get_submodule(path) for path in methods]
+            weights |= {f"{block}.{path}": self._weight(module, path) for path in self.paths}
+            formats |= {f"{block}.{path}": method.format for path, method in methods.items()}
+            for place, scale in enumerate(own):
+                scales[_key(block, place)] = scale.within(f"{block}.")
+        transform, part = self.transforms[number], self._part(number, 0)
+        objective = ModelObjective(
+            self.stream,
+            blocks,
+            tokens,
+            held,
+            predictions=transform.loss == "kl",
+            batch_tokens=TRAINED_TOKENS,
+            seed=f"{self.todo.recipe.seed}:{part}",
+            fast=self.fast,
+            simulated=(self.todo.recipe.activations, quantized),
+        )
+        alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
+        self.run.commit(part, dict(zip(scales, alphas, strict=True)), {self._label(number): asdict(outcome)})
+
+    def _weight(self, module: nn.Module, path: str) -> Tensor:
+        return self.stream.weight_of(module.get_submodule(path)).float()
+
+
+def _key(block: int, place: int) -> str:
+    return f"{block}.{place}"

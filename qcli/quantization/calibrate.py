@@ -1,0 +1,216 @@
+"""What a model's layers see: calibration tokens, statistics of every input, and how each layer takes rounding.
+
+The folder holds `tokens.safetensors` (`ids`), `statistics.safetensors` (`<layer>.absmax`, `<layer>.second_moment`,
+float32 `[in_features]`), with `hessians` one `hessians-00000.safetensors` a block (`<layer>.hessian`, float32
+`[in_features, in_features]`, under the first layer of those that share an input), and `calibration.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qcli import __version__
+from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.methods.rtn import RTN
+from qcli.data.tokens import CALIBRATION, calibration_tokens, text_identity
+from qcli.models.families import Linear
+from qcli.models.open import open_source
+from qcli.models.stream import ModelStream
+from qcli.utils import shards
+from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.errors import StateError
+from qcli.utils.progress import Progress, silent
+from qcli.utils.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qcli.recipe.recipe import Recipe
+
+FORMAT_VERSION = 1
+_BATCH_TOKENS = 4096  # in flight in one block
+_BITS = (2, 3, 4)
+_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What is known of one layer.
+
+    Attributes:
+        absmax: largest magnitude among its inputs.
+        dead_channels: inputs that are 0 for every token.
+        sensitivity: by bits, the relative squared error of its output after rounding to nearest in groups of
+            64, for inputs with the measured second moments and no correlation.
+    """
+
+    absmax: float
+    dead_channels: int
+    sensitivity: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A finished calibration folder; `layers` by name, in order of computation."""
+
+    out: Path
+    settings: dict[str, Any]
+    layers: dict[str, LayerStatistics]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `calibration.json`, and where it is."""
+        return {"out": str(self.out), **self.record()}
+
+    def record(self) -> dict[str, Any]:
+        """The content of `calibration.json`."""
+        return {**self.settings, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+
+
+def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False) -> Calibration:
+    """Run calibration text through a model, block by block, and write down what its layers see.
+
+    Args:
+        recipe: its model, seed, device, dtype and calibration.
+        out: a folder that appears complete or not at all.
+        hessians: also write `E[x^T x]` of every input: exact, and as large as the inputs are wide, squared.
+
+    Raises:
+        UsageError: no such model or data, or too little text.
+        StateError: `out` exists, or is being written by something else.
+        ResourceError: no space.
+    """
+    if out.exists():
+        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+    device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
+    source = open_source(recipe.model)
+    linears = source.linears()
+    wanted = recipe.calibration
+    tokens = calibration_tokens(
+        wanted.data,
+        source,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        seed=recipe.seed,
+        held_out=wanted.held_out,
+        device=device,
+        progress=progress,
+    )
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "qcli": __version__,
+        "model": recipe.model,
+        "source_fingerprint": source.fingerprint(),
+        "data": tokens.source,
+        "samples": tokens.ids.shape[0],
+        "seq_len": tokens.ids.shape[1],
+        "seed": recipe.seed,
+        "tokens_sha256": tokens.sha256,
+        "text_identity": text_identity(wanted.data),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "hessians": hessians,
+    }
+    with RunFolder(out, settings, recipe.resume) as run:
+        folder = run.result()
+        shards.write_tensors(folder / "tokens.safetensors", {"ids": tokens.ids})
+        statistics: dict[str, Tensor] = {}
+        layers: dict[str, LayerStatistics] = {}
+        fast = recipe.dtype == "auto" and has_fast_matmul(device)
+        with matmul_precision(fast=fast), torch.inference_mode():
+            stream = ModelStream(source, device=device, dtype=dtype)
+            batches = torch.split(tokens.ids, max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
+            hidden = [stream.embed(batch) for batch in batches]
+            progress("calibrate", 0, stream.n_blocks)
+            for index in range(stream.n_blocks):
+                members = [linear for linear in linears if linear.block == index]
+                inputs = _run_block(stream, index, hidden, members, layers, hessians)
+                for linear in members:
+                    statistics[f"{linear.name}.absmax"] = inputs[linear.group].absmax
+                    statistics[f"{linear.name}.second_moment"] = inputs[linear.group].second_moment
+                if hessians:
+                    first = {linear.group: linear.name for linear in reversed(members)}
+                    shards.write_tensors(
+                        folder / f"hessians-{index:05d}.safetensors",
+                        {f"{first[group]}.hessian": seen.hessian for group, seen in enumerate(inputs)},
+                    )
+                progress("calibrate", index + 1, stream.n_blocks)
+        shards.write_tensors(folder / "statistics.safetensors", statistics)
+        result = Calibration(out, settings, layers)
+        shards.write_json(folder / CALIBRATION, result.record())
+        run.publish()
+    return result
+
+
+class _Inputs:
+    """Running statistics of the inputs that some linears share."""
+
+    def __init__(self, width: int, device: torch.device, hessian: bool) -> None:
+        self.tokens = 0
+        self.absmax = torch.zeros(width, device=device)
+        self._squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self._products = torch.zeros(width, width, device=device) if hessian else None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in `[..., width]`."""
+        rows = inputs.flatten(0, -2).float()
+        self.tokens += len(rows)
+        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
+        self._squares += rows.square().sum(0)
+        if self._products is not None:
+            with matmul_precision(fast=False):
+                self._products.addmm_(rows.T, rows)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean square of each channel, float32 `[width]`."""
+        return (self._squares / self.tokens).float()
+
+    @property
+    def hessian(self) -> Tensor:
+        """`E[x^T x]`, float32 `[width, width]`, symmetric to the bit."""
+        assert self._products is not None
+        return (self._products + self._products.T) / (2 * self.tokens)
+
+
+def _run_block(
+    stream: ModelStream,
+    index: int,
+    hidden: list[Tensor],
+    members: list[Linear],
+    layers: dict[str, LayerStatistics],
+    hessians: bool,
+) -> list[_Inputs]:
+    """Take all hidden states through one block, in place; describe its `members` in `layers`.
+
+    Returns:
+        Statistics of the inputs of each group of linears; the block is gone.
+    """
+    block = stream.load_block(index)
+    inputs = []
+    for group in stream.family.groups:
+        reader = block.get_submodule(group.linears[0])
+        seen = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
+        reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
+        inputs.append(seen)
+    for number, states in enumerate(hidden):
+        hidden[number] = stream.run_block(block, index, states)
+    for linear in members:
+        path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
+        weight = ModelStream.weight_of(block.get_submodule(path)).float()
+        layers[linear.name] = _layer_statistics(weight, inputs[linear.group])
+    return inputs
+
+
+def _layer_statistics(weight: Tensor, seen: _Inputs) -> LayerStatistics:
+    moment = seen.second_moment
+    output = (weight.square() @ moment).sum()
+    sensitivity = {}
+    for bits in _BITS:
+        method = RTN(bits=bits, group_size=_GROUP_SIZE, group_tail="ragged")
+        rounded = method.quantize(LinearGroup({"": weight}))[""].weight.dense()
+        error = ((weight - rounded).square() @ moment).sum()
+        sensitivity[bits] = float(error / output) if output > 0 else 0.0
+    return LayerStatistics(float(seen.absmax.max()), int((seen.absmax == 0).sum()), sensitivity)

@@ -1,0 +1,129 @@
+"""Channel scales of a real block: which rows and columns a family's folds mean, and how they are folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from qcli.algorithms.transform import ChannelScale
+from qcli.models.families import Family, Fold, Rows
+from qcli.models.stream import ModelStream
+
+
+def channel_scales(block: nn.Module, family: Family, config: PreTrainedConfig) -> list[ChannelScale]:
+    """The family's folds, as index maps on this block's rows and columns.
+
+    A norm without a weight has nothing to fold into and is left out.
+
+    Args:
+        block: as `ModelStream.load_block` gives it.
+        family: its row, for the config.
+        config: of the model; only the number of attention heads is read, all else follows from shapes.
+    """
+    heads = config.get_text_config().num_attention_heads
+    folds = [fold for fold in family.folds if _weight(block, fold.producer) is not None]
+    return [_channel_scale(block, fold, heads, family.norm_offset) for fold in folds]
+
+
+@torch.no_grad()
+def fold(
+    block: nn.Module,
+    scales: Sequence[ChannelScale],
+    alphas: Sequence[Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> list[str]:
+    """Fold `alphas` into the block, which then computes what it did before.
+
+    A norm's weight is rounded to the dtype it will be stored in, and the readers get what it was really divided by,
+    so that rounding costs nothing. Where that is no positive number (the weight is 0, or the quotient leaves the
+    dtype's range) the channel is left alone. A rounded bias keeps its rounding error.
+
+    Args:
+        scales: of this block.
+        alphas: positive, `[size]` each.
+        dtypes: of norm weights and biases as they will be stored, by name in the block; others are not rounded.
+
+    Returns:
+        Names of all tensors that are not the source's any more, the linears' weights included.
+    """
+    stored, changed = dtypes or {}, dict[str, None]()
+    for scale, wanted in zip(scales, alphas, strict=True):
+        producer, alpha, name = block.get_submodule(scale.producer), wanted.float(), f"{scale.producer}.weight"
+        if producer.get_parameter("weight").ndim == 1:
+            alpha = _divide_norm(producer.get_parameter("weight"), alpha, scale.norm_offset, stored.get(name))
+        else:
+            weight = ModelStream.weight_of(producer)
+            weight.copy_(weight / scale.of_outputs(alpha)[:, None])
+        changed[name] = None
+        bias = producer._parameters.get("bias")
+        if bias is not None:
+            name = f"{scale.producer}.bias"
+            bias.copy_(_rounded(bias / scale.of_outputs(alpha), stored.get(name)))
+            changed[name] = None
+        for reader in scale.readers:
+            weight = ModelStream.weight_of(block.get_submodule(reader))
+            weight.copy_(weight * scale.of_inputs(alpha))
+            changed[f"{reader}.weight"] = None
+    return list(changed)
+
+
+def _divide_norm(weight: Tensor, alpha: Tensor, offset: float, dtype: torch.dtype | None) -> Tensor:
+    """Divide a norm's weight in place; returns what each channel was really divided by, float32."""
+    before = weight.double() + offset
+    after = _rounded(before / alpha - offset, dtype).to(weight.dtype)
+    divisor = (before / (after.double() + offset)).float()
+    usable = (divisor > 0) & divisor.isfinite()
+    weight.copy_(torch.where(usable, after, weight))
+    return torch.where(usable, divisor, 1.0)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return values if dtype is None else values.to(dtype)
+
+
+def _channel_scale(block: nn.Module, fold: Fold, heads: int, norm_offset: float) -> ChannelScale:
+    weight = _weight(block, fold.producer)
+    assert weight is not None
+    outputs, inputs = len(weight), ModelStream.weight_of(block.get_submodule(fold.readers[0])).shape[1]
+    rows = _rows(fold.rows, outputs, inputs, heads).to(weight.device)
+    of_outputs = torch.full((outputs,), -1, dtype=torch.int64, device=weight.device)
+    of_outputs[rows] = torch.arange(len(rows), device=weight.device)
+    of_inputs = _channel_of_inputs(len(rows), inputs, heads).to(weight.device)
+    return ChannelScale(fold.producer, fold.readers, of_outputs, of_inputs, len(rows), norm_offset)
+
+
+def _rows(rows: Rows, outputs: int, inputs: int, heads: int) -> Tensor:
+    """Output rows of the producer in the order of the channels: int64 `[channels]`.
+
+    A fused attention projection has as many query rows as its reader has inputs; half of the others are values.
+    """
+    every, values, head = torch.arange(outputs), (outputs - inputs) // 2, inputs // heads
+    match rows:
+        case "all":
+            return every
+        case "second half":
+            return every[outputs // 2 :]
+        case "stacked v":
+            return every[outputs - values :]
+        case "interleaved v":
+            return every.view(values // head, -1, head)[:, -1].flatten()
+
+
+def _channel_of_inputs(channels: int, inputs: int, heads: int) -> Tensor:
+    """The channel that each input of a reader is: int64 `[inputs]`.
+
+    Where there are fewer channels than inputs, consecutive query heads share the channels of one kv head.
+    """
+    if channels == inputs:
+        return torch.arange(inputs)
+    head = inputs // heads
+    return torch.arange(channels).view(-1, 1, head).expand(-1, inputs // channels, -1).flatten()
+
+
+def _weight(block: nn.Module, path: str) -> Tensor | None:
+    """The weight of a norm, or of a linear as `[out, in]`; None of a norm that has none."""
+    module = block.get_submodule(path)
+    return None if module._parameters.get("weight") is None else ModelStream.weight_of(module)

@@ -1,0 +1,216 @@
+"""What quantizing will do, from headers alone: layers, bits, bytes on disk, memory. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from qcli.algorithms.method import Method
+from qcli.core.format import Format, StoredTensor
+from qcli.data.datasets import require_text
+from qcli.models.families import Linear
+from qcli.models.open import open_source
+from qcli.models.packed import PackedSource
+from qcli.models.source import Source
+from qcli.quantization.allocation_options import uniform
+from qcli.recipe.recipe import Recipe
+from qcli.utils import shards
+from qcli.utils.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_SIZE = 5 * 10**9
+TENSOR_PARALLEL = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, part by part.
+
+    Attributes:
+        layers: all quantizable layers, in order.
+        methods: by layer name; None: stays dense.
+        parts: stored tensors by name, of each block and then of everything outside the blocks.
+        formats: by layer name, with what low-rank compensation adds; None: stays dense.
+    """
+
+    source: Source
+    recipe: Recipe
+    layers: list[Linear]
+    methods: dict[str, Method | None]
+    formats: dict[str, Format | None]
+    parts: list[dict[str, StoredTensor]]
+
+    @property
+    def held_out(self) -> int:
+        """Samples at the end of the calibration text that nothing is fitted to."""
+        return self.recipe.calibration.held_out if self.recipe.trained else 0
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Moments that some layer needs."""
+        methods = dict.fromkeys(method for method in self.methods.values() if method is not None)
+        return frozenset[str]().union(*map(self.needs_of, methods))
+
+    def needs_of(self, method: Method) -> frozenset[str]:
+        """Moments that a layer of this method needs, with what follows the method."""
+        after = (self.recipe.low_rank, self.recipe.refinement)
+        return method.needs.union(*(step.needs for step in after if step is not None))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether calibration text runs through the model."""
+        return self.recipe.trained or bool(self.needs)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the safetensors files, to the byte."""
+        return shards.shard_bytes(self.parts, SHARD_SIZE)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized layers, tables included, per weight."""
+        chosen = [(layer.shape, format) for layer in self.layers if (format := self.formats[layer.name]) is not None]
+        bits = sum(format.bits_per_weight(shape) * prod(shape) for shape, format in chosen)
+        return bits / sum(prod(shape) for shape, _ in chosen)
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Stored bits of all tensors per weight of the model."""
+        bits = 8 * sum(tensor.bytes for part in self.parts for tensor in part.values())
+        return bits / sum(prod(tensor.shape) for tensor in self.source.tensors().values())
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated bytes at the peak: one block in float32 (two with both streams, more to train it), activations,
+        moments."""
+        blocks: dict[int, int] = {}
+        for layer in self.layers:
+            blocks[layer.block] = blocks.get(layer.block, 0) + 4 * prod(layer.shape)
+        block = max(blocks.values())
+        widest = max(layer.shape[1] for layer in self.layers)
+        outside = sum(tensor.bytes for tensor in self.parts[-1].values())
+        if not self.streamed:
+            largest = max(prod(layer.shape) for layer in self.layers)
+            return _RUNTIME + outside + 4 * 6 * largest
+        hidden = self.layers[0].shape[1]
+        tokens = self.recipe.calibration.samples * self.recipe.calibration.seq_len
+        activations = tokens * (2 * 4 * hidden + 2 * 2 * hidden + 2 * widest)
+        copies = 3 + (_TRAINED_COPIES if self.recipe.trained else 0)
+        model = sum(blocks.values()) if any(transform.whole_model for transform in self.recipe.all_transforms) else 0
+        return _RUNTIME + 2 * outside + copies * block + 4 * model + activations + 8 * 6 * widest**2
+
+    @property
+    def unscaled(self) -> list[str]:
+        """Paths, in a block, of quantized layers that the recipe's transforms cannot reach."""
+        if not self.recipe.all_transforms:
+            return []
+        names, prefix = self.source.tensors(), f"{self.source.family.blocks}.0."
+        paths = self.source.family.unscaled(lambda path: f"{prefix}{path}.weight" in names)
+        return [path for path in paths if path in self.methods_of(0)]
+
+    def methods_of(self, block: int) -> dict[str, Method]:
+        """Of the layers of a block that are quantized, by path in the block."""
+        return {
+            layer.path: method
+            for layer in self.layers
+            if layer.block == block and (method := self.methods[layer.name]) is not None
+        }
+
+    def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
+        """Of the vectors of a block (norm weights, biases), by name in the block."""
+        import torch
+
+        dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
+        prefix = f"{self.source.family.blocks}.{block}."
+        return {
+            name.removeprefix(prefix): dtypes[tensor.dtype]
+            for name, tensor in self.parts[block].items()
+            if len(tensor.shape) == 1 and tensor.dtype in dtypes
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {
+            "model": self.recipe.model,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "bytes": self.bytes,
+            "source_bytes": self.source.bytes(),
+            "peak_memory_estimate": self.peak_memory,
+            "calibrated": self.streamed,
+            "unscaled": self.unscaled,
+            "layers": [self._row(layer) for layer in self.layers],
+            "outside": sorted(self.parts[-1]),
+        }
+
+    def _row(self, layer: Linear) -> dict[str, Any]:
+        method = self.methods[layer.name]
+        row: dict[str, Any] = {"name": layer.name, "shape": list(layer.shape)}
+        format = self.formats[layer.name]
+        if method is None or format is None:
+            return row | {"method": None, "format": None, "why_dense": "recipe override"}
+        return row | {
+            "method": method.name,
+            **format.spec(),
+            "bits_per_weight": format.bits_per_weight(layer.shape),
+            "divides_tensor_parallel": [n for n in TENSOR_PARALLEL if _divides(layer, method, n)],
+        }
+
+
+_RUNTIME = 450 * 10**6  # torch and transformers themselves
+_TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments, the best; values and their gradient
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Check a recipe against its model and say what quantizing will do; nothing is read but headers.
+
+    Where bits are chosen by measurement, this is what they are measured against: the most bits for all alike.
+
+    Raises:
+        UsageError: the model cannot be used, overrides match nothing, groups do not divide (all problems at once), or
+            there is no such calibration text.
+    """
+    source = open_source(recipe.model)
+    if isinstance(source, PackedSource):
+        raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
+    layers = source.linears()
+    if recipe.allocation is not None:
+        recipe = uniform(recipe, layers)
+    methods = recipe.assign(layers)
+    parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
+    quantized: set[str] = set()
+    formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}
+    for layer in layers:
+        format = formats[layer.name]
+        if format is not None:
+            quantized.add(f"{layer.name}.weight")
+            for suffix, stored in format.stored(layer.shape).items():
+                parts[layer.block][f"{layer.name}.{suffix}"] = stored
+    outside: dict[str, StoredTensor] = {}
+    prefix = f"{source.family.blocks}."
+    for name, tensor in source.tensors().items():
+        if name in quantized:
+            continue
+        block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        home = parts[int(block)] if block.isdigit() else outside
+        home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
+    found = Plan(source, recipe, layers, methods, formats, [*parts, outside])
+    if found.streamed:
+        require_text(recipe.calibration.data)
+    return found
+
+
+def _format(method: Method, recipe: Recipe) -> Format:
+    return method.format if recipe.low_rank is None else recipe.low_rank.format(method.format)
+
+
+def _divides(layer: Linear, method: Method, ranks: int) -> bool:
+    """Whether rows and, group by group, columns can be split over `ranks` devices."""
+    rows, columns = layer.shape
+    if rows % ranks or columns % ranks:
+        return False
+    return method.misfit((rows, columns // ranks)) is None

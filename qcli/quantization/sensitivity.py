@@ -1,0 +1,202 @@
+"""What each width of each layer would cost: the predicted KL divergence of quantizing that layer alone.
+
+To second order, an error `E` of one layer's weight moves the predictions of a sequence by `1/2 (sum_t delta_t E x_t)^2`
+nats: `x` the layer's inputs, `delta` the gradient, with respect to its outputs, of the log-probability of tokens drawn
+from the model's own predictions. The mean over sequences is taken factor by factor, as in K-FAC (arXiv 1503.05671), and
+in two parts, `m` the mean input and `L` the tokens of a sequence; in nats per token:
+
+    1/2 sum_i  E[delta_i^2] (E C E^T)_ii  +  E[(sum_t delta_ti)^2] (E m)_i^2 / L
+
+Errors that differ from token to token add up as squares, `C` being their inputs' covariance. An error that all tokens
+have in common adds up as it is: attention averages values, which does not make it smaller. In `m` and `C` tokens are
+weighed by `|delta|^2`: the few whose inputs are a hundred times the others' size hardly matter. `E` is what the method
+really leaves in each width.
+
+One pass forward and one backward, a block at a time; of all blocks only the hidden states that enter them are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcli.algorithms.method import LinearGroup, Method
+from qcli.models.families import Linear
+from qcli.models.stream import ModelStream
+from qcli.quantization.allocation_options import Choices
+from qcli.utils.progress import Progress
+
+Losses = dict[str, list[float]]
+
+_BATCH_TOKENS = 4096  # in flight in one block
+_LOGITS = 1 << 24  # in memory at a time
+
+
+def sensitivities(
+    found: Choices,
+    stream: ModelStream,
+    tokens: Tensor,
+    kept: Callable[[int, Callable[[], Losses]], Losses],
+    progress: Progress,
+) -> Losses:
+    """Predicted loss, nats per token, by layer and option; infinite for options that do not fit.
+
+    Args:
+        stream: the model in full precision.
+        tokens: int64 `[samples, length]`.
+        kept: given a block and how its losses are found, gives them; perhaps from an earlier run.
+    """
+    batches = torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
+    entering: list[list[Tensor]] = [[stream.embed(batch).cpu() for batch in batches]]
+    with torch.no_grad():
+        for index in range(stream.n_blocks):
+            block = stream.load_block(index)
+            entering.append([stream.run_block(block, index, h.to(stream.device)).cpu() for h in entering[-1]])
+    gradients = _of_predictions(stream, entering.pop(), found.recipe.seed)
+    losses: Losses = {}
+    for done, index in enumerate(reversed(range(stream.n_blocks))):
+        progress("sensitivity", done, stream.n_blocks)
+        block = stream.load_block(index)
+        layers = [layer for layer in found.layers if layer.block == index]
+        moments = _Moments(block, [path for group in stream.family.groups for path in group.linears])
+        gradients = _backward(stream, block, index, entering.pop(), gradients, moments)
+
+        def solve(layers: list[Linear] = layers, moments: _Moments = moments) -> Losses:
+            return dict(_predicted(found, layers, moments))
+
+        losses |= kept(index, solve)
+    progress("sensitivity", stream.n_blocks, stream.n_blocks)
+    return losses
+
+
+class _Moments:
+    """Second moments of the inputs of linears and of the gradients of their outputs; sums over tokens, by path.
+
+    Attributes:
+        inputs: `x^T x`, `[in, in]`.
+        weighted: the same with each token weighed by its gradient, `|delta|^2 x^T x`.
+        mean: `|delta|^2 x`, `[in]`.
+        energy: `delta^2`, `[out]`.
+        together: the square of each sequence's summed gradient, `(sum_t delta)^2`, `[out]`.
+        sequences: in the batch that is passing.
+    """
+
+    def __init__(self, block: nn.Module, paths: Sequence[str]) -> None:
+        self.modules = {path: block.get_submodule(path) for path in paths}
+        self.inputs: dict[str, Tensor] = {}
+        self.weighted: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+        self.energy: dict[str, Tensor] = {}
+        self.together: dict[str, Tensor] = {}
+        self.tokens = self.sequences = 0
+
+    def watched(self) -> ExitStack:
+        """Within: forward and backward passes are counted."""
+        hooks = ExitStack()
+        for path, module in self.modules.items():
+            hooks.callback(module.register_forward_hook(self._note(path), with_kwargs=True).remove)
+        return hooks
+
+    def divergence(self, path: str, error: Tensor) -> float:
+        """What an error `[out, in]` of a linear's weight would do to the predictions, nats per token."""
+        energy = self.energy[path]
+        total = energy.sum().clamp(min=1e-30)
+        common = error @ (self.mean[path] / total)
+        apart = ((error @ self.weighted[path]) * error).sum(1) / total - common.square()
+        return float((energy * apart + self.together[path] * common.square()).sum()) / (2 * self.tokens)
+
+    def _note(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            (given,) = (*args, *kwargs.values())
+            x = given.detach().flatten(0, -2).float()
+            _add(self.inputs, path, x.T @ x)
+
+            def take(gradient: Tensor) -> None:
+                delta = gradient.detach().flatten(0, -2).float()
+                weighed = x * delta.square().sum(1, keepdim=True)
+                _add(self.weighted, path, weighed.T @ x)
+                _add(self.mean, path, weighed.sum(0))
+                _add(self.energy, path, delta.square().sum(0))
+                _add(self.together, path, delta.unflatten(0, (self.sequences, -1)).sum(1).square().sum(0))
+
+            output.register_hook(take)
+
+        return note
+
+
+def _add(sums: dict[str, Tensor], path: str, value: Tensor) -> None:
+    sums[path] = sums[path] + value if path in sums else value
+
+
+def _of_predictions(stream: ModelStream, hidden: list[Tensor], seed: int) -> list[Tensor]:
+    """Gradients, with respect to the last hidden states, of log-probabilities of tokens that the model draws itself."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = max(1, _LOGITS // stream.config.get_text_config().vocab_size)
+    gradients = []
+    for batch in hidden:
+        flat = batch.flatten(0, 1)
+        parts = []
+        for part in torch.split(flat, positions):
+            states = part.to(stream.device)[None].requires_grad_()
+            log = stream.logits(states)[0].float().log_softmax(-1)
+            uniform = torch.rand(len(part), 1, dtype=torch.float64, generator=generator).to(stream.device)
+            cumulative = log.detach().double().exp().cumsum(-1)
+            drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=log.shape[-1] - 1)
+            (gradient,) = torch.autograd.grad(log.gather(-1, drawn).sum(), states)
+            parts.append(gradient[0].cpu())
+        gradients.append(torch.cat(parts).view_as(batch))
+    return gradients
+
+
+def _backward(
+    stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor], gradients: list[Tensor], moments: _Moments
+) -> list[Tensor]:
+    """Gradients with respect to a block's inputs, from those of its outputs."""
+    found = []
+    with moments.watched():
+        for states, gradient in zip(hidden, gradients, strict=True):
+            moments.sequences = len(states)
+            entering = states.to(stream.device).requires_grad_()
+            output = stream.run_block(block, index, entering)
+            (back,) = torch.autograd.grad(output, entering, gradient.to(stream.device))
+            moments.tokens += states.shape[0] * states.shape[1]
+            found.append(back.cpu())
+    return found
+
+
+@torch.no_grad()
+def _predicted(found: Choices, layers: Sequence[Linear], moments: _Moments) -> Iterator[tuple[str, list[float]]]:
+    """The losses of a block's layers; those that read one input are quantized together, as they will be."""
+    losses = {layer.name: [inf] * len(found.options) for layer in layers}
+    for members in _grouped(layers):
+        hessian = moments.inputs[members[0].path] / moments.tokens
+        weights = {layer.name: ModelStream.weight_of(moments.modules[layer.path]).float() for layer in members}
+        for option, method in enumerate(found.options):
+            fitting = [layer for layer in members if found.stored[layer.name][option] is not None]
+            if not fitting:
+                continue
+            group = LinearGroup({layer.name: weights[layer.name] for layer in fitting}, hessian, cross=hessian)
+            quantized = _quantized(found, method, group)
+            for layer in fitting:
+                error = weights[layer.name] - quantized[layer.name]
+                losses[layer.name][option] = moments.divergence(layer.path, error)
+    yield from losses.items()
+
+
+def _quantized(found: Choices, method: Method, group: LinearGroup) -> dict[str, Tensor]:
+    solutions = method.quantize(group)
+    if found.recipe.low_rank is not None:
+        solutions = found.recipe.low_rank.compensate(method, group, solutions)
+    return {name: solution.weight.dense() for name, solution in solutions.items()}
+
+
+def _grouped(layers: Sequence[Linear]) -> list[list[Linear]]:
+    groups: dict[int, list[Linear]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer)
+    return list(groups.values())

@@ -1,0 +1,222 @@
+"""Runs one block of the model in stages and gathers the moments of each group's inputs.
+
+True sequential order: a group's inputs come from the block whose earlier groups are already quantized. A stage
+runs the block only up to the group's inputs. Linears of earlier groups are not computed again where their result
+is known to be unused: groups alternate between those whose outputs stay inside (q/k/v, gate/up) and those that lead
+out of attention or MLP (o, down), so once the inputs of the latter are known, the former's outputs serve nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.models.stream import ModelStream
+from qcli.utils.errors import UsageError
+
+
+class _Reached(Exception):
+    """The forward pass has come to the group that was asked for."""
+
+
+class StagedBlock:
+    """One block and the hidden states that enter it, batch by batch.
+
+    Args:
+        stream: the model.
+        index: of the block.
+        block: its module; its weights may change between stages, group after group.
+        hidden: `[batch, length, hidden]` each.
+        keep: dtype in which inputs are kept between stages.
+        final: the weights will not change any more: the last stage advances.
+    """
+
+    def __init__(
+        self,
+        stream: ModelStream,
+        index: int,
+        block: nn.Module,
+        hidden: list[Tensor],
+        *,
+        keep: torch.dtype = torch.float32,
+        final: bool = False,
+    ) -> None:
+        self.stream, self.index, self.block, self.hidden = stream, index, block, hidden
+        self.groups, self.keep, self.final = stream.family.groups, keep, final
+        self._inputs: dict[tuple[int, int], Tensor] = {}  # (group, batch): inputs of groups that lead out
+        self._results: dict[tuple[int, int], Any] = {}  # and what their parents, attention or MLP, made of them
+        self._done: set[int] = set()  # batches that have advanced
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear layer at `path` of the block."""
+        return self.block.get_submodule(path)
+
+    def reach(self, group: int, batch: int) -> tuple[Tensor, Tensor | None]:
+        """Inputs of `group` for one batch, and the residual stream where its output joins.
+
+        Returns:
+            `[tokens, in_features]`, and `[tokens, hidden]` or None.
+        """
+        seen: dict[str, Tensor] = {}
+        row = self.groups[group]
+        runs_on = self.final and group == len(self.groups) - 1
+
+        def arrive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["inputs"] = args[0] if args else next(iter(kwargs.values()))
+            if not runs_on:
+                raise _Reached
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault("residual", args[0])
+
+        with ExitStack() as hooks:
+            hooks.enter_context(self._without_known(group, batch))
+            # Hooks simulate quantized inputs; a linear that stays dense has none and would show other inputs.
+            watched = next((path for path in row.linears if self.linear(path)._forward_pre_hooks), row.linears[0])
+            handle = self.linear(watched).register_forward_pre_hook(arrive, with_kwargs=True)
+            hooks.callback(handle.remove)
+            if row.residual is not None:
+                hooks.callback(self.linear(row.residual).register_forward_pre_hook(note).remove)
+            with suppress(_Reached):
+                self.hidden[batch] = self.stream.run_block(self.block, self.index, self.hidden[batch])
+                self._done.add(batch)
+        inputs = seen["inputs"].flatten(0, -2)
+        if row.leads_out and not runs_on:
+            self._inputs[group, batch] = inputs.to(self.keep)
+        residual = seen.get("residual")
+        return inputs, None if residual is None else residual.flatten(0, -2)
+
+    def advance(self) -> None:
+        """After all groups have been reached: the block's outputs take the place of what entered."""
+        for batch, hidden in enumerate(self.hidden):
+            if batch not in self._done:
+                with self._without_known(len(self.groups), batch):
+                    self.hidden[batch] = self.stream.run_block(self.block, self.index, hidden)
+
+    def release(self) -> None:
+        """Forget what was kept between stages; no stage may follow."""
+        self._inputs.clear()
+        self._results.clear()
+
+    @contextmanager
+    def _without_known(self, group: int, batch: int) -> Iterator[None]:
+        """Within: modules before `group` use what is known of them instead of the inputs they are given."""
+        with ExitStack() as patches:
+            for earlier in range(group):
+                for path in self.groups[earlier].linears:
+                    known = self._known(earlier, path, group, batch, patches)
+                    if known is not None:
+                        module, forward = known
+                        module.forward = forward
+                        patches.callback(delattr, module, "forward")
+            yield
+
+    def _known(
+        self, earlier: int, path: str, group: int, batch: int, hooks: ExitStack
+    ) -> tuple[nn.Module, Callable[..., Any]] | None:
+        """The module to patch for a linear of a group before `group`, and what it does instead."""
+        linear = self.linear(path)
+        if not self.groups[earlier].leads_out:
+            if group > self._consumed_by(earlier):
+                return linear, _Unused(len(ModelStream.weight_of(linear)))
+            return None
+        parent, key = path.rpartition(".")[0], (earlier, batch)
+        if key in self._results:
+            return self.linear(parent), _Again(self._results[key])
+        if parent and group < len(self.groups):  # a later stage will want it again
+
+            def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+                self._results[key] = output
+                del self._inputs[key]
+
+            hooks.callback(self.linear(parent).register_forward_hook(keep).remove)
+        return linear, _On(linear, self._inputs[key])
+
+    def _consumed_by(self, group: int) -> int:
+        """The last group whose inputs depend on the outputs of `group`, which stay inside."""
+        last = group + 1
+        while last + 1 < len(self.groups) and self.groups[last + 1].leads_out:
+            last += 1
+        return last
+
+
+class _On:
+    """A linear's forward that reads inputs already seen."""
+
+    def __init__(self, module: nn.Module, inputs: Tensor) -> None:
+        self.forward, self.inputs = module.forward, inputs
+
+    def __call__(self, like: Tensor) -> Tensor:
+        output: Tensor = self.forward(self.inputs.to(like.dtype).view(*like.shape[:-1], -1))
+        return output
+
+
+class _Again:
+    """A module's forward that returns what it has returned before."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.result
+
+
+class _Unused:
+    """A linear's forward whose result serves nobody: zeros without memory."""
+
+    def __init__(self, out_features: int) -> None:
+        self.out_features = out_features
+
+    def __call__(self, like: Tensor) -> Tensor:
+        return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
+
+
+def gather(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
+    """Reach `group` in both streams, batch by batch, and average the moments that `needs` names.
+
+    Args:
+        group: its index in the family's row; earlier groups have been reached before.
+        quantized: the block of which the earlier groups are quantized.
+        original: the same block in full precision; None when no moment needs it.
+
+    Returns:
+        A group with moments, and the original weights by path in the block.
+    """
+    paths = quantized.groups[group].linears
+    weights = {path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths}
+    moments: dict[str, Tensor] = {}
+    tokens = 0
+    for batch in range(len(quantized.hidden)):
+        inputs, residual = quantized.reach(group, batch)
+        tokens += len(inputs)
+        if HESSIAN in needs:
+            _add(moments, HESSIAN, inputs, inputs)
+        if original is None:
+            continue
+        true_inputs, true_residual = original.reach(group, batch)
+        if CROSS in needs:
+            _add(moments, CROSS, true_inputs, inputs)
+        if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
+            _add(moments, RESIDUAL_CROSS, true_residual - residual, inputs)
+    for moment in moments.values():
+        moment.div_(tokens)
+        if not bool(moment.isfinite().all()):
+            raise UsageError(
+                f"block {quantized.index}: the inputs of {paths[0]} are not finite",
+                hint="activations overflow in this dtype: use --dtype float32",
+            )
+    if HESSIAN in moments:
+        moments[HESSIAN] = (moments[HESSIAN] + moments[HESSIAN].T) / 2
+    return LinearGroup(weights, **moments)
+
+
+def _add(moments: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+    left, right = left.float(), right.float()
+    if name not in moments:
+        moments[name] = torch.zeros(left.shape[1], right.shape[1], device=left.device)
+    moments[name].addmm_(left.T, right)

@@ -1,0 +1,52 @@
+"""Recipes as YAML text: the resolved recipe, each value with its origin."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from qcli.recipe.errors import Origins
+from qcli.recipe.yaml import KeyPath, scalar
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*")
+
+
+def to_yaml(data: Mapping[str, Any], origins: Origins | None = None) -> str:
+    """Plain data (dicts, lists, scalars) as YAML; with `origins`, each value's as a comment."""
+    lines = list(_lines(data, (), origins))
+    width = max((len(text) for text, comment in lines if comment), default=0)
+    return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+
+
+def _lines(data: Mapping[str, Any], path: KeyPath, origins: Origins | None) -> list[tuple[str, str]]:
+    indent = "  " * len(path)
+    lines: list[tuple[str, str]] = []
+    for key, value in data.items():
+        here = (*path, key)
+        if isinstance(value, Mapping) and value:
+            lines += [(f"{indent}{key}:", ""), *_lines(value, here, origins)]
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            items = [(f"{indent}  - {_flow(item)}", _comment((*here, i), origins)) for i, item in enumerate(value)]
+            lines += [(f"{indent}{key}:", ""), *items]
+        else:
+            lines.append((f"{indent}{key}: {_flow(value)}", _comment(here, origins)))
+    return lines
+
+
+def _comment(path: KeyPath, origins: Origins | None) -> str:
+    return "" if origins is None else json.dumps(origins.of(path), ensure_ascii=True)[1:-1]
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and scalar(value) == value:
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[str(value)]
+    return json.dumps(value)

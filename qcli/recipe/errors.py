@@ -1,0 +1,127 @@
+"""What is wrong with a recipe, in words: every error with its place, its key and the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from qcli.recipe.yaml import KeyPath, dotted
+from qcli.utils.errors import UsageError
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping of keys to values",
+    "model": "a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+class Issue(NamedTuple):
+    """One error: where in the recipe, and what is wrong."""
+
+    path: KeyPath
+    message: str
+
+
+@dataclass
+class Origins:
+    """Where each value of a recipe came from: `recipe.yaml:6:10`, `--set method.bits=3`, `--bits` or `default`.
+
+    No part of what a recipe says: all origins compare equal.
+
+    Attributes:
+        source: name of the recipe file, None without one.
+        by_path: the origin of every value that was given.
+    """
+
+    source: str | None = field(default=None, compare=False)
+    by_path: dict[KeyPath, str] = field(default_factory=dict, compare=False)
+
+    def of(self, path: KeyPath) -> str:
+        """Origin of the value at `path`."""
+        return self.by_path.get(path, "default")
+
+    def near(self, path: KeyPath) -> str | None:
+        """Where to look for an error at `path`: its own origin, that of a mapping around it, or the file."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.by_path:
+                return self.by_path[path[:length]]
+        return self.source
+
+    def error(self, problems: Sequence[Issue], *, hint: str | None = None) -> UsageError:
+        """All problems as one error, a line each."""
+        return UsageError("\n".join(dict.fromkeys(map(self.line, problems))), hint=hint)
+
+    def line(self, problem: Issue) -> str:
+        """`recipe.yaml:6:10: method.bitz: unknown key`, or `--bits: must be at least 2, not 1`."""
+        origin = self.near(problem.path)
+        named = origin is not None and origin.startswith("-") and problem.path in self.by_path
+        key = None if named else dotted(problem.path)
+        return ": ".join(filter(None, (origin, key, problem.message)))
+
+
+def issues(error: ValidationError, cls: type[BaseModel], prefix: KeyPath = (), owner: str = "known") -> Iterator[Issue]:
+    """The errors of validating `cls`, whose data stands at `prefix` of the recipe and is called `owner`."""
+    for detail in error.errors(include_url=False):
+        loc = detail["loc"]
+        yield Issue((*prefix, *loc), _words(detail, _section(cls, loc[:-1]), owner))
+
+
+def unknown(kind: str, name: str, known: Sequence[str], owner: str = "known") -> str:
+    """`unknown key; did you mean 'bits'?`, or all there are when none is near."""
+    near = get_close_matches(name, known, n=1, cutoff=0.7 if kind == "key" else 0.6)
+    return f"unknown {kind}; " + (f"did you mean {near[0]!r}?" if near else f"{owner}: {', '.join(known)}")
+
+
+def _words(detail: Any, section: type[BaseModel], owner: str) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return unknown("key", str(detail["loc"][-1]), list(section.model_fields), owner)
+    if kind == "missing":
+        return "required"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        expected = context["expected"]
+        near = get_close_matches(str(value), expected.replace("'", " ").replace(",", " ").split(), n=1)
+        return f"must be {expected}, not {_shown(value)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind in ("string_too_short", "too_short"):
+        return "must not be empty"
+    if kind == "string_pattern_mismatch":
+        examples = section.model_fields[detail["loc"][-1]].examples or []
+        return f"must be written as {' or '.join(map(repr, examples))}, not {_shown(value)}"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"must be {words} {context[bound]}, not {_shown(value)}"
+    if kind.endswith(("_type", "_parsing", "_from_float")) and kind.partition("_")[0] in _KINDS:
+        return f"must be {_KINDS[kind.partition('_')[0]]}, not {_shown(value)}"
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {_shown(value)}"
+
+
+def _section(cls: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
+    """The class of the mapping at `loc` of `cls`."""
+    for part in loc:
+        if isinstance(part, str) and part in cls.model_fields:
+            annotation = cls.model_fields[part].annotation
+            models = (t for t in (annotation, *get_args(annotation)) if isinstance(t, type))
+            cls = next((t for t in models if issubclass(t, BaseModel)), cls)
+    return cls
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,236 @@
+"""What the user wants: one frozen record, checked as a whole before any work starts.
+
+No torch here: every error of a recipe is told within a second, all of them at once, each with its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import (
+    Field,
+    InstanceOf,
+    PrivateAttr,
+)
+
+from qcli.algorithms.low_rank import LowRankCompensation
+from qcli.algorithms.method import Method
+from qcli.algorithms.refine import Refine
+from qcli.algorithms.transform import Transform
+from qcli.core.activations import Activations
+from qcli.quantization.allocation_options import Allocation
+from qcli.recipe.distillation import Distillation
+from qcli.recipe.dump import to_yaml
+from qcli.recipe.errors import Issue, Origins
+from qcli.recipe.plugins import build_method, derived, named_fields
+from qcli.recipe.sections import Calibration, Eval, Override, Pack, Section
+from qcli.recipe.yaml import KeyPath
+from qcli.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcli.models.families import Linear
+
+
+class Recipe(Section):
+    """Everything a run depends on; `load_recipe` makes it from a file, `--set` and flags."""
+
+    model: str = Field(min_length=1, description="hub id, folder or .gguf file")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random choice")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        examples=["auto", "cpu", "cuda:0"],
+        description="auto, cpu, cuda or cuda:N",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of activations and dense weights while computing"
+    )
+    out: str | None = Field(default=None, min_length=1, description="folder of the result")
+    resume: Literal["auto", "required", "never"] = Field(
+        default="auto", description="continue an interrupted run: if there is one, only if, never"
+    )
+    calibration: Calibration = Calibration()
+    method: InstanceOf[Method] = Field(default_factory=lambda: build_method({}))
+    transforms: list[InstanceOf[Transform]] = Field(
+        default=[], description="rewrites that leave the model's function as it is, before the method, in this order"
+    )
+    low_rank: LowRankCompensation | None = Field(
+        default=None, description="a product of two thin matrices beside each quantized weight"
+    )
+    refine: Refine | None = Field(default=None, description="reconstruction by gradient after the method")
+    activations: Activations | None = Field(
+        default=None, description="simulated quantization of what quantized layers read"
+    )
+    distill: Distillation | None = Field(default=None, description="training of the whole model against the original")
+    overrides: list[Override] = Field(default=[], description="first match wins; each must match a layer")
+    pack: Pack | None = None
+    eval: Eval | None = None
+
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+    _allocation: Allocation | None = PrivateAttr(default=None)
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """How bits are chosen where the method says `bits: auto`; `method.bits` means nothing then."""
+        return self._allocation
+
+    @property
+    def all_transforms(self) -> list[Transform]:
+        """The recipe's own, and what the method begins with."""
+        return [*self.transforms, *self.method.transforms]
+
+    @property
+    def refinement(self) -> Refine | None:
+        """The recipe's own, or what the method ends with."""
+        return self.refine or self.method.refine
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything is trained by gradient, which takes held-out samples."""
+        return self.refinement is not None or bool(self.all_transforms)
+
+    def contradictions(self) -> list[Issue]:
+        """What is wrong between sections that are right each on their own."""
+        found = []
+        texts = {"calibration": self.calibration} if self.trained else {}
+        if self.distill is not None:
+            texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
+        for section, text in texts.items():
+            if text.samples <= text.held_out and not Path(text.data).is_dir():  # a folder has as many as it has
+                message = f"training holds out {text.held_out} of {text.samples} samples: none is left"
+                found.append(Issue((section, "samples"), message))
+        whole = [transform.whole_model for transform in self.all_transforms]
+        for i, late in enumerate(whole):
+            if late and not all(whole[:i]):
+                path: KeyPath = ("transforms", i) if i < len(self.transforms) else ("method",)
+                message = "is trained on the whole model, which transforms block by block have not changed yet"
+                found.append(Issue(path, f"{message}: name it before them"))
+        return found
+
+    def override_methods(self) -> list[Method | None]:
+        """The full method of each override; None where it says `dense`."""
+        base = named_fields(self.method)
+        return [None if rule.method is None else build_method(derived(base, rule.method)) for rule in self.overrides]
+
+    def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
+        """The method of every layer by name, None where it stays dense.
+
+        Raises:
+            UsageError: overrides that match nothing and layers that their method cannot quantize, all of them.
+        """
+        rules = [self.rules(layer.name) for layer in layers]
+        others = self.override_methods()
+        assigned = {
+            layer.name: others[matching[0]] if matching else self.method
+            for layer, matching in zip(layers, rules, strict=True)
+        }
+        problems = [*self._idle_overrides(rules), *_misfits(layers, assigned, self.low_rank)]
+        problems += [*self._unfit_formats(assigned), *self._overrides_of_blocks(others)]
+        if layers and not any(assigned.values()):
+            problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
+        if problems:
+            raise self._origins.error(problems, hint=_assign_hint(layers, problems))
+        return assigned
+
+    def located(self, problems: Sequence[Issue]) -> UsageError:
+        """Problems as one error, each with its place in the recipe."""
+        return self._origins.error(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain data, without those that are None."""
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
+            "method": named_fields(self.method) | (self._allocation.fields() if self._allocation else {}),
+            "transforms": [named_fields(transform) for transform in self.transforms],
+        }
+        return {name: data[name] for name in Recipe.model_fields if name in data}
+
+    def to_yaml(self, origins: Origins | None = None) -> str:
+        """The resolved recipe; `load_recipe` reads it back to an equal one. With `origins`, as comments."""
+        return to_yaml(self.to_dict(), origins)
+
+    @property
+    def distill_text(self) -> Calibration:
+        """What distillation trains on."""
+        asked = self.distill or Distillation()
+        own = {"data": asked.data, "samples": asked.samples, "seq_len": asked.seq_len}
+        return self.calibration.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The values that decide the bytes of the quantized model."""
+        decisive = {*Recipe.model_fields} - {"device", "out", "resume", "distill", "pack", "eval"}
+        return {name: value for name, value in self.to_dict().items() if name in decisive}
+
+    def rules(self, name: str) -> list[int]:
+        """The overrides that match a layer, the one that counts first."""
+        return [i for i, rule in enumerate(self.overrides) if fnmatchcase(name, rule.match)]
+
+    def _overrides_of_blocks(self, others: Sequence[Method | None]) -> list[Issue]:
+        """Overrides that name another transform or reconstruction than the block they are in can have."""
+        found = []
+        for i, method in enumerate(others):
+            if method is None:
+                continue
+            wanted, given = (method.transforms, method.refine), (self.method.transforms, self.method.refine)
+            if wanted != given and (any(wanted) or method.name == self.method.name):
+                message = f"{method.name} transforms or reconstructs whole blocks, not single layers"
+                found.append(Issue(("overrides", i, "method"), f"{message}: set its steps in the recipe's method"))
+        return found
+
+    def _unfit_formats(self, assigned: Mapping[str, Method | None]) -> list[Issue]:
+        """Formats that a transform or the reconstruction cannot work on."""
+        formats = dict.fromkeys(method.format for method in assigned.values() if method is not None)
+        steps: list[tuple[KeyPath, Transform | Refine]] = [
+            (("transforms", i) if i < len(self.transforms) else ("method",), transform)
+            for i, transform in enumerate(self.all_transforms)
+        ]
+        if self.refinement is not None:
+            steps.append((("refine",), self.refinement))
+        return [Issue(path, reason) for path, step in steps for format in formats if (reason := step.misfit(format))]
+
+    def _idle_overrides(self, rules: Sequence[Sequence[int]]) -> list[Issue]:
+        matched = {i for matching in rules for i in matching}
+        taken = {matching[0] for matching in rules if matching}
+        return [
+            Issue(
+                ("overrides", i, "match"),
+                f"{rule.match!r} matches "
+                + ("only layers that earlier overrides take" if i in matched else "no layer"),
+            )
+            for i, rule in enumerate(self.overrides)
+            if i not in taken
+        ]
+
+
+def _misfits(
+    layers: Sequence[Linear], assigned: Mapping[str, Method | None], low_rank: LowRankCompensation | None
+) -> list[Issue]:
+    """One line for layers that differ only in the number of their block."""
+    reasons: Counter[tuple[str, KeyPath, str]] = Counter()
+    for layer in layers:
+        method = assigned[layer.name]
+        if method is None:
+            continue
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        if reason := method.misfit(layer.shape):
+            reasons[kind, ("method",), reason] += 1
+        if low_rank is not None and (reason := low_rank.misfit(layer.shape)):
+            reasons[kind, ("low_rank", "rank"), reason] += 1
+    return [
+        Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
+        for (kind, path, reason), count in reasons.items()
+    ]
+
+
+def _assign_hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
+    if any(problem.path == ("method",) for problem in problems):
+        divisor = gcd(*(layer.shape[1] for layer in layers))
+        return f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
+    if layers and any(problem.path[0] == "overrides" for problem in problems):
+        return f"layers are named as {layers[0].name}"
+    return None

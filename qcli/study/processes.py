@@ -1,0 +1,84 @@
+"""Runs of a study in processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from qcli.study.grid import Run
+from qcli.study.rows import Row
+from qcli.study.run import TRIES, failure, headed, make_row
+
+
+def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
+    """Rows as their runs end. A run whose process is killed is taken up by another, twice at most, then told as failed.
+
+    Args:
+        out: folder of the study.
+        workers: runs at a time, each in a process of its own: a death is that of one run.
+
+    Raises:
+        StateError: another process makes one of the runs.
+        ResourceError: the folder of a run cannot be made.
+    """
+    queue = [(run, 1) for run in runs]
+    working: dict[Future[Row], tuple[Run, int, ProcessPoolExecutor]] = {}
+    idle = [_process(workers) for _ in range(min(workers, len(runs)))]
+    try:
+        while queue or working:
+            while queue and idle:
+                pool, (run, tries) = idle.pop(), queue[0]
+                try:
+                    working[pool.submit(make_row, run, out)] = run, tries, pool
+                except BrokenProcessPool:  # killed while it waited
+                    idle.append(_process(workers))
+                else:
+                    del queue[0]
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                run, tries, pool = working.pop(future)
+                try:
+                    row = future.result()
+                except BrokenProcessPool:
+                    idle.append(_process(workers))
+                    if tries < TRIES:
+                        queue.insert(0, (run, tries + 1))
+                        continue
+                    row = headed(run) | failure(f"its process was killed {TRIES} times, perhaps for its memory", 5)
+                    row["hint"] = "fewer --workers take less memory"
+                else:
+                    idle.append(pool)
+                yield row
+    except BaseException:  # interrupted: nobody waits for runs that resume anyway
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        for pool in [*idle, *(pool for _, _, pool in working.values())]:
+            pool.shutdown(cancel_futures=True)
+
+
+def _process(workers: int) -> ProcessPoolExecutor:
+    """One of `workers` processes that share this machine's cores."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads, os.getpid()))
+
+
+def _begin(threads: int, parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has: killed, it cannot tell its workers, who would go on with their runs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

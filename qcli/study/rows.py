@@ -1,0 +1,106 @@
+"""The folder of a study and its rows.
+
+DIR/study.json       version
+DIR/results.jsonl    a row for each run that has ended, well or not, appended and synced
+DIR/runs/ADDRESS     a run in progress; resumes
+DIR/cache            what runs share: calibration tokens and what baselines give
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qcli.utils import shards
+from qcli.utils.errors import StateError
+
+VERSION = 1
+RUNS, CACHE = "runs", "cache"
+_STORY, _ROWS, _LOCK = "study.json", "results.jsonl", "lock"
+Row = dict[str, Any]
+
+
+@contextmanager
+def opened(out: Path) -> Iterator[None]:
+    """The folder, made if there is none, for this process alone.
+
+    Raises:
+        StateError: it is something else, a study of another version, or in use.
+    """
+    if out.exists() and not (out / _STORY).exists() and any(out.iterdir()):
+        raise StateError(f"{out} exists and is no study", hint="choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another qcli is at work in {out}", hint="wait for it") from None
+        if not (out / _STORY).exists():
+            shards.write_json(out / _STORY, {"version": VERSION})
+        _check_version(out)
+        _cut_torn_line(out / _ROWS)
+        yield
+
+
+def read_rows(out: Path) -> list[Row]:
+    """The newest row of each recipe, in the order in which they ended: files that it names may have changed since.
+
+    Raises:
+        StateError: `out` is no study, one of another version, or a row is damaged.
+    """
+    _check_version(out)
+    try:
+        lines = (out / _ROWS).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    whole = [line for line in lines if line.endswith("\n")]  # a study that was killed may have left half a line
+    rows = [_row(line, f"{out / _ROWS}:{number}") for number, line in enumerate(whole, start=1)]
+    return list({row["recipe"]: row for row in rows}.values())
+
+
+def append(out: Path, row: Row) -> None:
+    """Synced: what is told as done stays done."""
+    try:
+        with (out / _ROWS).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise shards.disk_problem(out / _ROWS, error) from None
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+        if {"address", "status", "point", "recipe"} <= row.keys():
+            return dict(row)
+    except (ValueError, AttributeError):
+        pass
+    raise StateError(f"{place}: not a row of a study", hint="remove the line: its run is made again")
+
+
+def _check_version(out: Path) -> None:
+    try:
+        version = json.loads((out / _STORY).read_text())["version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise StateError(f"{out} is no study", hint="`qcli study STUDY.yaml --out DIR` makes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise StateError(f"{out / _STORY} is damaged", hint="choose another --out") from None
+    if version != VERSION:
+        raise StateError(
+            f"{out} is a study of version {version}, this qcli knows {VERSION}", hint="choose another --out"
+        )
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Cut off a last line that was not written to its end."""
+    if file.exists():
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(file, whole)

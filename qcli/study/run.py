@@ -1,0 +1,96 @@
+"""One run of a study: quantize, train and score its recipe."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qcli.study.grid import Run
+from qcli.study.rows import CACHE, RUNS, Row
+from qcli.utils import shards
+from qcli.utils.cache import Cache
+from qcli.utils.errors import QcliError, StateError
+from qcli.utils.progress import Progress, silent
+
+TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
+
+
+def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
+    """Make a run in the study's folder `out`; what goes wrong is in the row.
+
+    Raises:
+        StateError: another process makes it.
+        ResourceError: its folder cannot be made.
+    """
+    from qcli.models.manifest import versions
+
+    begun = time.time()
+    with _held(out / RUNS / run.address) as work:
+        try:
+            found = _measured(run, work, Cache(out / CACHE), progress)
+        except QcliError as error:
+            found = failure(error.message, error.exit_code) | {"hint": error.hint}
+        except Exception as error:  # a study goes on, whatever a run meets
+            found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
+        shutil.rmtree(work, ignore_errors=True)
+    known = headed(run) | {"started": round(begun, 1)}
+    return known | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
+
+
+def headed(run: Run) -> Row:
+    """What is known of a row before its run."""
+    return {"address": run.address, "point": run.point, "recipe": run.recipe.to_yaml()}
+
+
+def failure(error: str, exit_code: int = 1) -> Row:
+    """The rest of the row of a run that failed."""
+    return {"status": "failed", "error": error, "exit_code": exit_code}
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """The folder, made if there is none, for this process alone: a worker of a study that was killed may be in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise shards.disk_problem(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another qcli is at work in {folder}", hint="wait for it") from None
+        yield folder
+
+
+def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
+    from qcli.distillation.distill import distill
+    from qcli.evaluation.from_recipe import asked_tasks, evaluate_as_asked
+    from qcli.models.manifest import read_manifest
+    from qcli.quantization.job import quantize
+
+    recipe, final = run.recipe, work / "quantized"
+    if not final.exists():
+        quantize(recipe.model_copy(update={"out": str(final)}), progress, cache)
+    story = read_manifest(final)
+    seconds = {"quantize": story["seconds"]}
+    if recipe.distill is not None:
+        taught = work / "distilled"
+        if not taught.exists():
+            seconds["distill"] = distill(final, recipe.model_copy(update={"out": str(taught)}), progress).seconds
+        final = taught
+    begun = time.monotonic()
+    found = evaluate_as_asked(recipe, final, asked_tasks(recipe), cache, progress)
+    seconds["eval"] = time.monotonic() - begun
+    return {
+        "status": "done",
+        **found.to_json(),
+        "model": recipe.model,  # and not the folder of what was made of it, which is gone
+        "fallbacks": {layer["name"]: layer["fallbacks"] for layer in story["layers"] if layer["fallbacks"]},
+        "peak_memory": story["peak_memory"],
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }

@@ -1,0 +1,94 @@
+"""Where and how precisely to compute: names from flags and recipes to torch's devices and dtypes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qcli.utils.errors import ResourceError, UsageError
+from qcli.utils.launch import count
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: not a device, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is not a device", hint="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices",
+            hint="use --device cpu, or check the driver with `qcli doctor`",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", hint="auto, cpu, cuda or cuda:N")
+    return device
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: with several, each has a GPU of its own, or all have the CPU.
+
+    Args:
+        name: as for `resolve_device`.
+
+    Raises:
+        UsageError: not a device, or one GPU for several processes.
+        ResourceError: fewer GPUs than processes.
+    """
+    if count() == 1 or name == "cpu":
+        return resolve_device(name)
+    if name not in ("auto", "cuda"):
+        raise UsageError(f"device {name!r} cannot serve {count()} processes", hint="--device cuda gives each its own")
+    gpus, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto" and not gpus:
+        return torch.device("cpu")
+    if number >= gpus:
+        raise ResourceError(
+            f"process {number} of this machine has no GPU of its own: {gpus} are there",
+            hint="start as many processes as there are GPUs",
+        )
+    return torch.device("cuda", number)
+
+
+def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype that activations and dense weights are held in; `auto` gives `auto`."""
+    if name == "auto":
+        return auto
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not supported", hint=f"auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def has_fast_matmul(device: torch.device) -> bool:
+    """Whether float32 matrix products gain from bf16 or TF32 units inside."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def matmul_precision(*, fast: bool, device: torch.device | None = None) -> Iterator[None]:
+    """Within: matrix products of float32 tensors use bf16 or TF32 units (`fast`), or are exact.
+
+    With a `device`, linear layers and attention on it run in bf16 as well (autocast); the residual stream, norms
+    and accumulation stay float32 either way. The previous settings return after.
+    """
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    kind = "cpu" if device is None else device.type
+    try:
+        with torch.autocast(kind, torch.bfloat16, enabled=fast and device is not None, cache_enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(previous)

@@ -1,0 +1,157 @@
+"""safetensors files without torch: checked headers, and reads of single tensors.
+
+The format is eight bytes of header length, a JSON header, and one contiguous run of bytes a tensor. Reading
+it by hand costs a page and gives what the library does not: duplicate names are refused, a dry run needs
+no torch, and tensors are read into their own memory instead of a map of the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qcli.core.format import StoredTensor
+from qcli.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+class _Dtype(NamedTuple):
+    bytes: int
+    torch: str
+
+
+DTYPES = {
+    "F64": _Dtype(8, "float64"),
+    "F32": _Dtype(4, "float32"),
+    "F16": _Dtype(2, "float16"),
+    "BF16": _Dtype(2, "bfloat16"),
+    "F8_E4M3": _Dtype(1, "float8_e4m3fn"),
+    "F8_E5M2": _Dtype(1, "float8_e5m2"),
+    "I64": _Dtype(8, "int64"),
+    "I32": _Dtype(4, "int32"),
+    "I16": _Dtype(2, "int16"),
+    "I8": _Dtype(1, "int8"),
+    "U8": _Dtype(1, "uint8"),
+    "BOOL": _Dtype(1, "bool"),
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor in a file.
+
+    Attributes:
+        file: the safetensors file.
+        stored: dtype and shape.
+        start: offset of its first byte in the file.
+        bytes: its size.
+    """
+
+    file: Path
+    stored: StoredTensor
+    start: int
+    bytes: int
+
+
+def read_header(file: Path) -> dict[str, Extent]:
+    """Every tensor of a safetensors file, by name.
+
+    Raises:
+        UsageError: the file is missing, truncated or malformed, or names a tensor twice.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER):
+                raise _broken(file, "its header is longer than the file")
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise UsageError(f"{file} is missing", hint="download the model again") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
+    except (ValueError, RecursionError):
+        raise _broken(file, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is not a table of tensors")
+    header.pop("__metadata__", None)
+    extents = {name: _extent(file, name, entry, 8 + length) for name, entry in header.items()}
+    expected = 8 + length
+    for extent in sorted(extents.values(), key=lambda extent: extent.start):
+        if extent.start != expected:
+            raise _broken(file, "its tensors overlap or leave gaps")
+        expected += extent.bytes
+    if expected != size:
+        raise _broken(file, f"it has {size} bytes, its header announces {expected}")
+    return extents
+
+
+def read_bytes(extent: Extent) -> bytes:
+    """A small tensor as it lies in its file."""
+    with extent.file.open("rb") as stream:
+        stream.seek(extent.start)
+        return stream.read(extent.bytes)
+
+
+def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
+    """Tensors by name, in their stored dtype, each in memory of its own; no file stays open or mapped.
+
+    Raises:
+        UsageError: a file ended before a tensor did.
+    """
+    import torch
+
+    tensors = {}
+    for name, extent in extents:
+        buffer = torch.empty(extent.bytes, dtype=torch.uint8)
+        with extent.file.open("rb", buffering=0) as stream:
+            stream.seek(extent.start)
+            _fill(stream, memoryview(buffer.numpy().data), extent.file)
+        dtype = getattr(torch, DTYPES[extent.stored.dtype].torch)
+        tensors[name] = buffer.view(dtype).view(extent.stored.shape)
+    return tensors
+
+
+def _fill(stream: Any, view: memoryview, file: Path) -> None:
+    while len(view):
+        count = stream.readinto(view)
+        if not count:
+            raise _broken(file, "it ended early")
+        view = view[count:]
+
+
+def _extent(file: Path, name: str, entry: Any, data: int) -> Extent:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise _broken(file, f"the header entry of {name} is malformed") from None
+    if dtype not in DTYPES:
+        raise UsageError(f"{file}: {name} has dtype {dtype}, which qcli does not read")
+    if end - begin != DTYPES[dtype].bytes * prod(shape):
+        raise _broken(file, f"the size of {name} does not agree with its shape")
+    return Extent(file, StoredTensor(dtype, shape), data + begin, end - begin)
+
+
+def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{file}: its header names {twice} twice", hint="the file is broken or tampered with")
+    return table
+
+
+def _broken(file: Path, what: str) -> UsageError:
+    return UsageError(f"{file} is truncated or broken: {what}", hint="download the model again")

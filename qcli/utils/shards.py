@@ -1,0 +1,201 @@
+"""Writing safetensors files so that a crash leaves either the whole file or none, and joining them without torch.
+
+Joining copies the data of finished files one after another and writes one header for all: no tensor is loaded,
+so a checkpoint of any size is assembled in constant memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcli.core.format import StoredTensor
+from qcli.utils.errors import ResourceError
+from qcli.utils.safetensors import DTYPES, Extent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPE = {f"torch.{dtype.torch}": name for name, dtype in DTYPES.items()}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; it appears under its name complete and synced, or not at all."""
+    import torch
+
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entries = {name: StoredTensor(_DTYPE[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()}
+    raw = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values())
+    _write_whole(file, chain([header_text(entries)], raw))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON the same way, for people to read."""
+    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file the same way.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    _write_whole(file, [content])
+
+
+def _write_whole(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_problem(file, error) from None
+    sync_folder(file.parent)
+
+
+def header_text(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """What a safetensors file with these tensors, in this order, starts with."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + tensor.bytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def grouped(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) -> list[list[int]]:
+    """Which parts make up each shard: in order, at most `shard_size` bytes of tensors unless one part is larger."""
+    shards: list[list[int]] = []
+    filled = 0
+    for index, part in enumerate(parts):
+        size = sum(tensor.bytes for tensor in part.values())
+        if not shards or filled + size > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(index)
+        filled += size
+    return shards
+
+
+def shard_bytes(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) -> int:
+    """Size of all shards that `join` will write, to the byte."""
+    total = 0
+    for members in grouped(parts, shard_size):
+        tensors = {name: tensor for index in members for name, tensor in parts[index].items()}
+        total += len(header_text(tensors)) + sum(tensor.bytes for tensor in tensors.values())
+    return total
+
+
+def join(parts: Sequence[Mapping[str, Extent]], out: Path, shard_size: int) -> None:
+    """Copy tensors from other files into shards of at most `shard_size` bytes, with an index if several.
+
+    Args:
+        parts: tensors that stay together, in the order they shall have; names are disjoint.
+        out: folder of the shards.
+        shard_size: a part larger than this becomes a shard of its own.
+    """
+    stored = [{name: extent.stored for name, extent in part.items()} for part in parts]
+    shards = grouped(stored, shard_size)
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        extents = {tensor: extent for index in members for tensor, extent in parts[index].items()}
+        _write_shard(out / name, extents)
+        weight_map |= dict.fromkeys(extents, name)
+    if len(shards) > 1:
+        total = sum((out / name).stat().st_size for name in set(weight_map.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(out / INDEX, index)
+
+
+def _write_shard(file: Path, extents: Mapping[str, Extent]) -> None:
+    try:
+        with file.open("wb") as stream:
+            stream.write(header_text({name: extent.stored for name, extent in extents.items()}))
+            for extent in extents.values():
+                with extent.file.open("rb") as source:
+                    source.seek(extent.start)
+                    _copy(source, stream, extent.bytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_problem(file, error) from None
+
+
+def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
+    while count:
+        data = source.read(min(chunk, count))
+        if not data:
+            raise OSError(errno.EIO, "a file it is joined from has become shorter")
+        target.write(data)
+        count -= len(data)
+
+
+def content(path: Path) -> str | None:
+    """sha256 of a file, or of the names and contents of all files of a folder; None: there is neither."""
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = [[str(file.relative_to(path)), sha256(file)] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give a finished folder its name; a reader sees the whole folder or none."""
+    sync_folder(partial)
+    partial.rename(out)
+    sync_folder(out.parent)
+
+
+def disk_problem(file: Path, error: OSError) -> ResourceError:
+    """A failed write in one line."""
+    return ResourceError(
+        f"{file} cannot be written: {error.strerror}",
+        hint="free some space and run the same command again: finished blocks are kept",
+    )
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise ResourceError unless the disk of `folder` has `needed` bytes free."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free",
+            hint="free some space, or choose another --out",
+        )

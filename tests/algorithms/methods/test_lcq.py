@@ -1,0 +1,124 @@
+"""LCQ on a layer's own objective, and as the whole method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.methods.gptq_like import GPTQLike
+from qcli.algorithms.methods.lcq import LCQ
+from qcli.core.formats.codebook import Codebook
+from qcli.export.verify import verify
+from qcli.quantization.job import quantize
+from qcli.quantization.plan import plan
+from qcli.recipe.load import load_recipe
+from tests.algorithms.methods.conftest import Case, loss
+from tests.quantizing import logits, run, streamed, write_text
+from tests.tiny import tiny_model
+
+SHARED: dict[str, Any] = {"group_size": 32, "ridge": 0.1}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_step_helps(bits: int, case: Case) -> None:
+    base = {**SHARED, "bits": bits}
+    fitted = loss(LCQ(**base, refit_target=False, error_feedback=False, refit_tables=False), case)
+    fed = loss(LCQ(**base, refit_target=False, refit_tables=False), case)
+    solved = loss(LCQ(**base, refit_target=False), case)
+    aimed = loss(LCQ(**base), case)
+    assert aimed < solved < fed < fitted
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_as_many_table_bits_do_more_than_with_uniform_grids(bits: int, case: Case) -> None:
+    """Both store 32 bits of tables for 32 weights at most; the codebooks' groups are half as wide."""
+    uniform = GPTQLike(**{**SHARED, "bits": bits}, zero_point="float")
+    codebooks = LCQ(**{**SHARED, "group_size": 16, "bits": bits})
+    shape = (1024, 960)
+    assert codebooks.format.bits_per_weight(shape) <= uniform.format.bits_per_weight(shape) + 0.01
+    assert loss(codebooks, case) < loss(uniform, case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2},
+        {"rank": 2, "table_bits": 16},
+        {"basis_rows": 20},
+        {"group_size": -1},
+        {"group_size": 40, "group_tail": "ragged"},
+    ],
+)
+def test_options_beat_fitting_alone(options: dict[str, Any], case: Case) -> None:
+    base = {**SHARED, "bits": 2, **options}
+    assert loss(LCQ(**base), case) < loss(LCQ(**base, error_feedback=False, refit_tables=False), case)
+
+
+def test_each_layer_has_its_own_basis(case: Case) -> None:
+    found = LCQ(**SHARED, bits=2, rank=2).quantize(case[0])
+    bases = [solution.weight.tables["codebook_basis"] for solution in found.values()]
+    assert all(basis.shape == (1, 2, 4) for basis in bases)
+    assert not torch.equal(*bases)
+    assert all(solution.target is not None for solution in found.values())
+
+
+def test_a_hopeless_hessian_is_reported(case: Case) -> None:
+    hopeless = torch.eye(96)
+    hopeless[0, 1] = hopeless[1, 0] = 50.0
+    found = LCQ(**SHARED, refit_target=False).quantize(LinearGroup(case[0].weights, hopeless))
+    assert all("rounded to nearest" in solution.fallbacks[0] for solution in found.values())
+
+
+def test_a_rank_that_means_nothing_is_refused() -> None:
+    assert LCQ(bits=2, rank=3).rank == 3
+    with pytest.raises(ValidationError, match=r"rank 4 must be below the 2\*\*bits = 4 entries"):
+        LCQ(bits=2, rank=4)
+
+
+def test_the_reconstruction_is_the_methods_own() -> None:
+    assert LCQ(steps=0).refine is None
+    refine = LCQ(steps=7).refine
+    assert refine is not None
+    assert (refine.steps, refine.scope) == (7, "block")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon"])
+def test_packed_is_streamed(model_type: str, tmp_path: Path) -> None:
+    model, out = tiny_model(model_type, tmp_path), tmp_path / "out"
+    flags: dict[str, Any] = {"method__name": "lcq", "method__bits": 2, "method__rank": 2, "method__steps": 3}
+    result = run(model, out, write_text(tmp_path), **flags)
+    assert verify(out).layers == len(result.layers)
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    assert [what.split(" ", 2)[2] for what in result.training] == ["refine", "refine"]
+
+
+def test_same_recipe_same_bytes_and_steps_help(tmp_path: Path) -> None:
+    model, text, found = tiny_model("llama", tmp_path), write_text(tmp_path), []
+    for name in ("once", "again"):
+        run(model, tmp_path / name, text, method__name="lcq", method__bits=2, method__steps=20)
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    run(model, tmp_path / "untrained", text, method__name="lcq", method__bits=2, method__steps=0)
+    true = logits(model)
+    errors = [float((logits(tmp_path / name) - true).square().mean()) for name in ("once", "untrained")]
+    assert errors[0] < errors[1]
+
+
+def test_sizes_are_planned_to_the_byte(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {
+        "model": str(tiny_model("llama", tmp_path)),
+        "out": str(tmp_path / "out"),
+        "method.name": "lcq",
+    }
+    flags |= {"method.group_size": 32, "method.basis_rows": 24, "method.steps": 0, "out": str(tmp_path / "out")}
+    flags |= {"calibration.data": str(write_text(tmp_path)), "calibration.samples": 6, "calibration.seq_len": 32}
+    recipe, _ = load_recipe(None, flags)
+    result = quantize(recipe)
+    assert plan(recipe).bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    wanted = Codebook(bits=4, group_size=32, rank=1, table_bits=8, basis_rows=24)
+    assert all(layer.spec == wanted.spec() for layer in result.layers)

@@ -1,0 +1,92 @@
+"""Grids against brute force and against their own promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcli.algorithms.solvers import grid
+from qcli.core.formats.affine import Affine, ZeroPoint
+
+ZERO_POINTS: tuple[ZeroPoint, ...] = ("none", "integer", "float")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(
+    weight: torch.Tensor, format: Affine, tables: dict[str, torch.Tensor], importance: torch.Tensor
+) -> torch.Tensor:
+    difference = format.decode(format.encode(weight, tables), tables) - weight
+    return format.grouped(difference.square() * importance).sum(-1)
+
+
+def test_minmax_is_the_textbook_formula() -> None:
+    weight, bits = normal(6, 32), 3
+    tables = grid.minmax(weight, Affine(bits=bits, group_size=16, zero_point="integer"))
+    for row in range(6):
+        for group in range(2):
+            values = weight[row, 16 * group : 16 * group + 16]
+            low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+            scale = torch.tensor((high - low) / (2**bits - 1)).half()
+            assert tables["weight_scale"][row, group] == scale
+            assert tables["weight_zero_point"][row, group] == round(-low / float(scale))
+
+
+def test_symmetric_uses_the_full_range_on_the_longer_side() -> None:
+    format = Affine(bits=3, group_size=4, zero_point="none")
+    weight = torch.tensor([[1.0, -0.5, 0.2, 0.1], [-1.0, 0.5, 0.2, 0.1]])
+    tables = grid.minmax(weight, format)
+    assert tables["weight_scale"].flatten().tolist() == [-0.25, 0.25]
+    assert format.encode(weight, tables)[:, 0].tolist() == [0, 0], "the longest value takes the extra code"
+    assert torch.equal(format.decode(format.encode(weight, tables), tables)[:, 0], weight[:, 0])
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_search_is_never_worse_than_minmax(bits: int, zero_point: ZeroPoint) -> None:
+    format = Affine(bits=bits, group_size=16, zero_point=zero_point)
+    weight, importance = normal(40, 72), normal(72, seed=1).square()
+    searched = error(weight, format, grid.search(weight, format, importance), importance)
+    spanning = error(weight, format, grid.minmax(weight, format), importance)
+    assert bool((searched <= spanning * (1 + 1e-5)).all())
+    assert float(searched.sum()) < 0.9 * float(spanning.sum())
+
+
+def test_search_comes_near_the_best_grid_there_is() -> None:
+    format = Affine(bits=2, group_size=8, zero_point="integer")
+    weight, importance = normal(12, 8), torch.ones(8)
+    found = error(weight, format, grid.search(weight, format, importance), importance).flatten()
+    best = torch.full((12,), torch.inf)
+    for scale in torch.linspace(0.05, 2.5, 400):
+        for zero_point in range(4):
+            tables = {
+                "weight_scale": torch.full((12, 1), float(scale)).half(),
+                "weight_zero_point": torch.full((12, 1), zero_point, dtype=torch.uint8),
+            }
+            best = torch.minimum(best, error(weight, format, tables, importance).flatten())
+    assert float(found.sum()) < 1.15 * float(best.sum())
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+def test_zeros_stay_zeros(zero_point: ZeroPoint) -> None:
+    format = Affine(bits=3, group_size=8, zero_point=zero_point)
+    for fit in (grid.minmax, grid.search):
+        tables = fit(torch.zeros(3, 16), format)
+        assert not format.decode(format.encode(torch.zeros(3, 16), tables), tables).any()
+
+
+@pytest.mark.parametrize("zero_point", ZERO_POINTS)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 50), (7, -1), (8, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_gives_what_two_steps_give(
+    bits: int, group_size: int, zero_point: ZeroPoint, dtype: torch.dtype
+) -> None:
+    """To the bit, over several tiles, the last one smaller, and ragged groups."""
+    format = Affine(bits=bits, group_size=group_size, zero_point=zero_point)
+    weight = normal(70, 9000).to(dtype)
+    codes, tables = grid.round_to_minmax(weight, format)
+    expected = grid.minmax(weight.float(), format)
+    assert all(torch.equal(tables[name], expected[name]) for name in expected)
+    assert torch.equal(codes, format.encode(weight, expected))

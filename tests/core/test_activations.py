@@ -1,0 +1,141 @@
+"""Simulated activation quantization: every value by hand, and the same model wherever it runs."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import product
+from typing import Literal
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qcli.core.activations import Activations
+
+Granularity = Literal["token", "block"]
+GRANULARITIES: tuple[Granularity, ...] = ("token", "block")
+EVERY = [
+    Activations(bits=bits, granularity=granularity, block_size=16, symmetric=symmetric)
+    for bits, granularity, symmetric in product((4, 5, 8), GRANULARITIES, (True, False))
+]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(values: list[float], activations: Activations) -> list[float]:
+    """One range of one token, number by number."""
+    low, high, codes = min(0.0, *values), max(0.0, *values), 2**activations.bits
+    if activations.symmetric:
+        scale, first = (high if high > -low else low) / -(codes // 2), -(codes // 2)
+    else:
+        scale = (high - low) / (codes - 1)
+        first = round(low / scale) if scale else 0
+    return [min(max(round(value / scale), first), first + codes - 1) * scale if scale else 0.0 for value in values]
+
+
+@pytest.mark.parametrize("activations", EVERY, ids=lambda a: f"{a.bits}-{a.granularity}-{a.symmetric}")
+@pytest.mark.parametrize("kind", ["mixed", "positive", "negative"])
+def test_values_are_those_worked_out_by_hand(activations: Activations, kind: str) -> None:
+    """40 channels in blocks of 16: the last block is shorter."""
+    x = drawn(2, 3, 40) * torch.tensor([0.1, 1.0, 30.0])[:, None]
+    x = {"mixed": x, "positive": x.abs() + 1, "negative": -x.abs()}[kind]
+    width = 16 if activations.granularity == "block" else 40
+    expected = [
+        [value for start in range(0, 40, width) for value in by_hand(token[start : start + width], activations)]
+        for token in x.double().flatten(0, 1).tolist()
+    ]
+    found = activations.fake_quantize(x)
+    torch.testing.assert_close(found, torch.tensor(expected).view(2, 3, 40), rtol=1e-5, atol=1e-6)
+    assert found.shape == x.shape
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bits_lose_next_to_nothing_four_bits_do_not(symmetric: bool) -> None:
+    x = drawn(50, 256)
+    lost = {
+        (bits, granularity): float(
+            (Activations(bits=bits, granularity=granularity, block_size=32, symmetric=symmetric).fake_quantize(x) - x)
+            .square()
+            .mean()
+        )
+        for bits in (4, 6, 8)
+        for granularity in GRANULARITIES
+    }
+    assert lost[8, "token"] < 1e-3 < 5e-3 < lost[4, "token"]
+    assert lost[8, "token"] < lost[6, "token"] < lost[4, "token"]
+    assert all(lost[bits, "block"] < lost[bits, "token"] for bits in (4, 6, 8))
+
+
+@pytest.mark.parametrize("activations", EVERY, ids=lambda a: f"{a.bits}-{a.granularity}-{a.symmetric}")
+def test_zeros_ends_and_tiny_values_are_kept(activations: Activations) -> None:
+    x = drawn(4, 40)
+    x[:, ::3] = 0
+    x[1] = 0
+    found = activations.fake_quantize(x)
+    assert bool((found[x == 0] == 0).all()), "the range always holds 0"
+    longest = x.abs().argmax(-1)
+    rows = torch.tensor([0, 2, 3])
+    step = x.abs().amax(-1) / (2 ** (activations.bits - 1))
+    assert bool(((found - x)[rows, longest[rows]].abs() <= step[rows]).all())
+    assert bool(activations.fake_quantize(torch.full((1, 40), 1e-45)).isfinite().all())
+    assert bool(activations.fake_quantize(torch.full((1, 40), torch.nan)).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_rounded_in_float32(dtype: torch.dtype) -> None:
+    x, activations = drawn(6, 40).to(dtype), Activations(bits=8)
+    found = activations.fake_quantize(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, activations.fake_quantize(x.float()).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(activations.fake_quantize(x.float()), activations.fake_quantize(x.float()).float())
+        assert activations.fake_quantize(x.float()).dtype == torch.float32
+
+
+def test_quantizing_twice_changes_nothing() -> None:
+    activations = Activations(bits=4, symmetric=True)
+    once = activations.fake_quantize(drawn(6, 40))
+    torch.testing.assert_close(activations.fake_quantize(once), once)
+
+
+def test_gradients_pass_straight_through() -> None:
+    x, seen = drawn(6, 40).requires_grad_(), drawn(6, 40, seed=1)
+    activations = Activations(bits=4)
+    found = activations.fake_quantize(x)
+    torch.testing.assert_close(found, activations.fake_quantize(x.detach()))
+    (found * seen).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, seen)
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(40, 8), Conv1D(8, 40)], ids=["Linear", "Conv1D"])
+def test_simulated_layers_see_quantized_inputs_also_as_copies(linear: nn.Module) -> None:
+    activations, x = Activations(bits=4), drawn(2, 3, 40)
+    expected = linear(activations.fake_quantize(x))
+    assert not torch.equal(linear(x), expected)
+    module = copy.deepcopy(linear)
+    handle = activations.simulate(module)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    for same in (module, copy.deepcopy(module), torch.load(stored, weights_only=False)):
+        assert torch.equal(same(x), expected)
+    handle.remove()
+    assert torch.equal(module(x), linear(x))
+
+
+def test_inputs_given_by_name_are_quantized_too() -> None:
+    linear, activations, x = nn.Linear(40, 8), Activations(bits=4), drawn(3, 40)
+    activations.simulate(linear)
+    assert torch.equal(linear(input=x), linear(x))
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 9}, {"granularity": "tensor"}, {"block_size": 0}, {"b": 8}])
+def test_other_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Activations.model_validate(options)

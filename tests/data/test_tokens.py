@@ -1,0 +1,259 @@
+"""Text to windows: the protocol to the token, and every kind of bad data in one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qcli.data.datasets import read_text, require_text
+from qcli.data.tokens import calibration_tokens, context_length, evaluation_tokens
+from qcli.models.open import Source, open_source
+from qcli.utils.errors import UsageError
+from tests.tiny import tiny_model
+
+TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(60))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A tiny Llama: a token a byte, a context of 256."""
+    return open_source(str(tiny_model("llama", tmp_path)))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str, str], str]:
+    """Write a file, return its path."""
+
+    def write(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def ids_of(source: Source, text: str) -> torch.Tensor:
+    return torch.tensor(source.tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def problem(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """The error of a call: one line, with a hint."""
+    with pytest.raises(UsageError) as caught:
+        call(*arguments, **options)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Callable[[str, str], str]) -> None:
+    data = file("a.txt", TEXT)
+    tokens = calibration_tokens(data, source, samples=5, seq_len=32, seed=3)
+    ids, generator = ids_of(source, TEXT), random.Random(3)
+    offsets = [generator.randrange(0, len(ids) - 32) for _ in range(5)]
+    assert tokens.ids.tolist() == [ids[offset : offset + 32].tolist() for offset in offsets]
+    assert tokens.ids.dtype == torch.int64
+    assert tokens.source == data
+    assert tokens.sha256 == calibration_tokens(data, source, samples=5, seq_len=32, seed=3).sha256
+    assert tokens.sha256 != calibration_tokens(data, source, samples=5, seq_len=32, seed=4).sha256
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_and_judging_windows_share_no_token_with_others(
+    source: Source, file: Callable[[str, str], str], seed: int
+) -> None:
+    text = "".join(random.Random(5).choices("abcdefghijklmnop", k=4000))  # no window of it occurs twice
+    ids, data = ids_of(source, text), file("a.txt", text)
+
+    def offsets(**options: Any) -> list[int]:
+        tokens = calibration_tokens(data, source, samples=30, seq_len=32, seed=seed, **options).ids
+        return [int(torch.nonzero((ids.unfold(0, 32, 1) == window).all(1)).item()) for window in tokens]
+
+    drawn, held, judged = offsets(), offsets(held_out=6), offsets(held_out=6, judges=12)
+    assert held[-6:] == drawn[-6:] and judged[:30] == held
+    assert all(abs(one - other) >= 32 for one in held[:-6] for other in held[-6:])
+    assert all(abs(one - other) >= 32 for one in judged[:30] for other in judged[30:])
+    assert all(abs(one - other) >= 32 for i, one in enumerate(judged[30:]) for other in judged[31 + i :])
+    kept = [all(abs(offset - other) >= 32 for other in drawn[-6:]) for offset in drawn[:-6]]
+    assert 0 < sum(kept) < 24
+    assert [offset for offset, keep in zip(held, kept, strict=False) if keep] == [
+        offset for offset, keep in zip(drawn, kept, strict=False) if keep
+    ]
+
+
+def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Callable[[str, str], str]) -> None:
+    text = TEXT[:60]
+    data, length = file("a.txt", text), len(ids_of(source, text)) - 2
+    assert calibration_tokens(data, source, samples=4, seq_len=length, seed=0).ids.shape == (4, length)
+    for options in ({"held_out": 1}, {"judges": 1}):
+        message = problem(calibration_tokens, data, source, samples=4, seq_len=length, seed=0, **options)
+        assert "too short to keep samples apart" in message and str(length + 2) in message
+
+
+def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:
+    data, ids = file("a.txt", TEXT), ids_of(source, TEXT)
+    tokens = evaluation_tokens(data, source, window=100)
+    assert tokens.ids.flatten().tolist() == ids[: len(ids) // 100 * 100].tolist()
+    assert torch.equal(evaluation_tokens(data, source, window=100, max_windows=2).ids, tokens.ids[:2])
+
+
+def test_global_generators_are_left_alone(source: Source, file: Callable[[str, str], str]) -> None:
+    data = file("a.txt", TEXT)
+    states = torch.random.get_rng_state(), random.getstate()
+    calibration_tokens(data, source, samples=5, seq_len=32, seed=3)
+    evaluation_tokens(data, source, window=32)
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_documents_are_joined_by_an_empty_line(tmp_path: Path, file: Callable[[str, str], str]) -> None:
+    documents = ["one\u2028still one", "two", "three"]
+    lines = "\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in documents)
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "a.parquet")
+    for data in (file("a.jsonl", f"{lines}\n\n"), str(tmp_path / "a.parquet")):
+        assert read_text(data, calibration=True) == "one\u2028still one\n\ntwo\n\nthree"
+
+
+def test_self_for_calibration_and_evaluation_are_different_texts(source: Source) -> None:
+    calibration = calibration_tokens("self", source, samples=2, seq_len=16, seed=0)
+    evaluation = evaluation_tokens("self", source, window=16, max_windows=2)
+    assert calibration.ids.shape == evaluation.ids.shape == (2, 16)
+    assert not torch.equal(calibration.ids, evaluation.ids)
+    assert calibration.source == evaluation.source == "self"
+
+
+def test_a_calibration_folder_gives_its_tokens_verbatim(source: Source, tmp_path: Path) -> None:
+    ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "calibration").mkdir()
+    save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
+    tokens = calibration_tokens(str(tmp_path / "calibration"), source, samples=9, seq_len=99, seed=5)
+    assert torch.equal(tokens.ids, ids)
+    found = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
+    assert torch.equal(found.ids, ids[:3])
+    assert torch.equal(evaluation_tokens(str(tmp_path / "calibration"), source, window=8).ids, ids[:, :8])
+
+
+@pytest.mark.parametrize(
+    ("name", "calibration", "split", "joined"),
+    [
+        ("wikitext2", True, "train", "a\n\nb"),
+        ("wikitext2", False, "test", "a\n\nb"),
+        ("c4", True, "train[:10000]", "a b"),
+        ("c4", False, "validation[:1100]", "a b"),
+        ("ptb", False, "test", "a b"),
+    ],
+)
+def test_named_sets_come_through_datasets(
+    name: str, calibration: bool, split: str, joined: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, **options: Any) -> dict[str, list[str]]:
+        assert options["split"] == split
+        return {"text": ["a", "b"], "sentence": ["a", "b"]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_text(name, calibration=calibration) == joined
+
+
+def test_a_named_set_without_network(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, **options: Any) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (ConnectionError)\nsee the docs")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UsageError) as caught:
+        calibration_tokens("wikitext2", source, samples=1, seq_len=8, seed=0)
+    assert caught.value.message == (
+        "data set 'wikitext2' could not be loaded: Couldn't reach 'Salesforce/wikitext' on the Hub (ConnectionError)"
+    )
+    assert "`self`" in str(caught.value.hint)
+
+
+def test_too_short_says_how_short(source: Source, file: Callable[[str, str], str]) -> None:
+    data = file("a.txt", "x" * 32)
+    exact = calibration_tokens(data, source, samples=1, seq_len=31, seed=0)
+    assert exact.ids.shape == (1, 31)
+    assert problem(calibration_tokens, data, source, samples=1, seq_len=32, seed=0) == (
+        f"{data}: too short for calibration: 32 tokens, but a window of 32 needs 33"
+    )
+    assert problem(evaluation_tokens, data, source, window=33) == (
+        f"{data}: too short for evaluation: 32 tokens, but one window needs 33"
+    )
+
+
+def test_windows_beyond_the_context_are_refused(source: Source, file: Callable[[str, str], str]) -> None:
+    assert context_length(source.config) == 256
+    for data in (file("a.txt", TEXT), "self"):
+        message = problem(calibration_tokens, data, source, samples=1, seq_len=257, seed=0)
+        assert message == "windows of 257 tokens do not fit the model's context of 256"
+        assert problem(evaluation_tokens, data, source, window=257) == message
+    assert "no token to predict" in problem(evaluation_tokens, "self", source, window=1)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_empty_files(name: str, content: str, file: Callable[[str, str], str]) -> None:
+    data = file(name, content)
+    assert problem(read_text, data, calibration=True) == f"{data}: holds no text"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"body": "x"}', "no field 'text'"),
+        ('{"text": 3}', "no field 'text'"),
+        ('["text"]', "no field 'text'"),
+        ('{"text": "\\ud800"}', "'text' holds half a character (a lone surrogate)"),
+        ('{"text": "x"', "not JSON: Expecting ',' delimiter"),
+    ],
+)
+def test_bad_lines_have_their_number(line: str, message: str, file: Callable[[str, str], str]) -> None:
+    data = file("a.jsonl", f'{{"text": "fine"}}\n\n{line}\n')
+    assert problem(read_text, data, calibration=True) == f"{data}:3: {message}"
+
+
+def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "body.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "none.parquet")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    expected = {
+        str(tmp_path / "body.parquet"): "no column 'text'",
+        str(tmp_path / "none.parquet"): "row 1: 'text' holds no text",
+        file("text.parquet", "no parquet"): "not a readable parquet file",
+        str(tmp_path / "latin.txt"): "not UTF-8 text (byte 3)",
+        str(tmp_path / "missing.txt"): "no such file",
+        file("a.csv", "x"): "unknown kind of file '.csv'",
+    }
+    for data, message in expected.items():
+        assert problem(read_text, data, calibration=True).startswith(f"{data}: {message}")
+    unread = [data for data, message in expected.items() if message.startswith(("no such", "unknown"))]
+    assert len(unread) == 2
+    for data, message in expected.items():
+        if data in unread:
+            assert problem(require_text, data) == f"{data}: {message}"
+        else:
+            require_text(data)
+
+
+def test_an_unknown_set_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown data set 'wikitext'") as caught:
+        read_text("wikitext", calibration=True)
+    assert caught.value.hint == "did you mean 'wikitext2'? known: wikitext2, c4, ptb, self; or a file"
+
+
+def test_folders_that_are_no_calibration(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    options = {"samples": 1, "seq_len": 8, "seed": 0}
+    assert "no tokens.safetensors" in problem(calibration_tokens, str(folder), source, **options)
+    (folder / "tokens.safetensors").write_bytes(b"torn")
+    assert "damaged" in problem(calibration_tokens, str(folder), source, **options)
+    save_file({"ids": torch.full((1, 8), 320)}, folder / "tokens.safetensors")
+    assert "vocabulary of 320" in problem(calibration_tokens, str(folder), source, **options)
+    assert "vocabulary of 320" in problem(evaluation_tokens, str(folder), source, window=8)

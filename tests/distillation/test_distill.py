@@ -1,0 +1,299 @@
+"""Distillation of whole checkpoints: it helps, it resumes exactly, and what it writes is a checkpoint like any."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from atexit import register
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qcli.distillation import plan as distill_plan
+from qcli.distillation.distill import Distilled, distill
+from qcli.distillation.plan import intend
+from qcli.evaluation.evaluate import evaluate
+from qcli.export.verify import verify
+from qcli.models.native import NativeSource
+from qcli.models.open import open_source
+from qcli.quantization.calibrate import calibrate
+from qcli.recipe.load import load_recipe
+from qcli.utils.errors import ResourceError, UsageError
+from tests.quantizing import in_pieces, logits, run, streamed, write_text
+from tests.tiny import tiny_model
+
+METHODS: dict[str, dict[str, Any]] = {
+    "gptq-like": {"method__bits": 2, "method__zero_point": "float"},
+    "lcq": {"method__bits": 2, "method__steps": 0},
+    "dbllm": {},
+    "onebit": {},
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+_made: dict[str, Path] = {}
+
+
+def student(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any) -> tuple[Path, Path]:
+    """A teacher and what quantization has made of it, which it does once."""
+    teacher, out, key = tiny_model("llama", tmp_path), tmp_path / "student", f"{method} {flags}"
+    if key not in _made:
+        folder = Path(tempfile.mkdtemp())
+        register(shutil.rmtree, folder, ignore_errors=True)
+        run(teacher, folder / "out", text, grouped=method != "onebit", method__name=method, **METHODS[method], **flags)
+        _made[key] = folder / "out"
+    return teacher, Path(shutil.copytree(_made[key], out))
+
+
+def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Distilled:
+    flags = {"model": str(teacher), "out": str(out), "calibration.data": str(text), "distill.steps": 24}
+    flags |= {"calibration.samples": 28, "calibration.seq_len": 32}
+    recipe, _ = load_recipe(
+        None, flags | {"distill.judgements": 4}, ("distill.tables_lr=0.01", "distill.batch_tokens=256", *sets)
+    )
+    return distill(pupil, recipe)
+
+
+def codes(folder: Path) -> dict[str, torch.Tensor]:
+    source = open_source(str(folder))
+    assert isinstance(source, NativeSource)
+    return {name: source.read_quantized(name).codes for name in source.packed}
+
+
+def judged(result: Distilled) -> list[float | None]:
+    """Held-out losses."""
+    return [held_out for _, _, held_out in result.outcome.curve]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, method)
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text)
+    assert result.outcome.after < 0.95 * result.outcome.before
+    assert verify(out).layers == 14
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    kls = [evaluate(str(folder), baseline=str(teacher), data=[str(text)], window=32).kl for folder in (pupil, out)]
+    assert kls[0] is not None and kls[1] is not None
+    assert kls[1] < kls[0]
+    before, after = codes(pupil), codes(out)
+    assert all(torch.equal(after[name], code) for name, code in before.items()), "tables alone were trained"
+    manifest = json.loads((out / "qcli.manifest.json").read_text())
+    assert manifest["distilled"][0]["outcome"]["after"] == result.outcome.after
+    assert manifest["recipe"]["distill"]["steps"] == 24
+
+
+def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, "onebit", method__paper=True)
+    out = tmp_path / "out"
+    outcome = teach(pupil, teacher, out, text, "distill.loss=onebit", "distill.train=[tables, weights]").outcome
+    assert outcome.after < 0.8 * outcome.before
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    found = evaluate(str(out), baseline=str(teacher), data=[str(text)], window=32).kl
+    start = evaluate(str(pupil), baseline=str(teacher), data=[str(text)], window=32).kl
+    assert found is not None and start is not None and found < start
+
+
+def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    teach(pupil, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
+    before, after = codes(pupil), codes(tmp_path / "out")
+    assert any(not torch.equal(after[name], code) for name, code in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (("loss=onebit",), ()),
+        (("loss=dad",), ()),
+        (("loss=dad", "detached=false"), ("loss=dad",)),
+        (("hidden_mse=0.1",), ()),
+    ],
+)
+def test_every_loss_brings_predictions_closer(
+    options: tuple[str, ...], others: tuple[str, ...], tmp_path: Path, text: Path
+) -> None:
+    teacher, pupil = student(tmp_path, text)
+    found, other = (
+        teach(pupil, teacher, tmp_path / name, text, *(f"distill.{option}" for option in sets)).outcome
+        for name, sets in (("found", options), ("other", others))
+    )
+    assert found.after < 0.97 * found.before
+    assert found.after != other.after
+
+
+@pytest.mark.parametrize(
+    ("sets", "commits"),
+    [
+        (("distill.train=[tables, weights]", "distill.accumulate=2"), 6),  # tokens, four judgements, the weights
+        (("distill.teacher_top_k=8",), 7),  # and what the teacher said
+        (("distill.scope=block",), 4),  # tokens, two blocks, the weights
+    ],
+)
+def test_interrupted_after_every_commit_gives_the_same_bytes(
+    sets: tuple[str, ...], commits: int, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, pupil = student(tmp_path, text)
+    teach(pupil, teacher, tmp_path / "whole", text, *sets)
+    stops = in_pieces(lambda: teach(pupil, teacher, tmp_path / "pieces", text, *sets), tmp_path / "pieces", monkeypatch)
+    assert stops == commits
+    whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert whole.read_bytes() == pieces.read_bytes()
+
+
+def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    curves = [
+        judged(teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets))
+        for number, sets in enumerate(
+            [(), ("distill.batch_tokens=128", "distill.accumulate=2"), ("distill.checkpointing=false",)]
+        )
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[2] == curves[0]
+
+
+def test_a_teacher_that_is_remembered_in_full_teaches_the_same(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    present, remembered, little = (
+        teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets)
+        for number, sets in enumerate([(), ("distill.teacher_top_k=319",), ("distill.teacher_top_k=8",)])
+    )
+    assert judged(remembered) == pytest.approx(judged(present), rel=1e-3)
+    kl = judged(little)
+    assert kl[0] is not None and judged(present)[0] is not None
+    assert kl[0] < 0.98 * present.outcome.before, "what is told apart less well differs less"
+
+
+def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text, "distill.scope=block", "dtype=float32")
+    assert len(result.blocks) == 2
+    assert all(block.after < 0.95 * block.before for block in result.blocks)
+    assert result.outcome.after < 0.95 * result.outcome.before
+    assert result.outcome.after == pytest.approx(result.blocks[1].after, rel=1e-3), "the last block is judged by KL"
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    whole = teach(pupil, teacher, tmp_path / "whole", text, "dtype=float32")
+    assert result.outcome.before == pytest.approx(whole.outcome.before, rel=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_a_block_that_stayed_dense(scope: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text, overrides=[{"match": "model.layers.0.*", "dense": True}])
+    out = tmp_path / "out"
+    result = teach(pupil, teacher, out, text, f"distill.scope={scope}")
+    assert verify(out).layers == 7
+    assert result.outcome.after < result.outcome.before
+    if scope == "block":
+        dense = result.blocks[0]
+        assert dense.steps == 0
+        assert dense.before == pytest.approx(0, abs=1e-6), "it gets and gives what the teacher's does"
+
+
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_the_training_is_drawn(scope: str, tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, f"distill.scope={scope}")
+    assert result.plot is not None
+    assert (tmp_path / "out" / result.plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30", "distill.patience=2")
+    assert result.outcome.steps == 12
+    assert result.outcome.stopped == "stopped early after step 12: no better for 2 judgements"
+
+
+def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    sets = ("distill.data=self", "distill.samples=10", "distill.seq_len=16", "calibration.data=nowhere.txt")
+    teach(pupil, teacher, tmp_path / "out", text, *sets)
+    told = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
+    assert told["distilled"][0]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
+    assert told["recipe"]["distill"]["data"] == "self"
+
+
+def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    folder, out = tmp_path / "tokens", tmp_path / "out"
+    flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
+    calibrate(load_recipe(None, flags)[0], folder)
+    teach(pupil, teacher, out, text, f"distill.data={folder}")
+    with pytest.raises(UsageError, match="was distilled on .*tokens"):
+        evaluate(str(out), data=[str(folder)], window=32)
+    assert evaluate(str(out), data=[str(text)], window=32).fitted_to == [str(text)]
+    assert evaluate(str(teacher), data=[str(text)], window=32).fitted_to == []
+
+
+def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24, "calibration.seq_len": 32}
+    for train, latents in (("[tables]", False), ("[tables, weights]", True)):
+        found = intend(pupil, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0])
+        source = open_source(str(pupil))
+        assert isinstance(source, NativeSource)
+        weights = {name: source.read_quantized(name) for name in source.packed}
+        entries = sum(table.numel() for weight in weights.values() for table in weight.tables.values())
+        assert found.layers == len(weights) == 14
+        assert found.weights == sum(weight.codes.numel() for weight in weights.values())
+        assert found.trained == entries + (found.weights if latents else 0)
+        assert found.tokens == 24 * 256
+        assert found.memory is not None and found.memory >= found.weights * (29 if latents else 1)
+
+
+def test_too_little_memory_is_told_before_any_work(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, pupil = student(tmp_path, text)
+    monkeypatch.setattr(distill_plan, "free_memory", lambda _: 1000)
+    with pytest.raises(ResourceError, match="needs at least .* GB") as caught:
+        teach(pupil, teacher, tmp_path / "out", text)
+    assert "--scope block" in str(caught.value.hint)
+    assert not (tmp_path / "out.partial").exists()
+    assert teach(pupil, teacher, tmp_path / "out", text, "distill.scope=block").blocks
+
+
+def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30")
+    assert (result.outcome.best_step, result.outcome.after) == (0, result.outcome.before)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pupil / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
+    teacher, pupil = student(tmp_path, text)
+    other = tiny_model("llama", tmp_path, num_hidden_layers=1)
+    with pytest.raises(UsageError, match="has other layers or another vocabulary than"):
+        teach(pupil, other, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="is not a checkpoint that qcli wrote"):
+        teach(teacher, teacher, tmp_path / "out", text)
+    wider = tiny_model("llama", tmp_path, vocab_size=384)
+    with pytest.raises(UsageError, match="or another vocabulary"):
+        teach(pupil, wider, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="none is left"):
+        teach(pupil, teacher, tmp_path / "out", text, "calibration.held_out=28")
+    with pytest.raises(UsageError, match=r"distill\.samples=3: training holds out 4 of 3"):
+        teach(pupil, teacher, tmp_path / "out", text, "distill.samples=3")
+    few = tmp_path / "few"
+    flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 4, "calibration.seq_len": 32}
+    calibrate(load_recipe(None, flags)[0], few)
+    with pytest.raises(UsageError, match="has 4 samples: 4 are held out"):
+        teach(pupil, teacher, tmp_path / "few-out", text, f"distill.data={few}")
+    for wrong, problem in (
+        ("train=[]", "train must name"),
+        ("teacher_top_k=320", "320 is not below the vocabulary of 320"),
+        ("hidden: 1, teacher_top_k: 8", "remembers no hidden states"),
+        ("temperature: 2, teacher_top_k: 8", "at temperature 1 only"),
+        ("scope: block, teacher_top_k: 8", "goes with scope: model"),
+    ):
+        flag = f"distill={{{wrong}}}" if ":" in wrong else f"distill.{wrong}"
+        with pytest.raises(UsageError, match=problem):
+            teach(pupil, teacher, tmp_path / "out", text, flag)
+    assert not (tmp_path / "out").exists()

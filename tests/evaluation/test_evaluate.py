@@ -1,0 +1,312 @@
+"""Evaluation against the whole model, computed directly; and what makes two models comparable."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qcli.evaluation import evaluate as module
+from qcli.evaluation import scoring
+from qcli.evaluation.evaluate import compare, evaluate
+from qcli.evaluation.results import Evaluation, Score
+from qcli.models.open import open_source
+from qcli.models.stream import ModelStream
+from qcli.quantization.calibrate import calibrate
+from qcli.quantization.job import quantize
+from qcli.recipe.load import load_recipe
+from qcli.utils.errors import ResourceError, UsageError, VerificationError
+from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer
+
+LLAMA = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(80))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches, the last one smaller, and several slices of each window."""
+    monkeypatch.setattr(module, "_BATCH_TOKENS", 130)
+    monkeypatch.setattr(scoring, "_LOGITS", 23 * VOCAB)
+
+
+def perturbed(folder: Path, tmp_path: Path) -> Path:
+    """The same model with other weights in its blocks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    model.save_pretrained(tmp_path / "perturbed")
+    tiny_tokenizer().save_pretrained(tmp_path / "perturbed")
+    return tmp_path / "perturbed"
+
+
+@torch.no_grad()
+def logits(folder: Path, windows: Tensor) -> Tensor:
+    """Of the whole model, for every position that predicts a token of the window: float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # in evaluation mode
+    found: Tensor = model(input_ids=windows, use_cache=False).logits
+    return found[:, :-1].double()
+
+
+def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    own, reference = (logits(each, windows).log_softmax(-1) for each in (folder, baseline))
+    targets = windows[:, 1:, None]
+    kl = (reference.exp() * (reference - own)).sum(-1).mean(-1)
+    return {
+        "value": own.gather(-1, targets).mean().neg().exp().item(),
+        "baseline": reference.gather(-1, targets).mean().neg().exp().item(),
+        "kl": kl.mean().item(),
+        "worst": kl.argmax().item(),
+        "worst_kl": kl.max().item(),
+        "top1": (own.argmax(-1) == reference.argmax(-1)).double().mean().item(),
+        "windows": len(windows),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "falcon"])
+def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
+    baseline = tiny_model(family, tmp_path)
+    model = perturbed(baseline, tmp_path)
+    found = evaluate(str(model), baseline=str(baseline), data=[text], window=50, device="cpu").to_json()
+    direct = expected(model, baseline, 50)
+    score = found["perplexity"][text]
+    assert score["value"] == pytest.approx(direct["value"], rel=1e-5)
+    assert found["baseline"]["perplexity"][text] == pytest.approx(direct["baseline"], rel=1e-5)
+    assert found["kl"] == pytest.approx(direct["kl"], rel=1e-5)
+    assert found["kl"] > 1e-3
+    assert score["worst_window"] == direct["worst"]
+    assert found["worst_window_kl"] == score["worst_window_kl"] == pytest.approx(direct["worst_kl"], rel=1e-5)
+    assert found["top1_agreement"] == pytest.approx(direct["top1"], abs=1e-9)
+    assert (score["window"], score["stride"], score["bos"]) == (50, 50, False)
+    assert (score["windows"], score["tokens"]) == (direct["windows"], direct["windows"] * 49)
+
+
+def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    found = evaluate(model, baseline=model, data=[text], window=64, device="cpu")
+    assert found.kl == 0.0
+    assert found.top1_agreement == 1.0
+    (score,) = found.scores.values()
+    assert score.perplexity == score.baseline_perplexity
+
+
+def test_without_a_baseline_only_perplexity(tmp_path: Path, text: str) -> None:
+    model = tiny_model("llama", tmp_path)
+    found = evaluate(str(model), data=[text], max_windows=2, device="cpu").to_json()
+    assert found["kl"] is found["worst_window_kl"] is found["top1_agreement"] is found["baseline"] is None
+    assert found["perplexity"][text]["window"] == 256  # the model's context
+    assert found["perplexity"][text]["windows"] == 2
+    assert found["bits_per_weight"] == found["linear_bits_per_weight"] == found["model_bits_per_weight"] == 32
+    assert found["bytes"] == (model / "model.safetensors").stat().st_size
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
+    assert set(found["versions"]) == {"qcli", "torch", "transformers"}
+    json.dumps(found, allow_nan=False)
+
+
+def test_several_texts_are_averaged_by_token(tmp_path: Path, text: str) -> None:
+    baseline = tiny_model("llama", tmp_path)
+    model = str(perturbed(baseline, tmp_path))
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1][:400])
+    options: dict[str, Any] = {"baseline": str(baseline), "window": 40, "device": "cpu"}
+    both = evaluate(model, data=[text, str(other), text], **options)
+    alone = [evaluate(model, data=[data], **options) for data in (text, str(other))]
+    assert list(both.scores) == [text, str(other)]
+    assert [both.scores[data] for data in both.scores] == [next(iter(one.scores.values())) for one in alone]
+    tokens = [score.tokens for score in both.scores.values()]
+    assert both.worst_window_kl == max(one.worst_window_kl for one in alone if one.worst_window_kl is not None)
+    assert both.kl == pytest.approx(
+        sum(one.kl * n for one, n in zip(alone, tokens, strict=True) if one.kl is not None) / sum(tokens)
+    )
+
+
+def test_self_is_sampled_from_the_baseline(tmp_path: Path) -> None:
+    baseline = tiny_model("llama", tmp_path)
+    model = perturbed(baseline, tmp_path)
+    options: dict[str, Any] = {"data": ["self"], "window": 16, "max_windows": 3, "device": "cpu"}
+    against = evaluate(str(model), baseline=str(baseline), **options)
+    alone = evaluate(str(baseline), **options)
+    assert against.scores["self"].sha256 == alone.scores["self"].sha256
+    assert against.scores["self"].baseline_perplexity == alone.scores["self"].perplexity
+
+
+def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    folders = [tmp_path / name for name in ("seen", "unseen")]
+    for seed, folder in enumerate(folders):
+        flags = {"model": model, "calibration.data": text, "calibration.samples": 4, "calibration.seq_len": 32}
+        calibrate(load_recipe(None, flags | {"seed": seed})[0], folder)
+    flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
+    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    found = evaluate(str(tmp_path / "out"), baseline=model, data=[str(folders[1])], device="cpu")
+    (score,) = found.scores.values()
+    assert (score.windows, score.window) == (4, 32)
+    with pytest.raises(UsageError, match="was calibrated on .*seen"):
+        evaluate(str(tmp_path / "out"), data=[str(folders[0])], max_windows=2, device="cpu")
+    assert evaluate(model, data=[str(folders[0])], device="cpu").scores, "an unquantized model has seen nothing"
+
+
+@pytest.mark.parametrize("through_folder", [False, True])
+def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text: str, through_folder: bool) -> None:
+    model, data, other = str(tiny_model("llama", tmp_path)), text, tmp_path / "other.txt"
+    other.write_text(Path(text).read_text() + ".")
+    flags = {"model": model, "calibration.samples": 4, "calibration.seq_len": 32}
+    if through_folder:
+        data = str(tmp_path / "calibration")
+        calibrate(load_recipe(None, flags | {"calibration.data": text})[0], Path(data))
+    flags |= {"calibration.data": data, "method.group_size": 32}
+    fits = {"read": {"method.name": "gptq-like"}, "not read": {"method.name": "rtn"}}
+    for name, method in fits.items():
+        quantize(load_recipe(None, flags | method | {"out": str(tmp_path / name)})[0])
+    texts: dict[str, Any] = {"data": [str(other), text], "window": 32, "max_windows": 2, "device": "cpu"}
+    found = {name: evaluate(str(tmp_path / name), **texts).to_json()["fitted_to"] for name in fits}
+    assert found == {"read": [text], "not read": []}
+
+
+def test_more_text_than_memory_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
+    model = str(tiny_model("llama", tmp_path))
+    options: dict[str, Any] = {"baseline": model, "data": [text], "window": 32, "device": "cpu"}
+    with pytest.raises(ResourceError, match="hidden states of 96 tokens take") as caught:
+        evaluate(model, max_windows=3, **options)
+    assert "--max-windows" in str(caught.value.hint)
+    evaluate(model, max_windows=2, **options)
+
+
+def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    most = 0
+    load_block = ModelStream.load_block
+
+    def counted(self: ModelStream, index: int) -> nn.Module:
+        nonlocal most
+        block = load_block(self, index)
+        alive.add(block)
+        most = max(most, len(alive))
+        return block
+
+    monkeypatch.setattr(ModelStream, "load_block", counted)
+    model = str(tiny_model("llama", tmp_path, num_hidden_layers=5))
+    evaluate(model, baseline=model, data=[text], window=32, device="cpu")
+    assert most == 1
+    assert not alive
+
+
+@torch.no_grad()
+def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> None:
+    baseline = tiny_model("llama", tmp_path)
+    other = perturbed(baseline, tmp_path)
+    (found,) = compare([str(other)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    assert found.blocks is not None
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (other, baseline)]
+    path = "mlp.down_proj"
+    seen: list[Tensor] = []
+    linears = [model.model.layers[1].get_submodule(path) for model in models]
+    linears[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    states = [model(windows, output_hidden_states=True).hidden_states for model in models]
+    own, exact = (linear(seen[0]) for linear in linears)
+    assert found.blocks[1].layers[path] == pytest.approx(float((own - exact).norm() ** 2 / exact.norm() ** 2), rel=1e-4)
+    difference = (states[0][1] - states[1][1]).norm() ** 2 / states[1][1].norm() ** 2
+    assert found.blocks[0].accumulated == pytest.approx(float(difference), rel=1e-4)
+    assert set(found.blocks[0].layers) == {name for group in LLAMA for name in group}
+    (same,) = compare([str(baseline)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    assert same.blocks is not None
+    assert all(error == 0 for block in same.blocks for error in (block.own, block.accumulated, *block.layers.values()))
+    with pytest.raises(UsageError, match="compare with a baseline"):
+        compare([str(other)], data=[text], layers=True, device="cpu")
+
+
+def test_global_generators_and_precision_are_left_alone(tmp_path: Path, text: str) -> None:
+    before = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
+    first = evaluate(str(tiny_model("llama", tmp_path)), data=[text, "self"], window=32, device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert torch.get_float32_matmul_precision() == before[1]
+    second = evaluate(first.model, data=[text, "self"], window=32, device="cpu")
+    assert first == second
+
+
+def test_a_different_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
+    model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="different tokenizers"):
+        evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
+
+
+def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
+    model = tiny_model("llama", tmp_path)
+    dense = [{"match": "*.mlp.*", "dense": True}]
+    flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
+    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    found = evaluate(str(tmp_path / "out"), data=[text], window=32, max_windows=1, device="cpu")
+    shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
+    left = sum(size for name, size in shapes.items() if ".mlp." in name)
+    quantized = sum(shapes.values()) - left
+    assert found.bits_per_weight < 3
+    expected = (found.bits_per_weight * quantized + 32 * left) / sum(shapes.values())
+    assert found.linear_bits_per_weight == pytest.approx(expected)
+
+
+def test_a_different_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
+    model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, vocab_size=VOCAB + 8)
+    with pytest.raises(UsageError, match="vocabularies of 320 and 328"):
+        evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
+
+
+def test_errors_by_layer_need_the_same_layers(tmp_path: Path, text: str) -> None:
+    model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, num_hidden_layers=3)
+    with pytest.raises(UsageError, match="have different layers"):
+        evaluate(str(model), baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> None:
+    folder = tiny_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    model.save_pretrained(folder)
+    with pytest.raises(VerificationError, match="logits hold NaN or infinity"):
+        evaluate(str(folder), data=[text], window=32, device="cpu")
+
+
+def test_perplexity_beyond_floats_is_null_in_json() -> None:
+    score = Score(math.inf, math.inf, 0, math.inf, 0.5, math.inf, 1, 8, "")
+    found = Evaluation("m", "b", {"a": score}, {}, {}, None, [], 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    assert found["perplexity"]["a"]["value"] is found["baseline"]["perplexity"]["a"] is None
+    assert found["kl"] is found["worst_window_kl"] is found["perplexity"]["a"]["worst_window_kl"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_no_data_and_no_such_model(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    with pytest.raises(UsageError, match="no data"):
+        evaluate(model, data=[], device="cpu")
+    with pytest.raises(UsageError, match="does not exist"):
+        evaluate("./nothing/here", data=[text], device="cpu")

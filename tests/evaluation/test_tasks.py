@@ -1,0 +1,233 @@
+"""lm-eval's tasks on our checkpoints, from files that the test writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM
+
+from qcli.evaluation.evaluate import compare
+from qcli.evaluation.tasks import Tasks, _result
+from qcli.utils.errors import UsageError
+from qcli.utils.progress import silent
+from tests.quantizing import run
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.xdist_group("lm-eval")  # one worker alone imports it
+
+QUESTIONS = [
+    {
+        "question": f"{n} times {n + 1} is",
+        "choices": [f" {n * (n + 1) + shift}" for shift in (0, 1, 17)],
+        "label": n % 3,
+    }
+    for n in range(12)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A task of lm-eval with a choice of three answers."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    (folder / "times.jsonl").write_text(lines)
+    (folder / "times.yaml").write_text(
+        f"""
+task: our_times
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "times.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: label
+target_delimiter: ""
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 3}}
+"""
+    )
+    return folder
+
+
+@torch.no_grad()
+def accuracy(model: Path, questions: int) -> float:
+    """Which answer's tokens are likeliest after the question, one forward pass each."""
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tiny_tokenizer()
+    right = 0
+    for entry in QUESTIONS[:questions]:
+        scores = []
+        for choice in entry["choices"]:  # type: ignore[attr-defined]
+            before, whole = (tokenizer(text)["input_ids"] for text in (entry["question"], entry["question"] + choice))
+            log = loaded(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(float(log[i - 1, whole[i]]) for i in range(len(before), len(whole))))
+        right += scores.index(max(scores)) == entry["label"]
+    return right / questions
+
+
+def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    small = tmp_path / "small"
+    run(model, small, method__name="rtn", method__bits=2)
+    tasks = Tasks(["our_times"], str(folder), limit=10)
+    (found,) = compare([str(small)], baseline=str(model), data=[], tasks=tasks, device="cpu")
+    told = found.to_json()
+    result = told["tasks"]["our_times"]
+    assert (result["metric"], result["samples"], result["version"]) == ("acc", 10, "3")
+    assert result["score"] == pytest.approx(accuracy(small, 10))
+    assert result["baseline"] == pytest.approx(accuracy(model, 10))
+    assert result["stderr"] > 0 or result["score"] in (0, 1)
+    assert told["kl"] is None and told["perplexity"] == {}
+
+
+def test_unknown_tasks_offer_the_nearest(folder: Path) -> None:
+    with pytest.raises(UsageError, match="task 'our_tims' does not exist") as caught:
+        Tasks(["our_tims"], str(folder))
+    assert "our_times" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        Tasks(["our_times"], "nowhere")
+
+
+def test_tasks_of_lm_eval_are_indexed_only_where_they_are_named(group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index takes ten seconds."""
+    made: list[bool] = []
+
+    def own_only(include_path: str, include_defaults: bool = True) -> TaskManager:
+        made.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own_only)
+    Tasks(["our_group", "our_times"], str(group))
+    assert made == [False]
+    (group / "mixed.yaml").write_text("group: mixed\ntask: [our_times, arc_easy]\n")
+    Tasks(["mixed"], str(group))
+    assert made == [False, False, True]
+
+
+def test_an_empty_name_is_no_task() -> None:
+    with pytest.raises(UsageError, match="name of a task is empty"):
+        Tasks(["our_times", ""])
+
+
+@pytest.fixture
+def group(folder: Path, tmp_path: Path) -> Path:
+    """`our_group` of `our_times` and `our_more`, which includes a file and has data elsewhere; `bare` has no score."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "common.yaml").write_text(
+        (folder / "times.yaml").read_text().replace("task: our_times\n", "process_docs: !function code.keep\n")
+    )
+    (other / "code.py").write_text("def keep(docs):\n    return docs\n")
+    for name in ("first", "second"):
+        (other / f"{name}.jsonl").write_text((folder / "times.jsonl").read_text())
+    files = f"[{other / 'first.jsonl'}, {other / 'second.jsonl'}]"
+    (folder / "more.yaml").write_text(
+        f"include: {other / 'common.yaml'}\ntask: our_more\ndataset_kwargs: {{data_files: {{test: {files}}}}}\n"
+    )
+    (folder / "group.yaml").write_text(
+        "group: our_group\ntask: [our_times, our_more]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "bare.yaml").write_text("group: bare\ntask: [our_times, our_more]\n")
+    return folder
+
+
+def test_a_change_in_any_file_of_a_member_is_another_definition(group: Path, tmp_path: Path) -> None:
+    def key() -> object:
+        return Tasks(["our_group"], str(group)).key
+
+    before = key()
+    assert key() == before
+    other = tmp_path / "other"
+    for file, old, new in (
+        (group / "times.jsonl", "times", "plus"),
+        (group / "group.yaml", "true", "false"),
+        (other / "common.yaml", 'target_delimiter: ""', 'target_delimiter: " "'),
+        (other / "second.jsonl", "times", "plus"),
+        (other / "code.py", "return docs", "return docs.select([0])"),
+    ):
+        content = file.read_text()
+        assert old in content
+        file.write_text(content.replace(old, new))
+        assert key() != before, file.name
+        file.write_text(content)
+        assert key() == before
+
+
+def test_a_group_has_the_score_of_its_members(group: Path, tmp_path: Path) -> None:
+    tasks = Tasks(["our_group"], str(group), limit=4)
+    tasks.require_scores(["our_group"])
+    found = tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+    assert set(found) == {"our_times", "our_more", "our_group"}
+    assert (found["our_group"].samples, found["our_group"].metric) == (8, "acc")
+    assert found["our_group"].score == pytest.approx((found["our_times"].score + found["our_more"].score) / 2)
+    with pytest.raises(UsageError, match="bare is a group of tasks without a score of its own"):
+        Tasks(["bare"], str(group)).require_scores(["bare"])
+
+
+def test_an_error_in_a_template_names_the_task(folder: Path, tmp_path: Path) -> None:
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace("{{question}}", "{{questoin}}"))
+    tasks = Tasks(["our_times"], str(folder))
+    with pytest.raises(UsageError, match="a template of task our_times does not fit its data: 'questoin' is undefined"):
+        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+
+
+def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "helpers.py").write_text("def shown(doc):\n    return doc['questoin']\n")
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace('"{{question}}"', "!function helpers.shown"))
+    tasks = Tasks(["our_times"], str(folder))
+    with pytest.raises(
+        UsageError, match=r"the code of task our_times fails: KeyError: 'questoin' \(.*helpers.py, line 2"
+    ):
+        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"{{question}}"', "!function helpers.shown", "SyntaxError"),
+        ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded_are_named(folder: Path, old: str, new: str, problem: str) -> None:
+    (folder / "helpers.py").write_text("def shown(doc)\n")
+    file = folder / "times.yaml"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=f"task our_times cannot be loaded: {problem}"):
+        Tasks(["our_times"], str(folder)).require_data()
+
+
+def test_data_that_is_missing_is_told_without_a_model(folder: Path) -> None:
+    Tasks(["our_times"], str(folder)).require_data()
+    (folder / "times.jsonl").unlink()
+    with pytest.raises(UsageError, match="the data of task our_times cannot be loaded: .*times.jsonl"):
+        Tasks(["our_times"], str(folder)).require_data()
+
+
+def test_the_first_filter_counts_and_directions_are_kept() -> None:
+    found = {
+        "results": {
+            "sums": {
+                "alias": "sums",
+                "exact_match,strict-match": 0.62,
+                "exact_match_stderr,strict-match": 0.02,
+                "exact_match,flexible-extract": 0.31,
+                "exact_match_stderr,flexible-extract": 0.01,
+            },
+            "prose": {"word_perplexity,none": 20.0, "word_perplexity_stderr,none": "N/A"},
+        },
+        "n-samples": {"sums": {"effective": 5}, "prose": {"effective": 7}},
+        "versions": {"sums": 1, "prose": 2},
+        "higher_is_better": {"sums": {"exact_match": True}, "prose": {"word_perplexity": False}},
+        "group_subtasks": {},
+    }
+    sums, prose = _result("sums", found), _result("prose", found)
+    assert (sums.metric, sums.score, sums.stderr) == ("exact_match (strict-match)", 0.62, 0.02)
+    assert sums.metrics == {"exact_match (strict-match)": 0.62, "exact_match (flexible-extract)": 0.31}
+    assert (prose.metric, prose.score, prose.stderr, prose.samples) == ("word_perplexity", 20.0, None, 7)
+    assert (sums.higher_is_better, prose.higher_is_better) == (True, False)

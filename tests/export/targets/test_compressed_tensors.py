@@ -1,0 +1,254 @@
+"""compressed-tensors: its own package decodes what we packed to the same weights, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from transformers import AutoModelForCausalLM
+
+from qcli.core.formats.affine import Affine
+from qcli.core.weight import QuantizedWeight
+from qcli.export.pack import pack
+from qcli.export.targets import _vllm
+from qcli.export.targets._affine import affine_formats
+from qcli.export.verify import verify
+from qcli.models.families import Linear
+from qcli.models.layouts import compressed_tensors as layout
+from qcli.models.native import NativeSource
+from qcli.models.open import open_source
+from qcli.utils.errors import UnsupportedError
+from tests.quantizing import TOKENS, logits, run, streamed
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def packed(model: Path, folder: Path, **flags: Any) -> tuple[Path, Path]:
+    """A checkpoint of qcli and the same as compressed-tensors."""
+    native, out = folder / "native", folder / "packed"
+    run(model, native, method__name="rtn", **flags)
+    pack(native, out, format="compressed-tensors", shard_size=10**9)
+    return native, out
+
+
+def theirs(folder: Path) -> Any:
+    """The model as transformers and compressed-tensors load it, decoded by a first pass."""
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model, model(TOKENS).logits
+
+
+def assert_same_weights(native: Path, model: Any, dtype: torch.dtype) -> None:
+    source = open_source(str(native))
+    for name in (linear.name for linear in source.linears()):
+        expected = source.read([f"{name}.weight"])[f"{name}.weight"].to(dtype).float()
+        assert torch.equal(model.get_submodule(name).weight.float(), expected), name
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_symmetric_weights_and_logits_are_the_same(bits: int, llama: Path, tmp_path: Path) -> None:
+    native, out = packed(llama, tmp_path, method__bits=bits, method__symmetric=True)
+    model, found = theirs(out)
+    assert_same_weights(native, model, torch.float32)
+    assert torch.equal(found, logits(native))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_asymmetric_weights_are_the_same_rounded_once(bits: int, llama: Path, tmp_path: Path) -> None:
+    """transformers decodes in the dtype of the scales, float16."""
+    native, out = packed(llama, tmp_path, method__bits=bits)
+    model, found = theirs(out)
+    assert_same_weights(native, model, torch.float16)
+    assert torch.allclose(found, logits(native), atol=0.02)
+
+
+def test_mixed_schemes_have_a_group_each(llama: Path, tmp_path: Path) -> None:
+    overrides = [
+        {"match": "*.layers.1.mlp.*", "method": {"bits": 3, "group_size": 64}},
+        {"match": "*.down_proj", "method": {"group_size": -1}},
+        {"match": "*.layers.0.self_attn.*", "dense": True},
+    ]
+    native, out = packed(llama, tmp_path, method__symmetric=True, overrides=overrides)
+    model, found = theirs(out)
+    assert_same_weights(native, model, torch.float32)
+    assert torch.equal(found, logits(native))
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == 3
+    assert "model.layers.0.self_attn.q_proj" in config["ignore"]
+
+
+@pytest.mark.parametrize("other", [{"bits": 3}, {"group_size": 64}, {"symmetric": True}])
+def test_what_transformers_would_decode_wrongly_it_is_made_to_refuse(
+    other: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    _, out = packed(llama, tmp_path, overrides=[{"match": "*.down_proj", "method": other}])
+    with pytest.raises(RuntimeError, match="mismatch"):
+        theirs(out)
+    assert "| transformers | refuses it: asymmetric layers beside others |" in (out / "README.md").read_text()
+
+
+def test_packed_folder_is_a_model_for_qcli_too(llama: Path, tmp_path: Path) -> None:
+    native, out = packed(llama, tmp_path, method__bits=3)
+    assert torch.equal(streamed(out), streamed(native))
+    assert verify(out).layers == 14
+    assert open_source(str(out)).bits_per_weight() > open_source(str(native)).bits_per_weight(), "weight_shape counts"
+    (out / "qcli.manifest.json").unlink()
+    with pytest.raises(UnsupportedError, match="already quantized"):
+        open_source(str(out))
+
+
+def test_layout_by_hand() -> None:
+    """Eleven codes of three bits: the octal digits of a word, the eleventh code's low bits in its two top bits."""
+    row = [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    first, second = 0o32107654321 - (1 << 32), 0
+    codes = torch.tensor([row] * 11, dtype=torch.uint8)
+    tables = {
+        "weight_scale": torch.full((11, 1), 0.5, dtype=torch.float16),
+        "weight_zero_point": torch.tensor(row, dtype=torch.uint8)[:, None],
+    }
+    weight = QuantizedWeight(Affine(bits=3, group_size=11, zero_point="integer"), (11, 11), codes, tables)
+    tensors = layout.tensors("layer", weight)
+    assert tensors["layer.weight_packed"].tolist() == [[first, second]] * 11
+    assert tensors["layer.weight_zero_point"].tolist() == [[first], [second]]
+    assert tensors["layer.weight_shape"].tolist() == [11, 11]
+    assert tensors["layer.weight_scale"].shape == (11, 1)
+    theirs = unpack_from_int32(tensors["layer.weight_packed"], 3, torch.Size([11, 11]))
+    assert torch.equal(theirs + 4, codes.to(torch.int8))
+
+
+# Eleven codes 7 i + 3 modulo 2^bits as 32-bit words, little end first; written down once, made by neither packer.
+GOLDEN = {
+    2: [0x001B1B1B],
+    3: [0x53977053, 0x0],
+    4: [0x4D6F81A3, 0x92B],
+    5: [0x4DFC4543, 0x245BA3],
+    6: [0x9F611283, 0x90BBD2D9, 0x0],
+    7: [0xF3044503, 0x3B68B531, 0x1261],
+    8: [0x18110A03, 0x342D261F, 0x49423B],
+}
+
+
+@pytest.mark.parametrize("bits", GOLDEN)
+def test_golden_words_of_every_width(bits: int) -> None:
+    """Codes along a row, zero points down a column, from us and from the package."""
+    words = torch.tensor(GOLDEN[bits]).to(torch.int32)
+    codes = (torch.arange(11) * 7 + 3).remainder(1 << bits).to(torch.uint8)
+    tables = {"weight_scale": torch.ones(11, 1, dtype=torch.float16), "weight_zero_point": codes[:, None]}
+    format = Affine(bits=bits, group_size=-1, zero_point="integer")
+    tensors = layout.tensors("layer", QuantizedWeight(format, (11, 11), codes.repeat(11, 1), tables))
+    assert torch.equal(tensors["layer.weight_packed"], words.repeat(11, 1))
+    assert torch.equal(tensors["layer.weight_zero_point"], words[:, None])
+    signed = (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+    assert torch.equal(pack_to_int32(signed[None], bits), words[None])
+    assert torch.equal(pack_to_int32(signed[:, None], bits, packed_dim=0), words[:, None])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method__name": "lcq", "method__steps": 0}, "is codebook, compressed-tensors holds only uniform grids"),
+        ({"low_rank__rank": 2}, "is low-rank"),
+        ({"method__zero_point": "float"}, "floating-point zero points"),
+        ({"method__group_size": 48, "method__group_tail": "ragged"}, "64 inputs in groups of 48"),
+        ({"activations__bits": 8}, "quantizes activations to 8 bits"),
+        ({"overrides": [{"match": "*.k_proj", "method": {"bits": 3}}]}, "q_proj is 4 bits .*k_proj is 3 bits"),
+        ({"overrides": [{"match": "*.up_proj", "dense": True}]}, "gate_proj is 4 bits .*up_proj is dense"),
+        ({"overrides": [{"match": "*.gate_proj", "method": {"bits": 3}}]}, "gate_proj is 3 bits .*up_proj is 4 bits"),
+        (
+            {"overrides": [{"match": "*.v_proj", "method": {"symmetric": True}}]},
+            "q_proj is 4 bits asymmetric in groups of 32, .*v_proj is 4 bits symmetric in groups of 32",
+        ),
+        (
+            {"overrides": [{"match": "*.1.*.q_proj", "method": {"group_size": 64}}]},
+            "layers.1.self_attn.q_proj is 4 bits asymmetric in groups of 64, .*k_proj .* in groups of 32",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little grid. " * 200)
+    run(llama, tmp_path / "native", text, **{"method__name": "rtn", **flags})
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    assert raised.value.hint is not None and "pack it as qcli" in raised.value.hint
+    assert [path.name for path in tmp_path.iterdir() if "packed" in path.name] == []
+
+
+def test_conv1d_models_are_refused(tmp_path: Path) -> None:
+    run(tiny_model("gpt2", tmp_path), tmp_path / "native", method__name="rtn")
+    with pytest.raises(UnsupportedError, match=r"no nn\.Linear"):
+        pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "splits_inputs", "ranks", "reason"),
+    [
+        ((64, 64), Affine(bits=3, group_size=32, zero_point="none"), False, 1, None),
+        ((64, 64), Affine(bits=3, group_size=32, zero_point="integer"), False, 1, "3 bits asymmetric"),
+        ((64, 64), Affine(bits=1, group_size=32, zero_point="none"), False, 1, "1 bits symmetric"),
+        ((64, 128), Affine(bits=4, group_size=32, zero_point="none"), True, 4, None),
+        ((64, 128), Affine(bits=4, group_size=32, zero_point="none"), True, 8, "16 inputs a device, groups of 32"),
+        ((64, 128), Affine(bits=4, group_size=-1, zero_point="none"), True, 8, None),
+        ((64, 48), Affine(bits=4, group_size=12, zero_point="none"), True, 4, "12 inputs a device are no whole words"),
+        ((24, 64), Affine(bits=4, group_size=32, zero_point="integer"), False, 2, "zero points of 12 outputs"),
+        ((24, 64), Affine(bits=4, group_size=32, zero_point="none"), False, 2, None),
+        ((30, 64), Affine(bits=4, group_size=32, zero_point="none"), False, 4, "30 outputs"),
+    ],
+)
+def test_vllms_rules(
+    shape: tuple[int, int], format: Affine, splits_inputs: bool, ranks: int, reason: str | None
+) -> None:
+    found = _vllm._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
+    assert found == reason or (found is not None and reason is not None and found.startswith(reason))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ({"method__group_size": 8, "method__symmetric": True}, "1, 2, 4, 8"),
+        ({"method__group_size": 8}, "1, 2, 4, 8"),
+        ({"method__group_size": -1, "method__symmetric": True}, "1, 2, 4, 8"),
+        ({"method__group_size": 16, "method__symmetric": True}, "1, 2, 4"),
+        ({"method__group_size": 32}, "1, 2"),
+        ({"method__group_size": 8, "method__symmetric": True, "method__bits": 3}, "1, 2"),
+        ({"method__group_size": 8, "method__symmetric": True, "method__bits": 2}, "1, 2, 4"),
+        ({"method__group_size": 8, "method__bits": 3}, None),
+    ],
+)
+def test_vllms_tensor_parallel_sizes(flags: dict[str, Any], ranks: str | None, tmp_path: Path) -> None:
+    """8 heads of 8, 2 of them for keys and values, which 4 devices and 8 hold in several copies; an MLP of 128."""
+    model = tiny_model("llama", tmp_path, num_attention_heads=8, num_key_value_heads=2)
+    run(model, tmp_path / "native", method__name="rtn", **flags)
+    source = open_source(str(tmp_path / "native"))
+    assert isinstance(source, NativeSource)
+    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    if ranks is None:
+        assert told.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
+    else:
+        assert told.split("; ")[0] == f"by its rules with tensor parallel {ranks}"
+
+
+def test_vllms_rules_are_told_with_the_result(llama: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "native", method__name="rtn", method__symmetric=True)
+    result = pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    told = result["notes"]["vLLM"]
+    assert told.startswith("by its rules with tensor parallel 1, 2; 4 not: "), told
+    assert told.endswith("; outside of what its Marlin kernels take, so slower"), "k_proj has 32 rows"
+
+
+def test_what_marlin_takes_is_not_called_slow(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, hidden_size=128, num_key_value_heads=4)
+    run(model, tmp_path / "native", method__name="rtn", method__symmetric=True)
+    source = open_source(str(tmp_path / "native"))
+    assert isinstance(source, NativeSource)
+    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    assert told == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"

@@ -1,0 +1,90 @@
+"""Packing leaves a whole folder that computes the same, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcli.export.pack import pack
+from qcli.export.target import dense_config
+from qcli.export.targets import dense
+from qcli.export.verify import verify
+from qcli.utils import shards
+from qcli.utils.errors import QcliError, ResourceError, StateError, UsageError, VerificationError
+from tests.quantizing import run
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn")
+    return tmp_path / "native"
+
+
+def failed(native: Path, out: Path, error: type[QcliError], message: str) -> QcliError:
+    """What packing raises, after which nothing is left of it."""
+    with pytest.raises(error, match=message) as raised:
+        pack(native, out, format="dense", shard_size=10**9)
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)] == []
+    return raised.value
+
+
+def test_a_config_that_computes_otherwise_is_found_out(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight reads back; the logits are others."""
+    monkeypatch.setattr(dense, "dense_config", lambda source: dense_config(source) | {"rms_norm_eps": 10.0})
+    failed(native, tmp_path / "packed", VerificationError, "logits differ from those of the quantized checkpoint")
+
+
+def test_a_weight_that_reads_back_otherwise_is_found_out(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shards.write_tensors
+
+    def write(file: Path, tensors: Any) -> None:
+        own(file, {name: -tensor if "up_proj" in name else tensor for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(shards, "write_tensors", write)
+    failed(native, tmp_path / "packed", VerificationError, "up_proj.weight does not read back")
+
+
+def test_a_full_disk_promises_nothing(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(*_: Any) -> None:
+        raise shards.disk_problem(tmp_path, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(shards, "join", join)
+    hint = failed(native, tmp_path / "packed", ResourceError, "No space left").hint
+    assert hint is not None and "free some space" in hint and "kept" not in hint
+
+
+def test_a_killed_pack_is_repeated(native: Path, tmp_path: Path) -> None:
+    half = tmp_path / "packed.partial" / "result"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    (half.parent / "run.json").write_text('{"pack": "dense"}')
+    pack(native, tmp_path / "packed", format="dense", shard_size=10**9)
+    assert verify(tmp_path / "packed").unlisted == []
+    assert not half.parent.exists()
+
+
+def test_packed_folders_are_sent_back_to_what_they_were_made_of(native: Path, tmp_path: Path) -> None:
+    for format in ("dense", "compressed-tensors"):
+        pack(native, tmp_path / format, format=format, shard_size=10**9)
+        with pytest.raises(UsageError, match=f"is packed as {format} already") as raised:
+            pack(tmp_path / format, tmp_path / "again", format="qcli", shard_size=10**9)
+        assert raised.value.hint is not None and "`qcli quantize`" in raised.value.hint
+    pack(native, tmp_path / "native-again", format="qcli", shard_size=10**5)
+    pack(tmp_path / "native-again", tmp_path / "last", format="compressed-tensors", shard_size=10**9)
+    assert verify(tmp_path / "last").layers == 14
+
+
+def test_existing_output_is_noticed_before_any_weight_is_read(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense.Dense, "check", lambda *_: pytest.fail("the weights are looked at"))
+    (tmp_path / "packed").mkdir()
+    with pytest.raises(StateError, match="packed exists"):
+        pack(native, tmp_path / "packed", format="dense", shard_size=10**9)

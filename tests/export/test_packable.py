@@ -1,0 +1,81 @@
+"""What is refused of a plan is what is refused of its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcli.export.packable import PlannedCheckpoint, require_packable
+from qcli.export.target import Packable
+from qcli.models.native import NativeSource
+from qcli.models.open import open_source
+from qcli.quantization.plan import plan
+from qcli.recipe.load import load_recipe
+from qcli.utils import registry
+from qcli.utils.errors import UnsupportedError
+from tests.quantizing import run, write_text
+from tests.tiny import tiny_model, with_merge
+
+LAYOUTS = ("qcli", "dense", "compressed-tensors", "gptq", "gguf")
+RECIPES: dict[str, dict[str, Any]] = {
+    "3 bits": {"method.name": "rtn", "method.bits": 3},
+    "4 bits symmetric": {"method.name": "rtn", "method.bits": 4, "method.symmetric": True},
+    "rows of 6 bits": {"method.name": "rtn", "method.bits": 6, "method.group_size": -1},
+    "groups of 16": {"method.name": "rtn", "method.bits": 4, "method.group_size": 16},
+    "ragged": {"method.name": "rtn", "method.bits": 4, "method.group_size": 48, "method.group_tail": "ragged"},
+    "dense layers": {
+        "method.name": "rtn",
+        "method.bits": 4,
+        "method.symmetric": True,
+        "overrides": [{"match": "*.k_proj", "dense": True}],
+    },
+    "activations": {"method.name": "rtn", "method.bits": 8, "method.symmetric": True, "activations.bits": 8},
+    "low rank": {"method.name": "gptq-like", "method.bits": 3, "low_rank.rank": 2},
+    "float zero points": {"method.name": "gptq-like", "method.bits": 4, "method.zero_point": "float"},
+    "codebook": {"method.name": "lcq", "method.bits": 2},
+    "dual binary": {"method.name": "dbllm"},
+    "sign": {"method.name": "onebit"},
+    "sign as published": {"method.name": "onebit", "method.paper": True},
+}
+
+
+def refusal(source: Packable, layout: str) -> str | None:
+    try:
+        registry.load("qcli.export.targets", layout)(None).check(source)
+    except UnsupportedError as error:
+        return error.message
+    return None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
+    model, text = with_merge(tiny_model("llama", tmp_path)), write_text(tmp_path)
+    flags = {"model": str(model), "out": str(tmp_path / "out"), "calibration.data": str(text), **RECIPES[name]}
+    grouped = "method.group_size" not in flags and "sign" not in name
+    flags |= {"method.group_size": 32} if grouped else {}
+    recipe, _ = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
+    planned = plan(recipe)
+    expected = {layout: refusal(PlannedCheckpoint(planned), layout) for layout in LAYOUTS}
+    run(model, tmp_path / "out", text, grouped=grouped, **{k.replace(".", "__"): v for k, v in RECIPES[name].items()})
+    made = open_source(str(tmp_path / "out"))
+    assert isinstance(made, NativeSource)
+    assert {layout: refusal(made, layout) for layout in LAYOUTS} == expected
+    assert expected["qcli"] is None
+    assert any(expected.values()) or name == "4 bits symmetric"
+
+
+def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
+    model = with_merge(tiny_model("llama", tmp_path))
+    recipe, _ = load_recipe(None, {"model": str(model), "method.name": "onebit"})
+    planned = plan(recipe)
+    with pytest.raises(UnsupportedError, match="fits none of gguf's types"):
+        require_packable(planned, "gguf", None)
+    require_packable(planned, "gguf", "Q8_0")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_load_is_known_before(tmp_path: Path) -> None:
+    recipe, _ = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
+    with pytest.raises(UnsupportedError, match="has no merges"):
+        require_packable(plan(recipe), "gguf", None)

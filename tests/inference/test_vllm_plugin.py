@@ -1,0 +1,250 @@
+"""The vLLM plug-in against a stand-in for vLLM's contract, written from its sources: what create_weights is given, how
+models load fused layers, and what each device computes. vLLM itself does not run here."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcli
+from qcli.models.native import NativeSource
+from qcli.models.open import open_source
+from qcli.utils.errors import UnsupportedError
+from qcli.utils.safetensors import read_tensors
+from tests.quantizing import run, write_text
+from tests.tiny import tiny_model
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+SIZES = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64, "gate_proj": 128, "up_proj": 128, "down_proj": 64}
+REGISTERED: dict[str, type] = {}
+
+
+class QuantizationConfig(ABC):
+    """The abstract methods of vllm.model_executor.layers.quantization.base_config.QuantizationConfig."""
+
+    def __init__(self) -> None:
+        self.packed_modules_mapping: dict[str, list[str]] = {}
+
+    @abstractmethod
+    def get_name(self) -> str: ...
+
+    @abstractmethod
+    def get_supported_act_dtypes(self) -> list[torch.dtype]: ...
+
+    @classmethod
+    @abstractmethod
+    def get_min_capability(cls) -> int: ...
+
+    @staticmethod
+    @abstractmethod
+    def get_config_filenames() -> list[str]: ...
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any]) -> Any: ...
+
+    @abstractmethod
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any: ...
+
+
+class LinearMethodBase(ABC):
+    """Those of vllm.model_executor.layers.linear.LinearMethodBase."""
+
+    @abstractmethod
+    def create_weights(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class UnquantizedLinearMethod:
+    """Its name is all that is asked for."""
+
+
+class LinearBase(nn.Module):
+    """One device's linear layer, split as ColumnParallelLinear, QKVParallelLinear and RowParallelLinear split it."""
+
+    def __init__(self, config: Any, prefix: str, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.tp_rank, self.tp_size, leaf = rank, ranks, prefix.rpartition(".")[2]
+        parts = FUSED.get(leaf, [leaf])
+        inputs = 128 if leaf == "down_proj" else 64
+        split_inputs = leaf in ("o_proj", "down_proj")
+        local = [SIZES[part] if split_inputs else max(SIZES[part] // ranks, 16) for part in parts]  # heads of 16
+        self.quant_method = config.get_quant_method(self, prefix)
+        self.columns = slice(rank * inputs // ranks, (rank + 1) * inputs // ranks) if split_inputs else slice(None)
+        self.split_inputs, self.local = split_inputs, local
+        self.quant_method.create_weights(
+            self,
+            input_size_per_partition=inputs // ranks if split_inputs else inputs,
+            output_partition_sizes=local,
+            input_size=inputs,
+            output_size=sum(SIZES[part] for part in parts),
+            params_dtype=torch.float32,
+            weight_loader=lambda *_: pytest.fail("the method's own loader is used"),
+        )
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stands in for the modules that the plug-in imports."""
+
+    def register_quantization_config(name: str) -> Any:
+        return lambda cls: REGISTERED.setdefault(name, cls)
+
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.quantization": {"register_quantization_config": register_quantization_config},
+        "vllm.model_executor.layers.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
+        "vllm.model_executor.layers.linear": {
+            "LinearBase": LinearBase,
+            "LinearMethodBase": LinearMethodBase,
+            "UnquantizedLinearMethod": UnquantizedLinearMethod,
+        },
+    }
+    for name, members in contents.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "qcli.inference.vllm_layers", raising=False)
+    REGISTERED.clear()
+    from qcli.inference.vllm_plugin import register
+
+    register()
+    yield
+    monkeypatch.delitem(sys.modules, "qcli.inference.vllm_layers", raising=False)
+
+
+def configured(source: NativeSource) -> Any:
+    config: Any = REGISTERED["qcli"]
+    made = config.from_config(source.config["quantization_config"])
+    made.packed_modules_mapping = FUSED
+    return made
+
+
+def load(layer: LinearBase, source: NativeSource, prefix: str) -> None:
+    """As the `load_weights` of vLLM's models do: the part's name and its place in the fused layer."""
+    parent, _, leaf = prefix.rpartition(".")
+    parameters = dict(layer.named_parameters())
+    for number, part in enumerate(FUSED.get(leaf, [leaf])):
+        name = f"{parent}.{part}"
+        for stored in source.packed[name].stored(name):
+            tensor = read_tensors([(stored, source.extents[stored])])[stored]
+            parameter: Any = parameters[stored.removeprefix(f"{name}.")]
+            if leaf == "qkv_proj":
+                parameter.weight_loader(parameter, tensor, part[0])
+            elif leaf in FUSED:
+                parameter.weight_loader(parameter, tensor, number)
+            else:
+                parameter.weight_loader(parameter, tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def computed(source: NativeSource, prefix: str, ranks: int, x: Tensor) -> list[Tensor]:
+    """What each part of a layer gives in all, put together from all devices."""
+    layers = [LinearBase(configured(source), prefix, rank, ranks) for rank in range(ranks)]
+    for layer in layers:
+        load(layer, source, prefix)
+    outputs = [layer.quant_method.apply(layer, x[..., layer.columns]).split(layer.local, -1) for layer in layers]
+    if layers[0].split_inputs:
+        return [torch.stack([output[0] for output in outputs]).sum(0)]
+    parts = []
+    for number, part in enumerate(FUSED.get(prefix.rpartition(".")[2], [prefix.rpartition(".")[2]])):
+        copies = ranks * layers[0].local[number] // SIZES[part]  # devices that share heads of k and v
+        parts.append(torch.cat([outputs[rank][number] for rank in range(0, ranks, copies)], -1))
+    return parts
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "affine": {"method__name": "rtn", "method__bits": 3, "method__group_size": 16},
+    "symmetric rows": {"method__name": "rtn", "method__symmetric": True, "method__group_size": -1},
+    "float zero points": {"method__name": "rtn", "method__zero_point": "float", "method__group_size": 16},
+    "lcq": {"method__name": "lcq", "method__bits": 2, "method__group_size": 16, "method__steps": 1},
+    "onebit": {"method__name": "onebit"},
+    "dbllm": {"method__name": "dbllm", "method__group_size": 16},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_devices_together_compute_the_layer(method: str, tmp_path: Path) -> None:
+    run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), grouped=False, **METHODS[method])
+    source = open_source(str(tmp_path / "out"))
+    assert isinstance(source, NativeSource)
+    generator = torch.Generator().manual_seed(0)
+    for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        prefix = f"model.layers.1.{leaf}"
+        parent, _, last = prefix.rpartition(".")
+        x = torch.randn(2, 3, 128 if last == "down_proj" else 64, generator=generator)
+        names = [f"{parent}.{part}" for part in FUSED.get(last, [last])]
+        expected = [x @ source.read([f"{name}.weight"])[f"{name}.weight"].T for name in names]
+        for ranks in (1, 2, 4):
+            found = computed(source, prefix, ranks, x)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)), (prefix, ranks)
+
+
+def test_vllm_finds_the_plug_in() -> None:
+    project = tomllib.loads((Path(qcli.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    found = EntryPoint("qcli", project["entry-points"]["vllm.general_plugins"]["qcli"], "vllm.general_plugins").load()
+    REGISTERED.clear()
+    found()
+    assert REGISTERED.keys() == {"qcli"}
+
+
+def refused(source: NativeSource, prefix: str, ranks: int = 1) -> str:
+    with pytest.raises(UnsupportedError) as raised:
+        LinearBase(configured(source), prefix, 0, ranks)
+    return raised.value.message
+
+
+def test_what_cannot_be_split_or_fused_is_refused(tmp_path: Path) -> None:
+    overrides = [{"match": "*.k_proj", "dense": True}]
+    run(tiny_model("llama", tmp_path), tmp_path / "out", method__name="rtn", overrides=overrides)
+    source = open_source(str(tmp_path / "out"))
+    assert isinstance(source, NativeSource)
+    assert "some of them are dense" in refused(source, "model.layers.0.self_attn.qkv_proj")
+    assert "16 inputs a device are no whole groups of 32" in refused(source, "model.layers.0.self_attn.o_proj", 4)
+    assert configured(source).get_quant_method(nn.Embedding(2, 2), "model.embed_tokens") is None
+    layer = LinearBase(configured(source), "model.layers.0.mlp.down_proj", 0, 1)
+    with pytest.raises(UnsupportedError, match="has no weight_packed"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_dense_layers_stay_vllms_own(tmp_path: Path) -> None:
+    run(
+        tiny_model("llama", tmp_path),
+        tmp_path / "out",
+        method__name="rtn",
+        overrides=[{"match": "*.mlp.*", "dense": True}],
+    )
+    source = open_source(str(tmp_path / "out"))
+    assert isinstance(source, NativeSource)
+    layer = LinearBase.__new__(LinearBase)
+    nn.Module.__init__(layer)
+    method = configured(source).get_quant_method(layer, "model.layers.0.mlp.gate_up_proj")
+    assert type(method) is UnquantizedLinearMethod
+
+
+def test_formats_that_are_more_than_their_weights_are_refused(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    model = tiny_model("llama", tmp_path)
+    run(model, tmp_path / "low", text, method__name="rtn", low_rank__rank=2)
+    run(model, tmp_path / "normed", text, grouped=False, method__name="onebit", method__paper=True)
+    run(model, tmp_path / "acts", text, method__name="rtn", activations__bits=8)
+    low, normed, acts = (open_source(str(tmp_path / name)) for name in ("low", "normed", "acts"))
+    assert isinstance(low, NativeSource) and isinstance(normed, NativeSource) and isinstance(acts, NativeSource)
+    assert "is low-rank" in refused(low, "model.layers.0.mlp.down_proj")
+    assert "norms its outputs" in refused(normed, "model.layers.0.mlp.down_proj")
+    with pytest.raises(UnsupportedError, match="activations"):
+        configured(acts)

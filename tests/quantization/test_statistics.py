@@ -1,0 +1,97 @@
+"""Stages of a block against plain forward passes of whole models, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.models.open import open_source
+from qcli.models.stream import ModelStream
+from qcli.quantization.statistics import StagedBlock, gather
+from tests.tiny import CONFIGS, VARIANTS, tiny_model
+
+CASES = [*((name, {}) for name in CONFIGS), *VARIANTS]
+NEEDS = frozenset({HESSIAN, CROSS, RESIDUAL_CROSS})
+
+
+def perturb(module: nn.Module) -> None:
+    weight = ModelStream.weight_of(module)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    ModelStream.set_weight(module, weight + 0.05 * noise)
+
+
+def plain_inputs(stream: ModelStream, block: nn.Module, index: int, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every linear reads in one ordinary pass, and the block's output as `output`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Any:
+        return lambda _, args: seen.update({name: args[0].flatten(0, -2)})
+
+    hooks = [block.get_submodule(p).register_forward_pre_hook(note(p)) for g in stream.family.groups for p in g.linears]
+    seen["output"] = stream.run_block(block, index, hidden)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "overrides"), CASES, ids=lambda value: str(value))
+def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    stream = ModelStream(
+        open_source(str(tiny_model(model_type, tmp_path, **overrides))),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+    batches = [stream.embed(part) for part in tokens.split(2)]
+    noisy = [hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)) for hidden in batches]
+    quantized = StagedBlock(stream, 1, stream.load_block(1), list(noisy))
+    original = StagedBlock(stream, 1, stream.load_block(1), list(batches), final=True)
+    reference = stream.load_block(1)
+
+    for index, row in enumerate(stream.family.groups):
+        group = gather(index, quantized, original, NEEDS)
+        now = [plain_inputs(stream, reference, 1, hidden) for hidden in noisy]
+        untouched = stream.load_block(1)
+        before = [plain_inputs(stream, untouched, 1, hidden) for hidden in batches]
+        for path in row.linears:  # all linears of a group read the same input
+            x = torch.cat([seen[path] for seen in now])
+            truth = torch.cat([seen[path] for seen in before])
+            assert group.hessian is not None
+            assert group.cross is not None
+            torch.testing.assert_close(group.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(group.cross, truth.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            assert torch.equal(group.weights[path], ModelStream.weight_of(reference.get_submodule(path)))
+        assert (group.residual_cross is not None) == (row.residual is not None)
+        for path in row.linears:  # "quantize" the group in both copies
+            perturb(quantized.linear(path))
+            perturb(reference.get_submodule(path))
+
+    quantized.advance()
+    original.advance()
+    for staged, hidden in zip(quantized.hidden, noisy, strict=True):
+        torch.testing.assert_close(staged, stream.run_block(reference, 1, hidden), rtol=1e-4, atol=1e-5)
+    for staged, hidden in zip(original.hidden, batches, strict=True):
+        torch.testing.assert_close(staged, stream.run_block(stream.load_block(1), 1, hidden), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_residual_cross_measures_the_gap_of_the_stream(tmp_path: Path) -> None:
+    stream = ModelStream(
+        open_source(str(tiny_model("llama", tmp_path))), device=torch.device("cpu"), dtype=torch.float32
+    )
+    hidden = stream.embed(torch.randint(3, 300, (2, 12)))
+    noisy = hidden + 0.1
+    quantized = StagedBlock(stream, 0, stream.load_block(0), [noisy])
+    original = StagedBlock(stream, 0, stream.load_block(0), [hidden], final=True)
+    gather(0, quantized, original, NEEDS)
+    group = gather(1, quantized, original, NEEDS)
+    inputs = plain_inputs(stream, stream.load_block(0), 0, noisy)["self_attn.o_proj"]
+    gap = (hidden - noisy).flatten(0, 1)
+    assert group.residual_cross is not None
+    torch.testing.assert_close(group.residual_cross, gap.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)

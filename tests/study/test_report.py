@@ -1,0 +1,121 @@
+"""What a report says of rows: by hand for a few made-up ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcli.study.findings import against_each_other, best_within, findings, gains, method_of, pareto, rest_of
+from qcli.study.report import write_report
+from qcli.utils.errors import StateError
+
+
+def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -> dict[str, Any]:
+    score = {"value": perplexity, "windows": 4, "window": 32, "sha256": "4"}
+    return {
+        "address": f"{point}",
+        "status": "done",
+        "point": point,
+        "recipe": f"model: {point}\n",
+        "bits_per_weight": bits,
+        "kl": kl,
+        "worst_window_kl": kl,
+        "top1_agreement": 0.9,
+        "perplexity": {"a": score, "b": score},
+        "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
+        "seconds": {"quantize": 3.0},
+    }
+
+
+def on_two_windows(row: dict[str, Any]) -> dict[str, Any]:
+    texts = {text: score | {"windows": 2, "sha256": "2"} for text, score in row["perplexity"].items()}
+    return row | {"perplexity": texts}
+
+
+ROWS = [
+    row(4.0, 0.1, 11.05, method={"name": "rtn", "bits": 4}, low_rank=None),
+    row(4.2, 0.05, 11.4, method={"name": "rtn", "bits": 4}, low_rank={"rank": 8}),
+    row(3.0, 0.5, 14.0, method={"name": "rtn", "bits": 3}, low_rank=None),
+    row(3.2, 0.6, 13.0, method={"name": "rtn", "bits": 3}, low_rank={"rank": 8}),
+    row(2.0, None, None, method={"name": "rtn", "bits": 2}, low_rank=None),
+    {"address": "x", "status": "failed", "point": {"method": "|broken|"}, "recipe": "", "error": "no <b>text</b>"},
+]
+
+
+def test_classes_front_gains_and_budgets() -> None:
+    found = findings(ROWS)
+    assert [each.sensitivity[0] for each in found] == ["A", "B", "C", "C", "C"]
+    assert [each.label for each in found[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
+    assert found[0].increase == pytest.approx(0.05)
+    assert [each.bits for each in pareto(found)] == [3.0, 4.0, 4.2]
+    mostly_dense = row(2.5, 0.1, 11.0, method={"name": "rtn"}) | {"linear_bits_per_weight": 29.5}
+    assert findings([mostly_dense])[0].bits == 29.5
+    point = {"method": "GPTQ", "method.zero_point": "float", "method.name": "rtn", "refine": None}
+    assert findings([row(4.0, 0.1, 11.0, **point)])[0].label == "GPTQ, zero_point float, rtn"
+    pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]
+    assert pairs == [(4.0, 4.2), (3.0, 3.2)]
+    assert against_each_other(found) == []
+    best = [best_within(found, bits) for bits in (2.5, 3.1, 4.1, 9.0)]
+    assert [each and each.bits for each in best] == [None, 3.0, 4.0, 4.2]
+
+
+def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
+    rows = [
+        row(4.02, 0.2, 11.0, **{"method": "RTN", "method.bits": 4, "refine": None}),
+        row(4.03, 0.1, 11.0, **{"method": "GPTQ", "method.bits": 4, "refine": None}),
+        row(4.02, 0.05, 11.0, **{"method": "GPTQ", "method.bits": 4, "refine": {"steps": 1}}),
+        row(3.02, None, None, **{"method": "RTN", "method.bits": 3}),
+        row(3.02, 0.7, 11.0, **{"method": "GPTQ", "method.bits": 3}),
+        row(2.0, 0.9, 11.0, method={"name": "rtn", "bits": 2}),
+        row(2.0, 0.8, 11.0, method={"name": "lcq", "bits": 2}),
+        row(2.2, 0.7, 11.0, method={"name": "dbllm"}),
+    ]
+    compared = against_each_other(findings(rows))
+    assert [{name: each.kl for name, each in row.items()} for row in compared] == [
+        {"lcq": 0.8, "rtn": 0.9},
+        {"GPTQ": 0.7, "RTN": None},
+        {"RTN": 0.2, "GPTQ": 0.1},
+    ]
+    assert [rest_of(next(iter(row.values())).row["point"]) for row in compared] == ["base", "bits 3", "bits 4"]
+    assert method_of({"refine": None}) == "base"
+
+
+def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="is no study"):
+        write_report(tmp_path)
+    (tmp_path / "study.json").write_text('{"version": 1}')
+    with pytest.raises(StateError, match="no run has ended well"):
+        write_report(tmp_path)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ROWS))
+    html, markdown, *recipes = write_report(tmp_path)
+    page, text = html.read_text(), markdown.read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "no &lt;b&gt;text" in page
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 2
+    assert r"\|broken\|" in text and r"\<script\>" in text
+    assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
+    assert [file.name for file in recipes] == ["recipe-3bpw.yaml", "recipe-4bpw.yaml", "recipe-4.25bpw.yaml"]
+    assert recipes[0].read_text() == ROWS[2]["recipe"]
+    (tmp_path / "report" / "recipe-9bpw.yaml").write_text("of an earlier report")
+    first = html.read_bytes()
+    write_report(tmp_path)
+    assert html.read_bytes() == first
+    assert not (tmp_path / "report" / "recipe-9bpw.yaml").exists()
+
+
+def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"version": 1}')
+    others = [row(4.0, 0.05, 11.0, method={"name": "lcq<b>"}), row(4.0, 0.2, 11.0, method={"name": "rtn"})]
+    others[1]["fitted_to"] = ["b"]
+    rows = [ROWS[0], *map(on_two_windows, others)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    html, markdown, *recipes = write_report(tmp_path)
+    text = markdown.read_text()
+    assert text.count("## All runs") == 2
+    assert "1 runs on a: 4 windows of 32 tokens, b: 4 windows" in text
+    assert "2 runs on a: 2 windows of 32 tokens" in text
+    assert text.count("Runs were calibrated on b: on other text they lose more") == 1
+    assert "| run | bits/weight | lcq\\<b\\> | rtn |" in text and "lcq&lt;b&gt;" in html.read_text()
+    assert [file.name for file in recipes] == ["recipe-4bpw.yaml", "recipe-1-4bpw.yaml"]
