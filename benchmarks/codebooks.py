@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.quality import degridded
-from qcli.algorithms.method import HESSIAN, LinearGroup, Method
+from qcli.algorithms.layer_group import HESSIAN, LinearGroup
+from qcli.algorithms.method import Method
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
 from qcli.data.tokens import calibration_tokens

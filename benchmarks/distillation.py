@@ -19,7 +19,7 @@ from benchmarks.quality import full_precision
 from qcli.distillation.distill import distill
 from qcli.evaluation.evaluate import evaluate
 from qcli.quantization.calibrate import calibrate
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 
 UNIFORM = {"method.name": "gptq-like", "method.bits": 2, "method.zero_point": "float"}

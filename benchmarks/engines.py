@@ -32,7 +32,7 @@ from benchmarks import common
 from qcli.export.pack import pack
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError
 from tests.tiny import tiny_model, with_merge

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import common
 from qcli.evaluation.evaluate import evaluate
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils.allocator import return_large_blocks
 from qcli.utils.cache import Cache

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
 from qcli.core.packing import pack, unpack
 

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import common
 from qcli.evaluation.evaluate import evaluate
 from qcli.quantization.calibrate import calibrate
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 
 LENGTH = 256

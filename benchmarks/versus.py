@@ -41,7 +41,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, "version": llmcompre
 
 OURS = """
 import json, sys
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 folder, text, out, options = sys.argv[1:5]
 flags = {"model": folder, "out": out, "calibration.data": text, "calibration.samples": 16}

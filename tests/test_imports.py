@@ -1,4 +1,4 @@
-"""Imports point down, and what must start fast imports little."""
+"""The house has few rooms, imports run one way between them, and what must start fast imports little."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,155 +14,91 @@ import pytest
 import qcli
 
 ROOT = Path(qcli.__file__).parent
-LAYERS = (
-    ("errors", "registry", "bits", "progress", "memory", "allocator", "launch", "processes", "markdown", "_autoload"),
-    ("format", "quantized", "formats"),
-    (
-        "method",
-        "methods",
-        "solvers",
-        "training",
-        "trained",
-        "refine",
-        "losses",
-        "distillation",
-        "transform",
-        "transforms",
-        "low_rank",
-        "activations",
-        "gates",
-    ),
-    (
-        "models",
-        "layouts",
-        "compute",
-        "shards",
-        "checkpoint",
-        "run_folder",
-        "cache",
-        "self_text",
-        *("data", "texts"),
-        "hf",
-        "vllm_quantization",
-        "vllm_plugin",
-    ),
-    (
-        *("yaml_places", "plugins", "recipe_errors", "recipe_draft", "recipe_text"),
-        *("recipe", "recipe_sections", "recipe_loading", "recipe_schema", "allocation", "plan", "study_grid"),
-    ),
-    (
-        "block_transforms",
-        "block_loop",
-        "calibrate",
-        "quantize",
-        *("allocate", "sensitivity"),
-        *("distill", "distill_model", "distill_blocks", "distill_plan", "teaching", "plots"),
-        "pack",
-        *("evaluate", "evaluation", "recipe_evaluation", "scoring"),
-        *("tasks", "layer_errors"),
-        "verify",
-        "inspection",
-        *("export", "packable"),
-        "exports",
-        "model_card",
-    ),
-    (
-        "study",
-        "study_content",
-        "study_rows",
-        "study_run",
-        "study_processes",
-        "study_ray",
-        "study_findings",
-        "study_plots",
-        "study_report",
-    ),
-    ("doctor", "ui", "cli", "__main__"),
+FLOORS = (  # a folder imports only from folders before it
+    *("utils", "core", "algorithms", "models", "data", "recipe", "inference", "evaluation"),
+    *("quantization", "distillation", "export", "study", "cli"),
 )
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-VERBS = ("calibrate", "quantize", "distill", "pack", "evaluate", "verify", "inspection")
-TORCH_FREE_AT_THE_TOP = (
-    *(
-        "errors",
-        "registry",
-        "progress",
-        "processes",
-        "allocator",
-        "format",
-        "method",
-        "yaml_places",
-        "recipe",
-        "recipe_sections",
-        "recipe_errors",
-    ),
-    *("plugins", "recipe_draft", "recipe_text", "recipe_loading", "recipe_schema", "allocation"),
-    *("refine", "distillation", "gates", "texts", "plan", "ui", "doctor", "cli", "formats", "methods"),
-    *("models.arch", "models.base", "models.source"),
+TORCH_FREE_AT_THE_TOP = (  # what `--help`, recipes and `--dry-run` import; folders and files
+    *("recipe", "cli", "core/formats", "core/weight.py", "core/activations.py"),
+    *("algorithms/methods", "algorithms/method.py", "algorithms/layer_group.py", "algorithms/refine.py"),
+    *("algorithms/transform.py", "algorithms/low_rank.py", "data/datasets.py", "quantization/plan.py"),
+    *("quantization/allocation_options.py", "models/families.py", "models/source.py", "models/open.py"),
+    *("utils/errors.py", "utils/registry.py", "utils/progress.py", "utils/dtypes.py", "utils/environment.py"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}
 
 
-def modules() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
-
-
-def dotted(file: Path) -> str:
-    """`models.arch` for `qcli/models/arch.py`; the empty text for `qcli/__init__.py`."""
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+def modules() -> dict[str, Path]:
+    """Every file of the package by dotted name; a folder's `__init__.py` has the folder's."""
+    files = sorted(ROOT.rglob("*.py"))
+    return {".".join(("qcli", *f.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): f for f in files}
 
 
 def imports(tree: ast.AST, *, top_only: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything imported, but not what only type checkers see."""
+    """Line and full name of everything imported; with `top_only` not what functions and type checkers import."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
         elif not (top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
             yield from imports(node, top_only=top_only)
 
 
-def own_imports(file: Path, *, top_only: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and first component below `qcli` of everything that `file` imports from the package."""
-    for line, name in imports(ast.parse(file.read_text()), top_only=top_only):
-        package, _, rest = name.partition(".")
-        component = rest.partition(".")[0]
-        if package == "qcli" and component in LAYER:
-            yield line, component
+def house() -> dict[str, dict[str, int]]:
+    """By file, the files of the package that it imports anywhere, type checking included, and on which line."""
+    known = modules()
+    arrows: dict[str, dict[str, int]] = {}
+    for name, file in known.items():
+        arrows[name] = {}
+        for line, imported in imports(ast.parse(file.read_text())):
+            target = imported if imported in known else imported.rpartition(".")[0]
+            if target in known and target not in (name, "qcli"):
+                arrows[name].setdefault(target, line)
+    return arrows
 
 
-def test_every_module_has_a_layer() -> None:
-    components = {dotted(file).partition(".")[0] for file in modules()} - {""}
-    assert components <= LAYER.keys()
+def folder(name: str) -> str:
+    """`models` for `qcli.models.open`, `pipeline` for `qcli.pipeline`."""
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("file", modules(), ids=dotted)
-def test_imports_point_down(file: Path) -> None:
-    here = dotted(file).partition(".")[0]
-    if not here:
-        return
+def test_the_front_door_is_small() -> None:
+    entries = {entry.name for entry in ROOT.iterdir() if entry.name != "__pycache__"}
+    assert entries - {"__init__.py", "__main__.py"} == {
+        name if (ROOT / name).is_dir() else f"{name}.py" for name in FLOORS
+    }
+    assert len(entries) <= 16
+
+
+def test_imports_between_folders_run_one_way() -> None:
     upward = [
-        f"{file.name}:{line} imports {name} (layer {LAYER[name]})"
-        for line, name in own_imports(file)
-        if LAYER[name] > LAYER[here]
+        f"{name}:{line} imports {target}"
+        for name, targets in house().items()
+        for target, line in targets.items()
+        if name.count(".") and name != "qcli.__main__" and folder(name) != folder(target)
+        if FLOORS.index(folder(target)) > FLOORS.index(folder(name))
     ]
-    assert not upward, f"{here} is in layer {LAYER[here]}"
+    assert not upward
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_verbs_do_not_import_each_other(verb: str) -> None:
-    assert {name for _, name in own_imports(ROOT / f"{verb}.py")} & set(VERBS) <= {verb}
+def test_no_files_import_each_other() -> None:
+    """By way of others neither."""
+    try:
+        list(TopologicalSorter({name: targets.keys() for name, targets in house().items()}).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("file", modules(), ids=dotted)
-def test_no_heavy_import_at_the_top_of_light_modules(file: Path) -> None:
-    name = dotted(file)
-    light = name in TORCH_FREE_AT_THE_TOP or name.partition(".")[0] in TORCH_FREE_AT_THE_TOP
-    if light:
+@pytest.mark.parametrize("place", TORCH_FREE_AT_THE_TOP)
+def test_no_heavy_import_at_the_top_of_light_modules(place: str) -> None:
+    files = [file for file in modules().values() if file.is_relative_to(ROOT / place)]
+    assert files
+    for file in files:
         tops = {module.partition(".")[0] for _, module in imports(ast.parse(file.read_text()), top_only=True)}
-        assert not tops & HEAVY
+        assert not tops & HEAVY, file
 
 
 def modules_after(code: str) -> set[str]:

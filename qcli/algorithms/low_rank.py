@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qcli.algorithms.method import HESSIAN, LinearGroup, Method, Solution
-from qcli.core.format import Format
+from qcli.algorithms.layer_group import HESSIAN, LinearGroup
+from qcli.algorithms.method import Method, Solution
 from qcli.core.formats.low_rank import LowRank
+from qcli.core.weight import Format
 from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:

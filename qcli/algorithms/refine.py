@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS
-from qcli.core.format import Format
+from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.core.weight import Format
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qcli.core.format import Format
+from qcli.core.weight import Format
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -105,7 +105,7 @@ def quantize(
 
             session.result(plan(resolved).to_json(), show_plan)
         else:
-            from qcli.quantization.job import quantize as run
+            from qcli.quantization.quantize import quantize as run
 
             session.result(run(resolved, session.progress).to_json(), show_result)
 

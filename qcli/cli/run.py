@@ -75,7 +75,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         return False
 
     if todo(QUANTIZED, inputs):
-        from qcli.quantization.job import quantize
+        from qcli.quantization.quantize import quantize
 
         step = recipe.model_copy(update={"out": str(folder / QUANTIZED)})
         results[QUANTIZED] = quantize(step, session.progress).to_json()

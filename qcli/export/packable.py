@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcli.core.activations import Activations
-from qcli.core.format import Format, StoredTensor
+from qcli.core.weight import Format
 from qcli.export.target import Export
 from qcli.models.families import Family, Linear
 from qcli.models.manifest import Packed
 from qcli.quantization.plan import Plan
 from qcli.utils import registry
+from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -68,11 +69,9 @@ class PlannedCheckpoint:
         full of a number that is no integer and has products of more than 11 bits, as any they will hold."""
         import torch
 
-        from qcli.core.weight import TORCH_DTYPE
-
         format, shape = self.packed[layer].format, (1, self.packed[layer].shape[1])
         stored = {}
-        for name, (dtype, size) in format.stored(shape).items():
-            table = torch.zeros(size, dtype=TORCH_DTYPE[dtype])
+        for name, tensor in format.stored(shape).items():
+            table = torch.zeros(tensor.shape, dtype=tensor.torch_dtype)
             stored[name] = table + 0.3 if table.is_floating_point() else table
         return format.from_stored(stored, shape)

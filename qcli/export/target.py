@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from qcli.core.activations import Activations
-    from qcli.core.format import Format, StoredTensor
-    from qcli.core.weight import QuantizedWeight
+    from qcli.core.weight import Format, QuantizedWeight
     from qcli.models.families import Family, Linear
     from qcli.models.manifest import Packed
+    from qcli.utils.dtypes import StoredTensor
 
 
 class Packable(Protocol):

@@ -20,9 +20,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcli.core.format import StoredTensor
-from qcli.core.weight import QuantLinear
+from qcli.inference.linear import QuantLinear
 from qcli.models.manifest import Layout
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_header
 

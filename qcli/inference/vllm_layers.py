@@ -18,7 +18,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from qcli.core import packing
 from qcli.core.formats._grouped import Grouped
-from qcli.core.weight import QuantizedWeight, linear
+from qcli.core.weight import QuantizedWeight
+from qcli.inference.linear import linear
 from qcli.models.manifest import Layout, Packed
 from qcli.utils.errors import UnsupportedError
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.core.format import StoredTensor
 from qcli.models import families
 from qcli.models.source import Source, first_line
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UsageError
 from qcli.utils.safetensors import Extent, read_header, read_tensors
 

@@ -17,8 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcli.core.format import StoredTensor
 from qcli.models.source import Source, first_line
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:

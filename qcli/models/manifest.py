@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qcli.core.activations import Activations
-from qcli.core.format import Format, StoredTensor, from_spec
+from qcli.core.weight import Format, from_spec
 from qcli.models.families import Linear
 from qcli.utils import shards
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:

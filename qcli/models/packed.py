@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qcli.core.activations import Activations
-from qcli.core.format import Format, StoredTensor
+from qcli.core.weight import Format
 from qcli.models.folder import FolderSource
 from qcli.models.manifest import Packed
+from qcli.utils.dtypes import COMPUTE_DTYPES, StoredTensor, torch_dtype
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_tensors
 
@@ -59,10 +60,8 @@ class PackedSource(FolderSource):
     @property
     def dtype(self) -> torch.dtype:
         """Of the dense tensors and of the decoded weights when the model runs, as its config says."""
-        import torch
-
-        name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        return torch_dtype(name if name in COMPUTE_DTYPES else "float32")
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Headers as if the model were dense: a quantized layer has its weight, as float32."""

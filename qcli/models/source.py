@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.core.format import Format, StoredTensor
+from qcli.core.weight import Format
 from qcli.models import families
 from qcli.utils import shards
+from qcli.utils.dtypes import WEIGHT_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from qcli.core.activations import Activations
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Source:
@@ -175,7 +175,7 @@ class Source:
         weight = stored.get(f"{linear}.weight")
         if weight is None:
             raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
-        if weight.dtype not in _WEIGHT_DTYPES:
+        if weight.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
         if len(weight.shape) != 2:
             raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, expected a matrix")

@@ -22,7 +22,7 @@ from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import Choices, choices
 from qcli.quantization.block_loop import LayerReport
-from qcli.quantization.job import Result, identity_of, quantize, shared_tokens
+from qcli.quantization.job import Result, identity_of, quantize_as_written, shared_tokens
 from qcli.quantization.plan import plan
 from qcli.quantization.sensitivity import Losses, sensitivities
 from qcli.recipe.errors import Issue
@@ -50,7 +50,7 @@ class _Trial:
 
 
 def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
-    """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.job.quantize`."""
+    """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
     assert recipe.out is not None
     started, out = time.monotonic(), Path(recipe.out)
     source = open_source(recipe.model)
@@ -72,7 +72,9 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
         shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": tokens[-judges:].clone()})
         for name, trial in trials.items():
             if not (folder / name).exists():
-                quantize(trial.recipe.model_copy(update={"out": str(folder / name), "resume": "auto"}), progress, cache)
+                quantize_as_written(
+                    trial.recipe.model_copy(update={"out": str(folder / name), "resume": "auto"}), progress, cache
+                )
         scores = compare(
             [str(folder / name) for name in trials],
             baseline=recipe.model,

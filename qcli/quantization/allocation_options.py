@@ -12,68 +12,20 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from qcli.algorithms.method import Method
 from qcli.models.families import fused
 from qcli.recipe.errors import Issue
 from qcli.recipe.plugins import build_method, named_fields
+from qcli.recipe.recipe import Recipe
+from qcli.recipe.sections import Override
 
 if TYPE_CHECKING:
     from qcli.models.families import Linear
-    from qcli.recipe.recipe import Recipe
 
-AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)  # that `group_size: auto` chooses from
-OWN = ("target_bpw", "fused")  # fields that only an automatic method has
 _BELOW, _ABOVE = 1.6, 2.1  # bits around the target from which options are measured
-
-
-class Allocation(BaseModel):
-    """What `bits: auto` is told.
-
-    Attributes:
-        groups: whether the group size is chosen too.
-        fused: whether layers that engines compute as one get one format, which they can load only then.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    target_bpw: float = Field(gt=0, description="with bits auto: most bits per weight of the quantized layers")
-    groups: bool = False
-    fused: bool = Field(
-        default=False,
-        description="with bits auto: one width for layers that engines compute as one (q, k, v; gate, up)",
-    )
-
-    def fields(self) -> dict[str, Any]:
-        """As they stand in a recipe's method."""
-        said = {"bits": AUTO, "target_bpw": self.target_bpw} | ({"fused": True} if self.fused else {})
-        return said | ({"group_size": AUTO} if self.groups else {})
-
-
-def split(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, list[Issue]]:
-    """Tell the fields of an automatic method from those of the method itself.
-
-    Returns:
-        The method's own fields, those of its `Allocation` if it has one, and what is wrong between them.
-    """
-    rest, wanted = dict(method), None
-    if rest.get("bits") == AUTO:
-        wanted = {"groups": rest.get("group_size") == AUTO}
-        wanted |= {name: rest.pop(name) for name in OWN if name in rest}
-        del rest["bits"]
-        if wanted["groups"]:
-            del rest["group_size"]
-        return rest, wanted, []
-    found = []
-    for name in (name for name in OWN if name in rest):
-        del rest[name]
-        found.append(Issue(("method", name), "is for bits: auto"))
-    if rest.get("group_size") == AUTO:
-        del rest["group_size"]
-        found.append(Issue(("method", "group_size"), "auto goes with bits: auto"))
-    return rest, wanted, found
 
 
 @dataclass(frozen=True)
@@ -123,8 +75,6 @@ class Choices:
 
     def resolved(self, chosen: Mapping[str, int]) -> Recipe:
         """The recipe that says for every layer what has been chosen for it."""
-        from qcli.recipe.sections import Override
-
         weight: Counter[int] = Counter()
         for layer in self.layers:
             weight[chosen[layer.name]] += prod(layer.shape)

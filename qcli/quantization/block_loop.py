@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.method import CROSS, RESIDUAL_CROSS, LinearGroup, Method, Solution
+from qcli.algorithms.layer_group import CROSS, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.method import Method, Solution
 from qcli.algorithms.training.loop import Outcome
 from qcli.core.weight import QuantizedWeight
 from qcli.models.families import Linear

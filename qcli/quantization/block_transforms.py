@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qcli.algorithms.training.loop import Objective, Outcome
 from qcli.algorithms.transform import ChannelScale
-from qcli.core.format import Format
+from qcli.core.weight import Format
 from qcli.models.stream import ModelStream
 from qcli.quantization.folding import channel_scales, fold
 from qcli.quantization.objectives import ModelObjective

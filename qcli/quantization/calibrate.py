@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcli import __version__
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
 from qcli.data.tokens import CALIBRATION, calibration_tokens, text_identity
 from qcli.models.families import Linear

@@ -1,4 +1,4 @@
-"""The main verb: read a model block by block, choose codes, write a checkpoint that loads."""
+"""One quantization run: its folder, its blocks, its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcli.core.weight import TORCH_DTYPE, QuantizedWeight
+from qcli.core.weight import QuantizedWeight
 from qcli.data.datasets import is_folder
 from qcli.data.tokens import Tokens, calibration_tokens, content_key, require_training, text_identity, text_sha256
 from qcli.models import manifest as checkpoint
@@ -22,6 +22,7 @@ from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.cache import Cache
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.dtypes import torch_dtype
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
@@ -78,23 +79,8 @@ class Result:
         }
 
 
-def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = None) -> Result:
-    """Quantize a model as the recipe says; `recipe.out` appears complete or not at all.
-
-    Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
-
-    Args:
-        cache: keeps the calibration tokens for other runs on the same text.
-
-    Raises:
-        UsageError: the recipe does not fit the model, or the data is not usable.
-        StateError: the output exists or belongs to another run.
-        ResourceError: no space.
-    """
-    if recipe.allocation is not None:
-        from qcli.quantization.allocate import allocate
-
-        return allocate(recipe, progress, cache or Cache(None))
+def quantize_as_written(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
+    """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
     assert recipe.out is not None
     started = time.monotonic()
     todo, out = plan(recipe), Path(recipe.out)
@@ -103,7 +89,7 @@ def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = 
     identity = identity_of(recipe, todo.source, device, reads=todo.streamed)
     with RunFolder(out, identity, recipe.resume) as run:
         shards.require_space(out, 2 * todo.bytes - run.size())
-        tokens = _tokens(todo, run, device, cache or Cache(None), progress) if todo.streamed else None
+        tokens = _tokens(todo, run, device, cache, progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
             loop: Alone | Streamed = Alone(todo, device)
             if tokens is not None:
@@ -192,15 +178,14 @@ def _dense(source: Source, names: list[str]) -> dict[str, Tensor]:
     tensors = source.read(names)
     if source.dense_dtype is None:
         return tensors
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[source.dense_dtype]
+    dtype = torch_dtype(source.dense_dtype)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _changed(todo: Plan, block: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that transforms have rewritten, as the source stored them."""
     return {
-        name: tensor.to("cpu", TORCH_DTYPE[todo.parts[block][name].dtype]).contiguous()
-        for name, tensor in tensors.items()
+        name: tensor.to("cpu", todo.parts[block][name].torch_dtype).contiguous() for name, tensor in tensors.items()
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.training.loop import Weights
 from qcli.core.activations import Activations
 from qcli.models.stream import ModelStream

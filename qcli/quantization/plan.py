@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qcli.algorithms.method import Method
-from qcli.core.format import Format, StoredTensor
+from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.models.families import Linear
 from qcli.models.open import open_source
@@ -17,6 +17,7 @@ from qcli.models.source import Source
 from qcli.quantization.allocation_options import uniform
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
+from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -122,14 +123,11 @@ class Plan:
 
     def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
         """Of the vectors of a block (norm weights, biases), by name in the block."""
-        import torch
-
-        dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
         prefix = f"{self.source.family.blocks}.{block}."
         return {
-            name.removeprefix(prefix): dtypes[tensor.dtype]
+            name.removeprefix(prefix): tensor.torch_dtype
             for name, tensor in self.parts[block].items()
-            if len(tensor.shape) == 1 and tensor.dtype in dtypes
+            if len(tensor.shape) == 1 and tensor.dtype in HALF_DTYPES
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.method import LinearGroup, Method
+from qcli.algorithms.layer_group import LinearGroup
+from qcli.algorithms.method import Method
 from qcli.models.families import Linear
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import Choices

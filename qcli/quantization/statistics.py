@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.models.stream import ModelStream
 from qcli.utils.errors import UsageError
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qcli.algorithms.method import Method
 from qcli.algorithms.transform import Transform
-from qcli.quantization.allocation_options import Allocation, split
+from qcli.recipe.allocation import Allocation, split
 from qcli.recipe.draft import Draft
 from qcli.recipe.errors import Issue, Origins, issues, unknown
 from qcli.recipe.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS, Model, derived, named_fields, strictly

@@ -24,7 +24,7 @@ from qcli.algorithms.method import Method
 from qcli.algorithms.refine import Refine
 from qcli.algorithms.transform import Transform
 from qcli.core.activations import Activations
-from qcli.quantization.allocation_options import Allocation
+from qcli.recipe.allocation import Allocation
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
 from qcli.recipe.errors import Issue, Origins

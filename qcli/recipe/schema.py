@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcli.quantization.allocation_options import AUTO, OWN, Allocation
+from qcli.recipe.allocation import AUTO, OWN, Allocation
 from qcli.recipe.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS
 from qcli.recipe.recipe import Recipe
 from qcli.utils import registry

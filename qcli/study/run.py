@@ -71,7 +71,7 @@ def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
     from qcli.distillation.distill import distill
     from qcli.evaluation.from_recipe import asked_tasks, evaluate_as_asked
     from qcli.models.manifest import read_manifest
-    from qcli.quantization.job import quantize
+    from qcli.quantization.quantize import quantize
 
     recipe, final = run.recipe, work / "quantized"
     if not final.exists():

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from qcli.utils.dtypes import COMPUTE_DTYPES, torch_dtype
 from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.launch import count
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,9 +64,9 @@ def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype that activations and dense weights are held in; `auto` gives `auto`."""
     if name == "auto":
         return auto
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is not supported", hint=f"auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in COMPUTE_DTYPES:
+        raise UsageError(f"dtype {name!r} is not supported", hint=f"auto, {', '.join(COMPUTE_DTYPES)}")
+    return torch_dtype(name)
 
 
 def has_fast_matmul(device: torch.device) -> bool:

@@ -12,36 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from qcli.core.format import StoredTensor
+from qcli.utils.dtypes import DTYPES, StoredTensor
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
-
-
-class _Dtype(NamedTuple):
-    bytes: int
-    torch: str
-
-
-DTYPES = {
-    "F64": _Dtype(8, "float64"),
-    "F32": _Dtype(4, "float32"),
-    "F16": _Dtype(2, "float16"),
-    "BF16": _Dtype(2, "bfloat16"),
-    "F8_E4M3": _Dtype(1, "float8_e4m3fn"),
-    "F8_E5M2": _Dtype(1, "float8_e5m2"),
-    "I64": _Dtype(8, "int64"),
-    "I32": _Dtype(4, "int32"),
-    "I16": _Dtype(2, "int16"),
-    "I8": _Dtype(1, "int8"),
-    "U8": _Dtype(1, "uint8"),
-    "BOOL": _Dtype(1, "bool"),
-}
 
 
 @dataclass(frozen=True)
@@ -117,8 +96,7 @@ def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
         with extent.file.open("rb", buffering=0) as stream:
             stream.seek(extent.start)
             _fill(stream, memoryview(buffer.numpy().data), extent.file)
-        dtype = getattr(torch, DTYPES[extent.stored.dtype].torch)
-        tensors[name] = buffer.view(dtype).view(extent.stored.shape)
+        tensors[name] = buffer.view(extent.stored.torch_dtype).view(extent.stored.shape)
     return tensors
 
 

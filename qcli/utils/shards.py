@@ -16,14 +16,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.core.format import StoredTensor
+from qcli.utils.dtypes import STORED_NAME, StoredTensor
 from qcli.utils.errors import ResourceError
-from qcli.utils.safetensors import DTYPES, Extent
+from qcli.utils.safetensors import Extent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPE = {f"torch.{dtype.torch}": name for name, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -32,7 +31,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     import torch
 
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    entries = {name: StoredTensor(_DTYPE[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()}
+    entries = {
+        name: StoredTensor(STORED_NAME[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()
+    }
     raw = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values())
     _write_whole(file, chain([header_text(entries)], raw))
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qcli.algorithms.layer_group import HESSIAN, LinearGroup
 from qcli.algorithms.low_rank import LowRankCompensation
-from qcli.algorithms.method import HESSIAN, LinearGroup, Method, Solution
+from qcli.algorithms.method import Method, Solution
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.rtn import RTN
 from qcli.algorithms.solvers.low_rank import factors, leading_directions, weighted_error
@@ -28,7 +29,7 @@ from qcli.export.verify import verify
 from qcli.models import manifest as checkpoint
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
 from qcli.utils.errors import UnsupportedError, VerificationError

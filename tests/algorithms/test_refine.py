@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.refine import Refine
 from qcli.algorithms.solvers import codebook, grid
 from qcli.algorithms.training.trainable_weight import TrainedWeight
-from qcli.core.format import Format
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook, TableBits
 from qcli.core.formats.low_rank import FactorBits, LowRank
-from qcli.core.weight import QuantizedWeight
+from qcli.core.weight import Format, QuantizedWeight
 from qcli.quantization.objectives import LinearObjective
 
 OUT, IN, TOKENS = 12, 64, 400

@@ -72,7 +72,7 @@ def test_signals_end_a_run_with_one_line(signum: signal.Signals, code: int) -> N
         "def quantize(recipe, progress):\n"
         "    progress('quantize', 0, 30)\n"
         "    time.sleep(60)\n"
-        "sys.modules['qcli.quantization.job'] = types.SimpleNamespace(quantize=quantize)\n"
+        "sys.modules['qcli.quantization.quantize'] = types.SimpleNamespace(quantize=quantize)\n"
         "from qcli.cli.main import main\n"
         "main(['quantize', 'm', '--out', 'x'])\n"
     )

@@ -148,7 +148,7 @@ def test_any_error_of_a_run_is_a_row(
     def broken(*_: object) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr("qcli.quantization.job.quantize", broken)
+    monkeypatch.setattr("qcli.quantization.quantize.quantize", broken)
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--json")
     assert (code, json.loads(stdout)["failed"]) == (1, 3)
     assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err

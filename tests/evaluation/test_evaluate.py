@@ -20,7 +20,7 @@ from qcli.evaluation.results import Evaluation, Score
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.calibrate import calibrate
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import ResourceError, UsageError, VerificationError
 from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.core.weight import QuantizedWeight
 from qcli.export.pack import pack
 from qcli.models.families import Linear
@@ -20,8 +20,8 @@ from qcli.models.manifest import read_manifest
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import choices, mixed
-from qcli.quantization.job import quantize
 from qcli.quantization.plan import plan
+from qcli.quantization.quantize import quantize
 from qcli.quantization.sensitivity import sensitivities
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe

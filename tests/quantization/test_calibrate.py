@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
 from qcli.data.tokens import calibration_tokens
 from qcli.models.open import open_source

@@ -17,7 +17,7 @@ from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.block_loop import SolvedBlock, Streamed
-from qcli.quantization.job import quantize
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
 from tests.quantizing import TOKENS, logits, run, write_text

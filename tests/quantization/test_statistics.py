@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, gather

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qcli.utils.dtypes import DTYPES
 from qcli.utils.errors import UsageError
-from qcli.utils.safetensors import DTYPES, read_header, read_tensors
+from qcli.utils.safetensors import read_header, read_tensors
 
 
 def write(file: Path, header: str, data: bytes = b"") -> Path:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.method import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup, Method, Solution
+from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.method import Method, Solution
 
 if TYPE_CHECKING:
     from typing import Self

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.method import CROSS, LinearGroup, Solution
+from qcli.algorithms.layer_group import CROSS, LinearGroup
+from qcli.algorithms.method import Solution
 from qcli.algorithms.methods._affine import AffineMethod
 from qcli.algorithms.methods._feedback import ErrorFeedback
 

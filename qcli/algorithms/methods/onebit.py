@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.method import LinearGroup, Solution
+from qcli.algorithms.layer_group import LinearGroup
+from qcli.algorithms.method import Solution
 from qcli.algorithms.methods._feedback import LayerByLayer
 from qcli.core.formats.sign import Sign
 

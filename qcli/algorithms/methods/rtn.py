@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from qcli.algorithms.method import HESSIAN, LinearGroup, Solution
+from qcli.algorithms.layer_group import HESSIAN, LinearGroup
+from qcli.algorithms.method import Solution
 from qcli.algorithms.methods._affine import AffineMethod
 
 __all__ = ["RTN"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qcli.core.format import Format
+from qcli.core.weight import Format
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)
 _DIRECT = 256  # rows of a triangle that is inverted in one piece

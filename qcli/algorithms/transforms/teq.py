@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qcli.algorithms.transform import ChannelScale, Transform
-from qcli.core.format import Format
 from qcli.core.formats._grouped import Grouped
 from qcli.core.formats.affine import Affine
+from qcli.core.weight import Format
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:

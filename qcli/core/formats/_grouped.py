@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from qcli.core.format import Format
+from qcli.core.weight import Format
 
 if TYPE_CHECKING:
     from torch import Tensor

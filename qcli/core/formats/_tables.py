@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qcli.core.format import StoredTensor
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -25,11 +25,9 @@ def symmetric_int8(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def check_tables(tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None:
     """Raise VerificationError unless every table of `stored` has its shape and dtype and is finite."""
-    from qcli.core.weight import TORCH_DTYPE
-
     for name, expected in stored.items():
         table = tables[name]
-        if tuple(table.shape) != expected.shape or table.dtype != TORCH_DTYPE[expected.dtype]:
+        if tuple(table.shape) != expected.shape or table.dtype != expected.torch_dtype:
             raise VerificationError(
                 f"{name} is {table.dtype} {list(table.shape)}, not {expected.dtype} {expected.shape}"
             )

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qcli.core.format import Rounder, StoredTensor
 from qcli.core.formats._grouped import Leveled
 from qcli.core.formats._tables import check_tables, symmetric_int8
+from qcli.core.weight import Rounder
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from qcli.core.format import Format, Rounder, StoredTensor, from_spec
 from qcli.core.formats._tables import check_tables, symmetric_int8
+from qcli.core.weight import Format, Rounder, from_spec
+from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

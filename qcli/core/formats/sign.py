@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qcli.core.format import Format, Rounder, StoredTensor
 from qcli.core.formats._tables import check_tables
+from qcli.core.weight import Format, Rounder
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:

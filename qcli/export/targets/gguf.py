@@ -15,6 +15,7 @@ from qcli.models.gguf import GGUFSource
 from qcli.models.native import NativeSource
 from qcli.models.open import PACKED_GGUF, Source
 from qcli.utils import shards
+from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.progress import Progress
 
@@ -201,16 +202,13 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         tensor = source.read([entry.original])[entry.original]
         if self._shifts_norms and entry.original.endswith("norm.weight"):
             tensor = tensor.float() + source.family.norm_offset
-        if entry.type in _DTYPES:
-            tensor = tensor.to(getattr(torch, _DTYPES[entry.type])).contiguous()
+        if entry.type in WEIGHT_DTYPES:
+            tensor = tensor.to(torch_dtype(entry.type)).contiguous()
             return tensor if entry.type == "F32" else tensor.view(torch.uint8)
         import gguf
         from gguf.quants import quantize
 
         return torch.from_numpy(quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[entry.type]))
-
-
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _announce(writer: Any, entry: _Entry) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcli.core.activations import Activations
-from qcli.core.format import StoredTensor
 from qcli.core.formats.affine import Affine
 from qcli.models.families import Linear
 from qcli.models.manifest import Packed, stored_tensors
 from qcli.models.packed import PackedSource
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent, read_bytes
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qcli.core.activations import Activations
-from qcli.core.format import StoredTensor
 from qcli.core.formats.affine import Affine
 from qcli.models.manifest import Packed
 from qcli.models.packed import PackedSource
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent
 

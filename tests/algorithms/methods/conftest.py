@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.algorithms.method import LinearGroup, Method
+from qcli.algorithms.layer_group import LinearGroup
+from qcli.algorithms.method import Method
 
 Case = tuple[LinearGroup, Tensor, Tensor]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qcli.algorithms.method import LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
 from qcli.core.formats.codebook import Codebook
 from qcli.export.verify import verify
-from qcli.quantization.job import quantize
 from qcli.quantization.plan import plan
+from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from tests.algorithms.methods.conftest import Case, loss
 from tests.quantizing import logits, run, streamed, write_text

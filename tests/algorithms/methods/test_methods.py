@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from qcli.algorithms.method import LinearGroup, Method
+from qcli.algorithms.layer_group import LinearGroup
+from qcli.algorithms.method import Method
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
 from qcli.algorithms.methods.rtn import RTN

@@ -9,9 +9,9 @@ import torch
 
 from qcli.algorithms.solvers import codebook, feedback, grid, tables
 from qcli.algorithms.solvers.target import refit
-from qcli.core.format import Format
 from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.formats.codebook import Codebook
+from qcli.core.weight import Format
 
 
 def problem(inputs: int = 24, outputs: int = 10, tokens: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,9 +13,9 @@ from qcli.algorithms.solvers import grid
 from qcli.algorithms.training.loop import Weights
 from qcli.algorithms.transform import ChannelScale
 from qcli.algorithms.transforms.teq import TEQ, _Transformed
-from qcli.core.format import Format
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
+from qcli.core.weight import Format
 
 W3 = Affine(bits=3, group_size=16)
 FORMATS = [

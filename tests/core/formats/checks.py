@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.core.weight import TORCH_DTYPE, QuantizedWeight
+from qcli.core.weight import QuantizedWeight
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -17,7 +17,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def stored_as_announced(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight after a way through its stored tensors, which are those that its format announces."""
     stored, announced = weight.format.to_stored(weight), weight.format.stored(weight.shape)
-    assert {name: (TORCH_DTYPE[t.dtype], t.shape) for name, t in announced.items()} == {
+    assert {name: (t.torch_dtype, t.shape) for name, t in announced.items()} == {
         name: (t.dtype, tuple(t.shape)) for name, t in stored.items()
     }
     again = weight.format.from_stored(stored, weight.shape)

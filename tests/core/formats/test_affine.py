@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcli.algorithms.solvers import grid
-from qcli.core.format import Format, from_spec
 from qcli.core.formats.affine import Affine, ZeroPoint
-from qcli.core.weight import QuantizedWeight, QuantLinear
+from qcli.core.weight import Format, QuantizedWeight, from_spec
+from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 from tests.core.formats.checks import stored_as_announced
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcli.core.format import Format, from_spec
 from qcli.core.formats.dual_binary import ALPHA1, ALPHA2, DualBinary, Levels
 from qcli.core.formats.low_rank import LowRank
 from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
-from qcli.core.weight import QuantizedWeight, QuantLinear
+from qcli.core.weight import Format, QuantizedWeight, from_spec
+from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 from tests.core.formats.checks import (
     drawn,

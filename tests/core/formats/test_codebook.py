@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcli.algorithms.solvers import grid
-from qcli.core.format import from_spec
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, SHARED, Codebook, TableBits
-from qcli.core.weight import QuantizedWeight, QuantLinear
+from qcli.core.weight import QuantizedWeight, from_spec
+from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 from tests.core.formats.checks import (
     drawn,

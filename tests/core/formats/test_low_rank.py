@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcli.algorithms.solvers import grid
-from qcli.core import weight as quantized
-from qcli.core.format import from_spec
 from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.formats.low_rank import FactorBits, LowRank
-from qcli.core.weight import TORCH_DTYPE, QuantizedWeight, QuantLinear
+from qcli.core.weight import QuantizedWeight, from_spec
+from qcli.inference import linear
+from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 
 FACTOR_BITS: tuple[FactorBits, ...] = (8, 16)
@@ -46,7 +46,7 @@ def test_storage_round_trips_bit_for_bit(bits: int, zero_point: ZeroPoint, facto
     weight = weight_of(format, (12, 40))
     weight.check()
     stored = format.to_stored(weight)
-    assert {name: (TORCH_DTYPE[t.dtype], t.shape) for name, t in format.stored((12, 40)).items()} == {
+    assert {name: (t.torch_dtype, t.shape) for name, t in format.stored((12, 40)).items()} == {
         name: (t.dtype, tuple(t.shape)) for name, t in stored.items()
     }
     again = format.from_stored(stored, (12, 40))
@@ -106,7 +106,7 @@ def test_factors_are_rounded_to_the_nearest(factor_bits: FactorBits) -> None:
 def test_quant_linear_computes_with_the_decoded_weight(
     zero_point: ZeroPoint, factor_bits: FactorBits, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized, "_TILE", tile)
+    monkeypatch.setattr(linear, "_TILE", tile)
     format = low_rank(zero_point=zero_point, factor_bits=factor_bits)
     weight, bias, x = weight_of(format, (24, 40)), drawn(24, seed=5), drawn(3, 5, 40, seed=6)
     layer = QuantLinear(format, 40, 24, bias)
@@ -114,7 +114,7 @@ def test_quant_linear_computes_with_the_decoded_weight(
     torch.testing.assert_close(layer(x), F.linear(x, weight.dense(), bias), rtol=1e-5, atol=1e-5)
     halved = layer.to(torch.bfloat16)
     assert {name: table.dtype for name, table in halved.named_buffers()} == {
-        name: TORCH_DTYPE[stored.dtype] for name, stored in format.stored((24, 40)).items()
+        name: stored.torch_dtype for name, stored in format.stored((24, 40)).items()
     }
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 

@@ -1,0 +1,26 @@
+"""The main verb: read a model block by block, choose codes, write a checkpoint that loads."""
+
+from __future__ import annotations
+
+from qcli.quantization.allocate import allocate
+from qcli.quantization.job import Result, quantize_as_written
+from qcli.recipe.recipe import Recipe
+from qcli.utils.cache import Cache
+from qcli.utils.progress import Progress, silent
+
+
+def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = None) -> Result:
+    """Quantize a model as the recipe says; `recipe.out` appears complete or not at all.
+
+    Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
+
+    Args:
+        cache: keeps the calibration tokens for other runs on the same text.
+
+    Raises:
+        UsageError: the recipe does not fit the model, or the data is not usable.
+        StateError: the output exists or belongs to another run.
+        ResourceError: no space.
+    """
+    work = quantize_as_written if recipe.allocation is None else allocate
+    return work(recipe, progress, cache or Cache(None))
