@@ -71,7 +71,7 @@ def moments(folder: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
                     assert fitted.hessian is not None and held.hessian is not None
                     for path, weight in fitted.weights.items():
                         found.append((f"{index}.{path}", weight.clone(), fitted.hessian, held.hessian))
-            hidden = [stream.run_block(block, index, batch) for batch in hidden]
+            stream.advance(block, index, hidden)
     return found
 
 

@@ -94,10 +94,7 @@ SCHEMES = ((4, True), (4, False), (3, False), (8, True))
 def ours(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
     """Logits of qcli's own evaluation in float32, `[windows, tokens, vocabulary]`."""
     stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
-    hidden = stream.embed(tokens)
-    for index in range(stream.n_blocks):
-        hidden = stream.run_block(stream.load_block(index), index, hidden)
-    return f"qcli {qcli.__version__}", stream.logits(hidden)
+    return f"qcli {qcli.__version__}", stream.logits_of(tokens)
 
 
 @torch.no_grad()

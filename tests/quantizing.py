@@ -48,10 +48,7 @@ def streamed(folder: Path) -> torch.Tensor:
     """Logits of a folder through the stream that calibration and evaluation use."""
     stream = ModelStream(open_source(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
-        hidden = stream.embed(TOKENS)
-        for index in range(stream.n_blocks):
-            hidden = stream.run_block(stream.load_block(index), index, hidden)
-        return stream.logits(hidden)
+        return stream.logits_of(TOKENS)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -44,7 +44,7 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
     given = [student.embed(sample[None]) for sample in lesson.tokens[lesson.n_trained :]]
     for index in range(student.n_blocks):
         progress("blocks", index, student.n_blocks)
-        _advance(theirs, teacher, index, teacher.load_block(index), fast)
+        _advance(teacher, teacher.load_block(index), index, theirs, fast)
         part = f"block-{index}"
         if (file := run.done(part)) is None:
             found, outcome = _train_block(lesson, student, teacher, index, ours, theirs)
@@ -53,8 +53,8 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
         tensors = load_file(file)
         stored |= tensors
         outcomes.append(Outcome(**run.report(part)))
-        _advance(given, student, index, student.load_block(index), fast)
-        _advance(ours, student, index, _as_stored(lesson, student, index, tensors), fast)
+        _advance(student, student.load_block(index), index, given, fast)
+        _advance(student, _as_stored(lesson, student, index, tensors), index, ours, fast)
     progress("blocks", student.n_blocks, student.n_blocks)
     held = range(lesson.n_trained, len(lesson.tokens))
     wanted, trained = ([rows(hidden, [row]) for row in held] for hidden in (theirs, ours))
@@ -143,8 +143,6 @@ def _kl(teacher: ModelStream, student: ModelStream, wanted: list[Tensor], found:
     return total / len(wanted)
 
 
-def _advance(hidden: list[Tensor], stream: ModelStream, index: int, block: nn.Module, fast: bool) -> None:
-    """Take hidden states through a block, in place."""
-    with matmul_precision(fast=fast, device=stream.device), torch.no_grad():
-        for number, batch in enumerate(hidden):
-            hidden[number] = stream.run_block(block, index, batch)
+def _advance(stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor], fast: bool) -> None:
+    with matmul_precision(fast=fast, device=stream.device):
+        stream.advance(block, index, hidden)

@@ -6,7 +6,7 @@ so dense weights of one block exist at a time, and what a block consists of can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qcli.algorithms.training.losses import listed
 from qcli.algorithms.training.trainable_weight import TrainedWeight
-from qcli.models.stream import ModelStream
+from qcli.models.stream import BlockForward, ModelStream
 from qcli.utils.device import matmul_precision
 
 
@@ -109,14 +109,11 @@ class Teacher(nn.Module):
         return _predict(self.stream, blocks, tokens, hidden=hidden, fast=self.fast)
 
 
-_Block = Callable[[Tensor], Tensor]
-
-
-def _fixed(block: StudentBlock, final: bool) -> _Block:
+def _fixed(block: StudentBlock, final: bool) -> BlockForward:
     return lambda hidden: cast("Tensor", block(hidden, final))
 
 
-def _as_is(stream: ModelStream, index: int, block: nn.Module, fast: bool) -> _Block:
+def _as_is(stream: ModelStream, index: int, block: nn.Module, fast: bool) -> BlockForward:
     def run(hidden: Tensor) -> Tensor:
         with matmul_precision(fast=fast, device=stream.device):
             return stream.run_block(block, index, hidden)
@@ -124,10 +121,11 @@ def _as_is(stream: ModelStream, index: int, block: nn.Module, fast: bool) -> _Bl
     return run
 
 
-def _predict(stream: ModelStream, blocks: Iterable[_Block], tokens: Tensor, *, hidden: bool, fast: bool) -> Predictions:
-    state, after = stream.embed(tokens), []
-    for block in blocks:
-        state = block(state)
+def _predict(
+    stream: ModelStream, blocks: Iterable[BlockForward], tokens: Tensor, *, hidden: bool, fast: bool
+) -> Predictions:
+    after = []
+    for state in stream.hidden_states(tokens, blocks):
         if hidden:
             after.append(state.flatten(0, -2))
     with matmul_precision(fast=fast, device=stream.device):

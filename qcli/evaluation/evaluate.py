@@ -21,7 +21,7 @@ from qcli.evaluation.scoring import Run, score
 from qcli.evaluation.tasks import TaskResult, Tasks
 from qcli.models.manifest import MANIFEST, read_manifest, versions
 from qcli.models.open import Source, open_source
-from qcli.models.stream import ModelStream
+from qcli.models.stream import ModelStream, batches
 from qcli.utils.cache import Cache
 from qcli.utils.device import matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.errors import ResourceError, UsageError
@@ -29,7 +29,6 @@ from qcli.utils.memory import free_memory
 from qcli.utils.progress import Progress, silent
 
 _WINDOW = 2048
-_BATCH_TOKENS = 4096  # in flight in one block
 
 
 def evaluate(
@@ -120,9 +119,10 @@ def compare(
 
         def run(name: str, source: Source, keep: Cache) -> Run:
             stream = ModelStream(source, device=where, dtype=precision)
-            key = {"hidden": [tokens.sha256 for tokens in sets], **_key(source, where, precision, keep)}
+            key = {"last_hidden": [tokens.sha256 for tokens in sets], **_key(source, where, precision, keep)}
             states = keep.tensors(key, lambda: _run_blocks(stream, sets, f"evaluating {name}", progress))
-            return Run(name, stream, [states[str(number)] for number in range(len(sets))])
+            numbered = [range(len(batches(tokens.ids))) for tokens in sets]
+            return Run(name, stream, [[states[f"{i}.{batch}"] for batch in n] for i, n in enumerate(numbered)])
 
         def ask(name: str, source: Source, keep: Cache) -> dict[str, TaskResult]:
             if tasks is None:
@@ -157,7 +157,7 @@ def compare(
             blocks = None
             if layers and reference is not None:
                 both = [ModelStream(each, device=where, dtype=precision) for each in (source, reference)]
-                blocks = layer_errors(both[0], both[1], _batches(sets[0].ids), progress)
+                blocks = layer_errors(both[0], both[1], batches(sets[0].ids), progress)
             found[-1] = replace(found[-1], tasks=ask(name, source, none), blocks=blocks)
     return found
 
@@ -278,25 +278,13 @@ def _plain(results: Mapping[str, TaskResult]) -> dict[str, Any]:
 
 
 def _run_blocks(stream: ModelStream, sets: list[Tokens], stage: str, progress: Progress) -> dict[str, Tensor]:
-    """Hidden states after the last block by the number of their data set, on the CPU."""
+    """Hidden states after the last block, on the CPU, as `SET.BATCH`."""
     if not sets:
         return {}
     progress(stage, 0, stream.n_blocks)
-    hidden = [torch.cat([stream.embed(ids).cpu() for ids in _batches(tokens.ids)]) for tokens in sets]
+    names = [f"{i}.{batch}" for i, tokens in enumerate(sets) for batch in range(len(batches(tokens.ids)))]
+    hidden = [stream.embed(batch).cpu() for tokens in sets for batch in batches(tokens.ids)]
     for index in range(stream.n_blocks):
-        _run_block(stream, index, hidden)
+        stream.advance(stream.load_block(index), index, hidden)
         progress(stage, index + 1, stream.n_blocks)
-    return {str(number): states for number, states in enumerate(hidden)}
-
-
-def _run_block(stream: ModelStream, index: int, hidden: list[Tensor]) -> None:
-    """Take all hidden states through one block, in place; the block is gone afterwards."""
-    block = stream.load_block(index)
-    for states in hidden:
-        for batch in _batches(states):
-            batch.copy_(stream.run_block(block, index, batch.to(stream.device)))
-
-
-def _batches(windows: Tensor) -> Sequence[Tensor]:
-    """Views of a few windows each."""
-    return torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1]))
+    return dict(zip(names, hidden, strict=True))

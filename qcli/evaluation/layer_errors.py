@@ -49,9 +49,9 @@ def layer_errors(
             reference.get_submodule(path).register_forward_hook(_Compare(block.get_submodule(path), sums))
         own, accumulated = _Sums(), _Sums()
         for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
-            target = baseline.run_block(reference, index, its.to(baseline.device))
-            own.add(model.run_block(block, index, its.to(model.device)), target)
-            output = model.run_block(block, index, mine.to(model.device))
+            target = baseline.run_block(reference, index, its)
+            own.add(model.run_block(block, index, its), target)
+            output = model.run_block(block, index, mine)
             accumulated.add(output, target)
             ours[number], theirs[number] = output.cpu(), target.cpu()
         errors = {path: sums.relative for path, sums in layers.items()}

@@ -19,11 +19,15 @@ _LOGITS = 1 << 25  # logits in memory at a time, a model
 
 @dataclass(frozen=True)
 class Run:
-    """A model, and by data set the hidden states `[windows, length, hidden]` after its last block."""
+    """A model, and by data set the hidden states after its last block, `[batch, length, hidden]` each."""
 
     name: str
     stream: ModelStream
-    hidden: list[Tensor]
+    hidden: list[list[Tensor]]
+
+    def windows(self, index: int) -> list[Tensor]:
+        """Hidden states `[length, hidden]` of each window of a data set; views."""
+        return [window for batch in self.hidden[index] for window in batch]
 
 
 def score(tokens: Tokens, index: int, own: Run, baseline: Run | None, progress: Progress) -> Score:
@@ -38,16 +42,17 @@ def score(tokens: Tokens, index: int, own: Run, baseline: Run | None, progress: 
     """
     windows, window = tokens.ids.shape
     positions = _LOGITS // own.stream.config.get_text_config().vocab_size
+    states, baseline_states = own.windows(index), [] if baseline is None else baseline.windows(index)
     nll = baseline_nll = agreed = 0.0
     kl = [0.0] * windows
     for row in range(windows):
         for start in range(0, window - 1, positions):
             stop = min(start + positions, window - 1)
             targets = tokens.ids[row, start + 1 : stop + 1]
-            log = _log_probabilities(own, own.hidden[index][row, start:stop])
+            log = _log_probabilities(own, states[row][start:stop])
             nll += _nll(log, targets)
             if baseline is not None:
-                reference = _log_probabilities(baseline, baseline.hidden[index][row, start:stop])
+                reference = _log_probabilities(baseline, baseline_states[row][start:stop])
                 if log.shape != reference.shape:
                     raise UsageError(
                         f"{own.name} and baseline have vocabularies of {log.shape[1]} and {reference.shape[1]}",
@@ -82,7 +87,7 @@ def _log_probabilities(run: Run, hidden: Tensor) -> Tensor:
 
     Final norm and head look at one position at a time, so that a window need not be whole.
     """
-    logits = run.stream.logits(hidden[None].to(run.stream.device))[0].float()
+    logits = run.stream.logits(hidden[None])[0].float()
     if not bool(logits.isfinite().all()):
         raise VerificationError(
             f"{run.name}: its logits hold NaN or infinity",

@@ -147,7 +147,4 @@ def _logits(model: Source, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = stream.model.get_input_embeddings().num_embeddings
     with matmul_precision(fast=False):
-        hidden = stream.embed(torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator))
-        for index in range(stream.n_blocks):
-            hidden = stream.run_block(stream.load_block(index), index, hidden)
-        return stream.logits(hidden).float()
+        return stream.logits_of(torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator)).float()

@@ -9,8 +9,9 @@ no family needs code of its own here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from qcli.models.source import Source
 from qcli.utils.errors import UnsupportedError, UsageError
+
+BATCH_TOKENS = 4096  # in one pass through a block
+BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
+
+
+def batches(windows: Tensor) -> tuple[Tensor, ...]:
+    """Split `[windows, length, ...]` into views of `BATCH_TOKENS` tokens, or of one window if that is longer."""
+    return windows.split(max(1, BATCH_TOKENS // windows.shape[1])) if len(windows) else ()
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,12 @@ class ModelStream:
     def run_block(
         self, block: nn.Module, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape.
+        """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape, on the stream's device.
 
         Args:
             weights: `[out, in]` by path of a linear in the block: used in place of the block's own, differentiably.
         """
+        hidden = hidden.to(self.device)
         call = self.calls(*hidden.shape[:2])[index]
         if weights is None:
             output = block(hidden, *call.args, **call.kwargs)
@@ -131,13 +141,42 @@ class ModelStream:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: last block's output `[batch, length, hidden]` -> `[batch, length, vocab]`."""
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        self._stand_ins[0].output = hidden
+        self._stand_ins[0].output = hidden.to(self.device)
         try:
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
         self._entered()
         return logits
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int, hidden: list[Tensor]) -> None:
+        """Replace the inputs of block `index` by its outputs, batch by batch: the two never exist at once in full.
+
+        Args:
+            block: the module to run.
+            hidden: `[batch, length, hidden]` each; every batch stays on the device it lies on.
+        """
+        for number, batch in enumerate(hidden):
+            hidden[number] = self.run_block(block, index, batch).to(batch.device)
+
+    def hidden_states(self, tokens: Tensor, blocks: Iterable[BlockForward] | None = None) -> Iterator[Tensor]:
+        """The output `[batch, length, hidden]` of each block in turn for int64 tokens `[batch, length]`.
+
+        Args:
+            blocks: what to run; by default the source's blocks, of which one at a time is in memory.
+        """
+        hidden = self.embed(tokens)
+        for block in self._block_forwards() if blocks is None else blocks:
+            hidden = block(hidden)
+            del block  # frees it before the next is loaded
+            yield hidden
+
+    def logits_of(self, tokens: Tensor, blocks: Iterable[BlockForward] | None = None) -> Tensor:
+        """Logits `[batch, length, vocab]` for int64 tokens `[batch, length]`; `blocks` as for `hidden_states`."""
+        for hidden in self.hidden_states(tokens, blocks):
+            last = hidden
+        return self.logits(last)
 
     def drop_vocabulary(self) -> None:
         """Free embedding and head, often larger than a block; `embed` and `logits` may not be called any more."""
@@ -155,6 +194,10 @@ class ModelStream:
     def set_weight(module: nn.Module, weight: Tensor) -> None:
         """Overwrite the weight of a linear layer with `[out, in]` values, in its own dtype and device."""
         ModelStream.weight_of(module).copy_(weight)
+
+    def _block_forwards(self) -> Iterator[BlockForward]:
+        for index in range(self.n_blocks):
+            yield partial(self.run_block, self.load_block(index), index)
 
     def _entered(self) -> Tensor:
         """What the last forward pass brought to the first block; no stand-in keeps it."""

@@ -20,7 +20,7 @@ from qcli.algorithms.methods.rtn import RTN
 from qcli.data.tokens import CALIBRATION, calibration_tokens, text_identity
 from qcli.models.families import Linear
 from qcli.models.open import open_source
-from qcli.models.stream import ModelStream
+from qcli.models.stream import ModelStream, batches
 from qcli.utils import shards
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.errors import StateError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from qcli.recipe.recipe import Recipe
 
 FORMAT_VERSION = 1
-_BATCH_TOKENS = 4096  # in flight in one block
 _BITS = (2, 3, 4)
 _GROUP_SIZE = 64
 
@@ -121,8 +120,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
         fast = recipe.dtype == "auto" and has_fast_matmul(device)
         with matmul_precision(fast=fast), torch.inference_mode():
             stream = ModelStream(source, device=device, dtype=dtype)
-            batches = torch.split(tokens.ids, max(1, _BATCH_TOKENS // tokens.ids.shape[1]))
-            hidden = [stream.embed(batch) for batch in batches]
+            hidden = [stream.embed(batch) for batch in batches(tokens.ids)]
             progress("calibrate", 0, stream.n_blocks)
             for index in range(stream.n_blocks):
                 members = [linear for linear in linears if linear.block == index]
@@ -195,8 +193,7 @@ def _run_block(
         seen = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
         reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
         inputs.append(seen)
-    for number, states in enumerate(hidden):
-        hidden[number] = stream.run_block(block, index, states)
+    stream.advance(block, index, hidden)
     for linear in members:
         path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
         weight = ModelStream.weight_of(block.get_submodule(path)).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +146,12 @@ class ModelObjective:
 
     def _logits(self, tokens: Tensor, weights: Weights) -> Tensor:
         with matmul_precision(fast=self.fast, device=self.stream.device):
-            hidden, by_block = self.stream.embed(tokens), _by_block(weights)
-            for index, block in enumerate(self.blocks):
-                hidden = self.stream.run_block(block, index, hidden, by_block.get(str(index), {}))
-            return self.stream.logits(hidden).float()
+            by_block = _by_block(weights)
+            blocks = (
+                partial(self.stream.run_block, block, index, weights=by_block.get(str(index)))
+                for index, block in enumerate(self.blocks)
+            )
+            return self.stream.logits_of(tokens, blocks).float()
 
 
 def _by_block(weights: Weights) -> dict[str, dict[str, Tensor]]:

@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method
 from qcli.models.families import Linear
-from qcli.models.stream import ModelStream
+from qcli.models.stream import ModelStream, batches
 from qcli.quantization.allocation_options import Choices
 from qcli.utils.progress import Progress
 
 Losses = dict[str, list[float]]
 
-_BATCH_TOKENS = 4096  # in flight in one block
 _LOGITS = 1 << 24  # in memory at a time
 
 
@@ -52,12 +51,11 @@ def sensitivities(
         tokens: int64 `[samples, length]`.
         kept: given a block and how its losses are found, gives them; perhaps from an earlier run.
     """
-    batches = torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
-    entering: list[list[Tensor]] = [[stream.embed(batch).cpu() for batch in batches]]
-    with torch.no_grad():
-        for index in range(stream.n_blocks):
-            block = stream.load_block(index)
-            entering.append([stream.run_block(block, index, h.to(stream.device)).cpu() for h in entering[-1]])
+    entering = [[stream.embed(batch).cpu() for batch in batches(tokens)]]
+    for index in range(stream.n_blocks):
+        outputs = list(entering[-1])
+        stream.advance(stream.load_block(index), index, outputs)
+        entering.append(outputs)
     gradients = _of_predictions(stream, entering.pop(), found.recipe.seed)
     losses: Losses = {}
     for done, index in enumerate(reversed(range(stream.n_blocks))):

@@ -17,6 +17,7 @@ from qcli.evaluation import evaluate as module
 from qcli.evaluation import scoring
 from qcli.evaluation.evaluate import compare, evaluate
 from qcli.evaluation.results import Evaluation, Score
+from qcli.models import stream
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.calibrate import calibrate
@@ -44,7 +45,7 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, the last one smaller, and several slices of each window."""
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 130)
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 130)
     monkeypatch.setattr(scoring, "_LOGITS", 23 * VOCAB)
 
 

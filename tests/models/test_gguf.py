@@ -82,11 +82,8 @@ def test_weights_and_logits_are_those_of_transformers(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name])
     stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
     tokens = torch.arange(3, 19).view(1, 16)
-    hidden = stream.embed(tokens)
-    for index in range(stream.n_blocks):
-        hidden = stream.run_block(stream.load_block(index), index, hidden)
     with torch.no_grad():
-        assert torch.equal(stream.logits(hidden), model(input_ids=tokens).logits)
+        assert torch.equal(stream.logits_of(tokens), model(input_ids=tokens).logits)
 
 
 def test_the_weights_survive_llama_cpps_row_order(tmp_path: Path) -> None:
@@ -164,7 +161,4 @@ def test_a_real_model_completes_a_sentence() -> None:
     stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
     sentence = [504, 3575, 282, 7158, 314, 7268, 30, 378, 3575, 282, 4649, 314]
     tokens = torch.tensor([sentence])  # The capital of Italy is Rome. The capital of France is
-    hidden = stream.embed(tokens)
-    for index in range(stream.n_blocks):
-        hidden = stream.run_block(stream.load_block(index), index, hidden)
-    assert stream.logits(hidden)[0, -1].argmax() == 7042  # Paris
+    assert stream.logits_of(tokens)[0, -1].argmax() == 7042  # Paris

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qcli.models import stream as module
 from qcli.models.families import FAMILIES
 from qcli.models.open import open_source
-from qcli.models.stream import ModelStream
+from qcli.models.stream import ModelStream, batches
 from qcli.utils.errors import UsageError
 from tests.tiny import VARIANTS, tiny_model
 
@@ -34,10 +35,7 @@ def streamed(path: Path, dtype: torch.dtype = torch.float32) -> ModelStream:
 
 
 def run(stream: ModelStream, tokens: Tensor = TOKENS) -> Tensor:
-    hidden = stream.embed(tokens)
-    for index in range(stream.n_blocks):
-        hidden = stream.run_block(stream.load_block(index), index, hidden)
-    return stream.logits(hidden)
+    return stream.logits_of(tokens)
 
 
 def whole(path: Path, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,6 +84,19 @@ def test_batches_of_other_shapes_have_calls_of_their_own(tmp_path: Path) -> None
     torch.testing.assert_close(run(stream, TOKENS[:1]), both[:1])
     torch.testing.assert_close(run(stream, TOKENS[:, :7]), both[:, :7])
     assert stream.calls(1, 24) is stream.calls(1, 24)
+
+
+def test_batches_advance_in_place_as_the_whole_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = streamed(tiny_model("llama", tmp_path))
+    monkeypatch.setattr(module, "BATCH_TOKENS", 24 + 23)
+    parts = batches(TOKENS)
+    assert [part.shape for part in parts] == [(1, 24), (1, 24)]
+    hidden = [stream.embed(part) for part in parts]
+    for index, expected in enumerate(stream.hidden_states(TOKENS)):
+        stream.advance(stream.load_block(index), index, hidden)
+        torch.testing.assert_close(torch.cat(hidden), expected)
+    torch.testing.assert_close(torch.cat([stream.logits(batch) for batch in hidden]), run(stream))
+    assert batches(TOKENS[:0]) == ()
 
 
 def test_only_what_lies_outside_the_blocks_has_memory(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,8 @@ def test_predictions_follow_what_quantizing_one_layer_does(tmp_path: Path) -> No
     blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
 
     def predictions() -> torch.Tensor:
-        hidden = stream.embed(tokens)
-        for index, block in enumerate(blocks):
-            hidden = stream.run_block(block, index, hidden)
-        return stream.logits(hidden).log_softmax(-1)
+        forwards = [partial(stream.run_block, block, index) for index, block in enumerate(blocks)]
+        return stream.logits_of(tokens, forwards).log_softmax(-1)
 
     predicted, true = [], []
     with torch.no_grad():

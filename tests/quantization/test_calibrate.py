@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
 from qcli.data.tokens import calibration_tokens
+from qcli.models import stream
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization import calibrate as module
 from qcli.quantization.calibrate import calibrate
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Calibration
@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, the last one smaller."""
-    monkeypatch.setattr(module, "_BATCH_TOKENS", 70)
+    monkeypatch.setattr(stream, "BATCH_TOKENS", 70)
 
 
 def recipe(model: Path, text: str) -> Recipe:

@@ -139,10 +139,8 @@ def loaded(folder: Path) -> ModelStream:
 def through(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Hidden states after the last block."""
     stream = loaded(folder)
-    hidden = stream.embed(tokens)
-    for index in range(stream.n_blocks):
-        hidden = stream.run_block(stream.load_block(index), index, hidden)
-    return hidden
+    *_, last = stream.hidden_states(tokens)
+    return last
 
 
 @pytest.mark.parametrize("refined", [False, True])
