@@ -19,6 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks import common
 from qcli.utils import shards
+from qcli.utils.files import write_json
 
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000
 
@@ -67,7 +68,7 @@ def write_llama(folder: Path, blocks: int) -> int:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
         write(f"block-{block:05d}.safetensors", tensors)
-    shards.write_json(folder / shards.INDEX, {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / shards.INDEX, {"metadata": {}, "weight_map": weight_map})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -1,13 +1,12 @@
 """What `qcli run` has done already: the record beside its results."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qcli.utils.errors import StateError
+from qcli.utils.files import read_json, write_json
 from qcli.utils.run_folder import differences
-from qcli.utils.shards import write_json
 
 RECORD = "stages.json"
 
@@ -22,7 +21,7 @@ class Stages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+            self.record: dict[str, Any] = read_json(folder / RECORD)
         except FileNotFoundError:
             self.record = {}
         except ValueError:

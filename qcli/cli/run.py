@@ -51,18 +51,17 @@ def run(
 
 
 def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
-    import json
 
     from qcli.cli._stages import Stages
     from qcli.models.open import open_source
     from qcli.quantization.job import state_of
     from qcli.quantization.plan import plan
-    from qcli.utils.shards import content, write_json
+    from qcli.utils.files import content_hash, read_json, write_json
 
     planned = plan(recipe)
     inputs: dict[str, Any] = {"source": state_of(planned.source), "recipe": recipe.fingerprint_fields()}
     if planned.streamed:
-        inputs |= {"text": content(Path(recipe.calibration.data))}
+        inputs |= {"text": content_hash(Path(recipe.calibration.data))}
     _require_layout(recipe, planned, folder)
     stages, tasks = Stages(folder), _later_stages(planned, folder, session)
     results: dict[str, Any] = {"out": str(folder), "skipped": []}
@@ -81,7 +80,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         results[QUANTIZED] = quantize(step, session.progress).to_json()
     final = folder / QUANTIZED
     if recipe.distill is not None:
-        text = content(Path(recipe.distill_text.data))
+        text = content_hash(Path(recipe.distill_text.data))
         inputs = inputs | {"distill": recipe.distill.model_dump(mode="json"), "distill text": text}
         final = folder / DISTILLED
         if todo(DISTILLED, inputs):
@@ -91,7 +90,10 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
     if recipe.eval is not None:
         read = [*recipe.eval.perplexity, *([recipe.eval.include_path] if recipe.eval.include_path else [])]
-        judged = {"eval": recipe.eval.model_dump(exclude={"gates"}), "eval files": {n: content(Path(n)) for n in read}}
+        judged = {
+            "eval": recipe.eval.model_dump(exclude={"gates"}),
+            "eval files": {n: content_hash(Path(n)) for n in read},
+        }
         if recipe.eval.baseline is not None:
             judged["baseline"] = state_of(open_source(recipe.eval.baseline))
         if todo(EVALUATION, inputs | judged):
@@ -100,7 +102,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
             evaluation = evaluate_as_asked(recipe, final, tasks, Cache(default_folder()), session.progress)
             write_json(folder / EVALUATION, evaluation.to_json())
-        results["eval"] = json.loads((folder / EVALUATION).read_text())
+        results["eval"] = read_json(folder / EVALUATION)
         if recipe.eval.gates is not None and any(recipe.eval.gates.failures(results["eval"])):
             return results
     if recipe.pack is not None and todo(PACKED, inputs | {"pack": recipe.pack.model_dump()}):

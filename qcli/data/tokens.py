@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qcli.data.datasets import LOCAL, NAMED, SELF, is_folder, read_text
-from qcli.utils import shards
 from qcli.utils.errors import UsageError
+from qcli.utils.files import sha256
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def text_identity(data: str) -> str | None:
 
 def text_sha256(data: str) -> str | None:
     """Of a local file; other texts are known by their name."""
-    return shards.sha256(Path(data)) if Path(data).is_file() else None
+    return sha256(Path(data)) if Path(data).is_file() else None
 
 
 def content_key(data: str, source: Source) -> dict[str, Any]:

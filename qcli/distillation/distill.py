@@ -28,13 +28,13 @@ from qcli.distillation.whole_model import distill_model
 from qcli.models import manifest as checkpoint
 from qcli.models.native import NativeSource
 from qcli.models.open import Source
-from qcli.quantization.plan import SHARD_SIZE
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
 from qcli.recipe.recipe import Recipe
 from qcli.utils import run_folder, shards
 from qcli.utils.device import has_fast_matmul, matmul_precision, own_device, resolve_dtype
 from qcli.utils.distributed import together
+from qcli.utils.files import write_bytes, write_json
 from qcli.utils.launch import count
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
@@ -211,14 +211,16 @@ def _write(
 ) -> None:
     """The student's checkpoint with other codes and tables, manifest last."""
     folder, trained = run.result(), read_header(run.file(_WEIGHTS))
-    shards.join([{name: trained.get(name, extent)} for name, extent in pupil.extents.items()], folder, SHARD_SIZE)
-    shards.write_json(folder / "config.json", pupil.config)
+    shards.join(
+        [{name: trained.get(name, extent)} for name, extent in pupil.extents.items()], folder, shards.SHARD_SIZE
+    )
+    write_json(folder / "config.json", pupil.config)
     pupil.copy_companions(folder)
     if result.plot is not None:
         plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)
     before = checkpoint.read_manifest(student)
     made_by = before["recipe"] | {"distill": options.model_dump(mode="json", exclude_none=True)}
-    shards.write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
+    write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
     distilled = {
         "teacher": recipe.model,
         "text": recipe.distill_text.model_dump(mode="json"),

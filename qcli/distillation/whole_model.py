@@ -17,8 +17,8 @@ from qcli.models.manifest import Packed, stored_tensors
 from qcli.models.stream import ModelStream
 from qcli.recipe.distillation import Distillation
 from qcli.utils.distributed import Processes
+from qcli.utils.files import sha256
 from qcli.utils.run_folder import RunFolder, part_file
-from qcli.utils.shards import sha256
 
 _TEACHER, _FILES = "teacher", "files"
 _CODE, _TRAINED = 1, 28  # bytes of a weight: its code; start, step, latent, best, gradient, two moments in float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from qcli import __version__
 from qcli.evaluation.layer_errors import BlockErrors
 from qcli.evaluation.tasks import TaskResult
 from qcli.utils.errors import UsageError
+from qcli.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
         UsageError: the file is no such output, or is of other models.
     """
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file)
         models = [*found["models"]] if "models" in found else [found]
         names = [str(each["model"]) for each in models]
         if not all(each.keys() >= _MEASURED for each in models):  # of another command, as `inspect`

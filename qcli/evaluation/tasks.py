@@ -19,8 +19,8 @@ import torch
 
 from qcli.models.open import open_source
 from qcli.utils.errors import UsageError
+from qcli.utils.files import sha256
 from qcli.utils.progress import Progress
-from qcli.utils.shards import sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -15,9 +15,10 @@ from qcli.models import manifest as checkpoint
 from qcli.models.native import NativeSource
 from qcli.models.open import Source, open_source
 from qcli.models.stream import ModelStream
-from qcli.utils import registry, run_folder, shards
+from qcli.utils import registry, run_folder
 from qcli.utils.device import matmul_precision
 from qcli.utils.errors import ResourceError, StateError, UsageError, VerificationError
+from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
 
@@ -107,8 +108,8 @@ def _write(
         "notes": export.notes(source),
     }
     manifest = checkpoint.read_manifest(run)
-    recipe = (folder / checkpoint.RECIPE).read_text()
-    shards.write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
+    recipe = (folder / checkpoint.RECIPE).read_text(encoding="utf-8")
+    write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
     size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
     packing = {"packed_as": export.name, "rounded": export.rounded(), "notes": result["notes"]}
     checkpoint.write_manifest(folder, manifest | size | packing)

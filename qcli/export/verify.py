@@ -9,8 +9,8 @@ from typing import Any
 from qcli.models import manifest as checkpoint
 from qcli.models.open import Source, open_source
 from qcli.models.packed import PackedSource
-from qcli.utils import shards
 from qcli.utils.errors import QcliError, VerificationError
+from qcli.utils.files import sha256
 from qcli.utils.progress import Progress, silent
 
 
@@ -47,7 +47,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
         file = folder / Path(name).name
         if not file.is_file():
             raise VerificationError(f"{file} is missing, the manifest lists it", hint="copy the checkpoint again")
-        if file.stat().st_size != entry["bytes"] or shards.sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise VerificationError(f"{file} is not the file that was written: its hash differs from the manifest")
     progress("hash", len(listed), len(listed))
     unlisted = sorted(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from pydantic import ValidationError
 from qcli.core.activations import Activations
 from qcli.core.weight import Format, from_spec
 from qcli.models.families import Linear
-from qcli.utils import shards
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
+from qcli.utils.files import read_json, sha256, sync_file, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,17 +170,16 @@ def write_manifest(folder: Path, story: Mapping[str, Any]) -> None:
         story: what else is known of how the folder came to be.
     """
     for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(file)
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     recipe = json.dumps(story["recipe"], sort_keys=True)
     manifest = {
         "format_version": FORMAT_VERSION,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
         **story,
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": shards.sha256(file)} for file in files},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
     }
-    shards.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -192,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         complete = (
             all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items())
             and all({"bytes", "sha256"} <= entry.keys() for entry in manifest["files"].values())

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.core.weight import Format
 from qcli.models import families
-from qcli.utils import shards
 from qcli.utils.dtypes import WEIGHT_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +140,7 @@ class Source:
 
     def content(self) -> str:
         """sha256 of config and weight files, byte by byte."""
-        hashes = [shards.sha256(file) for file in self.weight_files()]
+        hashes = [sha256(file) for file in self.weight_files()]
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
 
     def tokenizer_content(self) -> str:
@@ -148,7 +148,7 @@ class Source:
         if self.path.is_file():
             return self.content()
         files = sorted(file for file in self.path.iterdir() if file.name.startswith(_TOKENIZER_FILES))
-        return hashlib.sha256(json.dumps([shards.sha256(file) for file in files]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([sha256(file) for file in files]).encode()).hexdigest()
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError

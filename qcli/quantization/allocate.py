@@ -31,6 +31,7 @@ from qcli.recipe.sections import Calibration
 from qcli.utils import shards
 from qcli.utils.cache import Cache
 from qcli.utils.device import matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.files import write_bytes
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
@@ -171,7 +172,7 @@ def _published(run: RunFolder, winner: Path, recipe: Recipe, story: dict[str, An
     """Move a trial to the run's result, with its own name in its recipe and the story in its manifest."""
     manifest = checkpoint.read_manifest(winner)
     manifest |= {"recipe": recipe.to_dict(), "allocation": story, "seconds": seconds}
-    shards.write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml().encode())
+    write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml().encode())
     checkpoint.write_manifest(winner, {name: value for name, value in manifest.items() if name not in _WRITTEN})
     folder = run.result()
     folder.rmdir()

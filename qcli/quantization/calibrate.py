@@ -24,6 +24,7 @@ from qcli.models.stream import ModelStream, batches
 from qcli.utils import shards
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.errors import StateError
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
 
@@ -137,7 +138,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
                 progress("calibrate", index + 1, stream.n_blocks)
         shards.write_tensors(folder / "statistics.safetensors", statistics)
         result = Calibration(out, settings, layers)
-        shards.write_json(folder / CALIBRATION, result.record())
+        write_json(folder / CALIBRATION, result.record())
         run.publish()
     return result
 

@@ -17,12 +17,13 @@ from qcli.data.tokens import Tokens, calibration_tokens, content_key, require_tr
 from qcli.models import manifest as checkpoint
 from qcli.models.open import Source
 from qcli.quantization.block_loop import Alone, LayerReport, Streamed
-from qcli.quantization.plan import SHARD_SIZE, Plan, plan
+from qcli.quantization.plan import Plan, plan
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.cache import Cache
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.dtypes import torch_dtype
+from qcli.utils.files import require_space, write_bytes, write_json
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
@@ -88,7 +89,7 @@ def quantize_as_written(recipe: Recipe, progress: Progress, cache: Cache) -> Res
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = identity_of(recipe, todo.source, device, reads=todo.streamed)
     with RunFolder(out, identity, recipe.resume) as run:
-        shards.require_space(out, 2 * todo.bytes - run.size())
+        require_space(out, 2 * todo.bytes - run.size())
         tokens = _tokens(todo, run, device, cache, progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
             loop: Alone | Streamed = Alone(todo, device)
@@ -256,12 +257,12 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     todo, folder = result.plan, run.result()
     progress("write", 0, 1)
     parts = [*(_part(block) for block in range(len(todo.parts) - 1)), _OUTSIDE]
-    shards.join([read_header(run.file(part)) for part in parts], folder, SHARD_SIZE)
+    shards.join([read_header(run.file(part)) for part in parts], folder, shards.SHARD_SIZE)
     config = dict(todo.source.config)
     config["quantization_config"] = checkpoint.quantization_config(todo.layers, todo.formats, todo.recipe.activations)
-    shards.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     todo.source.copy_companions(folder)
-    shards.write_bytes(folder / checkpoint.RECIPE, todo.recipe.to_yaml().encode())
+    write_bytes(folder / checkpoint.RECIPE, todo.recipe.to_yaml().encode())
     story = {
         "versions": checkpoint.versions(),
         "recipe": todo.recipe.to_dict(),

@@ -23,7 +23,6 @@ from qcli.utils.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-SHARD_SIZE = 5 * 10**9
 TENSOR_PARALLEL = (2, 4, 8)
 
 
@@ -69,7 +68,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the safetensors files, to the byte."""
-        return shards.shard_bytes(self.parts, SHARD_SIZE)
+        return shards.shard_bytes(self.parts, shards.SHARD_SIZE)
 
     @property
     def bits_per_weight(self) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from qcli.data.datasets import require_text
 from qcli.recipe.recipe import Recipe
 from qcli.study.grid import Run
-from qcli.utils import shards
+from qcli.utils.files import content_hash
 
 
 def by_content(runs: Iterable[Run]) -> list[Run]:
@@ -23,7 +23,7 @@ def by_content(runs: Iterable[Run]) -> list[Run]:
 
     def content(name: str) -> str | None:
         if name not in hashes:
-            hashes[name] = shards.content(Path(name))
+            hashes[name] = content_hash(Path(name))
         return hashes[name]
 
     found = []

@@ -14,8 +14,8 @@ from qcli.distillation.plots import can_plot
 from qcli.study.findings import Finding, against_each_other, best_within, findings, gains, pareto, rest_of
 from qcli.study.plots import plot_front, plot_gains
 from qcli.study.rows import read_rows
-from qcli.utils import shards
 from qcli.utils.errors import StateError, UnsupportedError
+from qcli.utils.files import write_bytes
 from qcli.utils.markdown import plain
 
 # Bits per weight that recommendations are given for: quarters up to 4.5, where choices are many.
@@ -76,12 +76,12 @@ def write_report(out: Path) -> list[Path]:
         told = [(str(row["point"]), row["error"]) for row in failed]
         parts.append(Part("Runs that failed", table=Table(("run", "error"), told)))
     for name, text in recipes.items():
-        shards.write_bytes(folder / name, text.encode())
+        write_bytes(folder / name, text.encode())
     pictures = {f"figure-{n}.png": part.picture for n, part in enumerate(parts) if part.picture is not None}
     for name, picture in pictures.items():
-        shards.write_bytes(folder / name, picture)
-    shards.write_bytes(folder / "report.md", _markdown(parts).encode())
-    shards.write_bytes(folder / "report.html", _html(parts).encode())
+        write_bytes(folder / name, picture)
+    write_bytes(folder / "report.md", _markdown(parts).encode())
+    write_bytes(folder / "report.html", _html(parts).encode())
     return [folder / "report.html", folder / "report.md", *(folder / name for name in recipes)]
 
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qcli.utils import shards
 from qcli.utils.errors import StateError
+from qcli.utils.files import disk_problem, read_json, write_json
 
 VERSION = 1
 RUNS, CACHE = "runs", "cache"
@@ -41,7 +41,7 @@ def opened(out: Path) -> Iterator[None]:
         except OSError:
             raise StateError(f"another qcli is at work in {out}", hint="wait for it") from None
         if not (out / _STORY).exists():
-            shards.write_json(out / _STORY, {"version": VERSION})
+            write_json(out / _STORY, {"version": VERSION})
         _check_version(out)
         _cut_torn_line(out / _ROWS)
         yield
@@ -71,7 +71,7 @@ def append(out: Path, row: Row) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise shards.disk_problem(out / _ROWS, error) from None
+        raise disk_problem(out / _ROWS, error) from None
 
 
 def _row(line: str, place: str) -> Row:
@@ -86,7 +86,7 @@ def _row(line: str, place: str) -> Row:
 
 def _check_version(out: Path) -> None:
     try:
-        version = json.loads((out / _STORY).read_text())["version"]
+        version = read_json(out / _STORY)["version"]
     except (FileNotFoundError, NotADirectoryError):
         raise StateError(f"{out} is no study", hint="`qcli study STUDY.yaml --out DIR` makes one") from None
     except (ValueError, KeyError, TypeError):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qcli.study.grid import Run
 from qcli.study.rows import CACHE, RUNS, Row
-from qcli.utils import shards
 from qcli.utils.cache import Cache
 from qcli.utils.errors import QcliError, StateError
+from qcli.utils.files import disk_problem
 from qcli.utils.progress import Progress, silent
 
 TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
@@ -58,7 +58,7 @@ def _held(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise shards.disk_problem(folder, error) from None
+        raise disk_problem(folder, error) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.utils import shards
+from qcli.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,12 +57,12 @@ class Cache:
         file = self._file(key, "json")
         if file is not None and file.exists():
             with contextlib.suppress(ValueError, OSError):
-                found = json.loads(file.read_text())
+                found = read_json(file)
                 os.utime(file)
                 return found
         made = make()
         if file is not None:
-            self._keep(file, lambda: shards.write_json(file, made))
+            self._keep(file, lambda: write_json(file, made))
         return made
 
     def _file(self, key: Mapping[str, Any], suffix: str) -> Path | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qcli.utils import shards
 from qcli.utils.errors import StateError
+from qcli.utils.files import disk_problem, publish, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK).open("w")
         except OSError as error:
-            raise shards.disk_problem(self.path, error) from None
+            raise disk_problem(self.path, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,7 +61,7 @@ class RunFolder:
         if resume == "never" or not journal:
             self._clear()
             journal = []
-            shards.write_json(self.path / _IDENTITY, identity)
+            write_json(self.path / _IDENTITY, identity)
         else:
             self._compare(identity)
         self._entries = {entry["part"]: entry for entry in journal}
@@ -77,7 +78,7 @@ class RunFolder:
         file = self.file(part)
         if part not in self._intact:
             entry = self._entries.get(part)
-            self._intact[part] = entry is not None and file.exists() and shards.sha256(file) == entry["sha256"]
+            self._intact[part] = entry is not None and file.exists() and sha256(file) == entry["sha256"]
         return file if self._intact[part] else None
 
     def report(self, part: str) -> Any:
@@ -87,14 +88,14 @@ class RunFolder:
     def commit(self, part: str, tensors: Mapping[str, Tensor], report: Any = None) -> None:
         """Write a part; from now on it is done."""
         shards.write_tensors(self.file(part), tensors)
-        entry = {"part": part, "sha256": shards.sha256(self.file(part)), "report": report}
+        entry = {"part": part, "sha256": sha256(self.file(part)), "report": report}
         try:
             with (self.path / _JOURNAL).open("a") as journal:
                 journal.write(json.dumps(entry) + "\n")
                 journal.flush()
                 os.fsync(journal.fileno())
         except OSError as error:
-            raise shards.disk_problem(self.path / _JOURNAL, error) from None
+            raise disk_problem(self.path / _JOURNAL, error) from None
         self._entries[part] = entry
         self._intact[part] = True
 
@@ -111,7 +112,7 @@ class RunFolder:
 
     def publish(self) -> None:
         """Give the assembled result its name, and remove everything else."""
-        shards.publish(self.path / _RESULT, self.out)
+        publish(self.path / _RESULT, self.out)
         shutil.rmtree(self.path)
 
     def size(self) -> int:
@@ -126,7 +127,7 @@ class RunFolder:
                 entry.unlink()
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
-        described = differences(json.loads((self.path / _IDENTITY).read_text()), identity)
+        described = differences(read_json(self.path / _IDENTITY), identity)
         if described:
             raise StateError(
                 f"{self.path} holds an interrupted run with other settings: {described}",

@@ -7,23 +7,22 @@ so a checkpoint of any size is assembled in constant memory.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.utils.dtypes import STORED_NAME, StoredTensor
-from qcli.utils.errors import ResourceError
+from qcli.utils.files import disk_problem, write_chunks, write_json
 from qcli.utils.safetensors import Extent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_SIZE = 5 * 10**9
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -35,36 +34,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         name: StoredTensor(STORED_NAME[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()
     }
     raw = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values())
-    _write_whole(file, chain([header_text(entries)], raw))
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON the same way, for people to read."""
-    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file the same way.
-
-    Raises:
-        ResourceError: the disk is full.
-    """
-    _write_whole(file, [content])
-
-
-def _write_whole(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_problem(file, error) from None
-    sync_folder(file.parent)
+    write_chunks(file, chain([header_text(entries)], raw))
 
 
 def header_text(tensors: Mapping[str, StoredTensor]) -> bytes:
@@ -148,55 +118,3 @@ def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
             raise OSError(errno.EIO, "a file it is joined from has become shorter")
         target.write(data)
         count -= len(data)
-
-
-def content(path: Path) -> str | None:
-    """sha256 of a file, or of the names and contents of all files of a folder; None: there is neither."""
-    if path.is_file():
-        return sha256(path)
-    if not path.is_dir():
-        return None
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = [[str(file.relative_to(path)), sha256(file)] for file in files]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give a finished folder its name; a reader sees the whole folder or none."""
-    sync_folder(partial)
-    partial.rename(out)
-    sync_folder(out.parent)
-
-
-def disk_problem(file: Path, error: OSError) -> ResourceError:
-    """A failed write in one line."""
-    return ResourceError(
-        f"{file} cannot be written: {error.strerror}",
-        hint="free some space and run the same command again: finished blocks are kept",
-    )
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise ResourceError unless the disk of `folder` has `needed` bytes free."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ResourceError(
-            f"{folder} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free",
-            hint="free some space, or choose another --out",
-        )

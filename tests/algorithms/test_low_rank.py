@@ -33,6 +33,7 @@ from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
 from qcli.utils.errors import UnsupportedError, VerificationError
+from qcli.utils.files import write_json
 from tests.quantizing import logits, streamed
 from tests.tiny import tiny_model
 
@@ -228,7 +229,7 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     out.mkdir()
     shards.write_tensors(out / "model.safetensors", tensors)
     config = checkpoint.quantization_config(source.linears(), formats, activations)
-    shards.write_json(out / "config.json", source.config | {"quantization_config": config})
+    write_json(out / "config.json", source.config | {"quantization_config": config})
     source.copy_companions(out)
     (out / checkpoint.RECIPE).write_bytes((bare / checkpoint.RECIPE).read_bytes())
     size = {"bits_per_weight": open_source(str(out)).bits_per_weight()}

@@ -13,6 +13,7 @@ from qcli.export.targets import dense
 from qcli.export.verify import verify
 from qcli.utils import shards
 from qcli.utils.errors import QcliError, ResourceError, StateError, UsageError, VerificationError
+from qcli.utils.files import disk_problem
 from tests.quantizing import run
 from tests.tiny import tiny_model
 
@@ -53,7 +54,7 @@ def test_a_weight_that_reads_back_otherwise_is_found_out(
 
 def test_a_full_disk_promises_nothing(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def join(*_: Any) -> None:
-        raise shards.disk_problem(tmp_path, OSError(28, "No space left on device"))
+        raise disk_problem(tmp_path, OSError(28, "No space left on device"))
 
     monkeypatch.setattr(shards, "join", join)
     hint = failed(native, tmp_path / "packed", ResourceError, "No space left").hint

@@ -12,8 +12,8 @@ from qcli.models.folder import read_config
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
 from qcli.models.open import Source
-from qcli.utils import shards
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precisio
         quantization = layout.quantization_config(
             layers, source.family.blocks, {layer.name: formats.get(layer.name) for layer in layers}
         )
-        shards.write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
+        write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
 
     def notes(self, source: NativeSource) -> dict[str, str]:

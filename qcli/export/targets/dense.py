@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.models.native import NativeSource
-from qcli.utils import shards
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,5 +36,5 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
             return {name: source.read([name])[name].to(source.dtype)}
 
         write_layers(source, folder, shard_size, progress, decoded)
-        shards.write_json(folder / "config.json", dense_config(source))
+        write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)

@@ -14,9 +14,9 @@ from qcli.models import manifest as checkpoint
 from qcli.models.gguf import GGUFSource
 from qcli.models.native import NativeSource
 from qcli.models.open import PACKED_GGUF, Source
-from qcli.utils import shards
 from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
 from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.files import disk_problem, write_json
 from qcli.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         try:
             self._write(source, folder / PACKED_GGUF, progress)
         except OSError as error:
-            raise shards.disk_problem(folder / PACKED_GGUF, error) from None
-        shards.write_json(folder / "config.json", dense_config(source))
+            raise disk_problem(folder / PACKED_GGUF, error) from None
+        write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
 
     def open(self, folder: Path) -> Source:

@@ -12,8 +12,8 @@ from qcli.models.folder import read_config
 from qcli.models.layouts import gptq as layout
 from qcli.models.native import NativeSource
 from qcli.models.open import Source
-from qcli.utils import shards
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ $ vllm serve DIR --dtype float16
 
         write_layers(source, folder, shard_size, progress, packed)
         quantization = layout.quantization_config(_format(source))
-        shards.write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
+        write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
 
     def open(self, folder: Path) -> Source:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from qcli.export.target import Export
 from qcli.models.native import NativeSource
 from qcli.utils import shards
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 
 __all__ = ["Native"]
@@ -29,6 +30,6 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         progress("write", 0, 1)
         shards.join([{name: extent} for name, extent in source.extents.items()], folder, shard_size)
-        shards.write_json(folder / "config.json", source.config)
+        write_json(folder / "config.json", source.config)
         source.copy_companions(folder)
         progress("write", 1, 1)
