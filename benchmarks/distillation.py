@@ -75,10 +75,13 @@ class Bench:
         if not out.exists():
             fields = {**METHODS[method], **({"refine.steps": self.refined} if refined else {})}
             fields |= {key: value for key, value in self.recipe.items() if not key.startswith("distill.")}
-            fields |= {"model": self.teacher, "out": str(out)}
-            fields |= {"calibration.data": str(self.text), "calibration.samples": self.calibrated}
+            fields |= {
+                "model": self.teacher,
+                "calibration.data": str(self.text),
+                "calibration.samples": self.calibrated,
+            }
             recipe, _ = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
-            result = quantize(recipe)
+            result = quantize(recipe, out)
             more = {"refined": self.refined if refined else 0, "seconds": round(result.seconds, 1)}
             self.save(f"{method}{', refined' if refined else ''}", out, more)
         return out
@@ -90,10 +93,10 @@ class Bench:
         row = f"{method}{', refined' if refined else ''}, distilled: {settings}, seed {seed}"
         out = self.folder / "distilled"
         fields = {**self.recipe, **{f"distill.{key}": value for key, value in (ALL | options).items()}}
-        fields |= {"model": self.teacher, "out": str(out), "seed": seed, "calibration.data": str(self.text)}
+        fields |= {"model": self.teacher, "seed": seed, "calibration.data": str(self.text)}
         fields |= {"calibration.samples": self.samples, "calibration.seq_len": self.seq_len}
         recipe, _ = load_recipe(None, fields)
-        result = distill(student, recipe)
+        result = distill(student, recipe, out)
         found = {"seed": seed, "options": ALL | options, "seconds": round(result.seconds, 1)}
         self.save(row, out, found | {"tokens": self._tokens(fields), "curve": result.outcome.curve})
         shutil.rmtree(out)

@@ -194,10 +194,10 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
         key if key.partition(".")[0] in SECTIONS else f"method.{key}": value for key, value in options.items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        flags |= {"model": model, "out": f"{folder}/out", "calibration.data": str(data)}
+        flags |= {"model": model, "calibration.data": str(data)}
         flags |= {"overrides": [{"match": f"model.layers.{n}.*", "dense": True} for n in range(blocks, BLOCKS)]}
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
-        result = _fresh(flags)
+        result = _fresh(flags, f"{folder}/out")
         found = evaluate(
             f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows, cache=cache
         )
@@ -215,16 +215,16 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
     }
 
 
-def _fresh(flags: dict[str, Any]) -> dict[str, Any]:
+def _fresh(flags: dict[str, Any], out: str) -> dict[str, Any]:
     """What quantizing took, in a process of its own: its memory is of nothing else."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_quantized, flags).result()
+        return pool.submit(_quantized, flags, out).result()
 
 
-def _quantized(flags: dict[str, Any]) -> dict[str, Any]:
+def _quantized(flags: dict[str, Any], out: str) -> dict[str, Any]:
     return_large_blocks()  # as the command does
     recipe, _ = load_recipe(None, flags)
-    result = quantize(recipe)
+    result = quantize(recipe, out)
     return {
         "seconds": round(result.seconds, 1),
         "cpu_seconds": round(time.process_time(), 1),

@@ -50,11 +50,12 @@ def main() -> None:
         asked = {name: options for name, options in rows().items() if re.search(only, name)}
         for number, (name, options) in enumerate(asked.items()):
             transforms = [{"name": "teq", **options["teq"]}] if "teq" in options else []
-            fields = {"model": model, "out": f"{folder}/{number}", "transforms": transforms, "dtype": "float32"}
+            fields = {"model": model, "transforms": transforms, "dtype": "float32"}
             fields |= {"method.name": options["name"], "method.bits": 3, "method.group_size": -1}
             fields |= {"calibration.data": written["trained"], "calibration.samples": 64}
-            result = quantize(load_recipe(None, fields | {"calibration.seq_len": LENGTH})[0])
-            found = evaluate(f"{folder}/{number}", baseline=model, data=[written["scored"]], window=LENGTH)
+            out = f"{folder}/{number}"
+            result = quantize(load_recipe(None, fields | {"calibration.seq_len": LENGTH})[0], out)
+            found = evaluate(out, baseline=model, data=[written["scored"]], window=LENGTH)
             (score,) = found.scores.values()
             row = {"name": name, "bits_per_weight": found.bits_per_weight, "kl": found.kl}
             row |= {"perplexity": score.perplexity, "baseline_perplexity": score.baseline_perplexity}

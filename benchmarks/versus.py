@@ -44,10 +44,10 @@ import json, sys
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 folder, text, out, options = sys.argv[1:5]
-flags = {"model": folder, "out": out, "calibration.data": text, "calibration.samples": 16}
+flags = {"model": folder, "calibration.data": text, "calibration.samples": 16}
 flags |= {"calibration.seq_len": 512, "method.bits": 3, "method.group_size": 64}
 recipe, _ = load_recipe(None, flags | json.loads(options))
-print(json.dumps({"seconds": quantize(recipe).seconds}))
+print(json.dumps({"seconds": quantize(recipe, out).seconds}))
 """
 
 PLAIN = {

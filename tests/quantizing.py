@@ -29,11 +29,11 @@ def write_text(folder: Path) -> Path:
 
 def run(model: Path, out: Path, text: Path | None = None, *, grouped: bool = True, **flags: Any) -> Result:
     """Quantize, in groups of 32 unless the method knows none; `flags` are recipe fields, `__` for the dots."""
-    given: dict[str, Any] = {"model": str(model), "out": str(out)} | ({"method.group_size": 32} if grouped else {})
+    given: dict[str, Any] = {"model": str(model)} | ({"method.group_size": 32} if grouped else {})
     if text is not None:
         given |= {"calibration.data": str(text), "calibration.samples": 6, "calibration.seq_len": 32}
     recipe, _ = load_recipe(None, given | {key.replace("__", "."): value for key, value in flags.items()})
-    return quantize(recipe)
+    return quantize(recipe, out)
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -64,16 +64,16 @@ def distill(
             "resume": resume,
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
-        if not dry_run and resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
         if dry_run:
             from qcli.distillation.plan import intend
 
             session.result(intend(student, resolved).to_json(), show_intended)
-        else:
-            from qcli.distillation.distill import distill as run
+            return
+        if resolved.out is None:
+            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
+        from qcli.distillation.distill import distill as run
 
-            session.result(run(student, resolved, session.progress).to_json(), show_distilled)
+        session.result(run(student, resolved, Path(resolved.out), session.progress).to_json(), show_distilled)
 
 
 def show_intended(tables: Tables, found: dict[str, Any]) -> None:

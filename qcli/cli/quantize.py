@@ -98,16 +98,16 @@ def quantize(
             "resume": resume,
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
-        if not dry_run and resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
         if dry_run:
             from qcli.quantization.plan import plan
 
             session.result(plan(resolved).to_json(), show_plan)
-        else:
-            from qcli.quantization.quantize import quantize as run
+            return
+        if resolved.out is None:
+            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
+        from qcli.quantization.quantize import quantize as run
 
-            session.result(run(resolved, session.progress).to_json(), show_result)
+        session.result(run(resolved, resolved.out, session.progress).to_json(), show_result)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

@@ -76,8 +76,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
     if todo(QUANTIZED, inputs):
         from qcli.quantization.quantize import quantize
 
-        step = recipe.model_copy(update={"out": str(folder / QUANTIZED)})
-        results[QUANTIZED] = quantize(step, session.progress).to_json()
+        results[QUANTIZED] = quantize(recipe, folder / QUANTIZED, session.progress).to_json()
     final = folder / QUANTIZED
     if recipe.distill is not None:
         text = content_hash(Path(recipe.distill_text.data))
@@ -86,8 +85,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
         if todo(DISTILLED, inputs):
             from qcli.distillation.distill import distill
 
-            step = recipe.model_copy(update={"out": str(final)})
-            results[DISTILLED] = distill(folder / QUANTIZED, step, session.progress).to_json()
+            results[DISTILLED] = distill(folder / QUANTIZED, recipe, final, session.progress).to_json()
     if recipe.eval is not None:
         read = [*recipe.eval.perplexity, *([recipe.eval.include_path] if recipe.eval.include_path else [])]
         judged = {
@@ -129,9 +127,9 @@ def _require_layout(recipe: "Recipe", planned: "Plan", folder: Path) -> None:
     from qcli.quantization.allocation_options import mixed
     from qcli.quantization.plan import plan
 
-    require_packable(planned, recipe.pack.format, recipe.pack.requantize)
+    require_packable(planned, folder, recipe.pack.format, recipe.pack.requantize)
     if recipe.allocation is not None:
-        require_packable(plan(mixed(recipe, planned.layers)), recipe.pack.format, recipe.pack.requantize)
+        require_packable(plan(mixed(recipe, planned.layers)), folder, recipe.pack.format, recipe.pack.requantize)
 
 
 def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | None":
@@ -144,7 +142,7 @@ def _later_stages(planned: "Plan", folder: Path, session: Session) -> "Tasks | N
         from qcli.export.packable import PlannedCheckpoint
 
         vocabulary = source.hf_config().get_text_config().vocab_size
-        require_possible(recipe, PlannedCheckpoint(planned).packed, vocabulary)
+        require_possible(recipe, PlannedCheckpoint(planned, folder).packed, vocabulary)
         if recipe.distill_text.data != SELF:
             lesson_tokens(recipe, source)
     if recipe.eval is not None:

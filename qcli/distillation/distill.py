@@ -73,8 +73,8 @@ class Distilled:
         return asdict(self) | {"out": str(self.out)}
 
 
-def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Distilled:
-    """Train the checkpoint `student` against `recipe.model` and write the result to `recipe.out`.
+def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silent) -> Distilled:
+    """Train the checkpoint `student` against `recipe.model` and write the result to the folder `out`.
 
     Args:
         recipe: its `distill` says how, its `distill_text` on what.
@@ -83,7 +83,6 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
         UsageError, ResourceError: as `intend`, and where the data is not usable.
         StateError: the output exists or belongs to another run.
     """
-    assert recipe.out is not None
     intend(student, recipe)
     started, options = time.monotonic(), recipe.distill or Distillation()
     pupil, master = pair(student, recipe.model)
@@ -102,7 +101,7 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
     with together(device) as processes, ExitStack() as opened:
 
         def prepare() -> Tensor:
-            run = opened.enter_context(RunFolder(Path(str(recipe.out)), identity, recipe.resume))
+            run = opened.enter_context(RunFolder(out, identity, recipe.resume))
             runs.append(run)
             return _tokens(recipe, master, run, device, progress)
 
@@ -128,10 +127,10 @@ def distill(student: Path, recipe: Recipe, progress: Progress = silent) -> Disti
                 assert run is not None
                 layers, outcome, blocks = distill_blocks(lesson, run)
             else:
-                layers, outcome = distill_model(lesson, run, run_folder.partial(Path(recipe.out)), processes)
+                layers, outcome = distill_model(lesson, run, run_folder.partial(out), processes)
         top = options.teacher_top_k
         result = Distilled(
-            out=Path(recipe.out),
+            out=out,
             student=str(student),
             teacher=recipe.model,
             outcome=outcome,

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from qcli.core.weight import QuantizedWeight
 
 
-def require_packable(plan: Plan, format: str, requantize: str | None) -> None:
+def require_packable(plan: Plan, out: Path, format: str, requantize: str | None) -> None:
     """Refuse what `pack` is known to refuse of this plan's result; what depends on values is left to it.
 
     Raises:
         UsageError, UnsupportedError: as `pack`.
     """
     export: Export = registry.load("qcli.export.targets", format)(requantize)
-    export.check(PlannedCheckpoint(plan))
+    export.check(PlannedCheckpoint(plan, out))
 
 
 class PlannedCheckpoint:
-    """The checkpoint that a plan will give, as far as layouts look at it before they write."""
+    """The checkpoint that a plan will give in the folder `out`, as far as layouts look at it before they write."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, out: Path) -> None:
         self._plan = plan
-        self.path = Path(plan.recipe.out or plan.source.path)
+        self.path = out
         self.family: Family = plan.source.family
         self.activations: Activations | None = plan.recipe.activations
 

@@ -50,16 +50,15 @@ class _Trial:
     bits_per_weight: float
 
 
-def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
+def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) -> Result:
     """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
-    assert recipe.out is not None
-    started, out = time.monotonic(), Path(recipe.out)
+    started = time.monotonic()
     source = open_source(recipe.model)
     found = choices(recipe, source.linears())
     judges = _require_samples(recipe)
     fitted = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - judges})
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
-    with RunFolder(out, identity_of(recipe, source, device), recipe.resume) as run:
+    with RunFolder(Path(out), identity_of(recipe, source, device), recipe.resume) as run:
         shorter = recipe.model_copy(update={"calibration": fitted})
         tokens = shared_tokens(shorter, source, device, cache, progress, judges)
         learnt = tokens[: max(1, min(fitted.samples, _LEARNT_TOKENS // tokens.shape[1]))]
@@ -73,9 +72,7 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
         shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": tokens[-judges:].clone()})
         for name, trial in trials.items():
             if not (folder / name).exists():
-                quantize_as_written(
-                    trial.recipe.model_copy(update={"out": str(folder / name), "resume": "auto"}), progress, cache
-                )
+                quantize_as_written(trial.recipe.model_copy(update={"resume": "auto"}), folder / name, progress, cache)
         scores = compare(
             [str(folder / name) for name in trials],
             baseline=recipe.model,
@@ -103,10 +100,10 @@ def allocate(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
                 for name, row in losses.items()
             },
         }
-        final = trials[best].recipe.model_copy(update={"out": recipe.out})
-        manifest = _published(run, folder / best, final, story, time.monotonic() - started)
+        final = trials[best].recipe
+        manifest = _published(run, folder / best, final, out, story, time.monotonic() - started)
     return Result(
-        out=out,
+        out=Path(out),
         plan=plan(final),
         layers=[LayerReport(**layer) for layer in manifest["layers"]],
         training=manifest["training"],
@@ -168,11 +165,13 @@ def _trials(found: Choices, losses: Losses, fitted: Calibration) -> dict[str, _T
     return {name: trial(chosen) for name, chosen in wanted.items()}
 
 
-def _published(run: RunFolder, winner: Path, recipe: Recipe, story: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _published(
+    run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, story: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """Move a trial to the run's result, with its own name in its recipe and the story in its manifest."""
     manifest = checkpoint.read_manifest(winner)
-    manifest |= {"recipe": recipe.to_dict(), "allocation": story, "seconds": seconds}
-    write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml().encode())
+    manifest |= {"recipe": recipe.to_dict(out), "allocation": story, "seconds": seconds}
+    write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml(out=out).encode())
     checkpoint.write_manifest(winner, {name: value for name, value in manifest.items() if name not in _WRITTEN})
     folder = run.result()
     folder.rmdir()

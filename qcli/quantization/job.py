@@ -80,16 +80,15 @@ class Result:
         }
 
 
-def quantize_as_written(recipe: Recipe, progress: Progress, cache: Cache) -> Result:
+def quantize_as_written(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) -> Result:
     """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
-    assert recipe.out is not None
     started = time.monotonic()
-    todo, out = plan(recipe), Path(recipe.out)
+    todo = plan(recipe)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = identity_of(recipe, todo.source, device, reads=todo.streamed)
-    with RunFolder(out, identity, recipe.resume) as run:
-        require_space(out, 2 * todo.bytes - run.size())
+    with RunFolder(Path(out), identity, recipe.resume) as run:
+        require_space(Path(out), 2 * todo.bytes - run.size())
         tokens = _tokens(todo, run, device, cache, progress) if todo.streamed else None
         with matmul_precision(fast=False), torch.no_grad():
             loop: Alone | Streamed = Alone(todo, device)
@@ -99,7 +98,7 @@ def quantize_as_written(recipe: Recipe, progress: Progress, cache: Cache) -> Res
             del loop
         _outside(todo, run)
         result = Result(
-            out=out,
+            out=Path(out),
             plan=todo,
             layers=layers,
             training=training,
@@ -109,7 +108,7 @@ def quantize_as_written(recipe: Recipe, progress: Progress, cache: Cache) -> Res
             resumed_blocks=resumed,
             dense=[name for name, method in todo.methods.items() if method is None],
         )
-        _finish(result, run, progress)
+        _finish(result, out, run, progress)
     return result
 
 
@@ -252,7 +251,7 @@ def _sha256(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
+def _finish(result: Result, out: str | Path, run: RunFolder, progress: Progress) -> None:
     """Assemble the checkpoint in the run's folder, manifest last, and publish it."""
     todo, folder = result.plan, run.result()
     progress("write", 0, 1)
@@ -262,10 +261,10 @@ def _finish(result: Result, run: RunFolder, progress: Progress) -> None:
     config["quantization_config"] = checkpoint.quantization_config(todo.layers, todo.formats, todo.recipe.activations)
     write_json(folder / "config.json", config)
     todo.source.copy_companions(folder)
-    write_bytes(folder / checkpoint.RECIPE, todo.recipe.to_yaml().encode())
+    write_bytes(folder / checkpoint.RECIPE, todo.recipe.to_yaml(out=out).encode())
     story = {
         "versions": checkpoint.versions(),
-        "recipe": todo.recipe.to_dict(),
+        "recipe": todo.recipe.to_dict(out),
         "source": {"model": todo.recipe.model, "fingerprint": todo.source.fingerprint()},
         "calibration_tokens_sha256": result.tokens_sha256,
         "calibration_text_identity": run.report(_TOKENS) if result.tokens_sha256 else None,

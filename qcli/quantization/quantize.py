@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qcli.quantization.allocate import allocate
 from qcli.quantization.job import Result, quantize_as_written
 from qcli.recipe.recipe import Recipe
@@ -9,8 +11,8 @@ from qcli.utils.cache import Cache
 from qcli.utils.progress import Progress, silent
 
 
-def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = None) -> Result:
-    """Quantize a model as the recipe says; `recipe.out` appears complete or not at all.
+def quantize(recipe: Recipe, out: str | Path, progress: Progress = silent, cache: Cache | None = None) -> Result:
+    """Quantize a model as the recipe says; the folder `out` appears complete or not at all.
 
     Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
 
@@ -23,4 +25,4 @@ def quantize(recipe: Recipe, progress: Progress = silent, cache: Cache | None = 
         ResourceError: no space.
     """
     work = quantize_as_written if recipe.allocation is None else allocate
-    return work(recipe, progress, cache or Cache(None))
+    return work(recipe, out, progress, cache or Cache(None))

@@ -142,17 +142,23 @@ class Recipe(Section):
         """Problems as one error, each with its place in the recipe."""
         return self._origins.error(problems)
 
-    def to_dict(self) -> dict[str, Any]:
-        """All values as plain data, without those that are None."""
+    def to_dict(self, out: str | Path | None = None) -> dict[str, Any]:
+        """All values as plain data, without those that are None.
+
+        Args:
+            out: the folder that a result is written to, which its record names in place of the recipe's own `out`.
+        """
         data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
             "method": named_fields(self.method) | (self._allocation.fields() if self._allocation else {}),
             "transforms": [named_fields(transform) for transform in self.transforms],
         }
+        if out is not None:
+            data["out"] = str(out)
         return {name: data[name] for name in Recipe.model_fields if name in data}
 
-    def to_yaml(self, origins: Origins | None = None) -> str:
-        """The resolved recipe; `load_recipe` reads it back to an equal one. With `origins`, as comments."""
-        return to_yaml(self.to_dict(), origins)
+    def to_yaml(self, origins: Origins | None = None, out: str | Path | None = None) -> str:
+        """`to_dict` as YAML, which `load_recipe` reads back to an equal recipe; `origins` become comments."""
+        return to_yaml(self.to_dict(out), origins)
 
     @property
     def distill_text(self) -> Calibration:

@@ -75,13 +75,13 @@ def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
 
     recipe, final = run.recipe, work / "quantized"
     if not final.exists():
-        quantize(recipe.model_copy(update={"out": str(final)}), progress, cache)
+        quantize(recipe, final, progress, cache)
     story = read_manifest(final)
     seconds = {"quantize": story["seconds"]}
     if recipe.distill is not None:
         taught = work / "distilled"
         if not taught.exists():
-            seconds["distill"] = distill(final, recipe.model_copy(update={"out": str(taught)}), progress).seconds
+            seconds["distill"] = distill(final, recipe, taught, progress).seconds
         final = taught
     begun = time.monotonic()
     found = evaluate_as_asked(recipe, final, asked_tasks(recipe), cache, progress)

@@ -210,10 +210,10 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     model, bare, out = tiny_model("llama", tmp_path), tmp_path / "bare", tmp_path / "out"
     recipe, _ = load_recipe(
         None,
-        {"model": str(model), "out": str(bare), "method.name": "rtn", "method.bits": 3, "method.group_size": 32},
+        {"model": str(model), "method.name": "rtn", "method.bits": 3, "method.group_size": 32},
         ["overrides=[{match: '*.k_proj', dense: true}]"],
     )
-    quantize(recipe)
+    quantize(recipe, bare)
     original, source = open_source(str(model)), open_source(str(bare))
     assert isinstance(source, NativeSource)
     formats: dict[str, Any] = dict.fromkeys(layer.name for layer in source.linears())

@@ -53,12 +53,12 @@ def student(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any)
 
 
 def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Distilled:
-    flags = {"model": str(teacher), "out": str(out), "calibration.data": str(text), "distill.steps": 24}
+    flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24}
     flags |= {"calibration.samples": 28, "calibration.seq_len": 32}
     recipe, _ = load_recipe(
         None, flags | {"distill.judgements": 4}, ("distill.tables_lr=0.01", "distill.batch_tokens=256", *sets)
     )
-    return distill(pupil, recipe)
+    return distill(pupil, recipe, out)
 
 
 def codes(folder: Path) -> dict[str, torch.Tensor]:

@@ -161,7 +161,7 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
         flags = {"model": model, "calibration.data": text, "calibration.samples": 4, "calibration.seq_len": 32}
         calibrate(load_recipe(None, flags | {"seed": seed})[0], folder)
     flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
-    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    quantize(load_recipe(None, flags)[0], tmp_path / "out")
     found = evaluate(str(tmp_path / "out"), baseline=model, data=[str(folders[1])], device="cpu")
     (score,) = found.scores.values()
     assert (score.windows, score.window) == (4, 32)
@@ -181,7 +181,7 @@ def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text
     flags |= {"calibration.data": data, "method.group_size": 32}
     fits = {"read": {"method.name": "gptq-like"}, "not read": {"method.name": "rtn"}}
     for name, method in fits.items():
-        quantize(load_recipe(None, flags | method | {"out": str(tmp_path / name)})[0])
+        quantize(load_recipe(None, flags | method)[0], tmp_path / name)
     texts: dict[str, Any] = {"data": [str(other), text], "window": 32, "max_windows": 2, "device": "cpu"}
     found = {name: evaluate(str(tmp_path / name), **texts).to_json()["fitted_to"] for name in fits}
     assert found == {"read": [text], "not read": []}
@@ -265,7 +265,7 @@ def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
     model = tiny_model("llama", tmp_path)
     dense = [{"match": "*.mlp.*", "dense": True}]
     flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
-    quantize(load_recipe(None, flags | {"out": str(tmp_path / "out")})[0])
+    quantize(load_recipe(None, flags)[0], tmp_path / "out")
     found = evaluate(str(tmp_path / "out"), data=[text], window=32, max_windows=1, device="cpu")
     shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
     left = sum(size for name, size in shapes.items() if ".mlp." in name)

@@ -52,12 +52,12 @@ def refusal(source: Packable, layout: str) -> str | None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
     model, text = with_merge(tiny_model("llama", tmp_path)), write_text(tmp_path)
-    flags = {"model": str(model), "out": str(tmp_path / "out"), "calibration.data": str(text), **RECIPES[name]}
+    flags = {"model": str(model), "calibration.data": str(text), **RECIPES[name]}
     grouped = "method.group_size" not in flags and "sign" not in name
     flags |= {"method.group_size": 32} if grouped else {}
     recipe, _ = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
     planned = plan(recipe)
-    expected = {layout: refusal(PlannedCheckpoint(planned), layout) for layout in LAYOUTS}
+    expected = {layout: refusal(PlannedCheckpoint(planned, tmp_path / "out"), layout) for layout in LAYOUTS}
     run(model, tmp_path / "out", text, grouped=grouped, **{k.replace(".", "__"): v for k, v in RECIPES[name].items()})
     made = open_source(str(tmp_path / "out"))
     assert isinstance(made, NativeSource)
@@ -71,11 +71,11 @@ def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
     recipe, _ = load_recipe(None, {"model": str(model), "method.name": "onebit"})
     planned = plan(recipe)
     with pytest.raises(UnsupportedError, match="fits none of gguf's types"):
-        require_packable(planned, "gguf", None)
-    require_packable(planned, "gguf", "Q8_0")
+        require_packable(planned, tmp_path / "out", "gguf", None)
+    require_packable(planned, tmp_path / "out", "gguf", "Q8_0")
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_load_is_known_before(tmp_path: Path) -> None:
     recipe, _ = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
     with pytest.raises(UnsupportedError, match="has no merges"):
-        require_packable(plan(recipe), "gguf", None)
+        require_packable(plan(recipe), tmp_path / "out", "gguf", None)

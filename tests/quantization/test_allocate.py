@@ -47,7 +47,7 @@ def ready(tmp_path: Path) -> dict[str, Any]:
     text.write_text(" ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(400)))
     model = tiny_model("llama", tmp_path)
     calibration = {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
-    return {"model": str(model), "out": str(tmp_path / "out"), **calibration}
+    return {"model": str(model), **calibration}
 
 
 def test_predictions_follow_what_quantizing_one_layer_does(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
 def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp_path: Path) -> None:
     wanted = recipe(**ready, **{"method.fused": True})
     assert load_recipe(None, wanted.to_dict())[0] == wanted
-    result = quantize(wanted)
+    result = quantize(wanted, tmp_path / "out")
     assert result.allocation is not None and result.allocation["shipped"] == "allocation"
     bits = {layer.name: layer.spec["bits"] for layer in result.layers}
     assert len(set(bits.values())) > 1
@@ -148,8 +148,8 @@ def test_what_cannot_be_chosen_is_told(fields: dict[str, Any], problem: str) -> 
         choices(recipe(**fields), LAYERS)
 
 
-def test_group_sizes_that_a_layer_does_not_fit_leave_the_manifest_json(ready: dict[str, Any]) -> None:
-    out = quantize(recipe(**ready, **{"method.group_size": "auto"})).out
+def test_group_sizes_that_a_layer_does_not_fit_leave_the_manifest_json(ready: dict[str, Any], tmp_path: Path) -> None:
+    out = quantize(recipe(**ready, **{"method.group_size": "auto"}), tmp_path / "out").out
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -163,7 +163,7 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     ready: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = recipe(**ready, **{"method.name": "gptq-like"})
-    result = quantize(wanted)
+    result = quantize(wanted, tmp_path / "out")
     story = result.allocation
     assert story is not None and len(story["trials"]) == 2
     assert result.plan.bits_per_weight == pytest.approx(story["trials"][story["shipped"]]["bits_per_weight"])
@@ -171,18 +171,17 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     assert story["shipped"] == min(story["trials"], key=lambda name: story["trials"][name]["measured_kl"])
     assert read_manifest(result.out)["allocation"]["trials"] == story["trials"]
     assert not (tmp_path / "out.partial").exists()
-    again, _ = load_recipe(result.out / "recipe.yaml", {"out": str(tmp_path / "again")})
+    again, _ = load_recipe(result.out / "recipe.yaml", {})
     assert again.allocation is None and again.calibration.samples == 8
-    quantize(again)
+    quantize(again, tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(result.out)
 
-    resumed = wanted.model_copy(update={"out": str(tmp_path / "resumed")})
     monkeypatch.setattr("qcli.quantization.allocate.compare", _stop)
     with pytest.raises(QcliError, match="stopped"):
-        quantize(resumed)
+        quantize(wanted, tmp_path / "resumed")
     monkeypatch.undo()
     monkeypatch.setattr("qcli.quantization.sensitivity._predicted", _stop)
-    assert bytes_of(quantize(resumed).out) == bytes_of(result.out)
+    assert bytes_of(quantize(wanted, tmp_path / "resumed").out) == bytes_of(result.out)
 
 
 def bytes_of(folder: Path) -> bytes:
@@ -193,9 +192,11 @@ def _stop(*_: Any, **__: Any) -> Any:
     raise QcliError("stopped")
 
 
-def test_a_bad_allocation_is_not_shipped(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_allocation_is_not_shipped(
+    ready: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("qcli.quantization.allocate.cheapest_loss", lambda losses, costs, budget: [0] * len(losses))
-    result = quantize(recipe(**ready))
+    result = quantize(recipe(**ready), tmp_path / "out")
     assert result.allocation is not None and result.allocation["shipped"] == "uniform"
     assert plan(result.plan.recipe).bits_per_weight == pytest.approx(3.59, abs=0.05)
     assert {layer.spec["bits"] for layer in result.layers} == {3}
@@ -203,6 +204,6 @@ def test_a_bad_allocation_is_not_shipped(ready: dict[str, Any], monkeypatch: pyt
 
 def test_samples_are_needed_to_judge(ready: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"hold out 4 of 4 samples: none is left"):
-        quantize(recipe(**{**ready, "calibration.samples": 4}))
+        quantize(recipe(**{**ready, "calibration.samples": 4}), tmp_path / "out")
     with pytest.raises(UsageError, match="a folder's are taken whole"):
-        quantize(recipe(**{**ready, "calibration.data": str(tmp_path)}))
+        quantize(recipe(**{**ready, "calibration.data": str(tmp_path)}), tmp_path / "out")

@@ -34,10 +34,10 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(model: Path, out: Path, text: Path, *sets: str, **flags: Any) -> Result:
-    given = {"model": str(model), "out": str(out), "method.bits": 3, "method.group_size": 32}
+    given = {"model": str(model), "method.bits": 3, "method.group_size": 32}
     given |= {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
     recipe, _ = load_recipe(None, given | flags, sets)
-    return quantize(recipe)
+    return quantize(recipe, out)
 
 
 def test_only_what_trains_holds_samples_apart(tmp_path: Path, text: Path) -> None:

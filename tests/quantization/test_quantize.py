@@ -68,7 +68,7 @@ def test_mixed_methods_and_dense_layers(tmp_path: Path, text: Path) -> None:
     model, out = tiny_model("llama", tmp_path), tmp_path / "out"
     recipe, _ = load_recipe(
         None,
-        {"model": str(model), "out": str(out), "calibration.data": str(text)}
+        {"model": str(model), "calibration.data": str(text)}
         | {"calibration.samples": 4, "calibration.seq_len": 32, "method.group_size": 32},
         [
             "overrides=[{match: '*.0.self_attn.v_proj', dense: true},"
@@ -76,7 +76,7 @@ def test_mixed_methods_and_dense_layers(tmp_path: Path, text: Path) -> None:
             " {match: '*.1.mlp.*', method: {bits: 2, group_size: -1, symmetric: true}}]"
         ],
     )
-    quantize(recipe)
+    quantize(recipe, out)
     source = open_source(str(out))
     assert isinstance(source, NativeSource)
     assert "model.layers.0.self_attn.v_proj" not in source.packed

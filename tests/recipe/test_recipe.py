@@ -267,3 +267,12 @@ def test_schema_names_every_option_of_every_method() -> None:
         auto = {"target_bpw", "fused"} if name not in ("onebit", "dbllm") else set()
         assert set(properties) == {"name", *type(build_method({"name": name})).model_fields} | auto
         assert all("description" in field for field in properties.values())
+
+
+@pytest.mark.parametrize("given", [{}, {"out": "elsewhere"}])
+def test_the_record_of_a_result_names_the_folder_written_to(given: dict[str, str]) -> None:
+    recipe, _ = load_recipe(None, {"model": "m", **given})
+    recorded = recipe.to_dict("runs/a")
+    assert recorded == recipe.to_dict() | {"out": "runs/a"}
+    assert list(recorded) == [name for name in type(recipe).model_fields if name in recorded]
+    assert recipe.to_dict().get("out") == given.get("out")

@@ -110,15 +110,11 @@ def test_same_recipe_same_bytes_and_steps_help(tmp_path: Path) -> None:
 
 
 def test_sizes_are_planned_to_the_byte(tmp_path: Path) -> None:
-    flags: dict[str, Any] = {
-        "model": str(tiny_model("llama", tmp_path)),
-        "out": str(tmp_path / "out"),
-        "method.name": "lcq",
-    }
-    flags |= {"method.group_size": 32, "method.basis_rows": 24, "method.steps": 0, "out": str(tmp_path / "out")}
+    flags: dict[str, Any] = {"model": str(tiny_model("llama", tmp_path)), "method.name": "lcq"}
+    flags |= {"method.group_size": 32, "method.basis_rows": 24, "method.steps": 0}
     flags |= {"calibration.data": str(write_text(tmp_path)), "calibration.samples": 6, "calibration.seq_len": 32}
     recipe, _ = load_recipe(None, flags)
-    result = quantize(recipe)
+    result = quantize(recipe, tmp_path / "out")
     assert plan(recipe).bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     wanted = Codebook(bits=4, group_size=32, rank=1, table_bits=8, basis_rows=24)
     assert all(layer.spec == wanted.spec() for layer in result.layers)
