@@ -21,8 +21,8 @@ from benchmarks import common
 from qcli.evaluation.evaluate import evaluate
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
-from qcli.utils.allocator import return_large_blocks
 from qcli.utils.cache import Cache
+from qcli.utils.memory import return_large_blocks
 
 Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 

@@ -24,6 +24,7 @@ TORCH_FREE_AT_THE_TOP = (  # what `--help`, recipes and `--dry-run` import; fold
     *("algorithms/transform.py", "algorithms/low_rank.py", "data/datasets.py", "quantization/plan.py"),
     *("quantization/allocation_options.py", "models/families.py", "models/source.py", "models/open.py"),
     *("utils/errors.py", "utils/registry.py", "utils/progress.py", "utils/dtypes.py", "utils/environment.py"),
+    *("utils/distributed.py", "utils/files.py", "utils/memory.py"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}
 

@@ -32,10 +32,9 @@ from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
 from qcli.recipe.recipe import Recipe
 from qcli.utils import run_folder, shards
-from qcli.utils.device import has_fast_matmul, matmul_precision, own_device, resolve_dtype
-from qcli.utils.distributed import together
+from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
+from qcli.utils.distributed import process_group, world_size
 from qcli.utils.files import write_bytes, write_json
-from qcli.utils.launch import count
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
@@ -86,11 +85,11 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
     intend(student, recipe)
     started, options = time.monotonic(), recipe.distill or Distillation()
     pupil, master = pair(student, recipe.model)
-    device, dtype = own_device(recipe.device), resolve_dtype(recipe.dtype)
+    device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {
         "versions": checkpoint.versions(),
-        "compute": {"device": device.type, "bf16": fast, "processes": count()},
+        "compute": {"device": device.type, "bf16": fast, "processes": world_size()},
         "student": checkpoint.read_manifest(student)["files"],
         "teacher": master.fingerprint(),
         "text": recipe.distill_text.model_dump(mode="json"),
@@ -98,7 +97,7 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    with together(device) as processes, ExitStack() as opened:
+    with process_group(device) as processes, ExitStack() as opened:
 
         def prepare() -> Tensor:
             run = opened.enter_context(RunFolder(out, identity, recipe.resume))
@@ -106,7 +105,7 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
             return _tokens(recipe, master, run, device, progress)
 
         runs: list[RunFolder] = []  # in the first process
-        tokens = processes.agreed(prepare)
+        tokens = processes.broadcast(prepare)
         run = runs[0] if runs else None
         lesson = Lesson(
             pupil=pupil,
@@ -145,7 +144,7 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
         if run is not None:
             run.commit(_WEIGHTS, layers)
             _write(student, pupil, recipe, options, tokens, result, run)
-        processes.wait()
+        processes.barrier()
     return result
 
 

@@ -16,9 +16,9 @@ from qcli.models.native import NativeSource
 from qcli.models.open import Source, open_source
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
-from qcli.utils.device import own_device, resolve_dtype
+from qcli.utils.device import local_device, resolve_dtype
+from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.errors import ResourceError, UsageError
-from qcli.utils.launch import count, count_here
 from qcli.utils.memory import free_memory
 
 
@@ -87,7 +87,7 @@ def require_possible(recipe: Recipe, packed: Mapping[str, Packed], vocabulary: i
     Raises:
         UsageError, ResourceError: as `intend`.
     """
-    options, text, processes = recipe.distill or Distillation(), recipe.distill_text, count()
+    options, text, processes = recipe.distill or Distillation(), recipe.distill_text, world_size()
     if options.scope == "block" and processes > 1:
         raise UsageError("distill.scope: blocks are trained by one process", hint="run without torchrun")
     if options.accumulate % processes:
@@ -102,10 +102,10 @@ def require_possible(recipe: Recipe, packed: Mapping[str, Packed], vocabulary: i
             f"{text.samples} samples: {text.held_out} are held out and none is left to train on",
             hint="use more --samples",
         )
-    device, needed = own_device(recipe.device), None
+    device, needed = local_device(recipe.device), None
     free = free_memory(device)
     if free is not None and device.type == "cpu":
-        free //= count_here()
+        free //= local_world_size()
     if options.scope == "model":
         needed = needed_memory(packed, options, resolve_dtype(recipe.dtype).itemsize, processes)
         if free is not None and needed > free:

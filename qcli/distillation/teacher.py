@@ -137,13 +137,13 @@ class Teaching:
         """Add a step's gradients; returns its loss."""
         total, options = 0.0, self.lesson.options
         parts, wants = options.accumulate, options.needs_hidden
-        for part in range(self.processes.rank, parts, self.processes.size):
+        for part in range(self.processes.rank, parts, self.processes.world_size):
             rows = self.order.take(step * parts + part, self.lesson.pass_samples)
             wanted = self.teacher(rows, hidden=wants)
             found: Predictions = self.student(self.lesson.tokens[rows], final=False, hidden=wants)
             logits = found.over(wanted.classes)
             loss = options.token_losses(wanted.logits, logits, wanted.hidden, found.hidden).mean() / parts
-            (loss * self.processes.size).backward()  # sharding takes the mean
+            (loss * self.processes.world_size).backward()  # sharding takes the mean
             total += float(loss.detach())
         return self.processes.sum(total)
 
@@ -152,8 +152,10 @@ class Teaching:
         tokens, size = self.lesson.tokens, self.lesson.pass_samples
         total, held = 0.0, range(self.lesson.n_trained, len(tokens))
         shares = [list(held[first : first + size]) for first in range(0, len(held), size)]
-        missing = -len(shares) % self.processes.size  # each process makes as many passes, or they wait for each other
-        for number in range(self.processes.rank, len(shares) + missing, self.processes.size):
+        missing = (
+            -len(shares) % self.processes.world_size
+        )  # each process makes as many passes, or they wait for each other
+        for number in range(self.processes.rank, len(shares) + missing, self.processes.world_size):
             rows = shares[number % len(shares)]
             wanted = self.teacher(rows, hidden=False)
             found: Predictions = self.student(self.lesson.tokens[rows], final=True, hidden=False)

@@ -93,7 +93,7 @@ def _student(lesson: Lesson, processes: Processes) -> Student:
     for index in range(stream.n_blocks):
         block = student_block(lesson, stream, index)
         whole += list(block.block.parameters())
-        processes.shard(block, whole=block.block.parameters())
+        processes.shard(block, replicated=block.block.parameters())
         blocks.append(block)
     student = Student(stream, blocks, fast=lesson.fast)
     processes.shard(student, whole)
@@ -104,11 +104,11 @@ def _teaches(lesson: Lesson, run: RunFolder | None, folder: Path, processes: Pro
     top = lesson.options.teacher_top_k
     if top is None:
         return Present(_teacher(lesson, processes), lesson.tokens)
-    if not processes.agreed(lambda: run is not None and run.done(_TEACHER) is not None):
+    if not processes.broadcast(lambda: run is not None and run.done(_TEACHER) is not None):
         found = remember(_teacher(lesson, processes), lesson.tokens, top, lesson.pass_samples, lesson.progress)
         if run is not None:
             run.commit(_TEACHER, found)
-        processes.wait()
+        processes.barrier()
     return Remembered(load_file(part_file(folder, _TEACHER)), lesson.device)
 
 
@@ -123,8 +123,8 @@ def _teacher(lesson: Lesson, processes: Processes) -> Teacher:
 def _stored(student: Student, outcome: Outcome, processes: Processes) -> Stored:
     found: Stored = {}
     for block in student.blocks:
-        with processes.whole(block):
-            if processes.first:
+        with processes.unsharded(block):
+            if processes.is_main:
                 found |= stored_layers(block, outcome)
     return found
 
@@ -136,12 +136,12 @@ class _Kept:
         self.run, self.folder, self.processes = run, folder, processes
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        newest = self.processes.agreed(self._newest)
+        newest = self.processes.broadcast(self._newest)
         if newest is None:
             return None
         part, numbers = newest
         numbers.pop(_FILES, None)
-        if self.processes.size > 1:
+        if self.processes.world_size > 1:
             self.processes.load(tensors, self.folder / part)
         else:
             assert self.run is not None
@@ -151,7 +151,7 @@ class _Kept:
 
     def save(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
         part = f"state-{(len(numbers['curve']) - 1) % 2}"
-        if self.processes.size == 1:
+        if self.processes.world_size == 1:
             assert self.run is not None
             self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()}, numbers)
             return
@@ -169,7 +169,7 @@ class _Kept:
     def _whole(self, part: str) -> bool:
         """Whether what several processes wrote is still there."""
         assert self.run is not None
-        return self.processes.size == 1 or _hashes(self.folder / part) == self.run.report(part)[_FILES]
+        return self.processes.world_size == 1 or _hashes(self.folder / part) == self.run.report(part)[_FILES]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

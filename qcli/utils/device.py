@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from qcli.utils.distributed import local_rank, world_size
 from qcli.utils.dtypes import COMPUTE_DTYPES, torch_dtype
 from qcli.utils.errors import ResourceError, UsageError
-from qcli.utils.launch import count
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,29 +34,31 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def own_device(name: str) -> torch.device:
-    """The device of this process: with several, each has a GPU of its own, or all have the CPU.
+def local_device(name: str) -> torch.device:
+    """The device of this process: under `torchrun` each has a GPU of its own, or all share the CPU.
 
     Args:
         name: as for `resolve_device`.
 
     Raises:
         UsageError: not a device, or one GPU for several processes.
-        ResourceError: fewer GPUs than processes.
+        ResourceError: fewer GPUs than processes on this machine.
     """
-    if count() == 1 or name == "cpu":
+    if world_size() == 1 or name == "cpu":
         return resolve_device(name)
     if name not in ("auto", "cuda"):
-        raise UsageError(f"device {name!r} cannot serve {count()} processes", hint="--device cuda gives each its own")
-    gpus, number = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        raise UsageError(
+            f"device {name!r} cannot serve {world_size()} processes", hint="--device cuda gives each its own"
+        )
+    gpus, rank = torch.cuda.device_count(), local_rank()
     if name == "auto" and not gpus:
         return torch.device("cpu")
-    if number >= gpus:
+    if rank >= gpus:
         raise ResourceError(
-            f"process {number} of this machine has no GPU of its own: {gpus} are there",
+            f"local rank {rank} has no GPU of its own: this machine has {gpus}",
             hint="start as many processes as there are GPUs",
         )
-    return torch.device("cuda", number)
+    return torch.device("cuda", rank)
 
 
 def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:

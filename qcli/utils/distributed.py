@@ -1,7 +1,11 @@
-"""The processes that work on one run: those that `torchrun` started, or this one alone."""
+"""The processes that share one run: those that `torchrun` started, or this one alone.
+
+torch is imported by what communicates: the command line asks for the world size at every start.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,56 +15,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from qcli.utils.errors import QcliError
-from qcli.utils.launch import count
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # the first one may sample text for hours; if one ends, torchrun ends all
+_TIMEOUT = timedelta(days=2)  # of a collective: rank 0 may generate text for hours; if one dies, torchrun ends all
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints; known before any process group exists."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def world_size() -> int:
+    """Number of processes that `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Rank of this process among those on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
 class Processes:
-    """All of them do the same, with samples and shards of their own; the first one alone writes and prints.
+    """A group of processes that run the same program on different samples and shards; only the main one writes.
 
     Attributes:
-        device: where this one computes.
-        rank: of this one; the first is 0.
-        size: how many there are.
+        device: of this process.
+        rank: of this process; the main one has 0.
+        world_size: number of processes.
     """
 
     device: torch.device
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
         return self.rank == 0
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in all of them; or the error it meets."""
-        if self.size == 1:
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Call `make` in the main process and return its result in all of them, or raise its QcliError in all."""
+        if self.world_size == 1:
             return make()
         from torch import distributed
 
-        found: list[tuple[T | None, QcliError | None]] = [(None, None)]
-        if self.first:
+        result: list[tuple[T | None, QcliError | None]] = [(None, None)]
+        if self.is_main:
             try:
-                found = [(make(), None)]
-            except QcliError as problem:
-                found = [(None, problem)]
-        distributed.broadcast_object_list(found, src=0)
-        made, error = found[0]
-        if error is not None:
-            raise error
-        return cast("T", made)
+                result = [(make(), None)]
+            except QcliError as error:
+                result = [(None, error)]
+        distributed.broadcast_object_list(result, src=0)
+        value, problem = result[0]
+        if problem is not None:
+            raise problem
+        return cast("T", value)
 
     def sum(self, value: float) -> float:
-        """Over all processes."""
-        if self.size == 1:
+        """All-reduce a number."""
+        if self.world_size == 1:
             return value
         import torch
         from torch import distributed
@@ -69,35 +92,44 @@ class Processes:
         distributed.all_reduce(total)
         return float(total)
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
             from torch import distributed
 
             distributed.barrier()
 
     def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """A checkpoint to which each process writes what it holds; safetensors files."""
+        """Write a sharded checkpoint of safetensors files; every process writes its own shards."""
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        if self.first:
+        if self.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        self.wait()
+        self.barrier()
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        self.wait()
+        self.barrier()
 
     def load(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Overwrite tensors with those of `save`."""
+        """Overwrite tensors with those that `save` wrote."""
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
 
+    def shard(self, module: nn.Module, replicated: Iterable[nn.Parameter] = ()) -> None:
+        """Shard a module's parameters with FSDP, except `replicated`; gradients become means over the processes."""
+        if self.world_size > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(replicated))
+
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Within: each process has all of a sharded module's parameters."""
-        if self.size == 1:
+    def unsharded(self, module: nn.Module) -> Iterator[None]:
+        """Gather all parameters of a sharded module while the context is open."""
+        if self.world_size == 1:
             yield
             return
         from torch.distributed.fsdp import FSDPModule
@@ -109,20 +141,11 @@ class Processes:
         finally:
             module.reshard()
 
-    def shard(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
-        """Let each process hold a part of every parameter but `whole`; gradients become means over processes."""
-        if self.size > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(self.device.type, (self.size,))
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
-
 
 @contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
-    """Join the other processes that `torchrun` started, if any."""
-    if count() == 1:
+def process_group(device: torch.device) -> Iterator[Processes]:
+    """Join the process group of `torchrun`; a group of one without it."""
+    if world_size() == 1:
         yield Processes(device)
         return
     import torch
@@ -130,7 +153,7 @@ def together(device: torch.device) -> Iterator[Processes]:
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     finally:

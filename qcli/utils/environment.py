@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import qcli
+from qcli.utils.memory import system_memory
 
 REQUIRED = (
     "torch",
@@ -31,14 +31,15 @@ OPTIONAL = {
 
 
 def examine() -> dict[str, Any]:
-    """Everything `qcli doctor` tells, as plain data."""
+    """Everything `qcli doctor` reports, as plain data."""
+    memory = system_memory()
     return {
         "qcli": qcli.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "plugin": plugin(),
         "threads": _threads(),
-        "memory": memory(),
+        "memory": None if memory is None else memory._asdict(),
         "disk": {"path": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
         "devices": devices(),
         "packages": packages(),
@@ -79,16 +80,6 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-def memory() -> dict[str, int] | None:
-    """Bytes of memory in total and available; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    return {"total": sizes["MemTotal"], "available": sizes["MemAvailable"]}
-
-
 def plugin() -> str:
     """Whether transformers loads qcli's checkpoints: `registered`, or what is in the way."""
     try:
@@ -106,13 +97,16 @@ def _version(package: str) -> str | None:
 
 
 def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    except OSError:  # not Linux
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

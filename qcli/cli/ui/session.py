@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qcli.utils.allocator import return_large_blocks
+from qcli.utils.distributed import is_main_process, world_size
 from qcli.utils.errors import QcliError
-from qcli.utils.launch import count as processes
-from qcli.utils.launch import is_first
 from qcli.utils.markdown import plain
+from qcli.utils.memory import return_large_blocks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +71,7 @@ class Session:
         together: bool = False,
         markdown: bool = False,
     ) -> None:
-        self.json, self.quiet, self.verbose, self.resumable = json, quiet or not is_first(), verbose, resumable
+        self.json, self.quiet, self.verbose, self.resumable = json, quiet or not is_main_process(), verbose, resumable
         self.together, self.markdown = together, markdown
         self.memory_hint = "fewer calibration samples or a shorter seq_len take less"
         self._exits = contextlib.ExitStack()
@@ -91,10 +90,10 @@ class Session:
             self._exits.callback(signal.signal, signal.SIGTERM, previous)
         return_large_blocks()
         self.progress = self._progress()
-        if processes() > 1 and not self.together:
+        if world_size() > 1 and not self.together:
             self._exits.close()
             show_error(
-                f"this command runs in one process, WORLD_SIZE says {processes()}",
+                f"this command runs in one process, WORLD_SIZE says {world_size()}",
                 hint="only `qcli distill` shares its work under torchrun; elsewhere unset WORLD_SIZE",
             )
             raise SystemExit(USAGE)
@@ -109,7 +108,7 @@ class Session:
         if isinstance(error, BrokenPipeError):  # or Python complains about it once more when it ends
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         lines, hint, code = describe(error, resumable=self.resumable, memory_hint=self.memory_hint)
-        if code in (USAGE, STATE) and not is_first():  # all processes meet it; one tells
+        if code in (USAGE, STATE) and not is_main_process():  # all processes meet it; one tells
             raise SystemExit(code) from None
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
@@ -126,7 +125,7 @@ class Session:
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print what the command is for: as `show` draws it, or with `--json` as one JSON object."""
-        if not is_first():
+        if not is_main_process():
             return
         if isinstance(self.progress, _Bars):
             self.progress.stop()
