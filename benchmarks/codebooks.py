@@ -25,7 +25,7 @@ from qcli.algorithms.methods.lcq import LCQ
 from qcli.data.tokens import calibration_tokens
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.statistics import StagedBlock, gather
+from qcli.quantization.statistics import StagedBlock, collect
 from qcli.utils.device import has_fast_matmul, matmul_precision
 
 BLOCKS = (3, 14, 26)
@@ -67,7 +67,7 @@ def moments(folder: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
                     StagedBlock(stream, index, block, part) for part in (hidden[: WINDOWS // 8], hidden[WINDOWS // 8 :])
                 ]
                 for group in range(len(stream.family.groups)):
-                    fitted, held = (gather(group, side, None, frozenset({HESSIAN})) for side in sides)
+                    fitted, held = (collect(group, side, None, frozenset({HESSIAN})) for side in sides)
                     assert fitted.hessian is not None and held.hessian is not None
                     for path, weight in fitted.weights.items():
                         found.append((f"{index}.{path}", weight.clone(), fitted.hessian, held.hessian))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.job import Result
 from qcli.quantization.quantize import quantize
+from qcli.quantization.result import Result
 from qcli.recipe.load import load_recipe
 from qcli.utils import run_folder
 

@@ -54,12 +54,11 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
 
     from qcli.cli._stages import Stages
     from qcli.models.open import open_source
-    from qcli.quantization.job import state_of
     from qcli.quantization.plan import plan
     from qcli.utils.files import content_hash, read_json, write_json
 
     planned = plan(recipe)
-    inputs: dict[str, Any] = {"source": state_of(planned.source), "recipe": recipe.fingerprint_fields()}
+    inputs: dict[str, Any] = {"source": planned.source.state(), "recipe": recipe.fingerprint_fields()}
     if planned.streamed:
         inputs |= {"text": content_hash(Path(recipe.calibration.data))}
     _require_layout(recipe, planned, folder)
@@ -93,7 +92,7 @@ def _stages(recipe: "Recipe", folder: Path, session: Session) -> dict[str, Any]:
             "eval files": {n: content_hash(Path(n)) for n in read},
         }
         if recipe.eval.baseline is not None:
-            judged["baseline"] = state_of(open_source(recipe.eval.baseline))
+            judged["baseline"] = open_source(recipe.eval.baseline).state()
         if todo(EVALUATION, inputs | judged):
             from qcli.evaluation.from_recipe import evaluate_as_asked
             from qcli.utils.cache import Cache, default_folder

@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qcli.algorithms.training.batches import Order
 from qcli.algorithms.training.loop import Schedule
 from qcli.algorithms.training.losses import kl_divergence, listed
 from qcli.distillation.student import Predictions, Student, Teacher
 from qcli.models.native import NativeSource
 from qcli.models.open import Source
 from qcli.models.stream import ModelStream
-from qcli.quantization.objectives import Order
 from qcli.recipe.distillation import Distillation
 from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress

@@ -138,6 +138,11 @@ class Source:
         described = json.dumps([self.config, headers, self._file_sizes()], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
+    def state(self) -> dict[str, Any]:
+        """What changes when the model does, without a look at its weights: headers, and the newest file's time."""
+        files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
+        return {"headers": self.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
+
     def content(self) -> str:
         """sha256 of config and weight files, byte by byte."""
         hashes = [sha256(file) for file in self.weight_files()]

@@ -21,9 +21,11 @@ from qcli.models import manifest as checkpoint
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import Choices, choices
-from qcli.quantization.block_loop import LayerReport
-from qcli.quantization.job import Result, identity_of, quantize_as_written, shared_tokens
+from qcli.quantization.calibration import recipe_tokens
+from qcli.quantization.job import quantize_as_written, run_identity
+from qcli.quantization.layer_report import LayerReport
 from qcli.quantization.plan import plan
+from qcli.quantization.result import Result
 from qcli.quantization.sensitivity import Losses, sensitivities
 from qcli.recipe.errors import Issue
 from qcli.recipe.recipe import Recipe
@@ -58,9 +60,9 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
     judges = _require_samples(recipe)
     fitted = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - judges})
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
-    with RunFolder(Path(out), identity_of(recipe, source, device), recipe.resume) as run:
+    with RunFolder(Path(out), run_identity(recipe, source, device), recipe.resume) as run:
         shorter = recipe.model_copy(update={"calibration": fitted})
-        tokens = shared_tokens(shorter, source, device, cache, progress, judges)
+        tokens = recipe_tokens(shorter, source, device, cache, progress, judges)
         learnt = tokens[: max(1, min(fitted.samples, _LEARNT_TOKENS // tokens.shape[1]))]
         with matmul_precision(fast=False):
             stream = ModelStream(source, device=device, dtype=dtype)

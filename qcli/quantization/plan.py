@@ -112,6 +112,15 @@ class Plan:
         paths = self.source.family.unscaled(lambda path: f"{prefix}{path}.weight" in names)
         return [path for path in paths if path in self.methods_of(0)]
 
+    @cached_property
+    def last_block(self) -> int:
+        """The last block with a layer to quantize."""
+        return max(layer.block for layer in self.layers if self.methods[layer.name] is not None)
+
+    def prefix(self, block: int) -> str:
+        """What the names of a block's tensors begin with."""
+        return f"{self.source.family.blocks}.{block}."
+
     def methods_of(self, block: int) -> dict[str, Method]:
         """Of the layers of a block that are quantized, by path in the block."""
         return {

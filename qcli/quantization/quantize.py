@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcli.quantization.allocate import allocate
-from qcli.quantization.job import Result, quantize_as_written
+from qcli.quantization.job import quantize_as_written
+from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.progress import Progress, silent

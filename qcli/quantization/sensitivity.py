@@ -30,6 +30,7 @@ from qcli.algorithms.method import Method
 from qcli.models.families import Linear
 from qcli.models.stream import ModelStream, batches
 from qcli.quantization.allocation_options import Choices
+from qcli.quantization.solve import solve
 from qcli.utils.progress import Progress
 
 Losses = dict[str, list[float]]
@@ -188,9 +189,7 @@ def _predicted(found: Choices, layers: Sequence[Linear], moments: _Moments) -> I
 
 
 def _quantized(found: Choices, method: Method, group: LinearGroup) -> dict[str, Tensor]:
-    solutions = method.quantize(group)
-    if found.recipe.low_rank is not None:
-        solutions = found.recipe.low_rank.compensate(method, group, solutions)
+    solutions = solve(found.recipe, method, group)
     return {name: solution.weight.dense() for name, solution in solutions.items()}
 
 

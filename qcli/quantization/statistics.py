@@ -1,4 +1,4 @@
-"""Runs one block of the model in stages and gathers the moments of each group's inputs.
+"""Runs one block of the model in stages and gathers the statistics of each group's inputs.
 
 True sequential order: a group's inputs come from the block whose earlier groups are already quantized. A stage
 runs the block only up to the group's inputs. Linears of earlier groups are not computed again where their result
@@ -176,47 +176,47 @@ class _Unused:
         return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
 
 
-def gather(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
-    """Reach `group` in both streams, batch by batch, and average the moments that `needs` names.
+def collect(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
+    """Reach `group` in both streams, batch by batch, and average the input statistics that `needs` names.
 
     Args:
         group: its index in the family's row; earlier groups have been reached before.
         quantized: the block of which the earlier groups are quantized.
-        original: the same block in full precision; None when no moment needs it.
+        original: the same block in full precision; None when no statistic needs it.
 
     Returns:
-        A group with moments, and the original weights by path in the block.
+        A group with statistics, and the original weights by path in the block.
     """
     paths = quantized.groups[group].linears
     weights = {path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths}
-    moments: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     tokens = 0
     for batch in range(len(quantized.hidden)):
         inputs, residual = quantized.reach(group, batch)
         tokens += len(inputs)
         if HESSIAN in needs:
-            _add(moments, HESSIAN, inputs, inputs)
+            _add(statistics, HESSIAN, inputs, inputs)
         if original is None:
             continue
         true_inputs, true_residual = original.reach(group, batch)
         if CROSS in needs:
-            _add(moments, CROSS, true_inputs, inputs)
+            _add(statistics, CROSS, true_inputs, inputs)
         if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
-            _add(moments, RESIDUAL_CROSS, true_residual - residual, inputs)
-    for moment in moments.values():
-        moment.div_(tokens)
-        if not bool(moment.isfinite().all()):
+            _add(statistics, RESIDUAL_CROSS, true_residual - residual, inputs)
+    for statistic in statistics.values():
+        statistic.div_(tokens)
+        if not bool(statistic.isfinite().all()):
             raise UsageError(
                 f"block {quantized.index}: the inputs of {paths[0]} are not finite",
                 hint="activations overflow in this dtype: use --dtype float32",
             )
-    if HESSIAN in moments:
-        moments[HESSIAN] = (moments[HESSIAN] + moments[HESSIAN].T) / 2
-    return LinearGroup(weights, **moments)
+    if HESSIAN in statistics:
+        statistics[HESSIAN] = (statistics[HESSIAN] + statistics[HESSIAN].T) / 2
+    return LinearGroup(weights, **statistics)
 
 
-def _add(moments: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+def _add(statistics: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
     left, right = left.float(), right.float()
-    if name not in moments:
-        moments[name] = torch.zeros(left.shape[1], right.shape[1], device=left.device)
-    moments[name].addmm_(left.T, right)
+    if name not in statistics:
+        statistics[name] = torch.zeros(left.shape[1], right.shape[1], device=left.device)
+    statistics[name].addmm_(left.T, right)

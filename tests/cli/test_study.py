@@ -23,7 +23,7 @@ from qcli.study.rows import VERSION, read_rows
 from qcli.study.run import headed
 from tests.cli.conftest import Invoke
 
-TOKENS, WINDOWS = "qcli.quantization.job.calibration_tokens", "qcli.evaluation.evaluate.evaluation_tokens"
+TOKENS, WINDOWS = "qcli.quantization.calibration.calibration_tokens", "qcli.evaluation.evaluate.evaluation_tokens"
 BASELINE = "qcli.evaluation.evaluate._run_blocks"
 
 

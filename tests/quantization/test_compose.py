@@ -15,8 +15,8 @@ from qcli.data.tokens import calibration_tokens
 from qcli.evaluation.evaluate import evaluate
 from qcli.export.verify import verify
 from qcli.models.open import open_source
-from qcli.quantization.job import Result
 from qcli.quantization.quantize import quantize
+from qcli.quantization.result import Result
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UsageError
 from tests.quantizing import in_pieces, logits, streamed

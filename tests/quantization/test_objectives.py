@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from qcli.algorithms.training.batches import Order, Sampling, Split
 from qcli.core.activations import Activations
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.objectives import BlockObjective, ModelObjective, Order
+from qcli.quantization.objectives import BlockObjective, ModelObjective
 from tests.tiny import tiny_model
 
 TOKENS = torch.randint(3, 300, (7, 16), generator=torch.Generator().manual_seed(1))
@@ -40,7 +44,10 @@ def test_block_objective_is_the_mean_relative_error_of_tokens(stream: ModelStrea
         weight = stream.weight_of(block.get_submodule(path))
         weights[path] = weight + 0.05 * torch.randn(weight.shape, generator=generator)
     objective = BlockObjective(
-        stream, 0, block, batches[:3], targets[:3], batches[3:], targets[3:], batch_tokens=32, seed="s", fast=False
+        partial(stream.run_block, block, 0),
+        Split(batches[:3], batches[3:]),
+        Split(targets[:3], targets[3:]),
+        Sampling(32, "s"),
     )
     original = {path: stream.weight_of(block.get_submodule(path)).clone() for path in paths}
     assert objective.held_out(original) == pytest.approx(0, abs=1e-9)
@@ -82,7 +89,7 @@ def test_model_objective_is_the_models_own_loss(stream: ModelStream, folder: Pat
     if predictions:
         expected = (original.exp() * (original - found)).sum(-1).mean()
     objective = ModelObjective(
-        stream, blocks, TOKENS[:5], TOKENS[5:], predictions=predictions, batch_tokens=32, seed="s", fast=False
+        stream, blocks, Split(TOKENS[:5], TOKENS[5:]), Sampling(32, "s"), predictions=predictions, fast=False
     )
     assert objective.held_out({f"1.{path}": weight}) == pytest.approx(float(expected), rel=1e-4)
 
@@ -95,16 +102,15 @@ def test_model_objective_quantizes_activations_of_the_judged_model_alone(stream:
     ]
 
     def kl(bits: int) -> float:
+        @contextmanager
+        def simulate() -> Iterator[None]:
+            hooks = [Activations(bits=bits).simulate(linear) for linear in linears]
+            yield
+            for hook in hooks:
+                hook.remove()
+
         objective = ModelObjective(
-            stream,
-            blocks,
-            TOKENS,
-            TOKENS,
-            predictions=True,
-            batch_tokens=32,
-            seed="s",
-            fast=False,
-            simulated=(Activations(bits=bits), linears),
+            stream, blocks, Split(TOKENS, TOKENS), Sampling(32, "s"), predictions=True, fast=False, simulate=simulate
         )
         return objective.held_out({})
 

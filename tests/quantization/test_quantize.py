@@ -16,8 +16,9 @@ from qcli.export.verify import verify
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.block_loop import SolvedBlock, Streamed
+from qcli.quantization.block_state import BlockState
 from qcli.quantization.quantize import quantize
+from qcli.quantization.sequential import Sequential
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
 from tests.quantizing import TOKENS, logits, run, write_text
@@ -141,14 +142,14 @@ def test_dense_export_is_an_ordinary_model(tmp_path: Path) -> None:
 
 def test_the_vocabulary_is_freed_while_blocks_are_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    solve = Streamed.solve
+    transform = Sequential.transform
 
-    def watched(loop: Streamed, block: int) -> SolvedBlock:
-        model = loop.stream.model
+    def watched(quantizer: Sequential, block: BlockState) -> None:
+        model = quantizer.stream.model
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         seen.extend(weight.is_meta for end in ends for weight in end.parameters())
-        return solve(loop, block)
+        transform(quantizer, block)
 
-    monkeypatch.setattr(Streamed, "solve", watched)
+    monkeypatch.setattr(Sequential, "transform", watched)
     run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), method__name="gptq-like")
     assert seen and all(seen)

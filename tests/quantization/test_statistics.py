@@ -12,7 +12,7 @@ from torch import nn
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.statistics import StagedBlock, gather
+from qcli.quantization.statistics import StagedBlock, collect
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
 CASES = [*((name, {}) for name in CONFIGS), *VARIANTS]
@@ -55,7 +55,7 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
     reference = stream.load_block(1)
 
     for index, row in enumerate(stream.family.groups):
-        group = gather(index, quantized, original, NEEDS)
+        group = collect(index, quantized, original, NEEDS)
         now = [plain_inputs(stream, reference, 1, hidden) for hidden in noisy]
         untouched = stream.load_block(1)
         before = [plain_inputs(stream, untouched, 1, hidden) for hidden in batches]
@@ -89,8 +89,8 @@ def test_residual_cross_measures_the_gap_of_the_stream(tmp_path: Path) -> None:
     noisy = hidden + 0.1
     quantized = StagedBlock(stream, 0, stream.load_block(0), [noisy])
     original = StagedBlock(stream, 0, stream.load_block(0), [hidden], final=True)
-    gather(0, quantized, original, NEEDS)
-    group = gather(1, quantized, original, NEEDS)
+    collect(0, quantized, original, NEEDS)
+    group = collect(1, quantized, original, NEEDS)
     inputs = plain_inputs(stream, stream.load_block(0), 0, noisy)["self_attn.o_proj"]
     gap = (hidden - noisy).flatten(0, 1)
     assert group.residual_cross is not None

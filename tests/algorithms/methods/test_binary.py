@@ -21,7 +21,8 @@ from qcli.export.verify import verify
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.block_loop import SolvedBlock, Streamed
+from qcli.quantization.block_state import BlockState
+from qcli.quantization.sequential import Sequential
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError, UsageError
 from tests.algorithms.methods.conftest import Case, loss
@@ -150,16 +151,15 @@ def test_norms_follow_only_the_layers_that_have_them(
     """Quantizing sees what the checkpoint computes, and full-precision layers beside it without any norm."""
     model, out = tiny_model("llama", tmp_path), tmp_path / "out"
     streams: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
-    solve = Streamed.solve
+    advance = Sequential.advance
 
-    def watched(loop: Streamed, block: int) -> SolvedBlock:
-        loop.last = block + 1  # to see what leaves the last block
-        solved = solve(loop, block)
-        assert loop.original is not None
-        streams.append((loop.tokens, loop.quantized, loop.original))
-        return solved
+    def watched(quantizer: Sequential, block: BlockState) -> None:
+        quantizer.last = block.index + 1  # to see what leaves the last block
+        advance(quantizer, block)
+        assert quantizer.original is not None
+        streams.append((quantizer.tokens.training, quantizer.quantized.training, quantizer.original.training))
 
-    monkeypatch.setattr(Streamed, "solve", watched)
+    monkeypatch.setattr(Sequential, "advance", watched)
     fed = {"name": "gptq-like", "refit_target": True, "group_size": 32}
     overrides = [{"match": "*.[kd]*_proj", "method": fed}, {"match": "*.v_proj", "dense": True}]
     flags = PAPER | {"dtype": "float32", "low_rank__rank": 2} | ({"refine__steps": 10} if refined else {})

@@ -1,16 +1,18 @@
-"""The recipe's transforms on their way into the blocks: fitted once, kept in the run's folder, folded.
+"""The recipe's transforms: fitted once, kept in the run's folder, folded into the blocks.
 
-What a fit has found is a part of the run like a finished block, so a resumed run folds exactly the same.
+A fit is a part of the run like a finished block, so a resumed run folds exactly the same scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Objective, Outcome
 from qcli.algorithms.transform import ChannelScale
 from qcli.core.weight import Format
@@ -31,20 +33,20 @@ class BlockTransforms:
         fast: whether the model may use bf16 or TF32 matrix products.
     """
 
-    def __init__(self, todo: Plan, run: RunFolder, stream: ModelStream, *, fast: bool, progress: Progress) -> None:
-        self.todo, self.run, self.stream, self.fast, self.progress = todo, run, stream, fast, progress
-        self.transforms = todo.recipe.all_transforms
+    def __init__(self, plan: Plan, run: RunFolder, stream: ModelStream, *, fast: bool, progress: Progress) -> None:
+        self.plan, self.run, self.stream, self.fast, self.progress = plan, run, stream, fast, progress
+        self.transforms = plan.recipe.all_transforms
         self.paths = [path for group in stream.family.groups for path in group.linears]
 
-    def fit_model(self, tokens: Tensor, held: Tensor) -> None:
+    def fit_model(self, tokens: Split[Tensor]) -> None:
         """Fit the transforms that look at the whole model, which is held in memory meanwhile.
 
         Args:
-            tokens, held: int64 `[samples, length]`, to train on and held out.
+            tokens: int64 `[samples, length]`.
         """
         for number, transform in enumerate(self.transforms):
             if transform.whole_model and self.run.done(self._part(number, 0)) is None:
-                self._fit_model(number, tokens, held)
+                self._fit_model(number, tokens)
 
     def fold(
         self, block: int, module: nn.Module, twin: nn.Module, objective: Callable[[str], Objective]
@@ -60,13 +62,13 @@ class BlockTransforms:
             The tensors of `module` that changed, by path.
         """
         scales = channel_scales(module, self.stream.family, self.stream.config)
-        stored = self.todo.stored_dtypes(block)
+        stored = self.plan.stored_dtypes(block)
         changed: dict[str, None] = {}
         for number in range(len(self.transforms)):
             part = self._part(number, block)
             if self.run.done(part) is None:
                 self._fit_block(number, block, module, scales, objective(part))
-            alphas = self._found(number, block, len(scales))
+            alphas = self._fitted(number, block, len(scales))
             changed |= dict.fromkeys(fold(module, scales, alphas, stored))
             fold(twin, scales, alphas, stored)
         return {name: module.get_parameter(name) for name in changed}
@@ -87,21 +89,21 @@ class BlockTransforms:
         again = sum(transform.name == name for transform in self.transforms[:number])
         return f"{name}-{again + 1}" if again else name
 
-    def _found(self, number: int, block: int, count: int) -> list[Tensor]:
+    def _fitted(self, number: int, block: int, count: int) -> list[Tensor]:
         """The alphas of the `count` scales of a block."""
-        found = load_file(self.run.file(self._part(number, block)))
-        return [found[_key(block, place)].to(self.stream.device) for place in range(count)]
+        alphas = load_file(self.run.file(self._part(number, block)))
+        return [alphas[_key(block, place)].to(self.stream.device) for place in range(count)]
 
     def _fit_block(
         self, number: int, block: int, module: nn.Module, scales: list[ChannelScale], objective: Objective
     ) -> None:
         weights = {path: self._weight(module, path) for path in self.paths}
-        formats = {path: method.format for path, method in self.todo.methods_of(block).items()}
+        formats = {path: method.format for path, method in self.plan.methods_of(block).items()}
         alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress)
-        found = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
-        self.run.commit(self._part(number, block), found, {self._label(number): asdict(outcome)})
+        named = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
+        self.run.commit(self._part(number, block), named, {self._label(number): asdict(outcome)})
 
-    def _fit_model(self, number: int, tokens: Tensor, held: Tensor) -> None:
+    def _fit_model(self, number: int, tokens: Split[Tensor]) -> None:
         """Fit on the model as earlier transforms, which are of the whole model too, have left it."""
         blocks = [self.stream.load_block(block) for block in range(self.stream.n_blocks)]
         weights: dict[str, Tensor] = {}
@@ -111,8 +113,8 @@ class BlockTransforms:
         for block, module in enumerate(blocks):
             own = channel_scales(module, self.stream.family, self.stream.config)
             for earlier in range(number):
-                fold(module, own, self._found(earlier, block, len(own)), self.todo.stored_dtypes(block))
-            methods = self.todo.methods_of(block)
+                fold(module, own, self._fitted(earlier, block, len(own)), self.plan.stored_dtypes(block))
+            methods = self.plan.methods_of(block)
             quantized += [module.get_submodule(path) for path in methods]
             weights |= {f"{block}.{path}": self._weight(module, path) for path in self.paths}
             formats |= {f"{block}.{path}": method.format for path, method in methods.items()}
@@ -123,15 +125,23 @@ class BlockTransforms:
             self.stream,
             blocks,
             tokens,
-            held,
+            Sampling(TRAINED_TOKENS, f"{self.plan.recipe.seed}:{part}"),
             predictions=transform.loss == "kl",
-            batch_tokens=TRAINED_TOKENS,
-            seed=f"{self.todo.recipe.seed}:{part}",
             fast=self.fast,
-            simulated=(self.todo.recipe.activations, quantized),
+            simulate=lambda: self._simulated(quantized),
         )
         alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
         self.run.commit(part, dict(zip(scales, alphas, strict=True)), {self._label(number): asdict(outcome)})
+
+    @contextmanager
+    def _simulated(self, linears: list[nn.Module]) -> Iterator[None]:
+        """Within: these linears see their inputs quantized, where the recipe quantizes activations."""
+        activations = self.plan.recipe.activations
+        with ExitStack() as hooks:
+            if activations is not None:
+                for linear in linears:
+                    hooks.callback(activations.simulate(linear).remove)
+            yield
 
     def _weight(self, module: nn.Module, path: str) -> Tensor:
         return self.stream.weight_of(module.get_submodule(path)).float()

@@ -1,0 +1,57 @@
+"""The finished checkpoint of a run: shards, config, companions, recipe, and the manifest last of all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from qcli.models import manifest as checkpoint
+from qcli.quantization.block_parts import BlockParts
+from qcli.quantization.calibration import CalibrationTokens
+from qcli.quantization.result import Result
+from qcli.utils import shards
+from qcli.utils.files import write_bytes, write_json
+from qcli.utils.progress import Progress
+from qcli.utils.safetensors import read_header
+
+
+def publish_checkpoint(
+    result: Result, out: str | Path, parts: BlockParts, tokens: CalibrationTokens | None, progress: Progress
+) -> None:
+    """Assemble the checkpoint in the run's folder and give it its name in one step.
+
+    Args:
+        out: the result's folder, as the recipe in it names it.
+    """
+    plan, run = result.plan, parts.run
+    folder = run.result()
+    progress("write", 0, 1)
+    shards.join([read_header(run.file(name)) for name in parts.names()], folder, shards.SHARD_SIZE)
+    config = dict(plan.source.config)
+    config["quantization_config"] = checkpoint.quantization_config(plan.layers, plan.formats, plan.recipe.activations)
+    write_json(folder / "config.json", config)
+    plan.source.copy_companions(folder)
+    write_bytes(folder / checkpoint.RECIPE, plan.recipe.to_yaml(out=out).encode())
+    checkpoint.write_manifest(
+        folder,
+        {
+            "versions": checkpoint.versions(),
+            "recipe": plan.recipe.to_dict(out),
+            "source": {"model": plan.recipe.model, "fingerprint": plan.source.fingerprint()},
+            "calibration_tokens_sha256": result.tokens_sha256,
+            "calibration_text_identity": None if tokens is None else tokens.text_identity,
+            "seed": plan.recipe.seed,
+            "bits_per_weight": plan.bits_per_weight,
+            "model_bits_per_weight": plan.model_bits_per_weight,
+            "bytes": plan.bytes,
+            "layers": [asdict(layer) for layer in result.layers],
+            "training": result.training,
+            "unscaled": plan.unscaled,
+            "dense": dict.fromkeys(result.dense, "recipe override")
+            | dict.fromkeys(plan.parts[-1], "not a linear layer of a block"),
+            "seconds": result.seconds,
+            "peak_memory": result.peak_memory,
+        },
+    )
+    run.publish()
+    progress("write", 1, 1)

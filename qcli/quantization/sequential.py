@@ -1,0 +1,222 @@
+"""Sequential quantization: calibration text runs through the model, block by block and group by group.
+
+Every group reads the activations of a model in which all earlier groups are quantized already. Where something is
+compared with the full-precision model, its activations move along as a second stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qcli.algorithms.layer_group import CROSS, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.method import Solution
+from qcli.algorithms.training.batches import Sampling, Split
+from qcli.algorithms.training.loop import Weights
+from qcli.core.weight import QuantizedWeight
+from qcli.models.stream import ModelStream, batches
+from qcli.quantization.block_state import BlockGroup, BlockState, CollectedGroup, Streams
+from qcli.quantization.layer_report import layer_report
+from qcli.quantization.objectives import BlockObjective, LinearObjective
+from qcli.quantization.plan import Plan
+from qcli.quantization.solve import solve
+from qcli.quantization.statistics import StagedBlock, collect
+from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
+from qcli.utils.device import matmul_precision
+from qcli.utils.progress import Progress
+from qcli.utils.run_folder import RunFolder
+
+
+class Sequential:
+    """The `BlockQuantizer` of everything that reads activations.
+
+    Only the model itself and the input statistics may use `fast` matrix products; what solvers compute from them may
+    not.
+
+    Args:
+        run: keeps what transforms have fitted.
+        tokens: int64 `[samples, length]`; the last `plan.held_out` of them are held out.
+        fast: whether bf16 or TF32 matrix products are allowed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunFolder,
+        tokens: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        fast: bool,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.fast, self.refinement, self.progress = plan, fast, plan.recipe.refinement, progress
+        self.keep = torch.bfloat16 if fast else dtype
+        self.stream = ModelStream(plan.source, device=device, dtype=dtype)
+        self.last = plan.last_block
+        self.tokens = Split(tokens[: len(tokens) - plan.held_out], tokens[len(tokens) - plan.held_out :])
+        self.quantized = self.tokens.map(lambda side: [self.stream.embed(batch) for batch in batches(side)])
+        compares = plan.recipe.trained or plan.needs & {CROSS, RESIDUAL_CROSS}
+        self.original = self.quantized.map(list) if compares else None
+        self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress)
+        self.transforms.fit_model(self.tokens)
+        self.stream.drop_vocabulary()
+
+    def route(self, unfinished: Sequence[int]) -> Sequence[int]:
+        """All blocks up to the last unfinished one: activations pass through the finished ones."""
+        return range(max(unfinished, default=-1) + 1)
+
+    def load(self, index: int, saved: dict[str, QuantizedWeight] | None) -> BlockState:
+        """The block, its full-precision twin, and the activations that enter both."""
+        module = self.stream.load_block(index)
+        original = copy.deepcopy(module) if self.original is not None else None
+        for path, method in self.plan.methods_of(index).items():
+            linear = module.get_submodule(path)
+            method.format.attach(linear)
+            if self.plan.recipe.activations is not None:
+                self.plan.recipe.activations.simulate(linear)
+        saved = saved and {path: weight.to(self.stream.device) for path, weight in saved.items()}
+        groups = [BlockGroup(number, [*group.linears]) for number, group in enumerate(self.stream.family.groups)]
+        block = BlockState(index, groups, saved, module, original)
+        block.quantized_streams = self._streams(block.index, module, self.quantized, final=False)
+        if original is not None and self.original is not None:
+            block.original_streams = self._streams(block.index, original, self.original, final=True)
+        return block
+
+    def transform(self, block: BlockState) -> None:
+        """Transforms change both the block and its twin, so that codes are fitted to the transformed weights."""
+        if block.original is None:
+            return
+        twin = block.original
+
+        def objective(part: str) -> BlockObjective:
+            assert self.original is not None
+            targets = self.original.map(lambda hidden: self._through(twin, block.index, hidden))
+            return self._block_objective(block, targets, TRAINED_TOKENS, part)
+
+        assert block.module is not None
+        block.transformed = self.transforms.fold(block.index, block.module, twin, objective)
+        block.training |= self.transforms.outcomes(block.index)
+        for path in self.transforms.paths:
+            block.targets[path] = self.stream.weight_of(twin.get_submodule(path)).float()
+
+    def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
+        """Both streams reach the group's inputs; of a saved block no statistics are taken on the way."""
+        chosen, solving = self.plan.methods_of(block.index), block.saved is None
+        methods = [method for path, method in chosen.items() if path in group.paths]
+        needs = frozenset[str]().union(*map(self.plan.needs_of, methods if solving else ()))
+        assert block.quantized_streams is not None
+        quantized, original = block.quantized_streams, block.original_streams
+
+        def collected(own: StagedBlock, reference: StagedBlock | None) -> LinearGroup:
+            with matmul_precision(fast=self.fast, device=self.stream.device):
+                return collect(group.number, own, reference, needs)
+
+        training, held_out = collected(quantized.training, None if original is None else original.training), None
+        if solving and methods and self.refinement is not None and self.refinement.scope == "linear":
+            held_out = collected(quantized.held_out, None if original is None else original.held_out)
+        return CollectedGroup(training, held_out)
+
+    def solve(self, block: BlockState, collected: CollectedGroup) -> dict[str, QuantizedWeight]:
+        """One solution for all linears of the group that have one method."""
+        prefix, weights = self.plan.prefix(block.index), dict[str, QuantizedWeight]()
+        chosen = self.plan.methods_of(block.index)
+        methods = {path: method for path, method in chosen.items() if path in collected.training.weights}
+        for method in dict.fromkeys(methods.values()):
+            paths = [path for path in methods if methods[path] == method]
+            part = collected.only(paths)
+            solutions = solve(self.plan.recipe, method, part.training)
+            if part.held_out is not None:
+                solutions = self._refine_linears(block, part, solutions)
+            for path in paths:
+                original = part.training.weights[path]
+                report = layer_report(prefix + path, method, solutions[path], original, part.training)
+                block.reports.append(report)
+            for path, solution in solutions.items():
+                weights[path] = solution.weight
+                if solution.target is not None:
+                    block.targets[path] = solution.target
+        return weights
+
+    def advance_original(self, block: BlockState) -> None:
+        """Full-precision activations leave the block."""
+        if block.original is None or block.original_streams is None or self.original is None:
+            return
+        with matmul_precision(fast=self.fast, device=self.stream.device):
+            block.original_streams.training.advance()
+        self._advance(block.original, block.index, self.original.held_out)
+
+    def refine(self, block: BlockState) -> None:
+        """Reconstruct the block's output, where the recipe or the method says so."""
+        if self.refinement is None or self.refinement.scope != "block" or not block.weights:
+            return
+        for streams in (block.quantized_streams, block.original_streams):
+            if streams is not None:
+                streams.release()  # room for training
+        assert self.original is not None
+        objective = self._block_objective(block, self.original, self.refinement.batch_tokens, "refine")
+        refined, block.training["refine"] = self.refinement.refine(
+            block.weights, block.targets, objective, self.progress
+        )
+        block.replace(refined)
+
+    def advance(self, block: BlockState) -> None:
+        """Quantized activations leave the block, unless it is the last one that matters."""
+        if block.index >= self.last:
+            return
+        assert block.module is not None and block.quantized_streams is not None
+        if self.refinement is not None and self.refinement.scope == "block":
+            self._advance(block.module, block.index, self.quantized.training)  # staged results are of unrefined weights
+        else:
+            with matmul_precision(fast=self.fast, device=self.stream.device):
+                block.quantized_streams.training.advance()
+        self._advance(block.module, block.index, self.quantized.held_out)
+
+    def _streams(self, index: int, module: nn.Module, hidden: Split[list[Tensor]], *, final: bool) -> Streams:
+        """Staged forward passes of `module`; `final` where its weights will not change, so that they advance too."""
+        return Streams(
+            StagedBlock(self.stream, index, module, hidden.training, keep=self.keep, final=final),
+            StagedBlock(self.stream, index, module, hidden.held_out, keep=self.keep),
+        )
+
+    def _refine_linears(
+        self, block: BlockState, collected: CollectedGroup, solutions: dict[str, Solution]
+    ) -> dict[str, Solution]:
+        assert self.refinement is not None and collected.held_out is not None
+        weights = {path: solution.weight for path, solution in solutions.items()}
+        targets = {
+            path: collected.training.weights[path] if solution.target is None else solution.target
+            for path, solution in solutions.items()
+        }
+        objective = LinearObjective(collected.training, collected.held_out)
+        refined, outcome = self.refinement.refine(weights, targets, objective, self.progress)
+        block.training[f"refine {' '.join(solutions)}"] = outcome
+        return {path: replace(solution, weight=refined[path]) for path, solution in solutions.items()}
+
+    def _block_objective(
+        self, block: BlockState, targets: Split[list[Tensor]], batch_tokens: int, purpose: str
+    ) -> BlockObjective:
+        return BlockObjective(
+            lambda hidden, weights: self._run(block, hidden, weights),
+            self.quantized,
+            targets,
+            Sampling(batch_tokens, f"{self.plan.recipe.seed}:{block.index}:{purpose}"),
+        )
+
+    def _run(self, block: BlockState, hidden: Tensor, weights: Weights) -> Tensor:
+        assert block.module is not None
+        with matmul_precision(fast=self.fast, device=self.stream.device):
+            return self.stream.run_block(block.module, block.index, hidden, weights)
+
+    def _advance(self, module: nn.Module, index: int, hidden: list[Tensor]) -> None:
+        with matmul_precision(fast=self.fast, device=self.stream.device):
+            self.stream.advance(module, index, hidden)
+
+    def _through(self, module: nn.Module, index: int, hidden: list[Tensor]) -> list[Tensor]:
+        outputs = list(hidden)
+        self._advance(module, index, outputs)
+        return outputs
