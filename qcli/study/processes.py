@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -67,18 +66,19 @@ def _process(workers: int) -> ProcessPoolExecutor:
     """One of `workers` processes that share this machine's cores."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads, os.getpid()))
+    return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,))
 
 
-def _begin(threads: int, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def _begin(threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when `parent` has: killed, it cannot tell its workers, who would go on with their runs."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _end_with_parent() -> None:
+    """End this process when its parent has: killed, the parent cannot stop its workers, which would go on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)

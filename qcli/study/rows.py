@@ -8,20 +8,20 @@ DIR/cache            what runs share: calibration tokens and what baselines give
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qcli.utils import journal
 from qcli.utils.errors import StateError
-from qcli.utils.files import disk_problem, read_json, write_json
+from qcli.utils.files import read_json, write_json
+from qcli.utils.lock import FolderLock
 
 VERSION = 1
 RUNS, CACHE = "runs", "cache"
-_STORY, _ROWS, _LOCK = "study.json", "results.jsonl", "lock"
+_STORY, _ROWS = "study.json", "results.jsonl"
 Row = dict[str, Any]
 
 
@@ -34,16 +34,11 @@ def opened(out: Path) -> Iterator[None]:
     """
     if out.exists() and not (out / _STORY).exists() and any(out.iterdir()):
         raise StateError(f"{out} exists and is no study", hint="choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(f"another qcli is at work in {out}", hint="wait for it") from None
+    with FolderLock(out, StateError(f"another qcli is at work in {out}", hint="wait for it")):
         if not (out / _STORY).exists():
             write_json(out / _STORY, {"version": VERSION})
         _check_version(out)
-        _cut_torn_line(out / _ROWS)
+        journal.cut_torn_line(out / _ROWS)
         yield
 
 
@@ -54,24 +49,14 @@ def read_rows(out: Path) -> list[Row]:
         StateError: `out` is no study, one of another version, or a row is damaged.
     """
     _check_version(out)
-    try:
-        lines = (out / _ROWS).read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    whole = [line for line in lines if line.endswith("\n")]  # a study that was killed may have left half a line
-    rows = [_row(line, f"{out / _ROWS}:{number}") for number, line in enumerate(whole, start=1)]
+    lines = journal.complete_lines(out / _ROWS)
+    rows = [_row(line, f"{out / _ROWS}:{number}") for number, line in enumerate(lines, start=1)]
     return list({row["recipe"]: row for row in rows}.values())
 
 
 def append(out: Path, row: Row) -> None:
     """Synced: what is told as done stays done."""
-    try:
-        with (out / _ROWS).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise disk_problem(out / _ROWS, error) from None
+    journal.append(out / _ROWS, row)
 
 
 def _row(line: str, place: str) -> Row:
@@ -95,12 +80,3 @@ def _check_version(out: Path) -> None:
         raise StateError(
             f"{out} is a study of version {version}, this qcli knows {VERSION}", hint="choose another --out"
         )
-
-
-def _cut_torn_line(file: Path) -> None:
-    """Cut off a last line that was not written to its end."""
-    if file.exists():
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(file, whole)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
+import contextlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from qcli.study.grid import Run
@@ -14,6 +11,7 @@ from qcli.study.rows import CACHE, RUNS, Row
 from qcli.utils.cache import Cache
 from qcli.utils.errors import QcliError, StateError
 from qcli.utils.files import disk_problem
+from qcli.utils.lock import FolderLock
 from qcli.utils.progress import Progress, silent
 
 TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
@@ -29,14 +27,15 @@ def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
     from qcli.models.manifest import versions
 
     begun = time.time()
-    with _held(out / RUNS / run.address) as work:
+    with _locked(out / RUNS / run.address) as lock:
         try:
-            found = _measured(run, work, Cache(out / CACHE), progress)
+            found = _measured(run, lock.folder, Cache(out / CACHE), progress)
         except QcliError as error:
             found = failure(error.message, error.exit_code) | {"hint": error.hint}
         except Exception as error:  # a study goes on, whatever a run meets
             found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
-        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            lock.remove()
     known = headed(run) | {"started": round(begun, 1)}
     return known | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
 
@@ -51,20 +50,12 @@ def failure(error: str, exit_code: int = 1) -> Row:
     return {"status": "failed", "error": error, "exit_code": exit_code}
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[Path]:
+def _locked(folder: Path) -> FolderLock:
     """The folder, made if there is none, for this process alone: a worker of a study that was killed may be in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        return FolderLock(folder, StateError(f"another qcli is at work in {folder}", hint="wait for it"))
     except OSError as error:
         raise disk_problem(folder, error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(f"another qcli is at work in {folder}", hint="wait for it") from None
-        yield folder
 
 
 def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:

@@ -7,23 +7,23 @@ killed at any moment continues after its last whole part. The result is assemble
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from qcli.utils import shards
+from qcli.utils import journal, shards
 from qcli.utils.errors import StateError
 from qcli.utils.files import disk_problem, publish, read_json, sha256, write_json
+from qcli.utils.lock import FolderLock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_IDENTITY, _JOURNAL, _LOCK, _RESULT = "run.json", "journal.jsonl", "lock", "result"
+_IDENTITY, _JOURNAL, _RESULT = "run.json", "journal.jsonl", "result"
+Resume = Literal["auto", "required", "never"]
 
 
 class RunFolder:
@@ -39,39 +39,27 @@ class RunFolder:
             there is belongs to a run with another identity (the difference is named).
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], resume: Literal["auto", "required", "never"]) -> None:
+    def __init__(self, out: Path, identity: Mapping[str, Any], resume: Resume) -> None:
         self.out = out.absolute()
         self.path = partial(self.out)
         refuse_existing(self.out)
+        busy = StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("w")
+            self._lock = FolderLock(self.path, busy)
         except OSError as error:
             raise disk_problem(self.path, error) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out") from None
-        refuse_existing(self.out)  # another process may have finished in between
-        journal = self._read_journal()
-        if resume == "required" and not journal:
-            self._lock.close()
-            shutil.rmtree(self.path)
-            raise StateError(f"there is no interrupted run of {out} to resume", hint="leave out --resume required")
-        if resume == "never" or not journal:
-            self._clear()
-            journal = []
-            write_json(self.path / _IDENTITY, identity)
-        else:
-            self._compare(identity)
-        self._entries = {entry["part"]: entry for entry in journal}
+            self._entries = self._opened(identity, resume)
+        except BaseException:
+            self._lock.release()
+            raise
         self._intact: dict[str, bool] = {}
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def done(self, part: str) -> Path | None:
         """The file of a finished part, or None. A file that does not match its journal entry does not count."""
@@ -89,13 +77,7 @@ class RunFolder:
         """Write a part; from now on it is done."""
         shards.write_tensors(self.file(part), tensors)
         entry = {"part": part, "sha256": sha256(self.file(part)), "report": report}
-        try:
-            with (self.path / _JOURNAL).open("a") as journal:
-                journal.write(json.dumps(entry) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        except OSError as error:
-            raise disk_problem(self.path / _JOURNAL, error) from None
+        journal.append(self.path / _JOURNAL, entry)
         self._entries[part] = entry
         self._intact[part] = True
 
@@ -113,18 +95,26 @@ class RunFolder:
     def publish(self) -> None:
         """Give the assembled result its name, and remove everything else."""
         publish(self.path / _RESULT, self.out)
-        shutil.rmtree(self.path)
+        self._lock.remove()
 
     def size(self) -> int:
         """Bytes of the finished parts."""
         return sum(self.file(part).stat().st_size for part in self._entries if self.done(part))
 
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != _LOCK:
-                entry.unlink()
+    def _opened(self, identity: Mapping[str, Any], resume: Resume) -> dict[str, dict[str, Any]]:
+        """Journal entries by part; a folder that is not resumed is emptied."""
+        refuse_existing(self.out)  # another process may have finished in between
+        journal.cut_torn_line(self.path / _JOURNAL)
+        entries = [json.loads(line) for line in journal.complete_lines(self.path / _JOURNAL)]
+        if resume == "required" and not entries:
+            self._lock.remove()
+            raise StateError(f"there is no interrupted run of {self.out} to resume", hint="leave out --resume required")
+        if entries and resume != "never":
+            self._compare(identity)
+            return {entry["part"]: entry for entry in entries}
+        self._lock.clear()
+        write_json(self.path / _IDENTITY, identity)
+        return {}
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
         described = differences(read_json(self.path / _IDENTITY), identity)
@@ -133,17 +123,6 @@ class RunFolder:
                 f"{self.path} holds an interrupted run with other settings: {described}",
                 hint="repeat its settings to continue it, or start over with --resume never",
             )
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """Whole lines; the last one may have been cut short."""
-        try:
-            lines = (self.path / _JOURNAL).read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole != lines:
-            (self.path / _JOURNAL).write_text("".join(whole))
-        return [json.loads(line) for line in whole]
 
 
 def partial(out: Path) -> Path:

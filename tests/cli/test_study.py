@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from qcli.study.content import by_content
 from qcli.study.grid import Run, load_study
 from qcli.study.rows import VERSION, read_rows
 from qcli.study.run import headed
+from qcli.utils.errors import StateError
+from qcli.utils.lock import FolderLock
 from tests.cli.conftest import Invoke
 
 TOKENS, WINDOWS = "qcli.quantization.calibration.calibration_tokens", "qcli.evaluation.evaluate.evaluation_tokens"
@@ -212,8 +213,7 @@ def test_a_run_that_another_process_makes_ends_the_study(invoke: Invoke, study: 
     folder = out / "runs" / by_content(load_study(study).runs)[1].address
     folder.mkdir(parents=True)
     (out / "study.json").write_text('{"version": 1}')
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FolderLock(folder, StateError("busy")):
         code, _, err = invoke("study", study, "--out", out)
         assert code == 3 and f"error: another qcli is at work in {folder}" in err
         assert folder.exists() and len(rows(out)) == 1, "the first run has its row"
