@@ -16,7 +16,7 @@ import qcli
 ROOT = Path(qcli.__file__).parent
 FLOORS = (  # a folder imports only from folders before it
     *("utils", "core", "algorithms", "models", "data", "recipe", "inference", "evaluation"),
-    *("quantization", "distillation", "export", "study", "cli"),
+    *("quantization", "distillation", "export", "pipeline", "study", "cli"),
 )
 TORCH_FREE_AT_THE_TOP = (  # what `--help`, recipes and `--dry-run` import; folders and files
     *("recipe", "cli", "core/formats", "core/weight.py", "core/activations.py"),

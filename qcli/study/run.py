@@ -59,29 +59,24 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
-    from qcli.distillation.distill import distill
-    from qcli.evaluation.from_recipe import asked_tasks, evaluate_as_asked
     from qcli.models.manifest import read_manifest
-    from qcli.quantization.quantize import quantize
+    from qcli.pipeline import QUANTIZED, Pipeline
 
-    recipe, final = run.recipe, work / "quantized"
-    if not final.exists():
-        quantize(recipe, final, progress, cache)
-    story = read_manifest(final)
-    seconds = {"quantize": story["seconds"]}
-    if recipe.distill is not None:
-        taught = work / "distilled"
-        if not taught.exists():
-            seconds["distill"] = distill(final, recipe, taught, progress).seconds
-        final = taught
+    pipeline = Pipeline(run.recipe, work, cache=cache, calibration_cache=cache, progress=progress)
+    pipeline.quantize()
+    manifest = read_manifest(work / QUANTIZED)
+    seconds = {"quantize": manifest["seconds"]}
+    pipeline.distill()
+    if (distilled := pipeline.result.distilled) is not None:
+        seconds["distill"] = distilled.seconds
     begun = time.monotonic()
-    found = evaluate_as_asked(recipe, final, asked_tasks(recipe), cache, progress)
+    evaluation = pipeline.evaluate()
     seconds["eval"] = time.monotonic() - begun
     return {
         "status": "done",
-        **found.to_json(),
-        "model": recipe.model,  # and not the folder of what was made of it, which is gone
-        "fallbacks": {layer["name"]: layer["fallbacks"] for layer in story["layers"] if layer["fallbacks"]},
-        "peak_memory": story["peak_memory"],
+        **evaluation,
+        "model": run.recipe.model,  # and not the folder of what was made of it, which is gone
+        "fallbacks": {layer["name"]: layer["fallbacks"] for layer in manifest["layers"] if layer["fallbacks"]},
+        "peak_memory": manifest["peak_memory"],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }

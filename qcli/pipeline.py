@@ -1,0 +1,260 @@
+"""One recipe through all its stages: quantize, distill, evaluate, pack. `qcli run` and `qcli study` share it.
+
+Every stage has one result in the pipeline's folder; a result that is there already, made from the same inputs, is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcli.models.open import open_source
+from qcli.quantization.plan import plan
+from qcli.recipe.recipe import Recipe
+from qcli.recipe.sections import Eval
+from qcli.utils.cache import Cache
+from qcli.utils.errors import StateError
+from qcli.utils.files import content_hash, read_json, write_json
+from qcli.utils.progress import Progress, silent
+from qcli.utils.run_folder import differences
+
+if TYPE_CHECKING:
+    from qcli.distillation.distill import Distilled
+    from qcli.evaluation.tasks import Tasks
+    from qcli.quantization.result import Result
+
+QUANTIZED, DISTILLED, EVALUATION, PACKED = "quantized", "distilled", "eval.json", "packed"
+RECORD = "stages.json"
+
+
+@dataclass
+class PipelineResult:
+    """What each stage gave; None where the recipe has no such stage, or its result was there already.
+
+    Attributes:
+        evaluation: `Evaluation.to_json`, from a file if it was made before.
+        skipped: results that were there already.
+    """
+
+    out: Path
+    skipped: list[str] = field(default_factory=list)
+    quantized: Result | None = None
+    distilled: Distilled | None = None
+    evaluation: dict[str, Any] | None = None
+    packed: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data, a key for each stage that has a result."""
+        stages = {
+            "quantized": self.quantized and self.quantized.to_json(),
+            "distilled": self.distilled and self.distilled.to_json(),
+            "eval": self.evaluation,
+            "packed": self.packed,
+        }
+        present = {name: result for name, result in stages.items() if result is not None}
+        return {"out": str(self.out), "skipped": self.skipped, **present}
+
+
+class Pipeline:
+    """The stages of one recipe, in order.
+
+    Args:
+        folder: of the results.
+        cache: keeps what the baseline of an evaluation gives.
+        calibration_cache: keeps calibration tokens that several recipes share.
+        skip: called with the path of each result that is there already.
+
+    Raises:
+        UsageError: the recipe does not fit its model.
+        StateError: the folder's record is damaged.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        cache: Cache,
+        calibration_cache: Cache | None = None,
+        progress: Progress = silent,
+        skip: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
+        self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
+        self.plan, self.record, self.result = plan(recipe), StageRecord(folder), PipelineResult(folder)
+        self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
+        if self.plan.streamed:
+            self.inputs["text"] = content_hash(Path(recipe.calibration.data))
+        self.model = folder / QUANTIZED
+
+    def run(self) -> PipelineResult:
+        """Every stage that the recipe names; where a gate fails, nothing is packed.
+
+        Raises:
+            QcliError: as the stages do; what can be checked beforehand is checked before the first of them.
+        """
+        self.check()
+        self.quantize()
+        self.distill()
+        gates = None
+        if self.recipe.eval is not None:
+            evaluation, gates = self.evaluate(), self.recipe.eval.gates
+        if gates is None or not any(gates.failures(evaluation)):
+            self.pack()
+        return self.result
+
+    def check(self) -> None:
+        """Refuse what any stage that is still to be done would refuse, before work is spent on the first."""
+        self._check_layout()
+        self._check_distillation()
+        if self.recipe.eval is not None:
+            from qcli.evaluation.from_recipe import require_evaluation_texts
+
+            tasks = self.tasks
+            if not (self.folder / EVALUATION).exists():
+                require_evaluation_texts(self.recipe, self.plan.source, self.progress)
+                if tasks is not None:
+                    tasks.require_data()
+
+    def quantize(self) -> None:
+        """Quantize the recipe's model."""
+        if self._is_missing(QUANTIZED, self.inputs):
+            from qcli.quantization.quantize import quantize
+
+            self.result.quantized = quantize(self.recipe, self.model, self.progress, self.calibration_cache)
+
+    def distill(self) -> None:
+        """Train the quantized model, if the recipe says so; the result is what later stages read."""
+        if self.recipe.distill is None:
+            return
+        student, self.model = self.model, self.folder / DISTILLED
+        text = content_hash(Path(self.recipe.distill_text.data))
+        self.inputs = self.inputs | {"distill": self.recipe.distill.model_dump(mode="json"), "distill text": text}
+        if self._is_missing(DISTILLED, self.inputs):
+            from qcli.distillation.distill import distill
+
+            self.result.distilled = distill(student, self.recipe, self.model, self.progress)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`."""
+        options = self.recipe.eval or Eval()
+        texts = [*options.perplexity, *([options.include_path] if options.include_path else [])]
+        inputs = self.inputs | {
+            "eval": options.model_dump(exclude={"gates"}),
+            "eval files": {name: content_hash(Path(name)) for name in texts},
+        }
+        if options.baseline is not None:
+            inputs["baseline"] = open_source(options.baseline).state()
+        if self._is_missing(EVALUATION, inputs):
+            from qcli.evaluation.from_recipe import evaluate_as_asked
+
+            evaluation = evaluate_as_asked(self.recipe, self.model, self.tasks, self.cache, self.progress)
+            write_json(self.folder / EVALUATION, evaluation.to_json())
+        self.result.evaluation = read_json(self.folder / EVALUATION)
+        return self.result.evaluation
+
+    def pack(self) -> None:
+        """Pack the model, if the recipe says so."""
+        options = self.recipe.pack
+        if options is not None and self._is_missing(PACKED, self.inputs | {"pack": options.model_dump()}):
+            from qcli.export.pack import pack
+
+            self.result.packed = pack(
+                self.model,
+                self.folder / PACKED,
+                format=options.format,
+                shard_size=options.shard_bytes,
+                requantize=options.requantize,
+                evaluation=self.result.evaluation,
+                progress=self.progress,
+            )
+
+    @cached_property
+    def tasks(self) -> Tasks | None:
+        """The tasks that the recipe names, checked; None: none."""
+        from qcli.evaluation.from_recipe import asked_tasks
+
+        return asked_tasks(self.recipe)
+
+    def _is_missing(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether a stage has to run."""
+        if not self.record.done(name, inputs):
+            return True
+        self.result.skipped.append(name)
+        self.skip(self.folder / name)
+        return False
+
+    def _check_layout(self) -> None:
+        """Refuse what `pack` would refuse; where bits have been chosen already, it knows better."""
+        options, chosen = self.recipe.pack, self.recipe.allocation is not None and self.model.exists()
+        if options is None or chosen or (self.folder / PACKED).exists():
+            return
+        from qcli.export.packable import require_packable
+        from qcli.quantization.allocation_options import mixed
+
+        require_packable(self.plan, self.folder, options.format, options.requantize)
+        if self.recipe.allocation is not None:
+            mixture = plan(mixed(self.recipe, self.plan.layers))
+            require_packable(mixture, self.folder, options.format, options.requantize)
+
+    def _check_distillation(self) -> None:
+        if self.recipe.distill is None or (self.folder / DISTILLED).exists():
+            return
+        from qcli.data.datasets import SELF
+        from qcli.distillation.distill import lesson_tokens
+        from qcli.distillation.plan import require_possible
+        from qcli.export.packable import PlannedCheckpoint
+
+        vocabulary = self.plan.source.hf_config().get_text_config().vocab_size
+        require_possible(self.recipe, PlannedCheckpoint(self.plan, self.folder).packed, vocabulary)
+        if self.recipe.distill_text.data != SELF:
+            lesson_tokens(self.recipe, self.plan.source)
+
+
+class StageRecord:
+    """The stages of a run folder, and what each result was made from.
+
+    A stage is recorded before it starts. Results appear complete or not at all, so a result that is there, with
+    a record of the same inputs, is done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.record: dict[str, Any] = read_json(folder / RECORD)
+        except FileNotFoundError:
+            self.record = {}
+        except ValueError:
+            raise StateError(f"{folder / RECORD} is damaged", hint="choose another --out") from None
+
+    def done(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether result `name` exists; if not, its inputs are recorded.
+
+        Raises:
+            StateError: it exists and was made from other inputs (the differences are named).
+        """
+        result = self.folder / name
+        if not result.exists():
+            self.record[name] = inputs
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / RECORD, self.record)
+            return False
+        described = differences(self.record.get(name), inputs)
+        if described:
+            raise StateError(
+                f"{result} was made with other settings: {described}",
+                hint=f"choose another --out, or remove {', '.join(self._made_of(name))}",
+            )
+        return True
+
+    def _made_of(self, name: str) -> list[str]:
+        """This result and those of later stages, as far as they exist."""
+        names = [name, *(other for other in self._after(name) if (self.folder / other).exists())]
+        return [str(self.folder / other) for other in names]
+
+    def _after(self, name: str) -> list[str]:
+        names = [*self.record]  # in the order in which stages began
+        return names[names.index(name) + 1 :] if name in names else []
