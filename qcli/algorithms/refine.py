@@ -22,7 +22,8 @@ from qcli.utils.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qcli.algorithms.training.loop import Objective, Outcome
+    from qcli.algorithms.training.loop import Objective
+    from qcli.algorithms.training.outcome import Outcome
     from qcli.core.weight import QuantizedWeight
 
 

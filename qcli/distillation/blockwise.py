@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qcli.algorithms.training.batches import Order, rows
-from qcli.algorithms.training.loop import Outcome, optimize
+from qcli.algorithms.training.loop import optimize
 from qcli.algorithms.training.losses import kl_divergence, token_errors, token_lengths
+from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import parameter_groups
 from qcli.distillation.teacher import Lesson
 from qcli.distillation.whole_model import Stored, stored_layers, student_block

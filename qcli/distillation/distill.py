@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcli.algorithms.training.loop import Outcome
+from qcli.algorithms.training.outcome import Outcome
 from qcli.data.tokens import Tokens, calibration_tokens, require_training, text_identity
 from qcli.distillation.blockwise import distill_blocks
 from qcli.distillation.plan import intend, pair
@@ -26,6 +26,7 @@ from qcli.distillation.plots import can_plot, plot_training
 from qcli.distillation.teacher import Lesson
 from qcli.distillation.whole_model import distill_model
 from qcli.models import manifest as checkpoint
+from qcli.models.manifest import DistillationReport, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import Source
 from qcli.recipe.distillation import Distillation
@@ -90,7 +91,7 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
     identity = {
         "versions": checkpoint.versions(),
         "compute": {"device": device.type, "bf16": fast, "processes": world_size()},
-        "student": checkpoint.read_manifest(student)["files"],
+        "student": {name: asdict(file) for name, file in Manifest.read(student).files.items()},
         "teacher": master.fingerprint(),
         "text": recipe.distill_text.model_dump(mode="json"),
         "distill": options.model_dump(mode="json"),
@@ -216,22 +217,20 @@ def _write(
     pupil.copy_companions(folder)
     if result.plot is not None:
         plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)
-    before = checkpoint.read_manifest(student)
-    made_by = before["recipe"] | {"distill": options.model_dump(mode="json", exclude_none=True)}
+    before = Manifest.read(student)
+    made_by = before.recipe | {"distill": options.model_dump(mode="json", exclude_none=True)}
     write_bytes(folder / checkpoint.RECIPE, to_yaml(made_by, None).encode())
-    distilled = {
-        "teacher": recipe.model,
-        "text": recipe.distill_text.model_dump(mode="json"),
-        "text_identity": run.report(_TOKENS),
-        "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "seed": recipe.seed,
-        "measure": result.measure,
-        "outcome": asdict(result.outcome),
-        "blocks": [asdict(outcome) for outcome in result.blocks],
-        "seconds": result.seconds,
-        "peak_memory": result.peak_memory,
-    }
-    checkpoint.write_manifest(
-        folder, before | {"recipe": made_by, "distilled": [*before.get("distilled", []), distilled]}
+    report = DistillationReport(
+        teacher=recipe.model,
+        text=recipe.distill_text.model_dump(mode="json"),
+        text_identity=run.report(_TOKENS),
+        tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        seed=recipe.seed,
+        measure=result.measure,
+        outcome=result.outcome,
+        blocks=result.blocks,
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
     )
+    before.model_copy(update={"recipe": made_by, "distilled": [*before.distilled, report]}).write(folder)
     run.publish()

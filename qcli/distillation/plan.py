@@ -10,8 +10,7 @@ from typing import Any
 
 from qcli.data.datasets import is_folder
 from qcli.distillation.whole_model import needed_memory
-from qcli.models import manifest as checkpoint
-from qcli.models.manifest import Packed
+from qcli.models.manifest import Manifest, Packed
 from qcli.models.native import NativeSource
 from qcli.models.open import Source, open_source
 from qcli.recipe.distillation import Distillation
@@ -130,7 +129,7 @@ def pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
     if ours != theirs or len(vocabularies) > 1:
         raise UsageError(
             f"{teacher} has other layers or another vocabulary than {student}, whose teacher it cannot be",
-            hint=f"the checkpoint was made from {checkpoint.read_manifest(student)['source']['model']}",
+            hint=f"the checkpoint was made from {Manifest.read(student).source.model}",
         )
     return pupil, master
 

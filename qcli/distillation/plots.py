@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcli.algorithms.training.loop import Outcome
+from qcli.algorithms.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcli.algorithms.training.loop import Outcome, optimize
+from qcli.algorithms.training.loop import optimize
+from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import TrainedWeight, parameter_groups
 from qcli.distillation.student import Student, StudentBlock, Teacher
 from qcli.distillation.teacher import Lesson, Present, Remembered, Teaches, Teaching, remember

@@ -19,7 +19,7 @@ from qcli.evaluation.layer_errors import layer_errors
 from qcli.evaluation.results import Evaluation
 from qcli.evaluation.scoring import Run, score
 from qcli.evaluation.tasks import TaskResult, Tasks
-from qcli.models.manifest import MANIFEST, read_manifest, versions
+from qcli.models.manifest import MANIFEST, Manifest, versions
 from qcli.models.open import Source, open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils.cache import Cache
@@ -197,9 +197,9 @@ def _refuse_seen(folder: str, source: Source) -> None:
     """A folder of `qcli calibrate` may hold the very tokens that a checkpoint was calibrated or distilled on."""
     if not (source.path / MANIFEST).is_file():
         return
-    manifest = read_manifest(source.path)
-    seen = [("calibrated", manifest.get("calibration_tokens_sha256"))]
-    seen += [("distilled", lesson["tokens_sha256"]) for lesson in manifest.get("distilled", [])]
+    manifest = Manifest.read(source.path)
+    seen = [("calibrated", manifest.calibration_tokens_sha256)]
+    seen += [("distilled", report.tokens_sha256) for report in manifest.distilled]
     found = calibration_tokens(folder, source, samples=1, seq_len=2, seed=0).sha256
     for how in (how for how, tokens in seen if tokens == found):
         raise UsageError(
@@ -212,9 +212,9 @@ def _fitted_to(source: Source, texts: Mapping[str, str | None]) -> list[str]:
     """Those of the texts, identities by name, that a checkpoint was calibrated or distilled on."""
     if not (source.path / MANIFEST).is_file():
         return []
-    manifest = read_manifest(source.path)
-    seen = {manifest.get("calibration_text_identity")}
-    seen |= {lesson.get("text_identity") for lesson in manifest.get("distilled", [])}
+    manifest = Manifest.read(source.path)
+    seen = {manifest.calibration_text_identity}
+    seen |= {report.text_identity for report in manifest.distilled}
     return [data for data, text in texts.items() if text is not None and text in seen]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcli.models import manifest as checkpoint
+from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import Source, open_source
 from qcli.models.packed import PackedSource
 from qcli.utils.errors import UsageError, VerificationError
@@ -54,36 +53,36 @@ def inspect(folder: Path) -> Inspection:
         VerificationError: its parts do not agree.
     """
     source = open_source(str(folder))
-    if not (folder / checkpoint.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
-    manifest = checkpoint.read_manifest(folder)
+    manifest = Manifest.read(folder)
     rows = _rows(source, manifest)
     return Inspection(
         folder=str(folder),
-        model=manifest["source"]["model"],
+        model=manifest.source.model,
         family=source.family.model_type,
-        bits_per_weight=source.bits_of(layer["name"] for layer in manifest["layers"]),
+        bits_per_weight=source.bits_of(layer.name for layer in manifest.layers),
         model_bits_per_weight=source.model_bits_per_weight(),
         bytes=source.bytes(),
-        seconds=manifest["seconds"],
-        versions=manifest["versions"],
-        packed_as=manifest.get("packed_as"),
-        notes=manifest.get("notes", {}),
-        recipe=manifest["recipe"],
-        fallbacks=sum(bool(layer["fallbacks"]) for layer in manifest["layers"]),
+        seconds=manifest.seconds,
+        versions=manifest.versions,
+        packed_as=manifest.packed_as,
+        notes=manifest.notes,
+        recipe=manifest.recipe,
+        fallbacks=sum(bool(layer.fallbacks) for layer in manifest.layers),
         activations=None if source.activations is None else source.activations.model_dump(),
         layers=rows,
     )
 
 
-def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    reports = {layer["name"]: layer for layer in manifest["layers"]}
+def _rows(source: Source, manifest: Manifest) -> list[dict[str, Any]]:
+    reports = {layer.name: layer for layer in manifest.layers}
     packed = source.packed if isinstance(source, PackedSource) else None
     linears = source.linears()
     odd = reports.keys() - {linear.name for linear in linears} if packed is None else reports.keys() ^ packed.keys()
     if odd:
         raise VerificationError(f"{source.path}: its weights and its manifest disagree about {min(odd)}")
-    rounded = set(manifest.get("rounded", []))
+    rounded = set(manifest.rounded)
     rows: list[dict[str, Any]] = []
     for linear in linears:
         name, report = linear.name, reports.get(linear.name)
@@ -93,8 +92,9 @@ def _rows(source: Source, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         if report is None:
             rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
             continue
-        spec = report["spec"] if packed is None else packed[name].format.spec()
-        row |= {"method": report["method"], **spec, "bits_per_weight": source.bits_of([name])}
-        measured = () if name in rounded else ("error", "measure")  # of codes that are no longer those in the file
-        rows.append(row | {key: report[key] for key in (*measured, "fallbacks")} | report.get("facts", {}))
+        spec = report.spec if packed is None else packed[name].format.spec()
+        row |= {"method": report.method, **spec, "bits_per_weight": source.bits_of([name])}
+        if name not in rounded:  # otherwise the error is that of codes which are no longer those in the file
+            row |= {"error": report.error, "measure": report.measure}
+        rows.append(row | {"fallbacks": report.fallbacks} | report.facts)
     return rows

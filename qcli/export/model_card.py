@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qcli.models.manifest import LayerReport, Manifest
 
 _HUB_FORMAT = {"gguf": "gguf"}  # what the hub calls a library by its files; everything else is transformers
 
 
 def model_card(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     result: Mapping[str, Any],
     loading: str,
     recipe: str,
@@ -27,21 +29,20 @@ def model_card(
         recipe: the recipe's YAML.
         evaluation: `Evaluation.to_json` of the checkpoint.
     """
-    model = str(manifest["source"]["model"])
+    model = manifest.source.model
     like_an_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
     on_hub = like_an_id and not Path(model).exists()  # a folder's relative path looks like an id
     title = model if on_hub else model.rstrip("/").rpartition("/")[2]
-    layers: list[dict[str, Any]] = manifest["layers"]
     facts = {
         "base model": f"`{title}`",
-        "method": _counted(_method(layer) for layer in layers),
+        "method": _counted(_method(layer) for layer in manifest.layers),
         "bits per weight": f"{result['bits_per_weight']:.3g} in the quantized layers, "
         f"{result['model_bits_per_weight']:.3g} in the whole model, every stored table counted",
         "layout": result["format"],
         **result["notes"],
         "read back": f"logits differ from the quantized checkpoint's by at most {result['max_logit_difference']:.3g} "
         f"(KL {result['kl']:.3g})",
-        "relative error": _errors(layers),
+        "relative error": _errors(manifest.layers),
         **(_measured(evaluation) if evaluation is not None else {}),
     }
     front = ["library_name: " + _HUB_FORMAT.get(result["format"], "transformers"), "tags: [quantized, qcli]"]
@@ -83,11 +84,11 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _method(layer: Mapping[str, Any]) -> str:
-    spec = layer["spec"]
+def _method(layer: LayerReport) -> str:
+    spec = layer.spec
     size = spec.get("group_size") or spec.get("base", {}).get("group_size")
     groups = "" if size is None else ", rows" if size == -1 else f", groups of {size}"
-    return f"{layer['method']} ({spec['bits']} bits{groups})"
+    return f"{layer.method} ({spec['bits']} bits{groups})"
 
 
 def _counted(words: Iterable[str]) -> str:
@@ -97,11 +98,11 @@ def _counted(words: Iterable[str]) -> str:
     return ", ".join(f"{word}: {count} layers" for word, count in counts.most_common())
 
 
-def _errors(layers: list[dict[str, Any]]) -> str:
+def _errors(layers: Sequence[LayerReport]) -> str:
     """The mean of what each layer lost, by how it was measured."""
     kinds: dict[str, list[float]] = {}
     for layer in layers:
-        kinds.setdefault(layer["measure"], []).append(layer["error"])
+        kinds.setdefault(layer.measure, []).append(layer.error)
     return "; ".join(
         f"{sum(errors) / len(errors):.3g} of the {kind}, mean of {len(errors)} layers" for kind, errors in kinds.items()
     )

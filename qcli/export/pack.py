@@ -61,7 +61,7 @@ def pack(
     export: Export = registry.load("qcli.export.targets", format)(requantize)
     source = open_source(str(run))
     if not isinstance(source, NativeSource):
-        if (run / checkpoint.MANIFEST).exists() and (layout := checkpoint.read_manifest(run).get("packed_as")):
+        if (run / checkpoint.MANIFEST).exists() and (layout := checkpoint.Manifest.read(run).packed_as):
             raise UsageError(
                 f"{run} is packed as {layout} already", hint="pack the folder of `qcli quantize` that it was made of"
             )
@@ -107,12 +107,12 @@ def _write(
         **difference,
         "notes": export.notes(source),
     }
-    manifest = checkpoint.read_manifest(run)
+    manifest = checkpoint.Manifest.read(run)
     recipe = (folder / checkpoint.RECIPE).read_text(encoding="utf-8")
     write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
     size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
     packing = {"packed_as": export.name, "rounded": export.rounded(), "notes": result["notes"]}
-    checkpoint.write_manifest(folder, manifest | size | packing)
+    manifest.model_copy(update=size | packing).write(folder)
     return result
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcli.models import manifest as checkpoint
+from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import Source, open_source
 from qcli.models.packed import PackedSource
 from qcli.utils.errors import QcliError, VerificationError
@@ -40,38 +40,36 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     Raises:
         VerificationError: the first thing that does not agree, with its file or tensor.
     """
-    manifest = checkpoint.read_manifest(folder)
-    listed = manifest["files"]
+    manifest = Manifest.read(folder)
+    listed = manifest.files
     for number, (name, entry) in enumerate(listed.items()):
         progress("hash", number, len(listed), name)
         file = folder / Path(name).name
         if not file.is_file():
             raise VerificationError(f"{file} is missing, the manifest lists it", hint="copy the checkpoint again")
-        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise VerificationError(f"{file} is not the file that was written: its hash differs from the manifest")
     progress("hash", len(listed), len(listed))
-    unlisted = sorted(
-        file.name for file in folder.iterdir() if file.name not in listed and file.name != checkpoint.MANIFEST
-    )
+    unlisted = sorted(file.name for file in folder.iterdir() if file.name not in listed and file.name != MANIFEST)
     weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
     source = open_source(str(folder))
     _check_values(source, progress)
-    layers = [layer["name"] for layer in manifest["layers"]]
+    layers = [layer.name for layer in manifest.layers]
     if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
         raise VerificationError(f"{folder} has no {min(missing)}, the manifest lists its layer")
     bits = source.bits_of(layers)
-    if abs(bits - manifest["bits_per_weight"]) > 1e-9:
+    if abs(bits - manifest.bits_per_weight) > 1e-9:
         raise VerificationError(
-            f"{folder}: {bits:.4f} bits per weight, the manifest says {manifest['bits_per_weight']:.4f}"
+            f"{folder}: {bits:.4f} bits per weight, the manifest says {manifest.bits_per_weight:.4f}"
         )
     return Verified(
         folder=str(folder),
         files=len(listed),
-        bytes=sum(entry["bytes"] for entry in listed.values()),
+        bytes=sum(entry.bytes for entry in listed.values()),
         layers=len(layers),
-        bits_per_weight=manifest["bits_per_weight"],
+        bits_per_weight=manifest.bits_per_weight,
         unlisted=unlisted,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.layouts import compressed_tensors, gptq
-from qcli.models.manifest import MANIFEST, read_manifest
+from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, first_line
 from qcli.utils.errors import UnsupportedError, UsageError
@@ -44,7 +44,7 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
     if not path.is_dir():
         path = _download(model)
     # A converted file may also lie beside a checkpoint of another layout: the manifest tells which of them it is.
-    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and read_manifest(path).get("packed_as") == "gguf":
+    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
     return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)

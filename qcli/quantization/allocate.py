@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from qcli.algorithms.solvers.knapsack import cheapest_loss
 from qcli.data.datasets import is_folder
 from qcli.evaluation.evaluate import compare
-from qcli.models import manifest as checkpoint
+from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import Choices, choices
 from qcli.quantization.calibration import recipe_tokens
 from qcli.quantization.job import quantize_as_written, run_identity
-from qcli.quantization.layer_report import LayerReport
 from qcli.quantization.plan import plan
 from qcli.quantization.result import Result
 from qcli.quantization.sensitivity import Losses, sensitivities
@@ -40,7 +38,6 @@ from qcli.utils.run_folder import RunFolder
 
 _LEARNT_TOKENS = 8192  # that sensitivity is measured on, at most
 _HELD_OUT = "held-out"
-_WRITTEN = ("format_version", "recipe_sha256", "files")  # by `write_manifest` itself
 
 
 @dataclass(frozen=True)
@@ -85,35 +82,31 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         )
         measured = {name: score.kl for name, score in zip(trials, scores, strict=True)}
         best = min(trials, key=lambda name: (measured[name] is None, measured[name]))
-        story = {
-            "target_bpw": recipe.allocation.target_bpw if recipe.allocation else None,
-            "shipped": best,
-            "trials": {
-                name: {
-                    "bits_per_weight": trial.bits_per_weight,
-                    "predicted_kl": trial.predicted,
-                    "measured_kl": measured[name],
-                }
+        report = AllocationReport(
+            target_bpw=recipe.allocation.target_bpw if recipe.allocation else None,
+            shipped=best,
+            trials={
+                name: TrialReport(trial.bits_per_weight, trial.predicted, measured[name])
                 for name, trial in trials.items()
             },
-            "held_out_samples": judges,
-            "sensitivity": {
+            held_out_samples=judges,
+            sensitivity={
                 name: {_label(found, option): loss if isfinite(loss) else None for option, loss in enumerate(row)}
                 for name, row in losses.items()
             },
-        }
+        )
         final = trials[best].recipe
-        manifest = _published(run, folder / best, final, out, story, time.monotonic() - started)
+        manifest = _published(run, folder / best, final, out, report, time.monotonic() - started)
     return Result(
         out=Path(out),
         plan=plan(final),
-        layers=[LayerReport(**layer) for layer in manifest["layers"]],
-        training=manifest["training"],
-        tokens_sha256=manifest["calibration_tokens_sha256"],
-        seconds=manifest["seconds"],
+        layers=manifest.layers,
+        training={what: asdict(outcome) for what, outcome in manifest.training.items()},
+        tokens_sha256=manifest.calibration_tokens_sha256,
+        seconds=manifest.seconds,
         peak_memory=peak_memory(device),
-        dense=[name for name, why in manifest["dense"].items() if why == "recipe override"],
-        allocation=story,
+        dense=[name for name, why in manifest.dense.items() if why == "recipe override"],
+        allocation=asdict(report),
     )
 
 
@@ -168,13 +161,13 @@ def _trials(found: Choices, losses: Losses, fitted: Calibration) -> dict[str, _T
 
 
 def _published(
-    run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, story: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    """Move a trial to the run's result, with its own name in its recipe and the story in its manifest."""
-    manifest = checkpoint.read_manifest(winner)
-    manifest |= {"recipe": recipe.to_dict(out), "allocation": story, "seconds": seconds}
-    write_bytes(winner / checkpoint.RECIPE, recipe.to_yaml(out=out).encode())
-    checkpoint.write_manifest(winner, {name: value for name, value in manifest.items() if name not in _WRITTEN})
+    run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, report: AllocationReport, seconds: float
+) -> Manifest:
+    """Move a trial to the run's result, with its own name in its recipe and the report in its manifest."""
+    changed = {"recipe": recipe.to_dict(out), "allocation": report, "seconds": seconds}
+    manifest = Manifest.read(winner).model_copy(update=changed)
+    write_bytes(winner / RECIPE, recipe.to_yaml(out=out).encode())
+    manifest.write(winner)
     folder = run.result()
     folder.rmdir()
     winner.rename(folder)

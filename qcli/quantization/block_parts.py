@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.core.weight import QuantizedWeight
-from qcli.models.manifest import Packed, stored_tensors
+from qcli.models.manifest import LayerReport, Packed, stored_tensors
 from qcli.quantization.block_state import BlockState
-from qcli.quantization.layer_report import LayerReport
 from qcli.quantization.plan import Plan
 from qcli.utils.dtypes import torch_dtype
 from qcli.utils.run_folder import RunFolder

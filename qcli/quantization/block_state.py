@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from qcli.algorithms.layer_group import LinearGroup
-from qcli.algorithms.training.loop import Outcome
+from qcli.algorithms.training.outcome import Outcome
 from qcli.core.weight import QuantizedWeight
+from qcli.models.manifest import LayerReport
 from qcli.models.stream import ModelStream
-from qcli.quantization.layer_report import LayerReport
 from qcli.quantization.statistics import StagedBlock
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
+from qcli.algorithms.training.outcome import Outcome
 from qcli.models import manifest as checkpoint
+from qcli.models.manifest import Manifest, SourceModel
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
 from qcli.quantization.result import Result
@@ -32,26 +33,24 @@ def publish_checkpoint(
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
     write_bytes(folder / checkpoint.RECIPE, plan.recipe.to_yaml(out=out).encode())
-    checkpoint.write_manifest(
-        folder,
-        {
-            "versions": checkpoint.versions(),
-            "recipe": plan.recipe.to_dict(out),
-            "source": {"model": plan.recipe.model, "fingerprint": plan.source.fingerprint()},
-            "calibration_tokens_sha256": result.tokens_sha256,
-            "calibration_text_identity": None if tokens is None else tokens.text_identity,
-            "seed": plan.recipe.seed,
-            "bits_per_weight": plan.bits_per_weight,
-            "model_bits_per_weight": plan.model_bits_per_weight,
-            "bytes": plan.bytes,
-            "layers": [asdict(layer) for layer in result.layers],
-            "training": result.training,
-            "unscaled": plan.unscaled,
-            "dense": dict.fromkeys(result.dense, "recipe override")
-            | dict.fromkeys(plan.parts[-1], "not a linear layer of a block"),
-            "seconds": result.seconds,
-            "peak_memory": result.peak_memory,
-        },
+    manifest = Manifest(
+        versions=checkpoint.versions(),
+        recipe=plan.recipe.to_dict(out),
+        source=SourceModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
+        calibration_tokens_sha256=result.tokens_sha256,
+        calibration_text_identity=None if tokens is None else tokens.text_identity,
+        seed=plan.recipe.seed,
+        bits_per_weight=plan.bits_per_weight,
+        model_bits_per_weight=plan.model_bits_per_weight,
+        bytes=plan.bytes,
+        layers=result.layers,
+        training={what: Outcome(**outcome) for what, outcome in result.training.items()},
+        unscaled=plan.unscaled,
+        dense=dict.fromkeys(result.dense, "recipe override")
+        | dict.fromkeys(plan.parts[-1], "not a linear layer of a block"),
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
     )
+    manifest.write(folder)
     run.publish()
     progress("write", 1, 1)

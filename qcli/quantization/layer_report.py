@@ -1,37 +1,13 @@
-"""What happened to one layer, and how far its quantized weight is from what was wanted of it."""
+"""What a method achieved on one layer: its weight checked, its error measured."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method, Solution
+from qcli.models.manifest import LayerReport
 from qcli.utils.errors import QcliError
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer.
-
-    Attributes:
-        error: relative squared error of the method's choice, before the block is refined: of the layer's output on
-            its real inputs, before any norm, against the method's target (`measure: output`), or of the weight
-            itself where no data was used (`measure: weight`).
-        fallbacks: every step that did not go as configured.
-        facts: what the format reports of the final weight.
-    """
-
-    name: str
-    method: str
-    spec: dict[str, Any]
-    bits_per_weight: float
-    error: float
-    measure: str
-    fallbacks: list[str]
-    facts: dict[str, float] = field(default_factory=dict)
 
 
 def layer_report(name: str, method: Method, solution: Solution, original: Tensor, group: LinearGroup) -> LayerReport:

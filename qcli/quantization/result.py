@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcli.quantization.layer_report import LayerReport
+from qcli.models.manifest import LayerReport
 from qcli.quantization.plan import Plan
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qcli.algorithms.training.batches import Sampling, Split
-from qcli.algorithms.training.loop import Objective, Outcome
+from qcli.algorithms.training.loop import Objective
+from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.transform import ChannelScale
 from qcli.core.weight import Format
 from qcli.models.stream import ModelStream

@@ -59,13 +59,13 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
-    from qcli.models.manifest import read_manifest
+    from qcli.models.manifest import Manifest
     from qcli.pipeline import QUANTIZED, Pipeline
 
     pipeline = Pipeline(run.recipe, work, cache=cache, calibration_cache=cache, progress=progress)
     pipeline.quantize()
-    manifest = read_manifest(work / QUANTIZED)
-    seconds = {"quantize": manifest["seconds"]}
+    manifest = Manifest.read(work / QUANTIZED)
+    seconds = {"quantize": manifest.seconds}
     pipeline.distill()
     if (distilled := pipeline.result.distilled) is not None:
         seconds["distill"] = distilled.seconds
@@ -76,7 +76,7 @@ def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
         "status": "done",
         **evaluation,
         "model": run.recipe.model,  # and not the folder of what was made of it, which is gone
-        "fallbacks": {layer["name"]: layer["fallbacks"] for layer in manifest["layers"] if layer["fallbacks"]},
-        "peak_memory": manifest["peak_memory"],
+        "fallbacks": {layer.name: layer.fallbacks for layer in manifest.layers if layer.fallbacks},
+        "peak_memory": manifest.peak_memory,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }

@@ -233,7 +233,7 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     source.copy_companions(out)
     (out / checkpoint.RECIPE).write_bytes((bare / checkpoint.RECIPE).read_bytes())
     size = {"bits_per_weight": open_source(str(out)).bits_per_weight()}
-    checkpoint.write_manifest(out, checkpoint.read_manifest(bare) | size)
+    checkpoint.Manifest.read(bare).model_copy(update=size).write(out)
     return out
 
 

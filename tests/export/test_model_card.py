@@ -10,7 +10,9 @@ from ruamel.yaml import YAML
 from qcli.export.model_card import model_card
 from qcli.export.pack import pack
 from qcli.export.verify import verify
+from qcli.models.manifest import LayerReport
 from qcli.utils.registry import names
+from tests.manifests import layer_report, manifest_of
 from tests.quantizing import run
 from tests.tiny import tiny_model, with_merge
 
@@ -35,11 +37,11 @@ def test_every_layout_is_verified_and_has_a_card(format: str, tmp_path: Path) ->
 
 
 def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def layer(bits: int, error: float) -> dict[str, object]:
+    def layer(bits: int, error: float) -> LayerReport:
         spec = {"format": "affine", "bits": bits, "group_size": -1}
-        return {"method": "gptq-like", "spec": spec, "error": error, "measure": "output"}
+        return layer_report(method="gptq-like", spec=spec, bits_per_weight=bits, error=error)
 
-    manifest = {"source": {"model": "org/name"}, "layers": [layer(3, 0.02), layer(3, 0.04), layer(4, 0.0)]}
+    manifest = manifest_of(layer(3, 0.02), layer(3, 0.04), layer(4, 0.0))
     result = {
         "format": "gguf",
         "bits_per_weight": 4.5,
@@ -72,12 +74,6 @@ def test_card_says_what_was_measured() -> None:
         },
         "tasks": {"arc_easy": {"metric": "acc", "score": 0.5, "baseline": 0.625, "samples": 40}},
     }
-    layer = {
-        "method": "rtn",
-        "spec": {"bits": 3, "group_size": 32},
-        "error": 0.02,
-        "measure": "weight",
-    }
     result = {
         "format": "dense",
         "bits_per_weight": 16,
@@ -86,7 +82,7 @@ def test_card_says_what_was_measured() -> None:
         "kl": 0.0,
         "notes": {},
     }
-    manifest = {"source": {"model": "org/name"}, "layers": [layer]}
+    manifest = manifest_of(layer_report(measure="weight"))
     card = model_card(manifest, result, "Load it.", "bits: 3\n", evaluation)
     for row in (
         "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",

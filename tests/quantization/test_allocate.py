@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qcli.algorithms.layer_group import LinearGroup
 from qcli.core.weight import QuantizedWeight
 from qcli.export.pack import pack
 from qcli.models.families import Linear
-from qcli.models.manifest import read_manifest
+from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import choices, mixed
@@ -169,7 +170,8 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     assert result.plan.bits_per_weight == pytest.approx(story["trials"][story["shipped"]]["bits_per_weight"])
     assert all(trial["bits_per_weight"] <= 3.8 for trial in story["trials"].values())
     assert story["shipped"] == min(story["trials"], key=lambda name: story["trials"][name]["measured_kl"])
-    assert read_manifest(result.out)["allocation"]["trials"] == story["trials"]
+    recorded = Manifest.read(result.out).allocation
+    assert recorded is not None and asdict(recorded) == story
     assert not (tmp_path / "out.partial").exists()
     again, _ = load_recipe(result.out / "recipe.yaml", {})
     assert again.allocation is None and again.calibration.samples == 8

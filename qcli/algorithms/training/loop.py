@@ -10,21 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
 _EPSILON = 1e-15  # ours: gradients of a relative error fall with the size of a layer, and 1e-8 would stop large ones
 Weights = Mapping[str, Tensor]
 """Float32 `[out, in]` by layer name."""
-
-
-Point: TypeAlias = tuple[int, float | None, float | None]
-"""Steps, training loss, held-out loss."""
 
 
 class Objective(Protocol):
@@ -66,28 +63,6 @@ class Schedule:
             return (step + 1) / (rising + 1)
         share = (step - rising) / max(1.0, self.steps - rising)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a training went.
-
-    Attributes:
-        before: held-out loss at the start.
-        after: held-out loss of what was kept: never above `before`.
-        best_step: after how many steps that was; 0: the start was best and is kept.
-        steps: how many were made.
-        stopped: why there were not more, if there should have been.
-        curve: at the start and at every judgement: after how many steps, the mean training loss since the one
-            before (None at the start), and the held-out loss (None where it was not finite).
-    """
-
-    before: float
-    after: float
-    best_step: int
-    steps: int
-    stopped: str | None = None
-    curve: tuple[Point, ...] = ()
 
 
 class Keeper(Protocol):

@@ -20,7 +20,8 @@ from qcli.utils.progress import Progress, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qcli.algorithms.training.loop import Objective, Outcome
+    from qcli.algorithms.training.loop import Objective
+    from qcli.algorithms.training.outcome import Outcome
 
 __all__ = ["TEQ"]
 
@@ -79,7 +80,8 @@ class TEQ(Transform):
         """
         import torch
 
-        from qcli.algorithms.training.loop import Outcome, Schedule, train
+        from qcli.algorithms.training.loop import Schedule, train
+        from qcli.algorithms.training.outcome import Outcome
 
         block = _Transformed(weights, formats, scales, through_range=self.gradient == "range")
         if block.trained:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qcli.core.formats.affine import Affine
 from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise
-from qcli.models import manifest as checkpoint
 from qcli.models.gguf import GGUFSource
+from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import PACKED_GGUF, Source
 from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
@@ -143,7 +143,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
 
         config = source.hf_config()
         known = metadata.architecture(config)
-        model = checkpoint.read_manifest(source.path)["source"]["model"]
+        model = Manifest.read(source.path).source.model
         writer: Any = gguf.GGUFWriter(file, known.name)
         entries = list(self._entries(source, known.name))
         metadata.write(writer, config, Path(str(model)).name)
