@@ -106,6 +106,6 @@ def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
             "bits per weight": f"{result['bits_per_weight']:.3f}",
             "size": size(result["bytes"]),
             "time": duration(result["seconds"]),
-            "peak memory": ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()),
+            "peak memory": ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()) or None,
         }
     )

@@ -128,7 +128,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
 def show_result(tables: Tables, result: dict[str, Any]) -> None:
     """What was written, and how well it fits."""
     show_layers(tables, [{**layer, **layer["spec"], **layer["facts"]} for layer in result["layers"]])
-    peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items())
+    peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()) or None
     tables.pairs(
         {
             "written": result["out"],

@@ -32,9 +32,7 @@ class FolderLock:
     def __init__(self, folder: Path, busy: QcliError) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / _LOCK
-        file.touch()  # with the permissions of the umask; filelock has its own
-        self._lock = FileLock(file, thread_local=False)
+        self._lock = FileLock(folder / _LOCK, thread_local=False)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
