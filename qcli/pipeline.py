@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.models.open import open_source
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.utils.cache import Cache
@@ -84,9 +84,9 @@ class Pipeline:
     ) -> None:
         self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
         self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
-        self.plan, self.record, self.result = plan(recipe), StageRecord(folder), PipelineResult(folder)
+        self.plan, self.record, self.result = make_plan(recipe), StageRecord(folder), PipelineResult(folder)
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
-        if self.plan.streamed:
+        if self.plan.calibrated:
             self.inputs["text"] = content_hash(Path(recipe.calibration.data))
         self.model = folder / QUANTIZED
 
@@ -197,7 +197,7 @@ class Pipeline:
 
         require_packable(self.plan, self.folder, options.format, options.requantize)
         if self.recipe.allocation is not None:
-            mixture = plan(mixed(self.recipe, self.plan.layers))
+            mixture = make_plan(mixed(self.recipe, self.plan.layers))
             require_packable(mixture, self.folder, options.format, options.requantize)
 
     def _check_distillation(self) -> None:

@@ -99,9 +99,9 @@ def quantize(
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
         if dry_run:
-            from qcli.quantization.plan import plan
+            from qcli.quantization.plan import make_plan
 
-            session.result(plan(resolved).to_json(), show_plan)
+            session.result(make_plan(resolved).to_json(), show_plan)
             return
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")

@@ -103,7 +103,7 @@ def show_written(tables: Tables, found: dict[str, Any]) -> None:
 
 
 def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
-    from qcli.quantization.plan import plan
+    from qcli.quantization.plan import make_plan
     from qcli.study.content import by_content, require_texts
     from qcli.study.rows import read_rows
     from qcli.study.study import require_tasks
@@ -115,7 +115,7 @@ def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
     if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
         require_tasks(study.runs)
     for each in by_content(study.runs) if known else study.runs:
-        todo = plan(each.recipe)
+        todo = make_plan(each.recipe)
         rows.append(
             {
                 "point": each.point,

@@ -22,7 +22,7 @@ from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import Choices, choices
 from qcli.quantization.calibration import recipe_tokens
 from qcli.quantization.job import quantize_as_written, run_identity
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.quantization.result import Result
 from qcli.quantization.sensitivity import Losses, sensitivities
 from qcli.recipe.errors import Issue
@@ -99,7 +99,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         manifest = _published(run, folder / best, final, out, report, time.monotonic() - started)
     return Result(
         out=Path(out),
-        plan=plan(final),
+        plan=make_plan(final),
         layers=manifest.layers,
         training={what: asdict(outcome) for what, outcome in manifest.training.items()},
         tokens_sha256=manifest.calibration_tokens_sha256,

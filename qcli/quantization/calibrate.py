@@ -1,4 +1,4 @@
-"""What a model's layers see: calibration tokens, statistics of every input, and how each layer takes rounding.
+"""Calibration without quantization: tokens, statistics of every layer's inputs, and sensitivity to rounding.
 
 The folder holds `tokens.safetensors` (`ids`), `statistics.safetensors` (`<layer>.absmax`, `<layer>.second_moment`,
 float32 `[in_features]`), with `hessians` one `hessians-00000.safetensors` a block (`<layer>.hessian`, float32
@@ -38,13 +38,13 @@ _GROUP_SIZE = 64
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What is known of one layer.
+    """Statistics of one layer.
 
     Attributes:
         absmax: largest magnitude among its inputs.
-        dead_channels: inputs that are 0 for every token.
-        sensitivity: by bits, the relative squared error of its output after rounding to nearest in groups of
-            64, for inputs with the measured second moments and no correlation.
+        dead_channels: number of inputs that are 0 for every token.
+        sensitivity: by bits, the relative squared error of the output after rounding to nearest in groups of 64, for
+            uncorrelated inputs with the measured second moments.
     """
 
     absmax: float
@@ -61,7 +61,7 @@ class Calibration:
     layers: dict[str, LayerStatistics]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `calibration.json`, and where it is."""
+        """The content of `calibration.json`, and the folder."""
         return {"out": str(self.out), **self.record()}
 
     def record(self) -> dict[str, Any]:
@@ -70,12 +70,12 @@ class Calibration:
 
 
 def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False) -> Calibration:
-    """Run calibration text through a model, block by block, and write down what its layers see.
+    """Run calibration text through a model, block by block, and write the statistics of its layers' inputs.
 
     Args:
         recipe: its model, seed, device, dtype and calibration.
         out: a folder that appears complete or not at all.
-        hessians: also write `E[x^T x]` of every input: exact, and as large as the inputs are wide, squared.
+        hessians: also write `E[x^T x]` of every input: exact, `in_features` squared numbers each.
 
     Raises:
         UsageError: no such model or data, or too little text.
@@ -133,7 +133,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
                     first = {linear.group: linear.name for linear in reversed(members)}
                     shards.write_tensors(
                         folder / f"hessians-{index:05d}.safetensors",
-                        {f"{first[group]}.hessian": seen.hessian for group, seen in enumerate(inputs)},
+                        {f"{first[group]}.hessian": shared.hessian for group, shared in enumerate(inputs)},
                     )
                 progress("calibrate", index + 1, stream.n_blocks)
         shards.write_tensors(folder / "statistics.safetensors", statistics)
@@ -144,7 +144,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
 
 
 class _Inputs:
-    """Running statistics of the inputs that some linears share."""
+    """Running statistics of the input that a group of linears reads."""
 
     def __init__(self, width: int, device: torch.device, hessian: bool) -> None:
         self.tokens = 0
@@ -153,7 +153,7 @@ class _Inputs:
         self._products = torch.zeros(width, width, device=device) if hessian else None
 
     def add(self, inputs: Tensor) -> None:
-        """Take in `[..., width]`."""
+        """Add inputs `[..., width]`."""
         rows = inputs.flatten(0, -2).float()
         self.tokens += len(rows)
         self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
@@ -182,18 +182,18 @@ def _run_block(
     layers: dict[str, LayerStatistics],
     hessians: bool,
 ) -> list[_Inputs]:
-    """Take all hidden states through one block, in place; describe its `members` in `layers`.
+    """Run all hidden states through one block, in place, and add its `members` to `layers`.
 
     Returns:
-        Statistics of the inputs of each group of linears; the block is gone.
+        Statistics of the inputs of each group of linears.
     """
     block = stream.load_block(index)
     inputs = []
     for group in stream.family.groups:
         reader = block.get_submodule(group.linears[0])
-        seen = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
-        reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0]))
-        inputs.append(seen)
+        group_inputs = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
+        reader.register_forward_pre_hook(lambda _, args, inputs=group_inputs: inputs.add(args[0]))
+        inputs.append(group_inputs)
     stream.advance(block, index, hidden)
     for linear in members:
         path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
@@ -202,13 +202,13 @@ def _run_block(
     return inputs
 
 
-def _layer_statistics(weight: Tensor, seen: _Inputs) -> LayerStatistics:
-    moment = seen.second_moment
-    output = (weight.square() @ moment).sum()
+def _layer_statistics(weight: Tensor, inputs: _Inputs) -> LayerStatistics:
+    second_moment = inputs.second_moment
+    output = (weight.square() @ second_moment).sum()
     sensitivity = {}
     for bits in _BITS:
         method = RTN(bits=bits, group_size=_GROUP_SIZE, group_tail="ragged")
         rounded = method.quantize(LinearGroup({"": weight}))[""].weight.dense()
-        error = ((weight - rounded).square() @ moment).sum()
+        error = ((weight - rounded).square() @ second_moment).sum()
         sensitivity[bits] = float(error / output) if output > 0 else 0.0
-    return LayerStatistics(float(seen.absmax.max()), int((seen.absmax == 0).sum()), sensitivity)
+    return LayerStatistics(float(inputs.absmax.max()), int((inputs.absmax == 0).sum()), sensitivity)

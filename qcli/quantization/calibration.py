@@ -44,7 +44,7 @@ def run_tokens(
     plan: Plan, run: RunFolder, device: torch.device, cache: Cache, progress: Progress
 ) -> CalibrationTokens | None:
     """The calibration tokens of a run, which keeps them for the case that it is resumed; None: it needs none."""
-    if not plan.streamed:
+    if not plan.calibrated:
         return None
     if (file := run.done(_PART)) is None:
         data = plan.recipe.calibration.data

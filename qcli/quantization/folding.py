@@ -1,4 +1,4 @@
-"""Channel scales of a real block: which rows and columns a family's folds mean, and how they are folded in."""
+"""Channel scales of a block: which rows and columns a family's folds cover, and how scales are folded into weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qcli.models.stream import ModelStream
 
 
 def channel_scales(block: nn.Module, family: Family, config: PreTrainedConfig) -> list[ChannelScale]:
-    """The family's folds, as index maps on this block's rows and columns.
+    """The family's folds as index maps on this block's rows and columns.
 
-    A norm without a weight has nothing to fold into and is left out.
+    A fold into a norm without a weight is left out.
 
     Args:
         block: as `ModelStream.load_block` gives it.
-        family: its row, for the config.
+        family: the model's family.
         config: of the model; only the number of attention heads is read, all else follows from shapes.
     """
     heads = config.get_text_config().num_attention_heads
@@ -35,23 +35,23 @@ def fold(
     alphas: Sequence[Tensor],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> list[str]:
-    """Fold `alphas` into the block, which then computes what it did before.
+    """Fold `alphas` into the block's weights, which leaves its function unchanged.
 
-    A norm's weight is rounded to the dtype it will be stored in, and the readers get what it was really divided by,
-    so that rounding costs nothing. Where that is no positive number (the weight is 0, or the quotient leaves the
-    dtype's range) the channel is left alone. A rounded bias keeps its rounding error.
+    A norm's weight is rounded to the dtype it will be stored in, and the readers are multiplied by the quotient of
+    before and after, so that the rounding cancels. Where that quotient is not a positive number (the weight is 0, or
+    it leaves the dtype's range) the channel is skipped. The rounding of a bias does not cancel.
 
     Args:
         scales: of this block.
         alphas: positive, `[size]` each.
-        dtypes: of norm weights and biases as they will be stored, by name in the block; others are not rounded.
+        dtypes: of stored norm weights and biases, by name in the block; others are not rounded.
 
     Returns:
-        Names of all tensors that are not the source's any more, the linears' weights included.
+        Names of all tensors that changed, the linears' weights included.
     """
     stored, changed = dtypes or {}, dict[str, None]()
-    for scale, wanted in zip(scales, alphas, strict=True):
-        producer, alpha, name = block.get_submodule(scale.producer), wanted.float(), f"{scale.producer}.weight"
+    for scale, factors in zip(scales, alphas, strict=True):
+        producer, alpha, name = block.get_submodule(scale.producer), factors.float(), f"{scale.producer}.weight"
         if producer.get_parameter("weight").ndim == 1:
             alpha = _divide_norm(producer.get_parameter("weight"), alpha, scale.norm_offset, stored.get(name))
         else:
@@ -71,7 +71,7 @@ def fold(
 
 
 def _divide_norm(weight: Tensor, alpha: Tensor, offset: float, dtype: torch.dtype | None) -> Tensor:
-    """Divide a norm's weight in place; returns what each channel was really divided by, float32."""
+    """Divide a norm's weight in place; returns the divisor of each channel after rounding, float32."""
     before = weight.double() + offset
     after = _rounded(before / alpha - offset, dtype).to(weight.dtype)
     divisor = (before / (after.double() + offset)).float()
@@ -113,7 +113,7 @@ def _rows(rows: Rows, outputs: int, inputs: int, heads: int) -> Tensor:
 
 
 def _channel_of_inputs(channels: int, inputs: int, heads: int) -> Tensor:
-    """The channel that each input of a reader is: int64 `[inputs]`.
+    """The channel of each input of a reader: int64 `[inputs]`.
 
     Where there are fewer channels than inputs, consecutive query heads share the channels of one kv head.
     """
@@ -124,6 +124,6 @@ def _channel_of_inputs(channels: int, inputs: int, heads: int) -> Tensor:
 
 
 def _weight(block: nn.Module, path: str) -> Tensor | None:
-    """The weight of a norm, or of a linear as `[out, in]`; None of a norm that has none."""
+    """The weight of a norm, or of a linear as `[out, in]`; None where a norm has none."""
     module = block.get_submodule(path)
     return None if module._parameters.get("weight") is None else ModelStream.weight_of(module)

@@ -16,7 +16,7 @@ from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import run_tokens
 from qcli.quantization.checkpoint import publish_checkpoint
 from qcli.quantization.data_free import DataFree
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.quantization.result import Result
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.recipe import Recipe
@@ -31,32 +31,32 @@ from qcli.utils.run_folder import RunFolder
 def quantize_as_written(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) -> Result:
     """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
-    planned = plan(recipe)
+    plan = make_plan(recipe)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
-    identity = run_identity(recipe, planned.source, device, reads_text=planned.streamed)
+    identity = run_identity(recipe, plan.source, device, reads_text=plan.calibrated)
     with RunFolder(Path(out), identity, recipe.resume) as run:
-        require_space(Path(out), 2 * planned.bytes - run.size())
-        tokens, parts = run_tokens(planned, run, device, cache, progress), BlockParts(planned, run)
+        require_space(Path(out), 2 * plan.bytes - run.size())
+        tokens, parts = run_tokens(plan, run, device, cache, progress), BlockParts(plan, run)
         progress("quantize", 0, parts.count)
         with matmul_precision(fast=False), torch.no_grad():
-            quantizer: BlockQuantizer = DataFree(planned, device)
+            quantizer: BlockQuantizer = DataFree(plan, device)
             if tokens is not None:
-                quantizer = Sequential(planned, run, tokens.ids, device, dtype, fast=fast, progress=progress)
+                quantizer = Sequential(plan, run, tokens.ids, device, dtype, fast=fast, progress=progress)
             quantize_blocks(quantizer, parts, progress)
             del quantizer  # its activations, before the checkpoint is assembled
         parts.commit_dense()
         progress("quantize", parts.count, parts.count)
         result = Result(
             out=Path(out),
-            plan=planned,
+            plan=plan,
             layers=parts.layers(),
             training=parts.training(),
             tokens_sha256=None if tokens is None else tokens.sha256,
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(device),
             resumed_blocks=parts.resumed,
-            dense=[name for name, method in planned.methods.items() if method is None],
+            dense=[name for name, method in plan.methods.items() if method is None],
         )
         publish_checkpoint(result, out, parts, tokens, progress)
     return result

@@ -1,4 +1,4 @@
-"""What quantizing will do, from headers alone: layers, bits, bytes on disk, memory. No torch."""
+"""The plan of a quantization, from headers alone: layers, bits, bytes on disk, peak memory. No torch."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ TENSOR_PARALLEL = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written, part by part.
+    """A recipe applied to its model.
 
     Attributes:
-        layers: all quantizable layers, in order.
-        methods: by layer name; None: stays dense.
-        parts: stored tensors by name, of each block and then of everything outside the blocks.
-        formats: by layer name, with what low-rank compensation adds; None: stays dense.
+        layers: every quantizable layer, in order of computation.
+        methods: by layer name; None: the layer stays dense.
+        formats: by layer name, low-rank factors included; None: the layer stays dense.
+        parts: stored tensors by name: one part for each block, then one for everything outside the blocks.
     """
 
     source: Source
@@ -46,23 +46,23 @@ class Plan:
 
     @property
     def held_out(self) -> int:
-        """Samples at the end of the calibration text that nothing is fitted to."""
+        """Number of calibration samples, the last ones, that nothing is fitted to."""
         return self.recipe.calibration.held_out if self.recipe.trained else 0
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """Moments that some layer needs."""
+        """Input statistics that any layer needs."""
         methods = dict.fromkeys(method for method in self.methods.values() if method is not None)
         return frozenset[str]().union(*map(self.needs_of, methods))
 
     def needs_of(self, method: Method) -> frozenset[str]:
-        """Moments that a layer of this method needs, with what follows the method."""
-        after = (self.recipe.low_rank, self.recipe.refinement)
-        return method.needs.union(*(step.needs for step in after if step is not None))
+        """Input statistics that a layer of this method needs, low-rank compensation and refinement included."""
+        later_steps = (self.recipe.low_rank, self.recipe.refinement)
+        return method.needs.union(*(step.needs for step in later_steps if step is not None))
 
     @property
-    def streamed(self) -> bool:
-        """Whether calibration text runs through the model."""
+    def calibrated(self) -> bool:
+        """Whether calibration text has to run through the model."""
         return self.recipe.trained or bool(self.needs)
 
     @property
@@ -72,28 +72,27 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of the quantized layers, tables included, per weight."""
+        """Stored bits per weight of the quantized layers, tables included."""
         chosen = [(layer.shape, format) for layer in self.layers if (format := self.formats[layer.name]) is not None]
         bits = sum(format.bits_per_weight(shape) * prod(shape) for shape, format in chosen)
         return bits / sum(prod(shape) for shape, _ in chosen)
 
     @property
     def model_bits_per_weight(self) -> float:
-        """Stored bits of all tensors per weight of the model."""
+        """Stored bits per weight of the whole model."""
         bits = 8 * sum(tensor.bytes for part in self.parts for tensor in part.values())
         return bits / sum(prod(tensor.shape) for tensor in self.source.tensors().values())
 
     @property
     def peak_memory(self) -> int:
-        """Estimated bytes at the peak: one block in float32 (two with both streams, more to train it), activations,
-        moments."""
+        """Estimated bytes at the peak: float32 copies of one block (more to train it), activations, statistics."""
         blocks: dict[int, int] = {}
         for layer in self.layers:
             blocks[layer.block] = blocks.get(layer.block, 0) + 4 * prod(layer.shape)
         block = max(blocks.values())
         widest = max(layer.shape[1] for layer in self.layers)
         outside = sum(tensor.bytes for tensor in self.parts[-1].values())
-        if not self.streamed:
+        if not self.calibrated:
             largest = max(prod(layer.shape) for layer in self.layers)
             return _RUNTIME + outside + 4 * 6 * largest
         hidden = self.layers[0].shape[1]
@@ -105,7 +104,7 @@ class Plan:
 
     @property
     def unscaled(self) -> list[str]:
-        """Paths, in a block, of quantized layers that the recipe's transforms cannot reach."""
+        """Paths in a block of quantized layers whose inputs the recipe's transforms cannot scale."""
         if not self.recipe.all_transforms:
             return []
         names, prefix = self.source.tensors(), f"{self.source.family.blocks}.0."
@@ -122,7 +121,7 @@ class Plan:
         return f"{self.source.family.blocks}.{block}."
 
     def methods_of(self, block: int) -> dict[str, Method]:
-        """Of the layers of a block that are quantized, by path in the block."""
+        """The methods of a block's quantized layers, by path in the block."""
         return {
             layer.path: method
             for layer in self.layers
@@ -130,8 +129,8 @@ class Plan:
         }
 
     def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
-        """Of the vectors of a block (norm weights, biases), by name in the block."""
-        prefix = f"{self.source.family.blocks}.{block}."
+        """Half-precision dtypes of a block's vectors (norm weights, biases), by name in the block."""
+        prefix = self.prefix(block)
         return {
             name.removeprefix(prefix): tensor.torch_dtype
             for name, tensor in self.parts[block].items()
@@ -147,7 +146,7 @@ class Plan:
             "bytes": self.bytes,
             "source_bytes": self.source.bytes(),
             "peak_memory_estimate": self.peak_memory,
-            "calibrated": self.streamed,
+            "calibrated": self.calibrated,
             "unscaled": self.unscaled,
             "layers": [self._row(layer) for layer in self.layers],
             "outside": sorted(self.parts[-1]),
@@ -171,14 +170,15 @@ _RUNTIME = 450 * 10**6  # torch and transformers themselves
 _TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments, the best; values and their gradient
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Check a recipe against its model and say what quantizing will do; nothing is read but headers.
+def make_plan(recipe: Recipe) -> Plan:
+    """Check a recipe against its model and plan the quantization; only headers are read.
 
-    Where bits are chosen by measurement, this is what they are measured against: the most bits for all alike.
+    With `bits: auto` the plan is that of the largest uniform width within the target.
 
     Raises:
-        UsageError: the model cannot be used, overrides match nothing, groups do not divide (all problems at once), or
-            there is no such calibration text.
+        UsageError: the model is not supported, overrides match nothing, groups do not divide rows (every problem is
+            listed), or there is no such calibration text.
+        UnsupportedError: the model is already quantized by qcli.
     """
     source = open_source(recipe.model)
     if isinstance(source, PackedSource):
@@ -204,10 +204,10 @@ def plan(recipe: Recipe) -> Plan:
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
         home = parts[int(block)] if block.isdigit() else outside
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
-    found = Plan(source, recipe, layers, methods, formats, [*parts, outside])
-    if found.streamed:
+    plan = Plan(source, recipe, layers, methods, formats, [*parts, outside])
+    if plan.calibrated:
         require_text(recipe.calibration.data)
-    return found
+    return plan
 
 
 def _format(method: Method, recipe: Recipe) -> Format:

@@ -1,24 +1,25 @@
-"""What each width of each layer would cost: the predicted KL divergence of quantizing that layer alone.
+"""Sensitivity of each layer to each width: the predicted KL divergence of quantizing that layer alone.
 
-To second order, an error `E` of one layer's weight moves the predictions of a sequence by `1/2 (sum_t delta_t E x_t)^2`
-nats: `x` the layer's inputs, `delta` the gradient, with respect to its outputs, of the log-probability of tokens drawn
-from the model's own predictions. The mean over sequences is taken factor by factor, as in K-FAC (arXiv 1503.05671), and
-in two parts, `m` the mean input and `L` the tokens of a sequence; in nats per token:
+To second order, an error `E` of one layer's weight changes the predictions of a sequence by
+`1/2 (sum_t delta_t E x_t)^2` nats: `x` the layer's inputs, `delta` the gradient, with respect to its outputs, of the
+log-probability of tokens drawn from the model's own predictions. The expectation over sequences is factored as in K-FAC
+(arXiv 1503.05671) and split in two, `m` the mean input and `L` the tokens of a sequence; in nats per token:
 
     1/2 sum_i  E[delta_i^2] (E C E^T)_ii  +  E[(sum_t delta_ti)^2] (E m)_i^2 / L
 
-Errors that differ from token to token add up as squares, `C` being their inputs' covariance. An error that all tokens
-have in common adds up as it is: attention averages values, which does not make it smaller. In `m` and `C` tokens are
-weighed by `|delta|^2`: the few whose inputs are a hundred times the others' size hardly matter. `E` is what the method
-really leaves in each width.
+Errors that vary from token to token add up in squares, `C` being the covariance of the inputs. The part that all tokens
+share adds up linearly: attention averages values, which does not reduce it. In `m` and `C` tokens are weighted by
+`|delta|^2`, so the few whose inputs are a hundred times larger hardly count. `E` is the actual error of the method at
+each width.
 
-One pass forward and one backward, a block at a time; of all blocks only the hidden states that enter them are kept.
+One forward and one backward pass, a block at a time; only the hidden states that enter each block are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -39,51 +40,47 @@ _LOGITS = 1 << 24  # in memory at a time
 
 
 def sensitivities(
-    found: Choices,
+    choices: Choices,
     stream: ModelStream,
     tokens: Tensor,
-    kept: Callable[[int, Callable[[], Losses]], Losses],
+    once: Callable[[int, Callable[[], Losses]], Losses],
     progress: Progress,
 ) -> Losses:
-    """Predicted loss, nats per token, by layer and option; infinite for options that do not fit.
+    """Predicted loss in nats per token, by layer and option; infinite for options that do not fit the layer.
 
     Args:
         stream: the model in full precision.
         tokens: int64 `[samples, length]`.
-        kept: given a block and how its losses are found, gives them; perhaps from an earlier run.
+        once: given a block and a function that computes its losses, returns them, perhaps from an interrupted run.
     """
     entering = [[stream.embed(batch).cpu() for batch in batches(tokens)]]
     for index in range(stream.n_blocks):
         outputs = list(entering[-1])
         stream.advance(stream.load_block(index), index, outputs)
         entering.append(outputs)
-    gradients = _of_predictions(stream, entering.pop(), found.recipe.seed)
+    gradients = _of_predictions(stream, entering.pop(), choices.recipe.seed)
     losses: Losses = {}
     for done, index in enumerate(reversed(range(stream.n_blocks))):
         progress("sensitivity", done, stream.n_blocks)
         block = stream.load_block(index)
-        layers = [layer for layer in found.layers if layer.block == index]
-        moments = _Moments(block, [path for group in stream.family.groups for path in group.linears])
-        gradients = _backward(stream, block, index, entering.pop(), gradients, moments)
-
-        def solve(layers: list[Linear] = layers, moments: _Moments = moments) -> Losses:
-            return dict(_predicted(found, layers, moments))
-
-        losses |= kept(index, solve)
+        layers = [layer for layer in choices.layers if layer.block == index]
+        statistics = _GradientStatistics(block, [path for group in stream.family.groups for path in group.linears])
+        gradients = _backward(stream, block, index, entering.pop(), gradients, statistics)
+        losses |= once(index, partial(_predicted, choices, layers, statistics))
     progress("sensitivity", stream.n_blocks, stream.n_blocks)
     return losses
 
 
-class _Moments:
+class _GradientStatistics:
     """Second moments of the inputs of linears and of the gradients of their outputs; sums over tokens, by path.
 
     Attributes:
         inputs: `x^T x`, `[in, in]`.
-        weighted: the same with each token weighed by its gradient, `|delta|^2 x^T x`.
+        weighted: the same with each token weighted by its gradient, `|delta|^2 x^T x`.
         mean: `|delta|^2 x`, `[in]`.
         energy: `delta^2`, `[out]`.
         together: the square of each sequence's summed gradient, `(sum_t delta)^2`, `[out]`.
-        sequences: in the batch that is passing.
+        sequences: number of sequences in the current batch.
     """
 
     def __init__(self, block: nn.Module, paths: Sequence[str]) -> None:
@@ -96,14 +93,14 @@ class _Moments:
         self.tokens = self.sequences = 0
 
     def watched(self) -> ExitStack:
-        """Within: forward and backward passes are counted."""
+        """Within: forward and backward passes are added to the sums."""
         hooks = ExitStack()
         for path, module in self.modules.items():
             hooks.callback(module.register_forward_hook(self._note(path), with_kwargs=True).remove)
         return hooks
 
     def divergence(self, path: str, error: Tensor) -> float:
-        """What an error `[out, in]` of a linear's weight would do to the predictions, nats per token."""
+        """Predicted KL divergence, nats per token, of an error `[out, in]` of a linear's weight."""
         energy = self.energy[path]
         total = energy.sum().clamp(min=1e-30)
         common = error @ (self.mean[path] / total)
@@ -118,9 +115,9 @@ class _Moments:
 
             def take(gradient: Tensor) -> None:
                 delta = gradient.detach().flatten(0, -2).float()
-                weighed = x * delta.square().sum(1, keepdim=True)
-                _add(self.weighted, path, weighed.T @ x)
-                _add(self.mean, path, weighed.sum(0))
+                weighted_inputs = x * delta.square().sum(1, keepdim=True)
+                _add(self.weighted, path, weighted_inputs.T @ x)
+                _add(self.mean, path, weighted_inputs.sum(0))
                 _add(self.energy, path, delta.square().sum(0))
                 _add(self.together, path, delta.unflatten(0, (self.sequences, -1)).sum(1).square().sum(0))
 
@@ -154,42 +151,47 @@ def _of_predictions(stream: ModelStream, hidden: list[Tensor], seed: int) -> lis
 
 
 def _backward(
-    stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor], gradients: list[Tensor], moments: _Moments
+    stream: ModelStream,
+    block: nn.Module,
+    index: int,
+    hidden: list[Tensor],
+    gradients: list[Tensor],
+    statistics: _GradientStatistics,
 ) -> list[Tensor]:
     """Gradients with respect to a block's inputs, from those of its outputs."""
-    found = []
-    with moments.watched():
+    input_gradients = []
+    with statistics.watched():
         for states, gradient in zip(hidden, gradients, strict=True):
-            moments.sequences = len(states)
+            statistics.sequences = len(states)
             entering = states.to(stream.device).requires_grad_()
             output = stream.run_block(block, index, entering)
             (back,) = torch.autograd.grad(output, entering, gradient.to(stream.device))
-            moments.tokens += states.shape[0] * states.shape[1]
-            found.append(back.cpu())
-    return found
+            statistics.tokens += states.shape[0] * states.shape[1]
+            input_gradients.append(back.cpu())
+    return input_gradients
 
 
 @torch.no_grad()
-def _predicted(found: Choices, layers: Sequence[Linear], moments: _Moments) -> Iterator[tuple[str, list[float]]]:
-    """The losses of a block's layers; those that read one input are quantized together, as they will be."""
-    losses = {layer.name: [inf] * len(found.options) for layer in layers}
+def _predicted(choices: Choices, layers: Sequence[Linear], statistics: _GradientStatistics) -> Losses:
+    """The losses of a block's layers; those that read one input are quantized together, as in the real run."""
+    losses = {layer.name: [inf] * len(choices.options) for layer in layers}
     for members in _grouped(layers):
-        hessian = moments.inputs[members[0].path] / moments.tokens
-        weights = {layer.name: ModelStream.weight_of(moments.modules[layer.path]).float() for layer in members}
-        for option, method in enumerate(found.options):
-            fitting = [layer for layer in members if found.stored[layer.name][option] is not None]
+        hessian = statistics.inputs[members[0].path] / statistics.tokens
+        weights = {layer.name: ModelStream.weight_of(statistics.modules[layer.path]).float() for layer in members}
+        for option, method in enumerate(choices.options):
+            fitting = [layer for layer in members if choices.stored[layer.name][option] is not None]
             if not fitting:
                 continue
             group = LinearGroup({layer.name: weights[layer.name] for layer in fitting}, hessian, cross=hessian)
-            quantized = _quantized(found, method, group)
+            quantized = _quantized(choices, method, group)
             for layer in fitting:
                 error = weights[layer.name] - quantized[layer.name]
-                losses[layer.name][option] = moments.divergence(layer.path, error)
-    yield from losses.items()
+                losses[layer.name][option] = statistics.divergence(layer.path, error)
+    return losses
 
 
-def _quantized(found: Choices, method: Method, group: LinearGroup) -> dict[str, Tensor]:
-    solutions = solve(found.recipe, method, group)
+def _quantized(choices: Choices, method: Method, group: LinearGroup) -> dict[str, Tensor]:
+    solutions = solve(choices.recipe, method, group)
     return {name: solution.weight.dense() for name, solution in solutions.items()}
 
 

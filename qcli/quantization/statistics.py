@@ -1,9 +1,9 @@
-"""Runs one block of the model in stages and gathers the statistics of each group's inputs.
+"""Input statistics of a block's linears, collected group by group from staged forward passes.
 
-True sequential order: a group's inputs come from the block whose earlier groups are already quantized. A stage
-runs the block only up to the group's inputs. Linears of earlier groups are not computed again where their result
-is known to be unused: groups alternate between those whose outputs stay inside (q/k/v, gate/up) and those that lead
-out of attention or MLP (o, down), so once the inputs of the latter are known, the former's outputs serve nobody.
+True sequential order: the inputs of a group come from a block whose earlier groups are already quantized. A stage runs
+the block only up to the inputs of one group, and skips linears whose outputs are no longer read: groups alternate
+between those whose outputs stay inside attention or MLP (q/k/v, gate/up) and those that lead out of it (o, down), so
+once the inputs of the latter are known, nothing reads the outputs of the former.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from qcli.utils.errors import UsageError
 
 
 class _Reached(Exception):
-    """The forward pass has come to the group that was asked for."""
+    """The forward pass has reached the inputs of the requested group."""
 
 
 class StagedBlock:
-    """One block and the hidden states that enter it, batch by batch.
+    """One block and the hidden states that enter it, run stage by stage.
 
     Args:
         stream: the model.
-        index: of the block.
-        block: its module; its weights may change between stages, group after group.
-        hidden: `[batch, length, hidden]` each.
+        index: number of the block.
+        block: the module; its weights may change between stages, group by group.
+        hidden: one `[batch, length, hidden]` a batch; replaced by the block's outputs as batches advance.
         keep: dtype in which inputs are kept between stages.
-        final: the weights will not change any more: the last stage advances.
+        final: whether the weights do not change, so that the last stage runs through the whole block.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StagedBlock:
         self.stream, self.index, self.block, self.hidden = stream, index, block, hidden
         self.groups, self.keep, self.final = stream.family.groups, keep, final
         self._inputs: dict[tuple[int, int], Tensor] = {}  # (group, batch): inputs of groups that lead out
-        self._results: dict[tuple[int, int], Any] = {}  # and what their parents, attention or MLP, made of them
+        self._results: dict[tuple[int, int], Any] = {}  # outputs of their parents, attention or MLP
         self._done: set[int] = set()  # batches that have advanced
 
     def linear(self, path: str) -> nn.Module:
@@ -57,10 +57,11 @@ class StagedBlock:
         return self.block.get_submodule(path)
 
     def reach(self, group: int, batch: int) -> tuple[Tensor, Tensor | None]:
-        """Inputs of `group` for one batch, and the residual stream where its output joins.
+        """Run one batch up to the inputs of `group`.
 
         Returns:
-            `[tokens, in_features]`, and `[tokens, hidden]` or None.
+            The inputs, `[tokens, in_features]`, and the residual stream that the group's output is added to,
+            `[tokens, hidden]`, or None where it is not added directly.
         """
         seen: dict[str, Tensor] = {}
         row = self.groups[group]
@@ -75,8 +76,8 @@ class StagedBlock:
             seen.setdefault("residual", args[0])
 
         with ExitStack() as hooks:
-            hooks.enter_context(self._without_known(group, batch))
-            # Hooks simulate quantized inputs; a linear that stays dense has none and would show other inputs.
+            hooks.enter_context(self._reusing(group, batch))
+            # Watch a linear whose hooks simulate quantized inputs, if there is one: a dense one sees other inputs.
             watched = next((path for path in row.linears if self.linear(path)._forward_pre_hooks), row.linears[0])
             handle = self.linear(watched).register_forward_pre_hook(arrive, with_kwargs=True)
             hooks.callback(handle.remove)
@@ -92,20 +93,20 @@ class StagedBlock:
         return inputs, None if residual is None else residual.flatten(0, -2)
 
     def advance(self) -> None:
-        """After all groups have been reached: the block's outputs take the place of what entered."""
+        """Replace the hidden states by the block's outputs, after all groups have been reached."""
         for batch, hidden in enumerate(self.hidden):
             if batch not in self._done:
-                with self._without_known(len(self.groups), batch):
+                with self._reusing(len(self.groups), batch):
                     self.hidden[batch] = self.stream.run_block(self.block, self.index, hidden)
 
     def release(self) -> None:
-        """Forget what was kept between stages; no stage may follow."""
+        """Free what is kept between stages; no stage may follow."""
         self._inputs.clear()
         self._results.clear()
 
     @contextmanager
-    def _without_known(self, group: int, batch: int) -> Iterator[None]:
-        """Within: modules before `group` use what is known of them instead of the inputs they are given."""
+    def _reusing(self, group: int, batch: int) -> Iterator[None]:
+        """Within: modules before `group` reuse kept inputs and results, or return zeros where nothing reads them."""
         with ExitStack() as patches:
             for earlier in range(group):
                 for path in self.groups[earlier].linears:
@@ -119,7 +120,7 @@ class StagedBlock:
     def _known(
         self, earlier: int, path: str, group: int, batch: int, hooks: ExitStack
     ) -> tuple[nn.Module, Callable[..., Any]] | None:
-        """The module to patch for a linear of a group before `group`, and what it does instead."""
+        """The module to patch for a linear of an earlier group, and its substitute; None: it runs as usual."""
         linear = self.linear(path)
         if not self.groups[earlier].leads_out:
             if group > self._consumed_by(earlier):
@@ -127,7 +128,7 @@ class StagedBlock:
             return None
         parent, key = path.rpartition(".")[0], (earlier, batch)
         if key in self._results:
-            return self.linear(parent), _Again(self._results[key])
+            return self.linear(parent), _KeptResult(self._results[key])
         if parent and group < len(self.groups):  # a later stage will want it again
 
             def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -135,7 +136,7 @@ class StagedBlock:
                 del self._inputs[key]
 
             hooks.callback(self.linear(parent).register_forward_hook(keep).remove)
-        return linear, _On(linear, self._inputs[key])
+        return linear, _OnKeptInputs(linear, self._inputs[key])
 
     def _consumed_by(self, group: int) -> int:
         """The last group whose inputs depend on the outputs of `group`, which stay inside."""
@@ -145,8 +146,8 @@ class StagedBlock:
         return last
 
 
-class _On:
-    """A linear's forward that reads inputs already seen."""
+class _OnKeptInputs:
+    """A linear's forward on inputs kept from an earlier stage."""
 
     def __init__(self, module: nn.Module, inputs: Tensor) -> None:
         self.forward, self.inputs = module.forward, inputs
@@ -156,8 +157,8 @@ class _On:
         return output
 
 
-class _Again:
-    """A module's forward that returns what it has returned before."""
+class _KeptResult:
+    """A module's forward that returns a kept result."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -167,7 +168,7 @@ class _Again:
 
 
 class _Unused:
-    """A linear's forward whose result serves nobody: zeros without memory."""
+    """A linear's forward whose output nothing reads: zeros that take no memory."""
 
     def __init__(self, out_features: int) -> None:
         self.out_features = out_features
@@ -177,15 +178,18 @@ class _Unused:
 
 
 def collect(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
-    """Reach `group` in both streams, batch by batch, and average the input statistics that `needs` names.
+    """Run both streams up to `group`, batch by batch, and average the input statistics that `needs` names.
 
     Args:
-        group: its index in the family's row; earlier groups have been reached before.
-        quantized: the block of which the earlier groups are quantized.
-        original: the same block in full precision; None when no statistic needs it.
+        group: its index in the family's table; earlier groups have been collected before.
+        quantized: the block, earlier groups quantized.
+        original: the same block in full precision; None where no statistic needs it.
 
     Returns:
-        A group with statistics, and the original weights by path in the block.
+        The statistics, float32, and the original weights by path in the block.
+
+    Raises:
+        UsageError: inputs overflow the dtype that the model runs in.
     """
     paths = quantized.groups[group].linears
     weights = {path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths}

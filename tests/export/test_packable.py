@@ -11,7 +11,7 @@ from qcli.export.packable import PlannedCheckpoint, require_packable
 from qcli.export.target import Packable
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError
@@ -56,7 +56,7 @@ def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
     grouped = "method.group_size" not in flags and "sign" not in name
     flags |= {"method.group_size": 32} if grouped else {}
     recipe, _ = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
-    planned = plan(recipe)
+    planned = make_plan(recipe)
     expected = {layout: refusal(PlannedCheckpoint(planned, tmp_path / "out"), layout) for layout in LAYOUTS}
     run(model, tmp_path / "out", text, grouped=grouped, **{k.replace(".", "__"): v for k, v in RECIPES[name].items()})
     made = open_source(str(tmp_path / "out"))
@@ -69,7 +69,7 @@ def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
 def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
     model = with_merge(tiny_model("llama", tmp_path))
     recipe, _ = load_recipe(None, {"model": str(model), "method.name": "onebit"})
-    planned = plan(recipe)
+    planned = make_plan(recipe)
     with pytest.raises(UnsupportedError, match="fits none of gguf's types"):
         require_packable(planned, tmp_path / "out", "gguf", None)
     require_packable(planned, tmp_path / "out", "gguf", "Q8_0")
@@ -78,4 +78,4 @@ def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_that_llama_cpp_does_not_load_is_known_before(tmp_path: Path) -> None:
     recipe, _ = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
     with pytest.raises(UnsupportedError, match="has no merges"):
-        require_packable(plan(recipe), tmp_path / "out", "gguf", None)
+        require_packable(make_plan(recipe), tmp_path / "out", "gguf", None)

@@ -22,7 +22,7 @@ from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.allocation_options import choices, mixed
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.quantization.quantize import quantize
 from qcli.quantization.sensitivity import sensitivities
 from qcli.recipe.load import load_recipe
@@ -200,7 +200,7 @@ def test_a_bad_allocation_is_not_shipped(
     monkeypatch.setattr("qcli.quantization.allocate.cheapest_loss", lambda losses, costs, budget: [0] * len(losses))
     result = quantize(recipe(**ready), tmp_path / "out")
     assert result.allocation is not None and result.allocation["shipped"] == "uniform"
-    assert plan(result.plan.recipe).bits_per_weight == pytest.approx(3.59, abs=0.05)
+    assert make_plan(result.plan.recipe).bits_per_weight == pytest.approx(3.59, abs=0.05)
     assert {layer.spec["bits"] for layer in result.layers} == {3}
 
 

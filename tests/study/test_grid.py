@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.study.grid import Study, load_study
 from qcli.utils.errors import UsageError
 from tests.tiny import tiny_model
@@ -141,4 +141,4 @@ def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path:
 def test_shipped_studies_fit_any_model(file: Path, tmp_path: Path) -> None:
     runs = load_study(file, [f"model={tiny_model('opt', tmp_path)}"]).runs
     assert 30 < len(runs) <= 100, "no --yes"
-    assert all(2 < plan(run.recipe).bits_per_weight < 10 for run in runs)
+    assert all(2 < make_plan(run.recipe).bits_per_weight < 10 for run in runs)

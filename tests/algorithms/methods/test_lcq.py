@@ -14,7 +14,7 @@ from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
 from qcli.core.formats.codebook import Codebook
 from qcli.export.verify import verify
-from qcli.quantization.plan import plan
+from qcli.quantization.plan import make_plan
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from tests.algorithms.methods.conftest import Case, loss
@@ -115,6 +115,6 @@ def test_sizes_are_planned_to_the_byte(tmp_path: Path) -> None:
     flags |= {"calibration.data": str(write_text(tmp_path)), "calibration.samples": 6, "calibration.seq_len": 32}
     recipe, _ = load_recipe(None, flags)
     result = quantize(recipe, tmp_path / "out")
-    assert plan(recipe).bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert make_plan(recipe).bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     wanted = Codebook(bits=4, group_size=32, rank=1, table_bits=8, basis_rows=24)
     assert all(layer.spec == wanted.spec() for layer in result.layers)
