@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcli.cli.ui.session import Tables
+from qcli.cli.ui.tables import Tables
 
 COLUMNS = {
     "shape": "out, in",

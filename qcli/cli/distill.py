@@ -6,8 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.cli.ui.session import Session, Tables, duration, size
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
+
+_MEMORY_HINT = "a smaller distill.batch_tokens takes less; --scope block has one block in memory"
 
 
 def distill(
@@ -43,8 +46,9 @@ def distill(
     Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them. Several GPUs:
     torchrun --nproc-per-node N -m qcli distill ...
     """
-    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, together=True) as session:
-        session.memory_hint = "a smaller distill.batch_tokens takes less; --scope block has one block in memory"
+    with Session(
+        json=json, quiet=quiet, verbose=verbose, resumable=True, distributed=True, memory_hint=_MEMORY_HINT
+    ) as session:
         from qcli.recipe.load import load_recipe
 
         given = flags.recipe_fields(

@@ -3,7 +3,8 @@
 from typing import Any
 
 from qcli.cli import _flags as flags
-from qcli.cli.ui.session import Session, Tables, size
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables, size
 
 
 def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.Verbose = 0) -> None:

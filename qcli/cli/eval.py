@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.cli.ui.session import Session, Tables, bits, size
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables, bits, size
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:

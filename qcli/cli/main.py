@@ -1,4 +1,4 @@
-"""The `qcli` program: its commands, and what happens to what they raise."""
+"""The `qcli` program: its commands, and how usage errors are reported."""
 
 import sys
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
-from qcli.cli.ui.session import show_error
+from qcli.cli.ui.errors import show_error
+
+_HELP = "Quantize language models to 1-8 bits per weight, evaluate and pack them."
 
 app = typer.Typer(
     name="qcli",
-    help="Make language models small: quantize, pack, measure.",
+    help=_HELP,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -19,22 +21,21 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from qcli import __version__
 
         print(f"qcli {__version__}")
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=_HELP)
 def qcli(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make language models small: quantize, pack, measure."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

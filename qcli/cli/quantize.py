@@ -7,7 +7,8 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
-from qcli.cli.ui.session import Session, Tables, bits, duration, size
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables, bits, duration, size
 from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.cli.ui.session import Session, Tables
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables
 
 app = typer.Typer()
 

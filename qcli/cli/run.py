@@ -10,7 +10,8 @@ from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation
 from qcli.cli.pack import show_packed
 from qcli.cli.quantize import show_result
-from qcli.cli.ui.session import Session, Tables
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables
 from qcli.utils.errors import UsageError
 
 

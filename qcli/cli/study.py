@@ -7,7 +7,8 @@ import typer
 from typer.core import TyperGroup
 
 from qcli.cli import _flags as flags
-from qcli.cli.ui.session import Session, Tables, duration, size
+from qcli.cli.ui.session import Session
+from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
 
 MOST = 100  # runs that need no --yes

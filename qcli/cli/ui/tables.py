@@ -1,0 +1,109 @@
+"""Results drawn for people: tables and pairs on a terminal or as Markdown, and numbers with their units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qcli.utils.markdown import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPE_WIDTH = 200  # columns where there is no terminal
+
+
+class Tables:
+    """Draws results on a console. Names from files appear as they are, never as markup or control codes.
+
+    Args:
+        console: where to draw.
+        markdown: draw Markdown for documents.
+    """
+
+    def __init__(self, console: Console, *, markdown: bool = False) -> None:
+        self.console, self.markdown = console, markdown
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+        """Draw rows under a header; columns of numbers are right-aligned."""
+        if self.markdown:
+            self._markdown_table(columns, rows, title)
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+        for i, column in enumerate(columns):
+            numeric = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        for row in rows:
+            table.add_row(*(Text(clean(_cell(value))) for value in row))
+        self.console.print(table)
+
+    def pairs(self, pairs: Mapping[str, Any]) -> None:
+        """Draw a name and its value on each line; None is left out."""
+        shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
+        width = max(map(len, shown), default=0)
+        for name, value in shown.items():
+            self._print(f"- {name}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
+
+    def line(self, text: str) -> None:
+        """Draw one line of text; in a document, a paragraph."""
+        self._print(plain(text) if self.markdown else text)
+        if self.markdown:
+            self._print("")
+
+    def _markdown_table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None) -> None:
+        def row(cells: Sequence[Any]) -> str:
+            return f"| {' | '.join(plain(_cell(value)) for value in cells)} |"
+
+        lines = [row(columns), f"|{'|'.join('---' for _ in columns)}|", *map(row, rows), ""]
+        for line in [plain(title), "", *lines] if title else lines:
+            self._print(line)
+
+    def _print(self, text: str) -> None:
+        self.console.print(clean(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def console(stream: TextIO) -> Console:
+    """A rich console on `stream`, as wide as its terminal."""
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
+
+
+def clean(text: str) -> str:
+    """Text with control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def bits(result: Mapping[str, Any]) -> str:
+    """Bits per weight of the quantized layers and of the whole model."""
+    return f"{result['bits_per_weight']:.4g} (whole model {result['model_bits_per_weight']:.4g})"
+
+
+def size(count: int) -> str:
+    """Bytes with a unit: `1.24 GB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in suitable units: `8.3 s`, `4 min 05 s`, `1 h 20 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,61 @@
+"""The one place that prints: exit codes, what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from qcli.cli.ui.session import Session
+from qcli.utils.errors import UsageError
+
+
+def test_bugs_hint_at_the_traceback_and_vv_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (0, 2):
+        with pytest.raises(SystemExit) as caught, Session(verbose=verbose):
+            raise ZeroDivisionError("oops")
+        assert caught.value.code == 1
+        err = capsys.readouterr().err
+        assert err.endswith("error: ZeroDivisionError: oops\nhint: this is a bug; run with -vv for the traceback\n")
+        assert ("Traceback" in err) == (verbose == 2)
+
+
+def test_several_problems_are_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), Session():
+        raise UsageError("one\ntwo \x1b[31m", hint="do this")
+    captured = capsys.readouterr()
+    assert captured.err == "error: one\nerror: two \\x1b[31m\nhint: do this\n"
+    assert captured.out == ""
+
+
+def test_stdout_holds_nothing_but_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with Session(json=True) as session:
+        print("a library talks")
+        session.note("a note")
+        session.progress("stage", 0, 1)
+        session.result({"value": float("nan"), "rows": [(1, float("inf"))]})
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"value": None, "rows": [[1, None]]}
+    assert captured.err.splitlines() == ["a library talks", "a note", "stage 0/1"]
+
+
+def test_quiet_keeps_only_result_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), Session(quiet=True) as session:
+        session.note("a note")
+        session.progress("stage", 0, 1)
+        session.result({"a": 1}, lambda tables, data: tables.pairs(data))
+        raise UsageError("wrong")
+    captured = capsys.readouterr()
+    assert captured.out == "a  1\n"
+    assert captured.err == "error: wrong\n"
+
+
+def test_termination_is_an_exit_code_and_the_handler_is_restored(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, Session(resumable=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "interrupted; resume with the same command\n"
+    assert signal.getsignal(signal.SIGTERM) is before
