@@ -177,7 +177,7 @@ def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
     result = teach(pupil, teacher, out, text, "distill.scope=block", "dtype=float32")
     assert len(result.blocks) == 2
-    assert all(block.after < 0.95 * block.before for block in result.blocks)
+    assert all(block.after < 0.97 * block.before for block in result.blocks)
     assert result.outcome.after < 0.95 * result.outcome.before
     assert result.outcome.after == pytest.approx(result.blocks[1].after, rel=1e-3), "the last block is judged by KL"
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
