@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from benchmarks import common
 from benchmarks.quality import BLOCKS, full_precision
-from qcli.data.tokens import calibration_tokens
+from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.models.open import open_source
 
 PEER = """
@@ -74,7 +75,10 @@ def main() -> None:
         model = full_precision(common.smollm2(), Path(folder))
         source, tokens = open_source(model), f"{folder}/tokens.safetensors"
         calibration = text / "wikitext2.valid.detok.txt"
-        save_file({"ids": calibration_tokens(str(calibration), source, samples=16, seq_len=512, seed=0).ids}, tokens)
+        save_file(
+            {"ids": calibration_tokens(TokenRequest(str(calibration), samples=16, seq_len=512, seed=0), source).ids},
+            tokens,
+        )
         for bits in arguments.bits:
             out = f"{folder}/{bits}"
             done = subprocess.run(
@@ -85,7 +89,7 @@ def main() -> None:
             )
             source.copy_companions(Path(out))
             score = str(text / "wikitext2.test.detok.txt")
-            found = evaluate(out, baseline=model, data=[score], window=512, max_windows=20)
+            found = evaluate(out, EvalOptions([score], window=512, max_windows=20), baseline=model)
             (scored,) = found.scores.values()
             row = {
                 "name": "neural-compressor AWQ",

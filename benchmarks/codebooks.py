@@ -22,7 +22,7 @@ from qcli.algorithms.layer_group import HESSIAN, LinearGroup
 from qcli.algorithms.method import Method
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
-from qcli.data.tokens import calibration_tokens
+from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, collect
@@ -56,7 +56,7 @@ def moments(folder: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     device, text = torch.device("cpu"), common.assets() / "text" / "wikitext2.valid.detok.txt"
     stream = ModelStream(open_source(folder), device=device, dtype=torch.float32)
     count = WINDOWS + HELD_OUT
-    tokens = calibration_tokens(str(text), stream.source, samples=count, seq_len=512, seed=0, device="cpu").ids
+    tokens = calibration_tokens(TokenRequest(str(text), samples=count, seq_len=512, seed=0), stream.source).ids
     found = []
     with torch.no_grad(), matmul_precision(fast=has_fast_matmul(device), device=device):
         hidden = [stream.embed(part) for part in torch.split(tokens, 8)]

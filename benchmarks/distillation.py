@@ -18,6 +18,7 @@ from benchmarks import common
 from benchmarks.quality import full_precision
 from qcli.distillation.distill import distill
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.quantization.calibrate import calibrate
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
@@ -104,7 +105,7 @@ class Bench:
     def save(self, row: str, checkpoint: Path, more: dict[str, Any]) -> None:
         """Score a checkpoint and keep its row."""
         found = evaluate(
-            str(checkpoint), baseline=self.teacher, data=[str(self.scored)], window=self.seq_len, max_windows=20
+            str(checkpoint), EvalOptions([str(self.scored)], window=self.seq_len, max_windows=20), baseline=self.teacher
         )
         (scored,) = found.scores.values()
         print(f"{row:90} bpw {found.bits_per_weight:.3f} KL {found.kl:.4f} ppl {scored.perplexity:.2f}", flush=True)

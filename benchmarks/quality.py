@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import common
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils.cache import Cache
@@ -199,7 +200,7 @@ def measure(model: str, row: Row, data: Path, score: Path, windows: int, blocks:
         flags |= {"calibration.samples": max(samples, 1), "calibration.seq_len": 512}
         result = _fresh(flags, f"{folder}/out")
         found = evaluate(
-            f"{folder}/out", baseline=model, data=[str(score)], window=512, max_windows=windows, cache=cache
+            f"{folder}/out", EvalOptions([str(score)], window=512, max_windows=windows), baseline=model, cache=cache
         )
     (scored,) = found.scores.values()
     return {

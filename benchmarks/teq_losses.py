@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import common
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.quantization.calibrate import calibrate
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
@@ -55,7 +56,7 @@ def main() -> None:
             fields |= {"calibration.data": written["trained"], "calibration.samples": 64}
             out = f"{folder}/{number}"
             result = quantize(load_recipe(None, fields | {"calibration.seq_len": LENGTH})[0], out)
-            found = evaluate(out, baseline=model, data=[written["scored"]], window=LENGTH)
+            found = evaluate(out, EvalOptions([written["scored"]], window=LENGTH), baseline=model)
             (score,) = found.scores.values()
             row = {"name": name, "bits_per_weight": found.bits_per_weight, "kl": found.kl}
             row |= {"perplexity": score.perplexity, "baseline_perplexity": score.baseline_perplexity}

@@ -149,9 +149,9 @@ class Pipeline:
         if options.baseline is not None:
             inputs["baseline"] = open_source(options.baseline).state()
         if self._is_missing(EVALUATION, inputs):
-            from qcli.evaluation.from_recipe import evaluate_as_asked
+            from qcli.evaluation.from_recipe import evaluate_recipe
 
-            evaluation = evaluate_as_asked(self.recipe, self.model, self.tasks, self.cache, self.progress)
+            evaluation = evaluate_recipe(self.recipe, self.model, self.tasks, self.cache, self.progress)
             write_json(self.folder / EVALUATION, evaluation.to_json())
         self.result.evaluation = read_json(self.folder / EVALUATION)
         return self.result.evaluation
@@ -175,9 +175,9 @@ class Pipeline:
     @cached_property
     def tasks(self) -> Tasks | None:
         """The tasks that the recipe names, checked; None: none."""
-        from qcli.evaluation.from_recipe import asked_tasks
+        from qcli.evaluation.from_recipe import recipe_tasks
 
-        return asked_tasks(self.recipe)
+        return recipe_tasks(self.recipe)
 
     def _is_missing(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether a stage has to run."""

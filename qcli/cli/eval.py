@@ -93,32 +93,24 @@ def evaluate(
             if bound is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")
         from qcli.evaluation.evaluate import compare
+        from qcli.evaluation.options import EvalOptions
         from qcli.models.open import open_source
         from qcli.recipe.gates import require
         from qcli.utils.cache import Cache, default_folder
 
+        lm_eval = None
         if names:
             from qcli.evaluation.tasks import Tasks
 
-            asked = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
-            asked.require_scores(gates.min_task if gates is not None else ())
+            lm_eval = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
+            lm_eval.require_scores(gates.min_task if gates is not None else ())
             for name in filter(None, [*models, baseline]):
-                open_source(name)  # a wrong name costs no data
-            asked.require_data()
-        found = compare(
-            models,
-            baseline=baseline,
-            data=texts,
-            window=window,
-            max_windows=max_windows,
-            tasks=asked if names else None,
-            layers=layers,
-            cache=Cache(None if no_cache else default_folder()),
-            device=device,
-            dtype=dtype,
-            progress=session.progress,
-        )
-        results = [evaluation.to_json() for evaluation in found]
+                open_source(name)  # a wrong name fails before any data is loaded
+            lm_eval.require_data()
+        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype)
+        cache = Cache(None if no_cache else default_folder())
+        evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
+        results = [evaluation.to_json() for evaluation in evaluations]
         if len(results) == 1:
             session.result(results[0], show_evaluation)
         else:

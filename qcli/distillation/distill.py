@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.data.tokens import Tokens, calibration_tokens, require_training, text_identity
+from qcli.data.identity import text_identity
+from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.distillation.blockwise import distill_blocks
 from qcli.distillation.plan import intend, pair
 from qcli.distillation.plots import can_plot, plot_training
@@ -175,19 +176,11 @@ def lesson_tokens(
     Raises:
         UsageError: as `calibration_tokens` does, or nothing is left to train on.
     """
-    wanted = recipe.distill_text
-    found = calibration_tokens(
-        wanted.data,
-        teacher,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        seed=recipe.seed,
-        held_out=wanted.held_out,
-        device=device,
-        progress=progress,
-    )
-    require_training(found, wanted.held_out)
-    return found
+    text = recipe.distill_text
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)
+    tokens = calibration_tokens(request, teacher, device=device, progress=progress)
+    require_training_samples(tokens, text.held_out)
+    return tokens
 
 
 def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:

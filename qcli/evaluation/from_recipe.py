@@ -1,72 +1,69 @@
-"""What a recipe's `eval` section asks for, and the measurement it names."""
+"""The evaluation that a recipe's `eval` section describes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qcli.data.datasets import SELF
-from qcli.evaluation.evaluate import evaluate, windows_of
+from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.results import Evaluation
 from qcli.evaluation.tasks import Tasks
+from qcli.evaluation.windows import evaluation_windows
 from qcli.models.open import Source, open_source
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.utils.cache import Cache
-from qcli.utils.device import resolve_device
 from qcli.utils.progress import Progress, silent
 
 
-def asked_tasks(recipe: Recipe) -> Tasks | None:
+def recipe_tasks(recipe: Recipe) -> Tasks | None:
     """The tasks that the recipe names; None: none.
 
     Raises:
         UsageError: there are no such tasks, or a gate names a group that has no score.
     """
-    asked = recipe.eval
-    if asked is None or not asked.tasks:
+    section = recipe.eval
+    if section is None or not section.tasks:
         return None
-    tasks = Tasks(asked.tasks, asked.include_path, asked.limit, asked.fewshot)
-    tasks.require_scores(asked.gates.min_task if asked.gates is not None else ())
+    tasks = Tasks(section.tasks, section.include_path, section.limit, section.fewshot)
+    tasks.require_scores(section.gates.min_task if section.gates is not None else ())
     return tasks
 
 
 def require_evaluation_texts(
     recipe: Recipe, source: Source, progress: Progress = silent, cache: Cache | None = None
 ) -> None:
-    """Read what the recipe's model will be evaluated on, so that a wrong name or a short text costs no work.
+    """Tokenize what the recipe's model will be evaluated on, so that a wrong name or a short text fails early.
 
     Args:
         source: the recipe's model.
-        cache: keeps what was read for `evaluate_as_asked`; None: nothing is kept.
+        cache: keeps the windows for `evaluate_recipe`; None: nothing is kept.
 
     Raises:
         UsageError: as `evaluate` does.
     """
-    asked = recipe.eval or Eval()
-    models = [source] if asked.baseline is None else [source, open_source(asked.baseline)]
-    texts = [name for name in asked.perplexity if name != SELF]
-    device = resolve_device(recipe.device)
-    windows_of(texts, models, asked.window, asked.max_windows, device, cache or Cache(None), progress)
+    section = recipe.eval or Eval()
+    sources = [source] if section.baseline is None else [source, open_source(section.baseline)]
+    options = _options(recipe, [name for name in section.perplexity if name != SELF])
+    evaluation_windows(options, sources, cache or Cache(None), progress)
 
 
-def evaluate_as_asked(
+def evaluate_recipe(
     recipe: Recipe, model: Path, tasks: Tasks | None, cache: Cache, progress: Progress = silent
 ) -> Evaluation:
-    """Measure what was made of the recipe's model; without an `eval` section as its defaults say.
+    """Measure a checkpoint that was made from the recipe's model; without an `eval` section by its defaults.
 
     Args:
-        tasks: from `asked_tasks`.
+        tasks: from `recipe_tasks`.
         cache: keeps what the baseline gives.
     """
-    asked = recipe.eval or Eval()
-    return evaluate(
-        str(model),
-        baseline=asked.baseline or recipe.model,
-        data=asked.perplexity,
-        window=asked.window,
-        max_windows=asked.max_windows,
-        tasks=tasks,
-        cache=cache,
-        device=recipe.device,
-        progress=progress,
-    )
+    section = recipe.eval or Eval()
+    baseline = section.baseline or recipe.model
+    options = _options(recipe, section.perplexity, tasks)
+    return evaluate(str(model), options, baseline=baseline, cache=cache, progress=progress)
+
+
+def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None = None) -> EvalOptions:
+    section = recipe.eval or Eval()
+    return EvalOptions(texts, section.window, section.max_windows, tasks, device=recipe.device)

@@ -11,7 +11,7 @@ import torch
 
 from qcli import __version__
 from qcli.evaluation.layer_errors import BlockErrors
-from qcli.evaluation.tasks import TaskResult
+from qcli.evaluation.task_results import TaskResult
 from qcli.utils.errors import UsageError
 from qcli.utils.files import read_json
 

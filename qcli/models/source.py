@@ -47,6 +47,15 @@ class Source:
         """The row of the model table, with the groups that the config implies."""
         return families.family(self.config)
 
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model was made for, in tokens; None if its config sets no limit."""
+        text = self.config.get("text_config") or self.config  # of a multimodal model
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(limit := text.get(key), int):
+                return limit
+        return None
+
     def tensors(self) -> dict[str, StoredTensor]:
         """dtype and shape by name, from headers; masks and rotary tables of old checkpoints are left out."""
         raise NotImplementedError

@@ -16,6 +16,7 @@ from pathlib import Path
 from qcli.algorithms.solvers.knapsack import cheapest_loss
 from qcli.data.datasets import is_folder
 from qcli.evaluation.evaluate import compare
+from qcli.evaluation.options import EvalOptions
 from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
@@ -59,7 +60,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     with RunFolder(Path(out), run_identity(recipe, source, device), recipe.resume) as run:
         shorter = recipe.model_copy(update={"calibration": fitted})
-        tokens = recipe_tokens(shorter, source, device, cache, progress, judges)
+        tokens = recipe_tokens(shorter, source, device, cache, progress, validation=judges).ids
         learnt = tokens[: max(1, min(fitted.samples, _LEARNT_TOKENS // tokens.shape[1]))]
         with matmul_precision(fast=False):
             stream = ModelStream(source, device=device, dtype=dtype)
@@ -72,14 +73,9 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         for name, trial in trials.items():
             if not (folder / name).exists():
                 quantize_as_written(trial.recipe.model_copy(update={"resume": "auto"}), folder / name, progress, cache)
-        scores = compare(
-            [str(folder / name) for name in trials],
-            baseline=recipe.model,
-            data=[str(folder / _HELD_OUT)],
-            window=tokens.shape[1],
-            device=recipe.device,
-            progress=progress,
-        )
+        options = EvalOptions([str(folder / _HELD_OUT)], window=tokens.shape[1], device=recipe.device)
+        checkpoints = [str(folder / name) for name in trials]
+        scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
         measured = {name: score.kl for name, score in zip(trials, scores, strict=True)}
         best = min(trials, key=lambda name: (measured[name] is None, measured[name]))
         report = AllocationReport(

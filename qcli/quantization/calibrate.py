@@ -17,7 +17,9 @@ from torch import Tensor
 from qcli import __version__
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.data.tokens import CALIBRATION, calibration_tokens, text_identity
+from qcli.data.calibration_folder import CALIBRATION, TOKENS
+from qcli.data.identity import text_identity
+from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.families import Linear
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
@@ -87,35 +89,27 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     source = open_source(recipe.model)
     linears = source.linears()
-    wanted = recipe.calibration
-    tokens = calibration_tokens(
-        wanted.data,
-        source,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        seed=recipe.seed,
-        held_out=wanted.held_out,
-        device=device,
-        progress=progress,
-    )
+    text = recipe.calibration
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)
+    tokens = calibration_tokens(request, source, device=device, progress=progress)
     settings = {
         "format_version": FORMAT_VERSION,
         "qcli": __version__,
         "model": recipe.model,
         "source_fingerprint": source.fingerprint(),
-        "data": tokens.source,
+        "data": tokens.data,
         "samples": tokens.ids.shape[0],
         "seq_len": tokens.ids.shape[1],
         "seed": recipe.seed,
         "tokens_sha256": tokens.sha256,
-        "text_identity": text_identity(wanted.data),
+        "text_identity": text_identity(text.data),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,
     }
     with RunFolder(out, settings, recipe.resume) as run:
         folder = run.result()
-        shards.write_tensors(folder / "tokens.safetensors", {"ids": tokens.ids})
+        shards.write_tensors(folder / TOKENS, {"ids": tokens.ids})
         statistics: dict[str, Tensor] = {}
         layers: dict[str, LayerStatistics] = {}
         fast = recipe.dtype == "auto" and has_fast_matmul(device)

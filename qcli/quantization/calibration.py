@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qcli.data.datasets import is_folder
-from qcli.data.tokens import Tokens, calibration_tokens, content_key, require_training, text_identity
-from qcli.models.manifest import versions
+from qcli.data.identity import text_identity
+from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.models.open import Source
 from qcli.quantization.plan import Plan
 from qcli.recipe.recipe import Recipe
@@ -47,11 +46,11 @@ def run_tokens(
     if not plan.calibrated:
         return None
     if (file := run.done(_PART)) is None:
-        data = plan.recipe.calibration.data
-        ids = recipe_tokens(plan.recipe, plan.source, device, cache, progress)
+        tokens = recipe_tokens(plan.recipe, plan.source, device, cache, progress)
         if plan.held_out:
-            require_training(Tokens(ids, data), plan.held_out)
-        run.commit(_PART, {"tokens": ids}, text_identity(data))
+            require_training_samples(tokens, plan.held_out)
+        ids = tokens.ids
+        run.commit(_PART, {"tokens": ids}, text_identity(tokens.data))
     else:
         ids = load_file(file)["tokens"]
     return CalibrationTokens(ids, run.report(_PART))
@@ -63,35 +62,14 @@ def recipe_tokens(
     device: torch.device,
     cache: Cache,
     progress: Progress = silent,
-    judges: int = 0,
-) -> Tensor:
-    """The recipe's calibration tokens, int64 `[samples + judges, length]`; the cache keeps those made before.
+    *,
+    validation: int = 0,
+) -> Tokens:
+    """The recipe's calibration samples, and behind them `validation` more; see `calibration_tokens`.
 
-    See `qcli.data.tokens.calibration_tokens`.
+    Samples are only held out from the others where something is trained.
     """
-    settings = recipe.calibration
-    held_out = settings.held_out if recipe.trained else 0
-
-    def make() -> dict[str, Tensor]:
-        tokens = calibration_tokens(
-            settings.data,
-            source,
-            samples=settings.samples,
-            seq_len=settings.seq_len,
-            seed=recipe.seed,
-            held_out=held_out,
-            judges=judges,
-            device=str(device),
-            progress=progress,
-        )
-        return {"ids": tokens.ids}
-
-    if cache.folder is None or is_folder(settings.data):
-        return make()["ids"]
-    key = {
-        "calibration": [settings.samples, settings.seq_len, recipe.seed, held_out, judges],
-        "device": device.type,
-        **content_key(settings.data, source),
-        **versions(),
-    }
-    return cache.tensors(key, make)["ids"]
+    text = recipe.calibration
+    held_out = text.held_out if recipe.trained else 0
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, held_out, validation)
+    return calibration_tokens(request, source, device=device, cache=cache, progress=progress)

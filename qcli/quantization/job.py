@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qcli.data.tokens import text_sha256
+from qcli.data.identity import text_sha256
 from qcli.models.manifest import versions
 from qcli.models.open import Source
 from qcli.quantization.block_loop import BlockQuantizer, quantize_blocks

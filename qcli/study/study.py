@@ -108,11 +108,11 @@ def run_study(
 
 def require_tasks(runs: Iterable[Run], *, data: bool = False) -> None:
     """Raise UsageError unless there are all tasks that the recipes name, and if it matters here the `data` of them."""
-    from qcli.evaluation.from_recipe import asked_tasks  # torch
+    from qcli.evaluation.from_recipe import recipe_tasks  # torch
 
     asked = {str((each.tasks, each.include_path, each.gates)): run.recipe for run in runs if (each := run.recipe.eval)}
     for recipe in asked.values():
-        tasks = asked_tasks(recipe)
+        tasks = recipe_tasks(recipe)
         if data and tasks is not None:
             tasks.require_data()
 

@@ -108,7 +108,7 @@ def test_names_of_tasks_may_have_blanks_around_them_but_none_is_empty(invoke: In
     for names in ("arc_easy,,piqa", "arc_easy, ", ""):
         code, _, err = invoke("eval", model, "--tasks", names)
         assert code == 2
-        assert "the name of a task is empty" in err
+        assert "a task name is empty" in err
     code, _, err = invoke("eval", model, "--tasks", "arc_easy, piqaa")
     assert code == 2
     assert "task 'piqaa' does not exist" in err

@@ -24,8 +24,8 @@ from qcli.utils.errors import StateError
 from qcli.utils.lock import FolderLock
 from tests.cli.conftest import Invoke
 
-TOKENS, WINDOWS = "qcli.quantization.calibration.calibration_tokens", "qcli.evaluation.evaluate.evaluation_tokens"
-BASELINE = "qcli.evaluation.evaluate._run_blocks"
+TOKENS, WINDOWS = "qcli.data.tokens._draw", "qcli.data.tokens._consecutive"
+BASELINE = "qcli.evaluation.final_states._run_blocks"
 
 
 @pytest.fixture

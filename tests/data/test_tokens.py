@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcli.data.datasets import read_text, require_text
-from qcli.data.tokens import calibration_tokens, context_length, evaluation_tokens
+from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
 from qcli.models.open import Source, open_source
 from qcli.utils.errors import UsageError
 from tests.tiny import tiny_model
@@ -56,32 +56,32 @@ def problem(call: Callable[..., object], *arguments: Any, **options: Any) -> str
 
 def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", TEXT)
-    tokens = calibration_tokens(data, source, samples=5, seq_len=32, seed=3)
+    tokens = calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=3), source)
     ids, generator = ids_of(source, TEXT), random.Random(3)
     offsets = [generator.randrange(0, len(ids) - 32) for _ in range(5)]
     assert tokens.ids.tolist() == [ids[offset : offset + 32].tolist() for offset in offsets]
     assert tokens.ids.dtype == torch.int64
-    assert tokens.source == data
-    assert tokens.sha256 == calibration_tokens(data, source, samples=5, seq_len=32, seed=3).sha256
-    assert tokens.sha256 != calibration_tokens(data, source, samples=5, seq_len=32, seed=4).sha256
+    assert tokens.data == data
+    assert tokens.sha256 == calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=3), source).sha256
+    assert tokens.sha256 != calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=4), source).sha256
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_held_out_and_judging_windows_share_no_token_with_others(
+def test_held_out_and_validation_windows_share_no_token_with_others(
     source: Source, file: Callable[[str, str], str], seed: int
 ) -> None:
     text = "".join(random.Random(5).choices("abcdefghijklmnop", k=4000))  # no window of it occurs twice
     ids, data = ids_of(source, text), file("a.txt", text)
 
     def offsets(**options: Any) -> list[int]:
-        tokens = calibration_tokens(data, source, samples=30, seq_len=32, seed=seed, **options).ids
+        tokens = calibration_tokens(TokenRequest(data, samples=30, seq_len=32, seed=seed, **options), source).ids
         return [int(torch.nonzero((ids.unfold(0, 32, 1) == window).all(1)).item()) for window in tokens]
 
-    drawn, held, judged = offsets(), offsets(held_out=6), offsets(held_out=6, judges=12)
-    assert held[-6:] == drawn[-6:] and judged[:30] == held
+    drawn, held, validated = offsets(), offsets(held_out=6), offsets(held_out=6, validation=12)
+    assert held[-6:] == drawn[-6:] and validated[:30] == held
     assert all(abs(one - other) >= 32 for one in held[:-6] for other in held[-6:])
-    assert all(abs(one - other) >= 32 for one in judged[:30] for other in judged[30:])
-    assert all(abs(one - other) >= 32 for i, one in enumerate(judged[30:]) for other in judged[31 + i :])
+    assert all(abs(one - other) >= 32 for one in validated[:30] for other in validated[30:])
+    assert all(abs(one - other) >= 32 for i, one in enumerate(validated[30:]) for other in validated[31 + i :])
     kept = [all(abs(offset - other) >= 32 for other in drawn[-6:]) for offset in drawn[:-6]]
     assert 0 < sum(kept) < 24
     assert [offset for offset, keep in zip(held, kept, strict=False) if keep] == [
@@ -92,10 +92,10 @@ def test_held_out_and_judging_windows_share_no_token_with_others(
 def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Callable[[str, str], str]) -> None:
     text = TEXT[:60]
     data, length = file("a.txt", text), len(ids_of(source, text)) - 2
-    assert calibration_tokens(data, source, samples=4, seq_len=length, seed=0).ids.shape == (4, length)
-    for options in ({"held_out": 1}, {"judges": 1}):
-        message = problem(calibration_tokens, data, source, samples=4, seq_len=length, seed=0, **options)
-        assert "too short to keep samples apart" in message and str(length + 2) in message
+    assert calibration_tokens(TokenRequest(data, samples=4, seq_len=length, seed=0), source).ids.shape == (4, length)
+    for options in ({"held_out": 1}, {"validation": 1}):
+        message = problem(calibration_tokens, TokenRequest(data, samples=4, seq_len=length, seed=0, **options), source)
+        assert "too short for samples that do not overlap" in message and str(length + 2) in message
 
 
 def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:
@@ -108,7 +108,7 @@ def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: 
 def test_global_generators_are_left_alone(source: Source, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", TEXT)
     states = torch.random.get_rng_state(), random.getstate()
-    calibration_tokens(data, source, samples=5, seq_len=32, seed=3)
+    calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=3), source)
     evaluation_tokens(data, source, window=32)
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert random.getstate() == states[1]
@@ -123,18 +123,18 @@ def test_documents_are_joined_by_an_empty_line(tmp_path: Path, file: Callable[[s
 
 
 def test_self_for_calibration_and_evaluation_are_different_texts(source: Source) -> None:
-    calibration = calibration_tokens("self", source, samples=2, seq_len=16, seed=0)
+    calibration = calibration_tokens(TokenRequest("self", samples=2, seq_len=16, seed=0), source)
     evaluation = evaluation_tokens("self", source, window=16, max_windows=2)
     assert calibration.ids.shape == evaluation.ids.shape == (2, 16)
     assert not torch.equal(calibration.ids, evaluation.ids)
-    assert calibration.source == evaluation.source == "self"
+    assert calibration.data == evaluation.data == "self"
 
 
 def test_a_calibration_folder_gives_its_tokens_verbatim(source: Source, tmp_path: Path) -> None:
     ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
     (tmp_path / "calibration").mkdir()
     save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
-    tokens = calibration_tokens(str(tmp_path / "calibration"), source, samples=9, seq_len=99, seed=5)
+    tokens = calibration_tokens(TokenRequest(str(tmp_path / "calibration"), samples=9, seq_len=99, seed=5), source)
     assert torch.equal(tokens.ids, ids)
     found = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
     assert torch.equal(found.ids, ids[:3])
@@ -168,7 +168,7 @@ def test_a_named_set_without_network(source: Source, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UsageError) as caught:
-        calibration_tokens("wikitext2", source, samples=1, seq_len=8, seed=0)
+        calibration_tokens(TokenRequest("wikitext2", samples=1, seq_len=8, seed=0), source)
     assert caught.value.message == (
         "data set 'wikitext2' could not be loaded: Couldn't reach 'Salesforce/wikitext' on the Hub (ConnectionError)"
     )
@@ -177,9 +177,9 @@ def test_a_named_set_without_network(source: Source, monkeypatch: pytest.MonkeyP
 
 def test_too_short_says_how_short(source: Source, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", "x" * 32)
-    exact = calibration_tokens(data, source, samples=1, seq_len=31, seed=0)
+    exact = calibration_tokens(TokenRequest(data, samples=1, seq_len=31, seed=0), source)
     assert exact.ids.shape == (1, 31)
-    assert problem(calibration_tokens, data, source, samples=1, seq_len=32, seed=0) == (
+    assert problem(calibration_tokens, TokenRequest(data, samples=1, seq_len=32, seed=0), source) == (
         f"{data}: too short for calibration: 32 tokens, but a window of 32 needs 33"
     )
     assert problem(evaluation_tokens, data, source, window=33) == (
@@ -188,9 +188,9 @@ def test_too_short_says_how_short(source: Source, file: Callable[[str, str], str
 
 
 def test_windows_beyond_the_context_are_refused(source: Source, file: Callable[[str, str], str]) -> None:
-    assert context_length(source.config) == 256
+    assert source.context_length == 256
     for data in (file("a.txt", TEXT), "self"):
-        message = problem(calibration_tokens, data, source, samples=1, seq_len=257, seed=0)
+        message = problem(calibration_tokens, TokenRequest(data, samples=1, seq_len=257, seed=0), source)
         assert message == "windows of 257 tokens do not fit the model's context of 256"
         assert problem(evaluation_tokens, data, source, window=257) == message
     assert "no token to predict" in problem(evaluation_tokens, "self", source, window=1)
@@ -251,9 +251,9 @@ def test_folders_that_are_no_calibration(source: Source, tmp_path: Path) -> None
     folder = tmp_path / "folder"
     folder.mkdir()
     options = {"samples": 1, "seq_len": 8, "seed": 0}
-    assert "no tokens.safetensors" in problem(calibration_tokens, str(folder), source, **options)
+    assert "no tokens.safetensors" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     (folder / "tokens.safetensors").write_bytes(b"torn")
-    assert "damaged" in problem(calibration_tokens, str(folder), source, **options)
+    assert "damaged" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     save_file({"ids": torch.full((1, 8), 320)}, folder / "tokens.safetensors")
-    assert "vocabulary of 320" in problem(calibration_tokens, str(folder), source, **options)
+    assert "vocabulary of 320" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     assert "vocabulary of 320" in problem(evaluation_tokens, str(folder), source, window=8)

@@ -16,6 +16,7 @@ from qcli.distillation import plan as distill_plan
 from qcli.distillation.distill import Distilled, distill
 from qcli.distillation.plan import intend
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.export.verify import verify
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
@@ -80,7 +81,9 @@ def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text
     assert result.outcome.after < 0.95 * result.outcome.before
     assert verify(out).layers == 14
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
-    kls = [evaluate(str(folder), baseline=str(teacher), data=[str(text)], window=32).kl for folder in (pupil, out)]
+    kls = [
+        evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl for folder in (pupil, out)
+    ]
     assert kls[0] is not None and kls[1] is not None
     assert kls[1] < kls[0]
     before, after = codes(pupil), codes(out)
@@ -96,8 +99,8 @@ def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, te
     outcome = teach(pupil, teacher, out, text, "distill.loss=onebit", "distill.train=[tables, weights]").outcome
     assert outcome.after < 0.8 * outcome.before
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
-    found = evaluate(str(out), baseline=str(teacher), data=[str(text)], window=32).kl
-    start = evaluate(str(pupil), baseline=str(teacher), data=[str(text)], window=32).kl
+    found = evaluate(str(out), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
+    start = evaluate(str(pupil), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
     assert found is not None and start is not None and found < start
 
 
@@ -229,9 +232,9 @@ def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: 
     calibrate(load_recipe(None, flags)[0], folder)
     teach(pupil, teacher, out, text, f"distill.data={folder}")
     with pytest.raises(UsageError, match="was distilled on .*tokens"):
-        evaluate(str(out), data=[str(folder)], window=32)
-    assert evaluate(str(out), data=[str(text)], window=32).fitted_to == [str(text)]
-    assert evaluate(str(teacher), data=[str(text)], window=32).fitted_to == []
+        evaluate(str(out), EvalOptions([str(folder)], window=32))
+    assert evaluate(str(out), EvalOptions([str(text)], window=32)).fitted_to == [str(text)]
+    assert evaluate(str(teacher), EvalOptions([str(text)], window=32)).fitted_to == []
 
 
 def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from qcli.distillation.distill import distill
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.export.verify import verify
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UsageError
@@ -81,7 +82,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
     begun = re.search(r"^train (\d+)/12", told, re.MULTILINE)
     assert begun is not None and int(begun[1]) > 0, "it started over"
     kls = [
-        evaluate(str(folder), baseline=str(teacher), data=[str(text)], window=32).kl
+        evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
         for folder in (out, tmp_path / "alone")
     ]
     assert kls[0] == pytest.approx(kls[1], rel=1e-2)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qcli.evaluation import evaluate as module
-from qcli.evaluation import scoring
+from qcli.evaluation import scoring, windows
 from qcli.evaluation.evaluate import compare, evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.results import Evaluation, Score
 from qcli.models import stream
 from qcli.models.open import open_source
@@ -91,7 +91,7 @@ def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
 def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
     baseline = tiny_model(family, tmp_path)
     model = perturbed(baseline, tmp_path)
-    found = evaluate(str(model), baseline=str(baseline), data=[text], window=50, device="cpu").to_json()
+    found = evaluate(str(model), EvalOptions([text], window=50, device="cpu"), baseline=str(baseline)).to_json()
     direct = expected(model, baseline, 50)
     score = found["perplexity"][text]
     assert score["value"] == pytest.approx(direct["value"], rel=1e-5)
@@ -107,7 +107,7 @@ def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
 
 def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None:
     model = str(tiny_model("llama", tmp_path))
-    found = evaluate(model, baseline=model, data=[text], window=64, device="cpu")
+    found = evaluate(model, EvalOptions([text], window=64, device="cpu"), baseline=model)
     assert found.kl == 0.0
     assert found.top1_agreement == 1.0
     (score,) = found.scores.values()
@@ -116,7 +116,7 @@ def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None
 
 def test_without_a_baseline_only_perplexity(tmp_path: Path, text: str) -> None:
     model = tiny_model("llama", tmp_path)
-    found = evaluate(str(model), data=[text], max_windows=2, device="cpu").to_json()
+    found = evaluate(str(model), EvalOptions([text], max_windows=2, device="cpu")).to_json()
     assert found["kl"] is found["worst_window_kl"] is found["top1_agreement"] is found["baseline"] is None
     assert found["perplexity"][text]["window"] == 256  # the model's context
     assert found["perplexity"][text]["windows"] == 2
@@ -132,9 +132,10 @@ def test_several_texts_are_averaged_by_token(tmp_path: Path, text: str) -> None:
     model = str(perturbed(baseline, tmp_path))
     other = tmp_path / "other.txt"
     other.write_text(TEXT[::-1][:400])
-    options: dict[str, Any] = {"baseline": str(baseline), "window": 40, "device": "cpu"}
-    both = evaluate(model, data=[text, str(other), text], **options)
-    alone = [evaluate(model, data=[data], **options) for data in (text, str(other))]
+    both, *alone = (
+        evaluate(model, EvalOptions(texts, window=40, device="cpu"), baseline=str(baseline))
+        for texts in ([text, str(other), text], [text], [str(other)])
+    )
     assert list(both.scores) == [text, str(other)]
     assert [both.scores[data] for data in both.scores] == [next(iter(one.scores.values())) for one in alone]
     tokens = [score.tokens for score in both.scores.values()]
@@ -147,9 +148,9 @@ def test_several_texts_are_averaged_by_token(tmp_path: Path, text: str) -> None:
 def test_self_is_sampled_from_the_baseline(tmp_path: Path) -> None:
     baseline = tiny_model("llama", tmp_path)
     model = perturbed(baseline, tmp_path)
-    options: dict[str, Any] = {"data": ["self"], "window": 16, "max_windows": 3, "device": "cpu"}
-    against = evaluate(str(model), baseline=str(baseline), **options)
-    alone = evaluate(str(baseline), **options)
+    options = EvalOptions(["self"], window=16, max_windows=3, device="cpu")
+    against = evaluate(str(model), options, baseline=str(baseline))
+    alone = evaluate(str(baseline), options)
     assert against.scores["self"].sha256 == alone.scores["self"].sha256
     assert against.scores["self"].baseline_perplexity == alone.scores["self"].perplexity
 
@@ -162,12 +163,12 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
         calibrate(load_recipe(None, flags | {"seed": seed})[0], folder)
     flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
     quantize(load_recipe(None, flags)[0], tmp_path / "out")
-    found = evaluate(str(tmp_path / "out"), baseline=model, data=[str(folders[1])], device="cpu")
+    found = evaluate(str(tmp_path / "out"), EvalOptions([str(folders[1])], device="cpu"), baseline=model)
     (score,) = found.scores.values()
     assert (score.windows, score.window) == (4, 32)
     with pytest.raises(UsageError, match="was calibrated on .*seen"):
-        evaluate(str(tmp_path / "out"), data=[str(folders[0])], max_windows=2, device="cpu")
-    assert evaluate(model, data=[str(folders[0])], device="cpu").scores, "an unquantized model has seen nothing"
+        evaluate(str(tmp_path / "out"), EvalOptions([str(folders[0])], max_windows=2, device="cpu"))
+    assert evaluate(model, EvalOptions([str(folders[0])], device="cpu")).scores, "an unquantized model has seen nothing"
 
 
 @pytest.mark.parametrize("through_folder", [False, True])
@@ -182,19 +183,19 @@ def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text
     fits = {"read": {"method.name": "gptq-like"}, "not read": {"method.name": "rtn"}}
     for name, method in fits.items():
         quantize(load_recipe(None, flags | method)[0], tmp_path / name)
-    texts: dict[str, Any] = {"data": [str(other), text], "window": 32, "max_windows": 2, "device": "cpu"}
-    found = {name: evaluate(str(tmp_path / name), **texts).to_json()["fitted_to"] for name in fits}
-    assert found == {"read": [text], "not read": []}
+    options = EvalOptions([str(other), text], window=32, max_windows=2, device="cpu")
+    fitted_to = {name: evaluate(str(tmp_path / name), options).to_json()["fitted_to"] for name in fits}
+    assert fitted_to == {"read": [text], "not read": []}
 
 
 def test_more_text_than_memory_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
+    monkeypatch.setattr(windows, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
     model = str(tiny_model("llama", tmp_path))
-    options: dict[str, Any] = {"baseline": model, "data": [text], "window": 32, "device": "cpu"}
-    with pytest.raises(ResourceError, match="hidden states of 96 tokens take") as caught:
-        evaluate(model, max_windows=3, **options)
+    options = EvalOptions([text], window=32, max_windows=2, device="cpu")
+    with pytest.raises(ResourceError, match="hidden states of 96 tokens need") as caught:
+        evaluate(model, replace(options, max_windows=3), baseline=model)
     assert "--max-windows" in str(caught.value.hint)
-    evaluate(model, max_windows=2, **options)
+    evaluate(model, options, baseline=model)
 
 
 def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pyt
 
     monkeypatch.setattr(ModelStream, "load_block", counted)
     model = str(tiny_model("llama", tmp_path, num_hidden_layers=5))
-    evaluate(model, baseline=model, data=[text], window=32, device="cpu")
+    evaluate(model, EvalOptions([text], window=32, device="cpu"), baseline=model)
     assert most == 1
     assert not alive
 
@@ -220,7 +221,7 @@ def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pyt
 def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> None:
     baseline = tiny_model("llama", tmp_path)
     other = perturbed(baseline, tmp_path)
-    (found,) = compare([str(other)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    (found,) = compare([str(other)], EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline))
     assert found.blocks is not None
     ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
@@ -235,19 +236,21 @@ def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> 
     difference = (states[0][1] - states[1][1]).norm() ** 2 / states[1][1].norm() ** 2
     assert found.blocks[0].accumulated == pytest.approx(float(difference), rel=1e-4)
     assert set(found.blocks[0].layers) == {name for group in LLAMA for name in group}
-    (same,) = compare([str(baseline)], baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+    (same,) = compare(
+        [str(baseline)], EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline)
+    )
     assert same.blocks is not None
     assert all(error == 0 for block in same.blocks for error in (block.own, block.accumulated, *block.layers.values()))
-    with pytest.raises(UsageError, match="compare with a baseline"):
-        compare([str(other)], data=[text], layers=True, device="cpu")
+    with pytest.raises(UsageError, match="measured against a baseline"):
+        compare([str(other)], EvalOptions([text], layers=True, device="cpu"))
 
 
 def test_global_generators_and_precision_are_left_alone(tmp_path: Path, text: str) -> None:
     before = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
-    first = evaluate(str(tiny_model("llama", tmp_path)), data=[text, "self"], window=32, device="cpu")
+    first = evaluate(str(tiny_model("llama", tmp_path)), EvalOptions([text, "self"], window=32, device="cpu"))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert torch.get_float32_matmul_precision() == before[1]
-    second = evaluate(first.model, data=[text, "self"], window=32, device="cpu")
+    second = evaluate(first.model, EvalOptions([text, "self"], window=32, device="cpu"))
     assert first == second
 
 
@@ -258,7 +261,7 @@ def test_a_different_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
     vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="different tokenizers"):
-        evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
+        evaluate(str(model), EvalOptions([text], window=32, device="cpu"), baseline=str(baseline))
 
 
 def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
@@ -266,7 +269,7 @@ def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
     dense = [{"match": "*.mlp.*", "dense": True}]
     flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
     quantize(load_recipe(None, flags)[0], tmp_path / "out")
-    found = evaluate(str(tmp_path / "out"), data=[text], window=32, max_windows=1, device="cpu")
+    found = evaluate(str(tmp_path / "out"), EvalOptions([text], window=32, max_windows=1, device="cpu"))
     shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
     left = sum(size for name, size in shapes.items() if ".mlp." in name)
     quantized = sum(shapes.values()) - left
@@ -277,14 +280,14 @@ def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
 
 def test_a_different_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
     model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, vocab_size=VOCAB + 8)
-    with pytest.raises(UsageError, match="vocabularies of 320 and 328"):
-        evaluate(str(model), baseline=str(baseline), data=[text], window=32, device="cpu")
+    with pytest.raises(UsageError, match="vocabulary of 320, the baseline one of 328"):
+        evaluate(str(model), EvalOptions([text], window=32, device="cpu"), baseline=str(baseline))
 
 
 def test_errors_by_layer_need_the_same_layers(tmp_path: Path, text: str) -> None:
     model, baseline = tiny_model("llama", tmp_path), tiny_model("llama", tmp_path, num_hidden_layers=3)
     with pytest.raises(UsageError, match="have different layers"):
-        evaluate(str(model), baseline=str(baseline), data=[text], window=32, layers=True, device="cpu")
+        evaluate(str(model), EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline))
 
 
 def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> None:
@@ -293,8 +296,8 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
     with torch.no_grad():
         model.model.norm.weight.fill_(3e38)
     model.save_pretrained(folder)
-    with pytest.raises(VerificationError, match="logits hold NaN or infinity"):
-        evaluate(str(folder), data=[text], window=32, device="cpu")
+    with pytest.raises(VerificationError, match="logits contain NaN or infinity"):
+        evaluate(str(folder), EvalOptions([text], window=32, device="cpu"))
 
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
@@ -307,7 +310,7 @@ def test_perplexity_beyond_floats_is_null_in_json() -> None:
 
 def test_no_data_and_no_such_model(tmp_path: Path, text: str) -> None:
     model = str(tiny_model("llama", tmp_path))
-    with pytest.raises(UsageError, match="no data"):
-        evaluate(model, data=[], device="cpu")
+    with pytest.raises(UsageError, match="no text to evaluate on"):
+        evaluate(model, EvalOptions([], device="cpu"))
     with pytest.raises(UsageError, match="does not exist"):
-        evaluate("./nothing/here", data=[text], device="cpu")
+        evaluate("./nothing/here", EvalOptions([text], device="cpu"))

@@ -11,7 +11,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from qcli.evaluation.evaluate import compare
-from qcli.evaluation.tasks import Tasks, _result
+from qcli.evaluation.options import EvalOptions
+from qcli.evaluation.task_results import task_results
+from qcli.evaluation.tasks import Tasks
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import silent
 from tests.quantizing import run
@@ -74,7 +76,7 @@ def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> 
     small = tmp_path / "small"
     run(model, small, method__name="rtn", method__bits=2)
     tasks = Tasks(["our_times"], str(folder), limit=10)
-    (found,) = compare([str(small)], baseline=str(model), data=[], tasks=tasks, device="cpu")
+    (found,) = compare([str(small)], EvalOptions([], tasks=tasks, device="cpu"), baseline=str(model))
     told = found.to_json()
     result = told["tasks"]["our_times"]
     assert (result["metric"], result["samples"], result["version"]) == ("acc", 10, "3")
@@ -109,7 +111,7 @@ def test_tasks_of_lm_eval_are_indexed_only_where_they_are_named(group: Path, mon
 
 
 def test_an_empty_name_is_no_task() -> None:
-    with pytest.raises(UsageError, match="name of a task is empty"):
+    with pytest.raises(UsageError, match="task name is empty"):
         Tasks(["our_times", ""])
 
 
@@ -210,7 +212,7 @@ def test_data_that_is_missing_is_told_without_a_model(folder: Path) -> None:
 
 
 def test_the_first_filter_counts_and_directions_are_kept() -> None:
-    found = {
+    output = {
         "results": {
             "sums": {
                 "alias": "sums",
@@ -226,7 +228,8 @@ def test_the_first_filter_counts_and_directions_are_kept() -> None:
         "higher_is_better": {"sums": {"exact_match": True}, "prose": {"word_perplexity": False}},
         "group_subtasks": {},
     }
-    sums, prose = _result("sums", found), _result("prose", found)
+    results = task_results(output)
+    sums, prose = results["sums"], results["prose"]
     assert (sums.metric, sums.score, sums.stderr) == ("exact_match (strict-match)", 0.62, 0.02)
     assert sums.metrics == {"exact_match (strict-match)": 0.62, "exact_match (flexible-extract)": 0.31}
     assert (prose.metric, prose.score, prose.stderr, prose.samples) == ("word_perplexity", 20.0, None, 7)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.data.tokens import calibration_tokens
+from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models import stream
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_whole_model(family: str, tmp_path: Path, te
     source = open_source(str(folder))
     linears = source.linears()
     ids = load_file(out / "tokens.safetensors")["ids"]
-    assert torch.equal(ids, calibration_tokens(text, source, samples=5, seq_len=32, seed=3).ids)
+    assert torch.equal(ids, calibration_tokens(TokenRequest(text, samples=5, seq_len=32, seed=3), source).ids)
     inputs = seen_by_the_whole_model(folder, ids, [linear.name for linear in linears])
     statistics = load_file(out / "statistics.safetensors")
     hessians: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def test_the_folder_says_where_it_comes_from(tmp_path: Path, text: str) -> None:
         "statistics.safetensors",
         "tokens.safetensors",
     ]
-    again = calibration_tokens(str(out), open_source(str(folder)), samples=1, seq_len=8, seed=0)
+    again = calibration_tokens(TokenRequest(str(out), samples=1, seq_len=8, seed=0), open_source(str(folder)))
     assert again.sha256 == record["tokens_sha256"]
 
 

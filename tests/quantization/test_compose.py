@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qcli.data.tokens import calibration_tokens
+from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.export.verify import verify
 from qcli.models.open import open_source
 from qcli.quantization.quantize import quantize
@@ -42,15 +42,19 @@ def run(model: Path, out: Path, text: Path, *sets: str, **flags: Any) -> Result:
 
 def test_only_what_trains_holds_samples_apart(tmp_path: Path, text: Path) -> None:
     model = tiny_model("llama", tmp_path)
-    cut = partial(calibration_tokens, str(text), open_source(str(model)), samples=60, seq_len=32, seed=0)
-    assert cut(held_out=4).sha256 != cut().sha256
+    source = open_source(str(model))
+    hashes = {
+        held_out: calibration_tokens(TokenRequest(str(text), 60, 32, seed=0, held_out=held_out), source).sha256
+        for held_out in (0, 4)
+    }
+    assert hashes[0] != hashes[4]
     for name, sets, held_out in (("plain", (), 0), ("trained", ("refine.steps=1",), 4)):
         found = run(model, tmp_path / name, text, *sets, **{"calibration.samples": 60})
-        assert found.tokens_sha256 == cut(held_out=held_out).sha256
+        assert found.tokens_sha256 == hashes[held_out]
 
 
 def loss(model: Path, out: Path, text: Path) -> float:
-    found = evaluate(str(out), baseline=str(model), data=[str(text)], window=32, max_windows=16).kl
+    found = evaluate(str(out), EvalOptions([str(text)], window=32, max_windows=16), baseline=str(model)).kl
     assert found is not None
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
 from qcli.models.stream import ModelStream
 from qcli.utils import cache as module
 from qcli.utils.cache import Cache, default_folder
@@ -75,11 +76,11 @@ def test_the_baseline_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ModelStream, "load_block", counted)
     cache = Cache(tmp_path / "cache")
     found = [
-        evaluate(str(small), baseline=str(model), data=[str(text)], window=32, max_windows=3, cache=cache)
+        evaluate(str(small), EvalOptions([str(text)], window=32, max_windows=3), baseline=str(model), cache=cache)
         for _ in range(2)
     ]
     assert found[0] == found[1]
     assert loaded == [model.name, model.name, "small", "small", "small", "small"]
     other = tiny_model("llama", tmp_path, rms_norm_eps=1e-3)
-    evaluate(str(small), baseline=str(other), data=[str(text)], window=32, max_windows=3, cache=cache)
+    evaluate(str(small), EvalOptions([str(text)], window=32, max_windows=3), baseline=str(other), cache=cache)
     assert loaded.count(other.name) == 2, "another model"

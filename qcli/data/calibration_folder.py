@@ -1,0 +1,48 @@
+"""Folders that `qcli calibrate` wrote, as a source of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qcli.data.datasets import LOCAL
+from qcli.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcli.models.source import Source
+
+CALIBRATION = "calibration.json"  # settings and statistics
+TOKENS = "tokens.safetensors"  # one tensor, `ids`
+
+
+def read_folder(folder: Path, source: Source) -> Tensor:
+    """The folder's token windows, int64 `[windows, length]`.
+
+    Args:
+        source: the model that will read them.
+
+    Raises:
+        UsageError: not a calibration folder, damaged, or its tokens lie outside the model's vocabulary.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / TOKENS
+    if not file.is_file():
+        raise UsageError(f"{folder} is not a folder written by `qcli calibrate`: no {TOKENS}", hint=LOCAL)
+    try:
+        ids = load_file(file)["ids"]
+    except (SafetensorError, KeyError):
+        ids = torch.empty(0)
+    if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        raise UsageError(f"{file}: damaged", hint="run `qcli calibrate` again")
+    vocabulary = source.hf_config().get_text_config().vocab_size
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"{folder}: contains token ids outside the model's vocabulary of {vocabulary}",
+            hint="calibrate with the model that you quantize",
+        )
+    return ids

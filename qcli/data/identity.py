@@ -1,0 +1,44 @@
+"""What identifies a text: in manifests by name or hash, in cache keys by everything its tokens depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcli.data.calibration_folder import CALIBRATION
+from qcli.data.datasets import NAMED, SELF, is_folder
+from qcli.utils.files import sha256
+
+if TYPE_CHECKING:
+    from qcli.models.source import Source
+
+
+def text_identity(data: str) -> str | None:
+    """The name of a data set or the hash of a file; of a calibration folder, that of the text it was cut from.
+
+    None if unknown: `self`, or a folder whose `calibration.json` is missing or unreadable.
+    """
+    if is_folder(data):
+        try:
+            identity: str | None = json.loads((Path(data) / CALIBRATION).read_bytes()).get("text_identity")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return identity
+    return data if data in NAMED else text_sha256(data)
+
+
+def text_sha256(data: str) -> str | None:
+    """SHA-256 of a local file; None for anything else."""
+    return sha256(Path(data)) if Path(data).is_file() else None
+
+
+def content_key(data: str, source: Source) -> dict[str, Any]:
+    """Cache key of a text as a model tokenizes it, or for `self` samples it; plain data."""
+    return {
+        "data": data,
+        "text": text_sha256(data),
+        "tokenizer": source.tokenizer_content(),
+        "writer": source.content() if data == SELF else None,
+        "context": source.context_length,
+    }

@@ -1,0 +1,37 @@
+"""What an evaluation measures, and how it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcli.evaluation.tasks import Tasks
+
+DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `compare` measures, and how it computes.
+
+    Attributes:
+        texts: as `evaluation_tokens` takes them; `self` is sampled from the baseline, or without one from the only
+            model.
+        window: tokens per window; None: 2048, or the models' context if that is shorter.
+        max_windows: of each text, use only the first ones.
+        tasks: lm-eval tasks, for which a model is in memory as a whole.
+        layers: also measure the error of every block and layer against the baseline, on the first text.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: of weights and activations: `auto` (float32, with exact matrix products), `float32`, `bfloat16`,
+            `float16`.
+    """
+
+    texts: Sequence[str]
+    window: int | None = None
+    max_windows: int | None = None
+    tasks: Tasks | None = None
+    layers: bool = False
+    device: str = "auto"
+    dtype: str = "auto"

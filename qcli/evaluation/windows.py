@@ -1,0 +1,80 @@
+"""The token windows that models are compared on, and whether their hidden states fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qcli.data.datasets import SELF
+from qcli.data.tokens import Tokens, evaluation_tokens
+from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
+from qcli.models.open import Source
+from qcli.utils.cache import Cache
+from qcli.utils.device import resolve_device
+from qcli.utils.errors import ResourceError, UsageError
+from qcli.utils.memory import free_memory
+from qcli.utils.progress import Progress
+
+
+def evaluation_windows(
+    options: EvalOptions, sources: Sequence[Source], cache: Cache, progress: Progress
+) -> list[Tokens]:
+    """The windows of each text, which are the same for all models.
+
+    Args:
+        sources: the models, the baseline last if there is one.
+
+    Raises:
+        UsageError: no such text, too short, or the models' tokenizers differ.
+    """
+    length = options.window
+    if length is None:
+        length = min([DEFAULT_WINDOW, *(source.context_length or DEFAULT_WINDOW for source in sources)])
+    return [_windows(data, length, options, sources, cache, progress) for data in dict.fromkeys(options.texts)]
+
+
+def _windows(
+    data: str, length: int, options: EvalOptions, sources: Sequence[Source], cache: Cache, progress: Progress
+) -> Tokens:
+    tokens = [
+        evaluation_tokens(
+            data,
+            source,
+            window=length,
+            max_windows=options.max_windows,
+            device=resolve_device(options.device),
+            cache=cache,
+            progress=progress,
+        )
+        for source in (sources[-1:] if data == SELF else sources)
+    ]
+    if len({each.sha256 for each in tokens}) > 1:
+        raise UsageError(
+            "the models have different tokenizers: their predictions cannot be compared",
+            hint="use the model that was quantized as --baseline, or none",
+        )
+    return tokens[0]
+
+
+def require_memory(
+    windows: Sequence[Tokens], sources: Sequence[Source], baseline: Source | None, dtype: torch.dtype
+) -> None:
+    """Check that the final hidden states of all windows fit in memory: those of one model and of the baseline.
+
+    Raises:
+        ResourceError: they do not.
+    """
+    positions = sum(tokens.ids.numel() for tokens in windows)
+    width = max(_hidden_size(source) for source in sources) + (0 if baseline is None else _hidden_size(baseline))
+    needed, free = positions * width * dtype.itemsize, free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"the hidden states of {positions} tokens need {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free",
+            hint="evaluate fewer windows: --max-windows N",
+        )
+
+
+def _hidden_size(source: Source) -> int:
+    return int(source.hf_config().get_text_config().hidden_size)
