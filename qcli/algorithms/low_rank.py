@@ -11,22 +11,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from qcli.algorithms.layer_group import HESSIAN, LinearGroup
 from qcli.algorithms.method import Method, Solution
 from qcli.core.formats.low_rank import LowRank
 from qcli.core.weight import Format
 from qcli.utils.errors import VerificationError
+from qcli.utils.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LowRankCompensation(BaseModel):
+class LowRankCompensation(Options):
     """Adds a product of rank `rank` to every quantized weight, after any method."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(default=8, ge=1, description="directions of the error that are repaired")
     bits: Literal[8, 16] = Field(default=8, description="of a number in the two factors")

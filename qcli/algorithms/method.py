@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.transform import Transform
 from qcli.core.weight import Format, QuantizedWeight
+from qcli.utils.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +35,9 @@ class Solution:
     fallbacks: list[str] = field(default_factory=list)
 
 
-class Method(BaseModel):
+class Method(Options):
     """Chooses codes and tables for linear layers that share an input."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
 
     @property

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.core.weight import Format
+from qcli.utils.options import Options
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     from qcli.core.weight import QuantizedWeight
 
 
-class Refine(BaseModel):
+class Refine(Options):
     """Options of the reconstruction that follows the method."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scope: Literal["block", "linear"] = Field(
         default="block", description="whose output is reconstructed: each transformer block's, or each linear's"
     )
     steps: int = Field(default=200, ge=1, description="of the optimizer, for each block or group of linears")
     train: tuple[Literal["tables", "weights"], ...] = Field(
-        default=("tables", "weights"), description="scales and zero points, and the weights behind the codes"
+        default=("tables", "weights"),
+        strict=False,
+        description="scales and zero points, and the weights behind the codes",
     )
     tables_lr: float = Field(default=1e-3, gt=0, description="learning rate of tables, relative to their size")
     weights_lr: float = Field(default=1e-2, gt=0, description="learning rate of weights, in quantization steps")

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from qcli.core.weight import Format
+from qcli.utils.options import Options
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -22,10 +21,9 @@ if TYPE_CHECKING:
     from qcli.algorithms.training.outcome import Outcome
 
 
-class Transform(BaseModel):
+class Transform(Options):
     """Chooses numbers that can be folded into the weights before any method quantizes them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
 
     loss: Literal["block", "kl", "cross-entropy"] = "block"

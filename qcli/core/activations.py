@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qcli.utils.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
 
-class Activations(BaseModel):
+class Activations(Options):
     """On which grid the inputs of quantized layers are rounded while the model runs.
 
     Token-wise dynamic quantization as in ZeroQuant-V2 (arXiv 2303.08302); grids as in `rtn`: the range always holds 0,
     and symmetric grids use all their codes, the longer side of the range landing on the lowest.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(default=8, ge=4, le=8, description="of an activation's code")
     granularity: Literal["token", "block"] = Field(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qcli.algorithms.method import Method
 from qcli.models.families import fused
 from qcli.recipe.errors import Issue
-from qcli.recipe.plugins import build_method, named_fields
+from qcli.recipe.plugins import build_method, named_options
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Override
 
@@ -81,7 +81,7 @@ class Choices:
         usual = max(weight, key=lambda option: (weight[option], option))
         base = self.options[usual]
         overrides = [
-            rule if method is None else Override(match=rule.match, method=named_fields(method))
+            rule if method is None else Override(match=rule.match, method=named_options(method))
             for rule, method in zip(self.recipe.overrides, self.recipe.override_methods(), strict=True)
         ]
         kinds: dict[str, list[Linear]] = {}
@@ -95,13 +95,13 @@ class Choices:
             single += [Override(match=layer.name, method=self._differs(chosen[layer.name])) for layer in exceptions]
             if most != usual:
                 whole.append(Override(match=pattern, method=self._differs(most)))
-        found = self.recipe.model_copy(update={"method": base, "overrides": [*overrides, *single, *whole]})
-        found._allocation = None
-        return found
+        return self.recipe.model_copy(
+            update={"method": base, "allocation": None, "overrides": [*overrides, *single, *whole]}
+        )
 
     def _differs(self, option: int) -> dict[str, Any]:
         """What an override must say."""
-        fields = named_fields(self.options[option])
+        fields = named_options(self.options[option])
         return {name: fields[name] for name in ("bits", "group_size") if name in fields}
 
 
@@ -114,7 +114,10 @@ def choices(recipe: Recipe, layers: Sequence[Linear]) -> Choices:
     problems = [
         Issue(("overrides", i, "method"), "must say its bits: the recipe's are auto")
         for i, (rule, other) in enumerate(zip(recipe.overrides, recipe.override_methods(), strict=True))
-        if rule.method is not None and "bits" not in rule.method and other is not None and "bits" in named_fields(other)
+        if rule.method is not None
+        and "bits" not in rule.method
+        and other is not None
+        and "bits" in named_options(other)
     ]
     options = _options(recipe)
     if len(options) < 2:
@@ -167,7 +170,7 @@ def mixed(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
 
 def _options(recipe: Recipe) -> list[Method]:
     """The recipe's method in every width, and if that is left open with every group size."""
-    allocation, base, options = recipe.allocation, named_fields(recipe.method), []
+    allocation, base, options = recipe.allocation, named_options(recipe.method), []
     assert allocation is not None
     sizes: list[dict[str, Any]] = [{"group_size": size} for size in GROUP_SIZES] if allocation.groups else [{}]
     for bits in range(1, 9):

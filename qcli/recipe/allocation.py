@@ -1,27 +1,25 @@
-"""`method: {bits: auto, target_bpw: 3.2}`: what a recipe says where the width of each layer is left open."""
+"""`method: {bits: auto, target_bpw: 3.2}`: bits that are chosen layer by layer, within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from qcli.recipe.errors import Issue
+from qcli.recipe.errors import Issue, invalid
+from qcli.utils.options import Options
 
 AUTO = "auto"
-OWN = ("target_bpw", "fused")  # fields that only an automatic method has
+OWN = ("target_bpw", "fused")  # options of a method that are the allocation's and no method's
 
 
-class Allocation(BaseModel):
-    """What `bits: auto` is told.
+class Allocation(Options):
+    """How bits are allocated to layers.
 
     Attributes:
-        groups: whether the group size is chosen too.
-        fused: whether layers that engines compute as one get one format, which they can load only then.
+        groups: whether group sizes are chosen too.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     target_bpw: float = Field(gt=0, description="with bits auto: most bits per weight of the quantized layers")
     groups: bool = False
@@ -30,31 +28,32 @@ class Allocation(BaseModel):
         description="with bits auto: one width for layers that engines compute as one (q, k, v; gate, up)",
     )
 
-    def fields(self) -> dict[str, Any]:
-        """As they stand in a recipe's method."""
-        said = {"bits": AUTO, "target_bpw": self.target_bpw} | ({"fused": True} if self.fused else {})
-        return said | ({"group_size": AUTO} if self.groups else {})
+    def options(self) -> dict[str, Any]:
+        """The options of a recipe's method that say this."""
+        options = {"bits": AUTO, "target_bpw": self.target_bpw} | ({"fused": True} if self.fused else {})
+        return options | ({"group_size": AUTO} if self.groups else {})
 
 
-def split(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None, list[Issue]]:
-    """Tell the fields of an automatic method from those of the method itself.
+def allocation_of(method: Any) -> Allocation | None:
+    """The allocation that the options of a method say; None where they leave nothing open.
 
-    Returns:
-        The method's own fields, those of its `Allocation` if it has one, and what is wrong between them.
+    Raises:
+        ValidationError: options of an allocation that are invalid, or go without `bits: auto`.
     """
-    rest, wanted = dict(method), None
-    if rest.get("bits") == AUTO:
-        wanted = {"groups": rest.get("group_size") == AUTO}
-        wanted |= {name: rest.pop(name) for name in OWN if name in rest}
-        del rest["bits"]
-        if wanted["groups"]:
-            del rest["group_size"]
-        return rest, wanted, []
-    found = []
-    for name in (name for name in OWN if name in rest):
-        del rest[name]
-        found.append(Issue(("method", name), "is for bits: auto"))
-    if rest.get("group_size") == AUTO:
-        del rest["group_size"]
-        found.append(Issue(("method", "group_size"), "auto goes with bits: auto"))
-    return rest, wanted, found
+    if not isinstance(method, Mapping):
+        return None
+    own = {name: method[name] for name in OWN if name in method}
+    groups = method.get("group_size") == AUTO
+    if method.get("bits") == AUTO:
+        return Allocation.model_validate(own | {"groups": groups})
+    problems = [Issue((name,), "is for bits: auto") for name in own]
+    problems += [Issue(("group_size",), "auto goes with bits: auto")] if groups else []
+    if problems:
+        raise invalid("Allocation", problems)
+    return None
+
+
+def without_allocation(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are the method's own: neither left open nor the allocation's."""
+    left_open = {name for name in ("bits", "group_size") if method.get(name) == AUTO}
+    return {name: value for name, value in method.items() if name not in left_open and name not in OWN}

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from qcli.utils.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Distillation(BaseModel):
+class Distillation(Options):
     """Options of knowledge distillation.
 
     `kl` is plain distillation; `onebit` the paper's soft cross-entropy and normalised hidden states (arXiv
     2402.11295); `dad` counts ambiguous tokens more (DB-LLM, arXiv 2402.11960; its formula is ours).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str | None = Field(
         default=None, min_length=1, description="text to train on, as under calibration; default: the same text"
@@ -46,7 +46,7 @@ class Distillation(BaseModel):
         default=None, ge=1, description="ask the teacher once and remember so many tokens and the mass of the others"
     )
     train: tuple[Literal["tables", "weights"], ...] = Field(
-        default=("tables",), description="scales, offsets and codebooks, and the weights behind the codes"
+        default=("tables",), strict=False, description="scales, offsets and codebooks, and the weights behind the codes"
     )
     steps: int = Field(default=1000, ge=1, description="of the optimizer, under scope block for each block")
     tables_lr: float = Field(default=2e-3, gt=0, description="learning rate of tables, relative to their size")

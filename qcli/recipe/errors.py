@@ -1,17 +1,24 @@
-"""What is wrong with a recipe, in words: every error with its place, its key and the nearest right name."""
+"""Errors of a recipe in its own words: each with its place, its key and the nearest valid name.
+
+Validators raise them as pydantic's `ValidationError`, and one that is raised inside a validator becomes part of the
+error of the record around it. So `Recipe.model_validate` reports everything at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from qcli.recipe.yaml import KeyPath, dotted
 from qcli.utils.errors import UsageError
 
+_WORDED = "recipe"  # the type of errors whose message is final
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -74,11 +81,39 @@ class Origins:
         return ": ".join(filter(None, (origin, key, problem.message)))
 
 
-def issues(error: ValidationError, cls: type[BaseModel], prefix: KeyPath = (), owner: str = "known") -> Iterator[Issue]:
-    """The errors of validating `cls`, whose data stands at `prefix` of the recipe and is called `owner`."""
+def issues(error: ValidationError, cls: type[BaseModel], owner: str = "known") -> list[Issue]:
+    """What is wrong with the data that `cls` was validated from.
+
+    Args:
+        owner: introduces the keys there are, where one is unknown and like none of them.
+    """
+    problems: list[Issue] = []
     for detail in error.errors(include_url=False):
-        loc = detail["loc"]
-        yield Issue((*prefix, *loc), _words(detail, _section(cls, loc[:-1]), owner))
+        path, section = detail["loc"], _section(cls, detail["loc"][:-1])
+        message = _words(detail, section, owner)
+        if _is_alternative(path, section):
+            path = path[:-1]
+            if problems and problems[-1].path == path:
+                first = problems.pop().message.rpartition(", not ")[0]
+                message = f"{first} or {message.removeprefix('must be ')}"
+        problems.append(Issue(path, message))
+    return problems
+
+
+def invalid(title: str, problems: Iterable[Issue]) -> ValidationError:
+    """Problems as an error that a validator can raise; their paths are relative to what is validated."""
+    return ValidationError.from_exception_data(
+        title,
+        [
+            InitErrorDetails(
+                type=PydanticCustomError(_WORDED, "{message}", {"message": problem.message}),
+                loc=problem.path,
+                input=None,
+            )
+            for problem in problems
+        ],
+        hide_input=True,
+    )
 
 
 def unknown(kind: str, name: str, known: Sequence[str], owner: str = "known") -> str:
@@ -89,8 +124,10 @@ def unknown(kind: str, name: str, known: Sequence[str], owner: str = "known") ->
 
 def _words(detail: Any, section: type[BaseModel], owner: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == _WORDED:
+        return str(detail["msg"])
     if kind == "extra_forbidden":
-        return unknown("key", str(detail["loc"][-1]), list(section.model_fields), owner)
+        return unknown("key", str(detail["loc"][-1]), _keys(section), owner)
     if kind == "missing":
         return "required"
     if kind == "value_error":
@@ -109,7 +146,20 @@ def _words(detail: Any, section: type[BaseModel], owner: str) -> str:
         return f"must be {words} {context[bound]}, not {_shown(value)}"
     if kind.endswith(("_type", "_parsing", "_from_float")) and kind.partition("_")[0] in _KINDS:
         return f"must be {_KINDS[kind.partition('_')[0]]}, not {_shown(value)}"
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, not {_shown(value)}"
+    return f"{detail['msg'].replace('Input should be', 'must be')}, not {_shown(value)}"
+
+
+def _is_alternative(path: KeyPath, section: type[BaseModel]) -> bool:
+    """Whether the last part is no key but one of the types of a field, as of `residual: bool | Literal["auto"]`."""
+    field = section.model_fields.get(str(path[-2])) if len(path) > 1 else None
+    types = get_args(field.annotation) if field and get_origin(field.annotation) in (Union, UnionType) else ()
+    return len([type for type in types if type is not NoneType]) > 1
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """The keys that a section is validated from."""
+    aliases = {name: field.validation_alias for name, field in section.model_fields.items()}
+    return list(dict.fromkeys(alias if isinstance(alias, str) else name for name, alias in aliases.items()))
 
 
 def _section(cls: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:

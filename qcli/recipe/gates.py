@@ -5,33 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from qcli.utils.errors import VerificationError
+from qcli.utils.options import Options
 
 
-class Gates(BaseModel):
+class Gates(Options):
     """Bounds on what `qcli eval` measures; what is not finite passes none.
 
     `min_task` and `max_task_drop` look at a task's main metric: accuracy where it has one. Where a lower value is the
     better one, as of a perplexity, a rise is the drop, and `min_task` fails whatever the value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_kl: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="KL divergence to the baseline, nats a token"
-    )
-    max_window_kl: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="the same, of the window that lost most"
-    )
+    max_kl: float | None = Field(default=None, ge=0, description="KL divergence to the baseline, nats a token")
+    max_window_kl: float | None = Field(default=None, ge=0, description="the same, of the window that lost most")
     max_ppl_ratio: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="perplexity over the baseline's, of the worst text"
+        default=None, gt=0, description="perplexity over the baseline's, of the worst text"
     )
     min_task: dict[str, FiniteFloat] = Field(default={}, description="a task's least score, as {arc_easy: 0.40}")
-    max_task_drop: float | None = Field(
-        default=None, ge=0, allow_inf_nan=False, description="what any task may lose against the baseline"
-    )
+    max_task_drop: float | None = Field(default=None, ge=0, description="what any task may lose against the baseline")
 
     @model_validator(mode="after")
     def _any(self) -> Gates:

@@ -1,47 +1,74 @@
-"""Methods, transforms and other sections of a recipe from plain data, by name."""
+"""Methods and transforms from plain data, by their registered names, and back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from qcli.algorithms.method import Method
 from qcli.algorithms.transform import Transform
+from qcli.recipe.allocation import without_allocation
+from qcli.recipe.errors import Issue, invalid, issues, unknown
 from qcli.utils import registry
 
-Model = TypeVar("Model", bound=BaseModel)
 METHODS, TRANSFORMS, EXPORTS = "qcli.algorithms.methods", "qcli.algorithms.transforms", "qcli.export.targets"
 DEFAULT_METHOD = "gptq-like"
 
 
-def build_method(fields: Mapping[str, Any]) -> Method:
-    """The method that `name` and its options describe.
+def build_method(options: Mapping[str, Any]) -> Method:
+    """The method that `name` (default: gptq-like) and its options describe.
 
     Raises:
-        UsageError: unknown name.
-        ValidationError: unknown or invalid options.
+        ValidationError: an unknown name, unknown or invalid options; in a recipe's words.
     """
-    options = dict(fields)
-    cls: type[Method] = registry.load(METHODS, options.pop("name", DEFAULT_METHOD))
-    return strictly(cls, options)
+    method: Method = _build("method", METHODS, {"name": DEFAULT_METHOD} | dict(options))
+    return method
 
 
-def named_fields(plugin: Method | Transform) -> dict[str, Any]:
-    """A method or transform as plain data, as it stands in a recipe."""
+def method_from(given: Any) -> Method:
+    """A recipe's method: an instance, or plain data, of which the allocation's options are not the method's.
+
+    Raises:
+        ValidationError: as `build_method`.
+    """
+    if isinstance(given, Method):
+        return given
+    if not isinstance(given, Mapping):
+        raise invalid("Method", [Issue((), "must be a mapping of keys to values, as {name: rtn, bits: 4}")])
+    return build_method(without_allocation(given))
+
+
+def transform_from(given: Any) -> Transform:
+    """One of a recipe's transforms: an instance, a name, or plain data.
+
+    Raises:
+        ValidationError: as `build_method`.
+    """
+    if isinstance(given, Transform):
+        return given
+    options = {"name": given} if isinstance(given, str) else given
+    if not isinstance(options, Mapping) or "name" not in options:
+        raise invalid("Transform", [Issue((), "must be a name, or a mapping as {name: teq, steps: 200}")])
+    transform: Transform = _build("transform", TRANSFORMS, options)
+    return transform
+
+
+def named_options(plugin: Method | Transform) -> dict[str, Any]:
+    """A method or transform as plain data, from which it can be built again."""
     return {"name": plugin.name, **plugin.model_dump(mode="json")}
 
 
 def derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
-    """`partial`, and what it leaves unsaid from `base`.
+    """The options of a method where an override changes those of `base`.
 
-    Of another method only the options that both have from common classes are taken over: an option of the
-    same name may mean something else.
+    A method of another name inherits only options that both have from common classes: elsewhere the same name may mean
+    something else.
     """
     known = registry.names(METHODS)
-    old, new = base.get("name", DEFAULT_METHOD), partial.get("name", base.get("name", DEFAULT_METHOD))
+    old = base.get("name", DEFAULT_METHOD)
+    new = partial.get("name", old)
     if new != old and new in known and old in known:
         ours, theirs = registry.load(METHODS, new), registry.load(METHODS, old)
         common = [cls for cls in ours.__mro__ if issubclass(theirs, cls) and issubclass(cls, BaseModel)]
@@ -49,6 +76,12 @@ def derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, An
     return {**base, **partial, "name": new}
 
 
-def strictly(cls: type[Model], data: Mapping[str, Any]) -> Model:
-    """Validate as strict JSON: text is not a number, 1 is not true, but a list may become a tuple."""
-    return cls.model_validate_json(json.dumps(data), strict=True)
+def _build(kind: str, package: str, options: Mapping[str, Any]) -> Any:
+    name, known = options["name"], registry.names(package)
+    if name not in known:
+        raise invalid(kind, [Issue(("name",), unknown(f"{kind} {name!r}", str(name), known))])
+    cls: type[BaseModel] = registry.load(package, name)
+    try:
+        return cls.model_validate({key: value for key, value in options.items() if key != "name"})
+    except ValidationError as error:
+        raise invalid(kind, issues(error, cls, owner=f"{kind} {name!r} has")) from None

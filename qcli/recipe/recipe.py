@@ -11,34 +11,58 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
+    ConfigDict,
     Field,
     InstanceOf,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
     PrivateAttr,
+    ValidationError,
+    model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 from qcli.algorithms.low_rank import LowRankCompensation
 from qcli.algorithms.method import Method
 from qcli.algorithms.refine import Refine
 from qcli.algorithms.transform import Transform
 from qcli.core.activations import Activations
-from qcli.recipe.allocation import Allocation
+from qcli.recipe.allocation import Allocation, allocation_of
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
-from qcli.recipe.errors import Issue, Origins
-from qcli.recipe.plugins import build_method, derived, named_fields
-from qcli.recipe.sections import Calibration, Eval, Override, Pack, Section
+from qcli.recipe.errors import Issue, Origins, invalid, issues
+from qcli.recipe.plugins import (
+    DEFAULT_METHOD,
+    METHODS,
+    build_method,
+    derived,
+    method_from,
+    named_options,
+    transform_from,
+)
+from qcli.recipe.sections import Calibration, Eval, Override, Pack
 from qcli.recipe.yaml import KeyPath
+from qcli.utils import registry
 from qcli.utils.errors import UsageError
+from qcli.utils.options import Options
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from qcli.models.families import Linear
 
+AnyMethod = Annotated[InstanceOf[Method], BeforeValidator(method_from), PlainSerializer(named_options)]
+AnyTransform = Annotated[InstanceOf[Transform], BeforeValidator(transform_from), PlainSerializer(named_options)]
 
-class Recipe(Section):
+
+class Recipe(Options):
     """Everything a run depends on; `load_recipe` makes it from a file, `--set` and flags."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # it stands in the messages
 
     model: str = Field(min_length=1, description="hub id, folder or .gguf file")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every random choice")
@@ -56,8 +80,12 @@ class Recipe(Section):
         default="auto", description="continue an interrupted run: if there is one, only if, never"
     )
     calibration: Calibration = Calibration()
-    method: InstanceOf[Method] = Field(default_factory=lambda: build_method({}))
-    transforms: list[InstanceOf[Transform]] = Field(
+    method: AnyMethod = Field(default_factory=lambda: build_method({}))
+    allocation: Annotated[SkipJsonSchema[Allocation | None], BeforeValidator(allocation_of)] = Field(
+        default=None,
+        validation_alias="method",  # `method: {bits: auto, ...}` says both
+    )
+    transforms: list[AnyTransform] = Field(
         default=[], description="rewrites that leave the model's function as it is, before the method, in this order"
     )
     low_rank: LowRankCompensation | None = Field(
@@ -73,12 +101,29 @@ class Recipe(Section):
     eval: Eval | None = None
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
-    _allocation: Allocation | None = PrivateAttr(default=None)
 
-    @property
-    def allocation(self) -> Allocation | None:
-        """How bits are chosen where the method says `bits: auto`; `method.bits` means nothing then."""
-        return self._allocation
+    def model_post_init(self, context: Any, /) -> None:
+        """Take the `origins` of the values from the context of the validation, if it has any."""
+        if context is not None:
+            self._origins = context["origins"]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _worded(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Everything that is wrong at once, in a recipe's words: overrides are checked even where the method fails."""
+        try:
+            recipe = validate(data)
+        except ValidationError as error:
+            given = data if isinstance(data, dict) else {}
+            problems = [
+                *issues(error, cls),
+                *_override_problems(_name_alone(given.get("method")), given.get("overrides")),
+            ]
+        else:
+            problems = _override_problems(named_options(recipe.method), recipe.overrides)
+        if problems:
+            raise invalid(cls.__name__, problems)
+        return recipe
 
     @property
     def all_transforms(self) -> list[Transform]:
@@ -95,27 +140,30 @@ class Recipe(Section):
         """Whether anything is trained by gradient, which takes held-out samples."""
         return self.refinement is not None or bool(self.all_transforms)
 
-    def contradictions(self) -> list[Issue]:
-        """What is wrong between sections that are right each on their own."""
-        found = []
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse what is wrong between sections that are right each on their own."""
+        problems = []
         texts = {"calibration": self.calibration} if self.trained else {}
         if self.distill is not None:
             texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
         for section, text in texts.items():
             if text.samples <= text.held_out and not Path(text.data).is_dir():  # a folder has as many as it has
                 message = f"training holds out {text.held_out} of {text.samples} samples: none is left"
-                found.append(Issue((section, "samples"), message))
+                problems.append(Issue((section, "samples"), message))
         whole = [transform.whole_model for transform in self.all_transforms]
         for i, late in enumerate(whole):
             if late and not all(whole[:i]):
                 path: KeyPath = ("transforms", i) if i < len(self.transforms) else ("method",)
                 message = "is trained on the whole model, which transforms block by block have not changed yet"
-                found.append(Issue(path, f"{message}: name it before them"))
-        return found
+                problems.append(Issue(path, f"{message}: name it before them"))
+        if problems:
+            raise invalid("Recipe", problems)
+        return self
 
     def override_methods(self) -> list[Method | None]:
         """The full method of each override; None where it says `dense`."""
-        base = named_fields(self.method)
+        base = named_options(self.method)
         return [None if rule.method is None else build_method(derived(base, rule.method)) for rule in self.overrides]
 
     def assign(self, layers: Sequence[Linear]) -> dict[str, Method | None]:
@@ -148,10 +196,9 @@ class Recipe(Section):
         Args:
             out: the folder that a result is written to, which its record names in place of the recipe's own `out`.
         """
-        data = self.model_dump(mode="json", exclude_none=True, exclude={"method", "transforms"}) | {
-            "method": named_fields(self.method) | (self._allocation.fields() if self._allocation else {}),
-            "transforms": [named_fields(transform) for transform in self.transforms],
-        }
+        data = self.model_dump(mode="json", exclude_none=True, exclude={"allocation"})
+        if self.allocation is not None:
+            data["method"] |= self.allocation.options()
         if out is not None:
             data["out"] = str(out)
         return {name: data[name] for name in Recipe.model_fields if name in data}
@@ -211,6 +258,36 @@ class Recipe(Section):
             for i, rule in enumerate(self.overrides)
             if i not in taken
         ]
+
+
+def _override_problems(base: Mapping[str, Any] | None, overrides: Any) -> list[Issue]:
+    """What is wrong with the methods of overrides, which may be no valid ones themselves.
+
+    Args:
+        base: options of the recipe's method; None: it has no valid name, and overrides that name none are not checked.
+    """
+    problems = []
+    for i, rule in enumerate(overrides if isinstance(overrides, list) else []):
+        partial = rule.method if isinstance(rule, Override) else rule.get("method") if isinstance(rule, dict) else None
+        if not isinstance(partial, dict) or (base is None and "name" not in partial):
+            continue
+        try:
+            build_method(derived(base or {}, partial))
+        except ValidationError as error:
+            problems += [
+                Issue(("overrides", i, "method", *issue.path), issue.message) for issue in issues(error, Method)
+            ]
+    return problems
+
+
+def _name_alone(method: Any) -> dict[str, Any] | None:
+    """The name of a method whose options may be invalid; None if there is no such method."""
+    if isinstance(method, Method):
+        return {"name": method.name}
+    name = (
+        DEFAULT_METHOD if method is None else method.get("name", DEFAULT_METHOD) if isinstance(method, dict) else None
+    )
+    return {"name": name} if name in registry.names(METHODS) else None
 
 
 def _misfits(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
 from qcli.recipe.plugins import EXPORTS
 from qcli.utils import registry
+from qcli.utils.options import Options
 
 
-class Section(BaseModel):
-    """What every section is: plain fields, none of them unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Calibration(Section):
+class Calibration(Options):
     """Text that shows the method the model's usual inputs."""
 
     data: str = Field(
@@ -34,7 +29,7 @@ class Calibration(Section):
     )
 
 
-class Override(Section):
+class Override(Options):
     """Another treatment for the layers that `match` names."""
 
     match: str = Field(min_length=1, description="layer names, with * ? [abc] as in file names")
@@ -50,7 +45,7 @@ class Override(Section):
         return self
 
 
-class Pack(Section):
+class Pack(Options):
     """The deployable checkpoint that `qcli run` packs."""
 
     format: str = Field(default="qcli", description="layout of the checkpoint")
@@ -75,7 +70,7 @@ class Pack(Section):
         return int(self.shard_size[:-2]) * {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
 
 
-class Eval(Section):
+class Eval(Options):
     """What `qcli run` measures."""
 
     perplexity: list[str] = Field(default=["wikitext2"], min_length=1, description="texts, as calibration.data")

@@ -17,8 +17,8 @@ def test_validate_tells_every_error_of_every_file(invoke: Invoke, tmp_path: Path
     code, out, err = invoke("recipe", "validate", good, bad, worse)
     assert (code, out) == (2, "")
     assert err.splitlines() == [
-        f"error: {bad}:3:1: sed: unknown key; did you mean 'seed'?",
         f"error: {bad}:2:21: method.bitz: unknown key; did you mean 'bits'?",
+        f"error: {bad}:3:1: sed: unknown key; did you mean 'seed'?",
         f"error: {worse}:2:1: not valid YAML: expected ',' or ']', but got '<stream end>'",
     ]
 

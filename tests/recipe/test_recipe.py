@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.rtn import RTN
+from qcli.algorithms.transforms.teq import TEQ
 from qcli.models.families import Linear
+from qcli.recipe.allocation import Allocation
+from qcli.recipe.errors import issues
 from qcli.recipe.load import from_flags, load_recipe
 from qcli.recipe.plugins import METHODS, build_method
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.schema import recipe_schema
 from qcli.recipe.sections import Pack
+from qcli.recipe.yaml import dotted, read_yaml
 from qcli.utils import registry
 from qcli.utils.errors import UsageError
 
@@ -35,6 +42,126 @@ def problems(path: Path | None, flags: dict[str, object] | None = None, sets: tu
     with pytest.raises(UsageError) as caught:
         load_recipe(path, flags or {}, sets)
     return caught.value.message.splitlines()
+
+
+def refusals(data: Any) -> list[str]:
+    """What is wrong with plain data, by path."""
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate(data)
+    return [f"{dotted(issue.path)}: {issue.message}" for issue in issues(caught.value, Recipe)]
+
+
+def test_plain_data_and_instances_are_one_recipe() -> None:
+    plain = Recipe.model_validate(
+        {"model": "m", "method": {"name": "rtn", "bits": 3}, "transforms": ["teq", {"name": "teq", "steps": 5}]}
+    )
+    assert plain == Recipe(model="m", method=RTN(bits=3), transforms=[TEQ(), TEQ(steps=5)])
+    assert plain.allocation is None
+    assert Recipe.model_validate({"model": "m"}).method == GPTQLike()
+
+
+def test_bits_auto_are_an_allocation() -> None:
+    method = {"name": "rtn", "bits": "auto", "target_bpw": 3, "fused": True, "group_size": "auto", "symmetric": True}
+    recipe = Recipe.model_validate({"model": "m", "method": method})
+    assert recipe.method == RTN(symmetric=True)
+    assert recipe.allocation == Allocation(target_bpw=3.0, groups=True, fused=True)
+    assert recipe.to_dict()["method"] == RTN(symmetric=True).model_dump() | {"name": "rtn"} | method
+    for key in (None, {"target_bpw": 3}):
+        (line,) = refusals({"model": "m", "allocation": key})
+        assert line.startswith("allocation: unknown key; known: model, seed, ")
+        assert "method, transforms, " in line, "it is no key itself"
+
+
+GROUPED = st.fixed_dictionaries(
+    {"name": st.sampled_from(["rtn", "gptq-like", "teq"])},
+    optional={"bits": st.integers(2, 8), "group_size": st.sampled_from([-1, 32]), "symmetric": st.booleans()},
+)
+AUTO = st.fixed_dictionaries(
+    {"bits": st.just("auto"), "target_bpw": st.floats(2, 8)},
+    optional={"fused": st.booleans(), "group_size": st.sampled_from(["auto", 32]), "damping": st.floats(0.01, 1)},
+)
+OVERRIDES = st.fixed_dictionaries({"match": st.text(min_size=1)}) | st.fixed_dictionaries(
+    {"match": st.text(min_size=1), "method": GROUPED}
+)
+RECIPES = st.fixed_dictionaries(
+    {"model": st.text(min_size=1)},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "out": st.text(min_size=1),
+        "calibration": st.fixed_dictionaries({"samples": st.integers(5, 9)}, optional={"data": st.text(min_size=1)}),
+        "method": GROUPED | AUTO | st.just({"name": "onebit", "paper": True}),
+        "transforms": st.lists(
+            st.just("teq") | st.fixed_dictionaries({"name": st.just("teq"), "lr": st.floats(1e-6, 1.0)})
+        ),
+        "low_rank": st.fixed_dictionaries({}, optional={"bits": st.sampled_from([8, 16])}),
+        "refine": st.fixed_dictionaries({}, optional={"train": st.just(["tables"])}),
+        "activations": st.none() | st.fixed_dictionaries({"bits": st.integers(4, 8)}),
+        "distill": st.fixed_dictionaries({"train": st.lists(st.sampled_from(["tables", "weights"]), min_size=1)}),
+        "overrides": st.lists(OVERRIDES.map(lambda rule: rule if "method" in rule else rule | {"dense": True})),
+        "pack": st.fixed_dictionaries({}, optional={"format": st.sampled_from(["dense", "gguf"])}),
+        "eval": st.fixed_dictionaries({"gates": st.fixed_dictionaries({"max_kl": st.floats(0, 1e9)})}),
+    },
+)
+
+
+@settings(deadline=None)
+@given(RECIPES)
+def test_a_recipe_is_what_it_writes(data: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(data)
+    assert Recipe.model_validate(recipe.to_dict()) == recipe
+    assert Recipe.model_validate(read_yaml(recipe.to_yaml(), "recipe.yaml").data) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"seed": "1"}, "seed: must be a whole number, not '1'"),
+        ({"seed": True}, "seed: must be a whole number, not True"),
+        ({"calibration": {"samples": 4.0}}, "calibration.samples: must be a whole number, not 4.0"),
+        ({"low_rank": {"weighted": 1}}, "low_rank.weighted: must be true or false, not 1"),
+        ({"method": {"symmetric": 1}}, "method.symmetric: must be true or false, not 1"),
+        ({"method": {"residual": 1}}, "method.residual: must be true or false or 'auto', not 1"),
+        ({"method": {"damping": "0.1"}}, "method.damping: must be a number, not '0.1'"),
+        ({"refine": {"train": "tables"}}, "refine.train: must be a list, not 'tables'"),
+        ({"transforms": [{"name": "teq", "steps": "3"}]}, "transforms[0].steps: must be a whole number, not '3'"),
+        ({"transforms": [{"steps": 3}]}, "transforms[0]: must be a name, or a mapping as {name: teq, steps: 200}"),
+        ({"method": {"damping": float("inf")}}, "method.damping: must be a finite number, not inf"),
+        ({"method": 3}, "method: must be a mapping of keys to values, as {name: rtn, bits: 4}"),
+        ({"method": {"bits": "auto", "target_bpw": "3"}}, "method.target_bpw: must be a number, not '3'"),
+    ],
+)
+def test_values_are_taken_literally(fields: dict[str, Any], refusal: str) -> None:
+    assert refusals({"model": "m"} | fields) == [refusal]
+
+
+@pytest.mark.parametrize(
+    ("method", "lines"),
+    [
+        ({"name": "onebit"}, ["overrides[0].method.bits: must be 1, not 3"]),
+        (
+            {"name": "onebit", "svid": "qr"},
+            [
+                "method.svid: must be 'power', 'svd' or 'nmf', not 'qr'",
+                "overrides[0].method.bits: must be 1, not 3",
+            ],
+        ),
+        ({"name": "gptq"}, ["method.name: unknown method 'gptq'; did you mean 'gptq-like'?"]),
+    ],
+)
+def test_overrides_are_checked_against_the_method_they_change(method: dict[str, Any], lines: list[str]) -> None:
+    overrides = [{"match": "a", "method": {"bits": 3}}, {"match": "b", "method": {"name": "rtn", "bits": 9}}]
+    always = ["overrides[1].method.bits: must be at most 8, not 9"]
+    assert refusals({"model": "m", "method": method, "overrides": overrides}) == lines + always
+
+
+def test_contradictions_have_a_place(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: m\nrefine: {}\ncalibration: {samples: 4, held_out: 4}\ntransforms:\n")
+    file = write(tmp_path, file.read_text() + "  - {name: teq}\n  - {name: teq, loss: kl}\n")
+    assert problems(file) == [
+        f"{file}:3:15: calibration.samples: training holds out 4 of 4 samples: none is left",
+        f"{file}:6:5: transforms[1]: is trained on the whole model, which transforms block by block have not changed "
+        "yet: name it before them",
+    ]
 
 
 def test_flag_wins_over_set_over_file_over_default(tmp_path: Path) -> None:
