@@ -1,8 +1,8 @@
-"""`bits: auto`: measure what each layer can do without, choose, and ship nothing worse than all layers alike.
+"""`bits: auto`: measure each layer's sensitivity, allocate bits, fall back to uniform bits if they score better.
 
-The choice (`solvers.knapsack`) rests on a prediction (`sensitivity`), so it is put to the test: the allocation and
-the best uniform recipe are both quantized, and the one with the lower KL divergence on held-out samples becomes the
-result. Its recipe says what was chosen, layer by layer; run again, it gives the same weights.
+The allocation (`solvers.knapsack`) minimizes a predicted loss (`sensitivity`), so it is put to the test: the allocation
+and the best uniform recipe are both quantized, and the one with the lower KL divergence on held-out samples is shipped.
+Its recipe names the chosen width of each layer; run again, it gives the same weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
+
+from torch import Tensor
 
 from qcli.algorithms.solvers.knapsack import cheapest_loss
 from qcli.data.datasets import is_folder
@@ -37,13 +39,13 @@ from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
 
-_LEARNT_TOKENS = 8192  # that sensitivity is measured on, at most
+_SENSITIVITY_TOKENS = 8192  # calibration tokens that sensitivity is measured on, at most
 _HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A recipe without anything left open, and the loss that was predicted for it, nats per token."""
+    """A recipe with every width decided, and its predicted loss, nats per token."""
 
     recipe: Recipe
     predicted: float
@@ -54,45 +56,40 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
     """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
     source = open_source(recipe.model)
-    found = choices(recipe, source.linears())
-    judges = _require_samples(recipe)
-    fitted = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - judges})
+    options = choices(recipe, source.linears())
+    held_out = _held_out_samples(recipe)
+    calibration = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - held_out})
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     with RunFolder(Path(out), run_identity(recipe, source, device), recipe.resume) as run:
-        shorter = recipe.model_copy(update={"calibration": fitted})
-        tokens = recipe_tokens(shorter, source, device, cache, progress, validation=judges).ids
-        learnt = tokens[: max(1, min(fitted.samples, _LEARNT_TOKENS // tokens.shape[1]))]
+        shorter = recipe.model_copy(update={"calibration": calibration})
+        tokens = recipe_tokens(shorter, source, device, cache, progress, validation=held_out).ids
+        samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))
         with matmul_precision(fast=False):
             stream = ModelStream(source, device=device, dtype=dtype)
-            losses = sensitivities(found, stream, learnt, _kept(run), progress)
+            losses = sensitivities(options, stream, tokens[:samples], _once(run), progress)
             del stream
-        trials = _trials(found, losses, fitted)
-        folder = run.path / "trials"
-        (folder / _HELD_OUT).mkdir(parents=True, exist_ok=True)
-        shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": tokens[-judges:].clone()})
+        trials, folder = _trials(options, losses, calibration), run.path / "trials"
         for name, trial in trials.items():
             if not (folder / name).exists():
-                quantize_as_written(trial.recipe.model_copy(update={"resume": "auto"}), folder / name, progress, cache)
-        options = EvalOptions([str(folder / _HELD_OUT)], window=tokens.shape[1], device=recipe.device)
-        checkpoints = [str(folder / name) for name in trials]
-        scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
-        measured = {name: score.kl for name, score in zip(trials, scores, strict=True)}
-        best = min(trials, key=lambda name: (measured[name] is None, measured[name]))
+                step = trial.recipe.model_copy(update={"resume": "auto"})
+                quantize_as_written(step, folder / name, progress, cache)
+        measured = _measure(trials, folder, recipe, tokens[-held_out:], progress)
+        shipped = min(trials, key=lambda name: (measured[name] is None, measured[name]))
         report = AllocationReport(
             target_bpw=recipe.allocation.target_bpw if recipe.allocation else None,
-            shipped=best,
+            shipped=shipped,
             trials={
                 name: TrialReport(trial.bits_per_weight, trial.predicted, measured[name])
                 for name, trial in trials.items()
             },
-            held_out_samples=judges,
+            held_out_samples=held_out,
             sensitivity={
-                name: {_label(found, option): loss if isfinite(loss) else None for option, loss in enumerate(row)}
+                name: {_label(options, number): loss if isfinite(loss) else None for number, loss in enumerate(row)}
                 for name, row in losses.items()
             },
         )
-        final = trials[best].recipe
-        manifest = _published(run, folder / best, final, out, report, time.monotonic() - started)
+        final = trials[shipped].recipe
+        manifest = _publish(run, folder / shipped, final, out, report, time.monotonic() - started)
     return Result(
         out=Path(out),
         plan=make_plan(final),
@@ -106,11 +103,15 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
     )
 
 
-def _require_samples(recipe: Recipe) -> int:
-    """How many samples judge; the error if they cannot be spared."""
+def _held_out_samples(recipe: Recipe) -> int:
+    """How many samples the trials are compared on.
+
+    Raises:
+        UsageError: the recipe does not have that many.
+    """
     settings = recipe.calibration
     if is_folder(settings.data):
-        message = "bits: auto holds samples back, a folder's are taken whole: name the text it was made of"
+        message = "bits: auto holds out samples, but a calibration folder is used whole: name the text it was made from"
         raise recipe.located([Issue(("calibration", "data"), message)])
     needed = settings.held_out * (2 if recipe.trained else 1)
     if settings.samples <= needed:
@@ -119,44 +120,61 @@ def _require_samples(recipe: Recipe) -> int:
     return settings.held_out
 
 
-def _kept(run: RunFolder) -> Callable[[int, Callable[[], Losses]], Losses]:
-    """Losses of a block, found once a run."""
+def _once(run: RunFolder) -> Callable[[int, Callable[[], Losses]], Losses]:
+    """Computes the losses of a block, or reads what an interrupted run has computed."""
 
-    def kept(block: int, find: Callable[[], Losses]) -> Losses:
+    def once(block: int, compute: Callable[[], Losses]) -> Losses:
         part = f"sensitivity-{block:05d}"
         if run.done(part) is None:
-            run.commit(part, {}, find())
+            run.commit(part, {}, compute())
         return dict(run.report(part))
 
-    return kept
+    return once
 
 
-def _trials(found: Choices, losses: Losses, fitted: Calibration) -> dict[str, _Trial]:
-    """The allocation of least predicted loss, and the uniform recipe of least, where there is one."""
-    names = [layer.name for layer in found.layers]
-    costs = {name: [bits or 0 for bits in found.stored[name]] for name in names}
-    picked = cheapest_loss(
-        [[sum(each) for each in zip(*(losses[name] for name in unit), strict=True)] for unit in found.units],
-        [[sum(each) for each in zip(*(costs[name] for name in unit), strict=True)] for unit in found.units],
-        found.budget,
+def _trials(options: Choices, losses: Losses, calibration: Calibration) -> dict[str, _Trial]:
+    """The allocation with the lowest predicted loss, and the uniform recipe with the lowest, where one fits."""
+    names = [layer.name for layer in options.layers]
+    costs = {name: [bits or 0 for bits in options.stored[name]] for name in names}
+    best = cheapest_loss(
+        [[sum(each) for each in zip(*(losses[name] for name in unit), strict=True)] for unit in options.units],
+        [[sum(each) for each in zip(*(costs[name] for name in unit), strict=True)] for unit in options.units],
+        options.budget,
     )
-    chosen = {name: option for unit, option in zip(found.units, picked, strict=True) for name in unit}
-    wanted: dict[str, Mapping[str, int]] = {"allocation": chosen}
-    if alike := found.uniform():
-        best = min(alike, key=lambda option: sum(losses[name][option] for name in names))
-        wanted["uniform"] = dict.fromkeys(names, best)
-    if len(wanted) == 2 and wanted["uniform"] == wanted["allocation"]:
-        del wanted["allocation"]
+    allocation = {name: option for unit, option in zip(options.units, best, strict=True) for name in unit}
+    candidates: dict[str, Mapping[str, int]] = {"allocation": allocation}
+    if uniform := options.uniform():
+        option = min(uniform, key=lambda option: sum(losses[name][option] for name in names))
+        candidates["uniform"] = dict.fromkeys(names, option)
+    if len(candidates) == 2 and candidates["uniform"] == candidates["allocation"]:
+        del candidates["allocation"]
 
     def trial(chosen: Mapping[str, int]) -> _Trial:
-        recipe = found.resolved(chosen)
+        recipe = options.resolved(chosen).model_copy(update={"calibration": calibration})
         predicted = sum(losses[name][option] for name, option in chosen.items())
-        return _Trial(recipe.model_copy(update={"calibration": fitted}), predicted, found.bits_per_weight(chosen))
+        return _Trial(recipe, predicted, options.bits_per_weight(chosen))
 
-    return {name: trial(chosen) for name, chosen in wanted.items()}
+    return {name: trial(chosen) for name, chosen in candidates.items()}
 
 
-def _published(
+def _measure(
+    trials: Mapping[str, _Trial], folder: Path, recipe: Recipe, held_out: Tensor, progress: Progress
+) -> dict[str, float | None]:
+    """KL divergence of every trial from the recipe's model on held-out samples; None: not finite.
+
+    Args:
+        folder: of the quantized trials.
+        held_out: int64 `[samples, length]`.
+    """
+    (folder / _HELD_OUT).mkdir(parents=True, exist_ok=True)
+    shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": held_out.clone()})
+    options = EvalOptions([str(folder / _HELD_OUT)], window=held_out.shape[1], device=recipe.device)
+    checkpoints = [str(folder / name) for name in trials]
+    scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
+    return {name: score.kl for name, score in zip(trials, scores, strict=True)}
+
+
+def _publish(
     run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, report: AllocationReport, seconds: float
 ) -> Manifest:
     """Move a trial to the run's result, with its own name in its recipe and the report in its manifest."""
@@ -171,8 +189,8 @@ def _published(
     return manifest
 
 
-def _label(found: Choices, option: int) -> str:
+def _label(options: Choices, option: int) -> str:
     """`3 bits, groups of 64`."""
-    fields = found.options[option].model_dump()
+    fields = options.options[option].model_dump()
     size = fields.get("group_size")
     return f"{fields['bits']} bits" + ("" if size is None else f", groups of {size}" if size > 0 else ", by row")

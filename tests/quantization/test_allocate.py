@@ -207,5 +207,5 @@ def test_a_bad_allocation_is_not_shipped(
 def test_samples_are_needed_to_judge(ready: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"hold out 4 of 4 samples: none is left"):
         quantize(recipe(**{**ready, "calibration.samples": 4}), tmp_path / "out")
-    with pytest.raises(UsageError, match="a folder's are taken whole"):
+    with pytest.raises(UsageError, match="a calibration folder is used whole"):
         quantize(recipe(**{**ready, "calibration.data": str(tmp_path)}), tmp_path / "out")
