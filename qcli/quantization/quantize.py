@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qcli.quantization.allocate import allocate
 from qcli.quantization.job import quantize_as_written
 from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
@@ -25,5 +24,8 @@ def quantize(recipe: Recipe, out: str | Path, progress: Progress = silent, cache
         StateError: the output exists or belongs to another run.
         ResourceError: no space.
     """
-    work = quantize_as_written if recipe.allocation is None else allocate
-    return work(recipe, out, progress, cache or Cache(None))
+    if recipe.allocation is None:
+        return quantize_as_written(recipe, out, progress, cache or Cache(None))
+    from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
+
+    return allocate(recipe, out, progress, cache or Cache(None))
