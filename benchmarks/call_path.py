@@ -2,8 +2,8 @@
 
     python -m benchmarks.call_path MODEL TEXT
 
-A room is an entry at the top of the package, a folder or a file. Prints each file in order of first entry, then how many
-rooms they lie in and over how many borders between two rooms a call has gone, and keeps all of it under `results/`.
+A room is an entry at the top of the package, a folder or a file. Prints each file in order of first entry, the number of
+rooms, and over how many borders between two rooms a call has gone; keeps all of it under `results/`.
 Only functions that run are counted, imports are not.
 """
 
