@@ -1,4 +1,4 @@
-"""qcli: make language models small. `import qcli` teaches transformers to load its checkpoints."""
+"""qcli quantizes language models. `import qcli` lets transformers load its checkpoints."""
 
 from qcli.inference.autoload import when_imported
 

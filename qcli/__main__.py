@@ -1,4 +1,4 @@
-"""`python -m qcli`: what `torchrun -m qcli` starts."""
+"""`python -m qcli`, which `torchrun -m qcli` starts."""
 
 from qcli.cli.main import main
 

@@ -57,7 +57,7 @@ class Refine(Options):
 
     def misfit(self, format: Format) -> str | None:
         """Why layers of `format` cannot be tuned; None when they can."""
-        if self.scope == "linear" and format.normed:
+        if self.scope == "linear" and format.has_output_norm:
             return "scope linear compares what weights give, but a norm follows these layers: set scope to block"
         return None
 

@@ -1,7 +1,7 @@
-"""Simulated quantization of activations: the inputs of quantized layers take the values that few bits can hold.
+"""Simulated (fake) quantization of activations, the inputs of quantized layers.
 
-Dynamic: every range comes from the input itself, a token at a time, so nothing is calibrated and nothing is stored.
-Arithmetic stays floating point; what is measured is the loss, not the speed.
+Dynamic: each token's range comes from the token itself, so nothing is calibrated and nothing stored. Arithmetic stays
+floating point: the simulation shows the quality loss, not the speed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 class Activations(Options):
-    """On which grid the inputs of quantized layers are rounded while the model runs.
+    """The grid that inputs of quantized layers are rounded to while the model runs.
 
-    Token-wise dynamic quantization as in ZeroQuant-V2 (arXiv 2303.08302); grids as in `rtn`: the range always holds 0,
-    and symmetric grids use all their codes, the longer side of the range landing on the lowest.
+    Token-wise dynamic quantization as in ZeroQuant-V2 (arXiv 2303.08302). Grids are those of `rtn`: the range always
+    includes 0, and a symmetric grid uses all its codes, with the end of larger magnitude at the lowest one.
     """
 
-    bits: int = Field(default=8, ge=4, le=8, description="of an activation's code")
+    bits: int = Field(default=8, ge=4, le=8, description="bits of an activation's code")
     granularity: Literal["token", "block"] = Field(
-        default="token", description="one range for each token, or for each block of its channels"
+        default="token", description="one range per token, or per block of a token's channels"
     )
-    block_size: int = Field(default=128, ge=1, description="channels of a block; the last one may be shorter")
-    symmetric: bool = Field(default=False, description="no zero point; the longer side gets the extra code")
+    block_size: int = Field(default=128, ge=1, description="channels per block; the last block may be shorter")
+    symmetric: bool = Field(default=False, description="no zero point; the end of larger magnitude gets the extra code")
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """The nearest values on x's own grids: `[..., features]`, in x's dtype, computed in float32.
+        """Round x to its own grids: `[..., features]`, in x's dtype, computed in float32.
 
-        Gradients pass straight through: every value is within a step of its range.
+        Gradients pass straight through, unclipped: a dynamic range covers every value.
         """
         import torch
 
@@ -50,7 +50,7 @@ class Activations(Options):
         return x + (rounded - x).detach() if x.requires_grad else rounded
 
     def simulate(self, module: nn.Module) -> RemovableHandle:
-        """Make a linear layer see its input fake-quantized; survives copying and pickling the module."""
+        """Fake-quantize the input of a linear module from now on; survives copying and pickling the module."""
         return module.register_forward_pre_hook(self._quantize_input, with_kwargs=True)
 
     def _quantize_input(
@@ -60,8 +60,8 @@ class Activations(Options):
         return (self.fake_quantize(x),), {}
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """`[..., features]` -> `[..., blocks, width]`; a ragged last block is filled up with zeros, which every range
-        holds anyway."""
+        """`[..., features]` -> `[..., blocks, width]`; a shorter last block is padded with zeros, which every range
+        includes anyway."""
         from torch.nn import functional as F
 
         width = x.shape[-1] if self.granularity == "token" else min(self.block_size, x.shape[-1])

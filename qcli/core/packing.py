@@ -1,11 +1,11 @@
-"""Dense n-bit packing, n = 1..8: the only place that knows how codes lie in words.
+"""Dense n-bit packing, n = 1..8: the only place that knows the bit layout of codes.
 
 Code i of a row occupies bits `[i*n, (i+1)*n)` of the row's little-endian bit stream; rows are padded
 with zeros to whole int32 words and a code may straddle two words. This is the layout of
 compressed-tensors >= 0.18 (`pack-quantized`) for every width.
 
-Both directions fold eight codes at a time inside one int64: eight bytes of n significant bits become
-n bytes in three steps (8 -> 16 -> 32 -> 64 bit lanes), so every width is vectorised alike.
+Both directions work on eight codes at a time in one int64: eight bytes of n significant bits become
+n bytes in three folds (8 -> 16 -> 32 -> 64 bit lanes), so every width is vectorized alike.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 if sys.byteorder != "little":
     raise ImportError("qcli packs through integer views and needs a little-endian machine")
 
-
-_TILE = 1 << 19  # codes folded at a time: small enough to stay in a core's cache
+_TILE = 1 << 19  # codes packed at a time: small enough for a core's cache
 
 
 def words_per_row(columns: int, bits: int) -> int:
-    """int32 words that a row of `columns` codes of `bits` bits takes."""
+    """Number of int32 words of a row of `columns` codes."""
     return -(-columns * bits // 32)
 
 
 def _folds(bits: int) -> list[tuple[int, int, int]]:
-    """(shift, low mask, high mask) of the folds from 8-bit lanes to one 64-bit lane.
+    """(shift, low mask, high mask) of each fold from 8-bit lanes to one 64-bit lane.
 
-    A fold joins neighbouring lanes, of which `bits * lane / 8` bits are used, into one of twice the width;
-    `low` selects the even lanes, `high` where the odd ones land. Unpacking runs the same folds backwards.
+    A fold joins neighbouring lanes, of which `bits * lane / 8` bits are used, into one of twice the width:
+    `low` masks the even lanes, `high` the positions that the odd ones are shifted to. Unpacking runs the folds
+    backwards.
     """
     folds = []
     for lane in (8, 16, 32):
@@ -61,7 +61,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack_rows(codes: Tensor, bits: int, work: Tensor) -> Tensor:
-    """Packed rows; `work`, int64 `[2, >= rows * ceil(columns / 8)]`, is overwritten."""
+    """Pack a tile of rows; `work`, int64 `[2, >= rows * ceil(columns / 8)]`, is scratch."""
     rows, columns = codes.shape
     words = words_per_row(columns, bits)
     eights = -(-columns // 8)
@@ -74,7 +74,7 @@ def _pack_rows(codes: Tensor, bits: int, work: Tensor) -> Tensor:
             torch.bitwise_right_shift(lanes, shift, out=odd).bitwise_and_(high)
             lanes = torch.bitwise_and(lanes, low, out=even).bitwise_or_(odd)
     stream = _leading_bytes(lanes, bits).view(rows, eights * bits)
-    if stream.shape[1] != words * 4:  # rows of eights may end before or after rows of words
+    if stream.shape[1] != words * 4:  # whole groups of eight codes and whole words may differ in length
         shared = min(words * 4, stream.shape[1])
         padded = stream.new_zeros(rows, words * 4)
         padded[:, :shared] = stream[:, :shared]
@@ -83,9 +83,9 @@ def _pack_rows(codes: Tensor, bits: int, work: Tensor) -> Tensor:
 
 
 def _leading_bytes(lanes: Tensor, count: int) -> Tensor:
-    """The low `count` bytes of each int64, contiguous, uint8.
+    """The low `count` bytes of each int64: contiguous uint8.
 
-    Copied in the widest integers that divide `count`: byte copies with a stride are what limits packing.
+    Copied in the widest integers that divide `count`: strided byte copies are the bottleneck of packing.
     """
     width = count & -count
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]

@@ -1,7 +1,7 @@
-"""QuantizedWeight, the one noun of qcli, and Format, what its codes mean: the base class of `formats/`.
+"""QuantizedWeight, integer codes and their tables, and Format, what they mean: the base class of `formats/`.
 
-A format is a small frozen record (`bits`, `group_size`, ...) that is written as it is into the checkpoint's
-`config.json`. This module and the formats import no torch, so that recipes and `--dry-run` stay fast.
+A format is a small frozen record (`bits`, `group_size`, ...) that the checkpoint's `config.json` stores as it is. This
+module and the formats import no torch at the top, so that recipes and `--dry-run` stay fast.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
 """(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
-_INSIDE = 0.49  # of a step: how near to a code's boundary a latent may start
+_MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integer codes and the small tables that give them meaning.
+    """One quantized linear layer: integer codes, and the small tables that give them meaning.
 
     Attributes:
-        format: what codes and tables mean.
+        format: how codes and tables decode to a weight.
         shape: `(out_features, in_features)`.
         codes: uint8 `[out_features, in_features]`, each below `2**format.bits`.
         tables: scales, zero points, codebooks, ... in the dtype they are stored in.
@@ -44,7 +44,7 @@ class QuantizedWeight:
     tables: Mapping[str, Tensor]
 
     def dense(self) -> Tensor:
-        """The float32 weight `[out_features, in_features]` that the codes stand for."""
+        """The decoded weight, float32 `[out_features, in_features]`."""
         return self.format.decode(self.codes, self.tables)
 
     def check(self) -> None:
@@ -58,10 +58,11 @@ class QuantizedWeight:
 
 
 class Format(BaseModel):
-    """How the codes and tables of one linear layer stand for its weight.
+    """How the codes and tables of one linear layer represent its weight.
 
-    Subclasses give the meaning (`encode`, `decode`) and the layout (`stored`, `to_stored`, `from_stored`).
-    Shapes are `(out_features, in_features)`; tables keep the dtype they are stored in, arithmetic is float32.
+    Subclasses define the values (`encode`, `decode`) and the tensors on disk (`stored`, `to_stored`, `from_stored`);
+    training needs the rest. Shapes are `(out_features, in_features)`; tables keep their stored dtype, arithmetic is
+    float32. Where a method takes float tables, these are what `float_tables` returns.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,21 +71,21 @@ class Format(BaseModel):
     bits: int = Field(ge=1, le=8)
 
     @property
-    def normed(self) -> bool:
-        """Whether a LayerNorm without parameters follows the layer, so that it is more than its weight and bias."""
+    def has_output_norm(self) -> bool:
+        """Whether a LayerNorm without parameters follows the layer: weight and bias alone do not describe it then."""
         return False
 
     def attach(self, module: nn.Module) -> None:
-        """Make a module that computes `x W_hat^T + bias` a layer of this format; survives copying and pickling."""
-        if self.normed:
+        """Add what the format does besides `x W_hat^T + bias` to a linear module; survives copying and pickling."""
+        if self.has_output_norm:
             module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
-        """Tensors on disk by suffix (`weight_packed`, ...) for a weight of `shape`."""
+        """Tensors on disk for a weight of `shape`, by suffix (`weight_packed`, ...)."""
         raise NotImplementedError
 
     def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """The tensors that `stored` announces, bit-packed."""
+        """The tensors that `stored` describes, bit-packed."""
         raise NotImplementedError
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
@@ -92,97 +93,118 @@ class Format(BaseModel):
         raise NotImplementedError
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        """Nearest codes: float `[out, in]` -> uint8 `[out, in]`."""
+        """Codes of the nearest levels: float `[out, in]` -> uint8 `[out, in]`."""
         raise NotImplementedError
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        """float32 `[out, in]`; differentiable in floating-point tables."""
+        """The weight, float32 `[out, in]`; differentiable in floating-point tables."""
         raise NotImplementedError
 
-    def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tables as numbers that training can move: float32, and `decode` gives the same. Integers that have
-        no scale stay what they are."""
+    def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Dequantize the tables: float32, with the same `decode`, so that training can move them.
+
+        Integer tables without a scale, such as zero points, stay integers.
+        """
         return {name: table.float() if table.is_floating_point() else table for name, table in tables.items()}
 
-    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `relaxed`: the nearest tables that can be stored, for every name in `given`.
+    def round_tables(self, tables: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Round float tables to the nearest ones that can be stored: the inverse of `float_tables`.
 
-        Entries of floating-point tables that would become 0 or infinite keep those of `given`.
+        Args:
+            tables: float tables.
+            initial: stored tables. Entries of `tables` that would become 0 or infinite in their dtype, and tables that
+                are not trained, are taken from here.
         """
-        tables = dict(given)
-        for name, table in given.items():
+        rounded = dict(initial)
+        for name, table in initial.items():
             if table.is_floating_point():
-                nearest = relaxed[name].to(table.dtype)
-                tables[name] = nearest.where(nearest.isfinite() & ((nearest != 0) | (table == 0)), table)
-        return tables
+                nearest = tables[name].to(table.dtype)
+                rounded[name] = nearest.where(nearest.isfinite() & ((nearest != 0) | (table == 0)), table)
+        return rounded
 
-    def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For every table that training moves, what a change of 1 means to each entry, so that one learning rate
-        fits all; in shapes that broadcast to the table's. Here: an entry's own size, or a tenth of the mean's."""
-        sizes = {name: table.abs() for name, table in relaxed.items() if table.is_floating_point()}
+    def table_units(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scale of each entry's learning rate, so that one rate fits all: for every table that can be trained, in a
+        shape that broadcasts to it. By default an entry's own magnitude, at least a tenth of the table's mean.
+
+        Args:
+            tables: float tables.
+        """
+        sizes = {name: table.abs() for name, table in tables.items() if table.is_floating_point()}
         return {name: size.clamp(min=0.1 * float(size.mean())) for name, size in sizes.items()}
 
-    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        """How far the nearest other value is that each weight could take: float32 `[out, in]`. Here: of codes in order,
-        evenly spaced."""
+    def step_sizes(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        """Quantization step at each weight: the distance from its value to the nearest other level, float32
+        `[out, in]`. By default of levels that are evenly spaced and ordered like their codes."""
         return (self.decode(codes ^ 1, tables) - self.decode(codes, tables)).abs()
 
-    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
-        """Where training starts the latent weights behind codes that stand for `value`, `step` apart: float32 `[out,
-        in]`. Here: as near to `target` as the codes allow."""
-        return value + (target - value).clamp(-_INSIDE * step, _INSIDE * step)
+    def initial_latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """Latent weights to start training at: float32 `[out, in]`. By default as near to `target` as they can be
+        without leaving their codes.
 
-    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
-        """The share of each value's gradient that reaches its latent weight: `[out, in]`. Here: all of it where the
-        latent is within a step of the value, none elsewhere."""
+        Args:
+            target: float32 `[out, in]`, the weight that was quantized.
+            value: float32 `[out, in]`, the decoded weight.
+            step: float32 `[out, in]`, its quantization steps.
+        """
+        return value + (target - value).clamp(-_MAX_OFFSET * step, _MAX_OFFSET * step)
+
+    def ste_slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        """Derivative of values by their latent weights in the straight-through estimator: `[out, in]`, float or bool.
+        By default 1 where the latent is within a step of its value, 0 elsewhere: clipped weights get no gradient."""
         return (latent - value).abs_() <= step
 
-    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
-        """The tables that decode these rows of the codes alone; views. Here: every table has a row for each."""
+    def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        """Tables that decode these rows of the codes; views. By default each table has one entry per row."""
         return {name: table[rows] for name, table in tables.items()}
 
-    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        """The relaxed tables that decode these columns of the codes alone; they start with a group and end with one."""
+    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        """Float tables that decode these columns of the codes.
+
+        Args:
+            tables: float tables.
+            columns: whole groups.
+        """
         raise NotImplementedError
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        """Nearest values for one column at a time, for error feedback.
+        """Round one column at a time, as error feedback (GPTQ) does.
 
         Args:
             tables: of the whole weight.
-            columns: int64 `[n]`, the column of the weight that each of the rounder's columns 0..n-1 is.
+            columns: int64 `[n]`, the weight's column at each position of the feedback's order; the rounder takes
+                positions.
         """
         raise NotImplementedError
 
     def check(self, weight: QuantizedWeight) -> None:
-        """Raise VerificationError unless shapes, dtypes and values are those this format allows."""
+        """Raise VerificationError unless shapes, dtypes and values are valid in this format."""
         raise NotImplementedError
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
-        """What else is worth knowing of a weight of this format, by name."""
+        """Further statistics of a weight of this format, by name."""
         return {}
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Bits of everything stored for this layer, divided by its number of weights."""
+        """Bits of all stored tensors of a layer, divided by its number of weights."""
         return 8 * sum(tensor.bytes for tensor in self.stored(shape).values()) / prod(shape)
 
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` reads: the format's name and its fields."""
+        """Name and fields, as `from_spec` reads them."""
         return {"format": self.name, **self.model_dump()}
 
 
 def _normalize(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
-    """OneBit's LayerNorm (arXiv 2402.11295) of each token's outputs, with torch's epsilon; in float32."""
+    """OneBit's LayerNorm (arXiv 2402.11295) over each token's outputs: torch's epsilon, float32."""
     from torch.nn import functional as F
 
     return F.layer_norm(output.float(), output.shape[-1:]).to(output.dtype)
 
 
 def from_spec(spec: Mapping[str, Any]) -> Format:
-    """The format that `Format.spec` described.
+    """The format of a spec, as `Format.spec` returns it.
 
     Raises:
-        VerificationError: unknown format, missing, unknown or invalid field.
+        VerificationError: an unknown format; a missing, unknown or invalid field.
     """
     fields = dict(spec)
     name = str(fields.pop("format", None))

@@ -96,7 +96,7 @@ def refuse_what_runs_otherwise(source: Packable, layout: str) -> None:
             f"{source.path} quantizes activations to {source.activations.bits} bits, {layout} cannot hold that",
             hint="pack it as qcli, or quantize without activations",
         )
-    normed = [layer for layer, format in source.formats().items() if format.normed]
+    normed = [layer for layer, format in source.formats().items() if format.has_output_norm]
     if normed:
         raise UnsupportedError(
             f"{source.path} norms the outputs of {len(normed)} layers, {normed[0]} first, {layout} cannot hold that",

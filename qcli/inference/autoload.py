@@ -1,6 +1,6 @@
-"""Register the transformers plug-in the moment transformers is imported, and not a millisecond before.
+"""Register the transformers plug-in when transformers is imported: `import qcli` alone stays light.
 
-The hooks do not inherit from importlib.abc: importing it would cost every start of the command line 20 ms.
+The import hooks do not inherit from importlib.abc, whose import would cost every start of the command line 20 ms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def when_imported(name: str, module: str, function: str) -> None:
-    """Call `module.function()` once `name` is imported: now if it already is."""
+    """Call `module.function()` right after module `name` is imported, now if it already is."""
     if name in sys.modules:
         getattr(import_module(module), function)()
     else:
@@ -26,7 +26,7 @@ def when_imported(name: str, module: str, function: str) -> None:
 
 
 class _Finder:
-    """Finds one module the ordinary way, once, and appends a call to its execution."""
+    """A meta-path finder of one module: finds it the usual way, once, and appends a call to its execution."""
 
     def __init__(self, name: str, module: str, function: str) -> None:
         self.name, self.module, self.function = name, module, function
@@ -39,12 +39,12 @@ class _Finder:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = cast("Loader", _Then(spec.loader, self.module, self.function))
+            spec.loader = cast("Loader", _CallingLoader(spec.loader, self.module, self.function))
         return spec
 
 
-class _Then:
-    """A loader that calls a function after the module it loads has run."""
+class _CallingLoader:
+    """A loader that calls a function after it has executed its module."""
 
     def __init__(self, loader: Loader, module: str, function: str) -> None:
         self.loader, self.module, self.function = loader, module, function

@@ -1,4 +1,4 @@
-"""QuantLinear, the one layer that runs a packed weight."""
+"""QuantLinear, the linear layer of packed weights in every format."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch.nn import functional as F
 
 from qcli.core.weight import Format, QuantizedWeight
 
-_TILE = 1 << 20  # weights decoded at a time: the scratch of a forward pass, not a second model
+_TILE = 1 << 20  # weights decoded at a time: bounds the scratch memory of a forward pass
 
 
 def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x W_hat^T + bias`, decoding a tile of rows at a time; x `[..., in]` -> `[..., out]` in x's dtype.
+    """`x W_hat^T + bias`, decoding a tile of rows at a time: x `[..., in]` -> `[..., out]` in x's dtype.
 
     Args:
-        weight: its tables as they are stored, or relaxed.
+        weight: with stored or float tables.
     """
     format, (out_features, in_features) = weight.format, weight.shape
-    tables = format.relaxed(weight.tables)
+    tables = format.float_tables(weight.tables)
     rows = max(1, _TILE // in_features)
     parts = []
     for start in range(0, out_features, rows):
         tile = slice(start, start + rows)
-        decoded = format.decode(weight.codes[tile], format.tile(tables, tile)).to(x.dtype)
+        decoded = format.decode(weight.codes[tile], format.slice_rows(tables, tile)).to(x.dtype)
         parts.append(F.linear(x, decoded, None if bias is None else bias[tile].to(x.dtype)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose weight stays packed; its buffers are the tensors on disk, name for name.
+    """A linear layer whose weight stays packed; its buffers have the names, shapes and dtypes of the tensors on disk.
 
-    The weight is decoded a tile of rows at a time, so a forward pass needs no dense copy of it.
+    A forward pass decodes a tile of rows at a time and holds no dense copy of the weight.
     """
 
     def __init__(self, format: Format, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
@@ -54,15 +54,15 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, float32 `[out_features, in_features]`: a copy, for those who only look."""
+        """The decoded weight, float32 `[out_features, in_features]`; a new tensor at each access."""
         return self.quantized.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x W_hat^T + bias`; x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        """`x W_hat^T + bias`: x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
         return linear(x, self.quantized, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves follow `model.to(...)`; dtypes do not: tables keep the precision they were stored with."""
+        """Follow `model.to(device)` but not `model.to(dtype)`: tables keep the precision they were stored in."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, table in before.items():

@@ -1,7 +1,7 @@
-"""The transformers plug-in: `from_pretrained` loads qcli checkpoints, packed, after `import qcli`.
+"""The transformers plug-in: after `import qcli`, `from_pretrained` loads qcli checkpoints and keeps them packed.
 
-transformers fills in missing tensors with random numbers and only warns. Here the files' headers are compared
-with the checkpoint's config before any weight is read, and every disagreement is an error.
+transformers initializes missing tensors randomly and only warns. This plug-in compares the files' headers with
+the checkpoint's config before any weight is read and raises an error for every mismatch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcli.utils.safetensors import read_header
 
 
 class QcliConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint, kept as it is: `Layout` refuses what it does not know."""
+    """`quantization_config` of a checkpoint as it is; `Layout` validates it."""
 
     def __init__(self, **config: Any) -> None:
         vars(self).update(config)
@@ -36,7 +36,7 @@ class QcliConfig(QuantizationConfigMixin):
 
 
 class QcliQuantizer(HfQuantizer):
-    """Puts a `QuantLinear` where the checkpoint has packed tensors."""
+    """Replaces the linear layers that are packed in the checkpoint with `QuantLinear`."""
 
     requires_calibration = False
 
@@ -62,19 +62,19 @@ class QcliQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Codes are fixed."""
+        """No: codes are fixed."""
         return False
 
 
 def register() -> None:
-    """Make transformers know `quant_method: qcli`; a second call does nothing."""
+    """Register `quant_method: qcli` with transformers; a second call does nothing."""
     if "qcli" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config("qcli")(QcliConfig)
         register_quantizer("qcli")(QcliQuantizer)
 
 
 def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]:
-    """Swap every linear layer that the layout names; by module name."""
+    """Replace every linear layer that is packed in the layout; returns the new ones by module name."""
     replaced: dict[str, QuantLinear] = {}
     for name, module in list(model.named_modules()):
         packed = layout.packed(name)
@@ -92,32 +92,33 @@ def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]
 
 
 def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear]) -> None:
-    found = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    """Raise VerificationError unless the files hold exactly the tensors that the model needs."""
+    tensors = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
     for layer, module in replaced.items():
         for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
             name = f"{layer}.{suffix}"
-            if found.get(name) != stored:
-                has = "is missing" if name not in found else f"is {found[name]}"
+            if tensors.get(name) != stored:
+                has = "is missing" if name not in tensors else f"is {tensors[name]}"
                 raise VerificationError(
                     f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
                 )
     linears = {name for name, module in model.named_modules() if isinstance(module, QuantLinear | nn.Linear | Conv1D)}
-    unknown = sorted(found.keys() - model.state_dict().keys())
+    unknown = sorted(tensors.keys() - model.state_dict().keys())
     surplus = [name for name in unknown if name.rpartition(".")[0] in linears or name.endswith(".weight_packed")]
     if surplus:
         raise VerificationError(f"{surplus[0]} belongs to no quantized layer of config.json")
-    _check_dense(found, model)
+    _check_dense(tensors, model)
 
 
-def _check_dense(found: Mapping[str, StoredTensor], model: nn.Module) -> None:
-    """Tensors outside the quantized layers. transformers may rename some while loading, so a name alone proves nothing;
-    fewer tensors in the files than in the model do."""
+def _check_dense(tensors: Mapping[str, StoredTensor], model: nn.Module) -> None:
+    """Check tensors outside the quantized layers. transformers may rename some while it loads, so a missing name alone
+    proves nothing; more missing names than surplus ones do."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    missing = [name for name in expected if name not in found and name not in tied]
-    surplus = [name for name in found if name not in expected and name not in tied]
+    missing = [name for name in expected if name not in tensors and name not in tied]
+    surplus = [name for name in tensors if name not in expected and name not in tied]
     if len(missing) > len(surplus):
         raise VerificationError(f"{missing[0]} is missing from the checkpoint", hint="copy it again")
     for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
-            raise VerificationError(f"{name} has shape {list(found[name].shape)}, the model needs {list(shape)}")
+        if name in tensors and tensors[name].shape != shape:
+            raise VerificationError(f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}")

@@ -154,7 +154,7 @@ class _Share(nn.Module):
         format = self.packed.format
         whole = format.from_stored(self._gathered, self.packed.shape)
         codes = whole.codes[self._rows, self._columns].contiguous()
-        tables = format.columns(format.tile(format.relaxed(whole.tables), self._rows), self._columns)
+        tables = format.slice_columns(format.slice_rows(format.float_tables(whole.tables), self._rows), self._columns)
         self.register_buffer("codes", packing.pack(codes, format.bits))
         for name, table in tables.items():
             self.register_buffer(name, table.clone())
@@ -175,7 +175,7 @@ class _Share(nn.Module):
 
     def _check(self, ranks: int) -> None:
         format, columns = self.packed.format, self.shape[1]
-        if format.normed:
+        if format.has_output_norm:
             raise UnsupportedError(
                 f"{self.prefix} norms its outputs, which vLLM's layers do not", hint="use transformers"
             )

@@ -69,7 +69,7 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Te
     Returns:
         The better of both, and how many rows could not be solved for and keep their tables.
     """
-    relaxed = format.relaxed(weight.tables)
+    relaxed = format.float_tables(weight.tables)
     basis = format.spread(relaxed[BASIS], len(target)).expand(len(target), -1, -1)
     looked_up = basis.gather(2, weight.codes.long()[:, None].expand(-1, format.rank, -1))
     current = [*relaxed[SCALE].unbind(-1), -relaxed[OFFSET]]
@@ -89,7 +89,8 @@ def _fit_block(weight: Tensor, format: Codebook, importance: Tensor, rounds: int
     """Relaxed tables of rows that share one basis."""
     ramp = _uniform(weight, format, importance)
     clusters = [
-        _cluster(tile, format.entries(format.tile(ramp, rows)), format, importance) for rows, tile in _tiles(weight)
+        _cluster(tile, format.entries(format.slice_rows(ramp, rows)), format, importance)
+        for rows, tile in _tiles(weight)
     ]
     codes = torch.cat([codes for codes, _ in clusters])
     moment: Tensor = torch.stack([moment for _, moment in clusters]).sum(0)
@@ -181,7 +182,7 @@ def _error(weight: Tensor, relaxed: dict[str, Tensor], format: Codebook, importa
     """Of the tables as they will be stored."""
     tables, total = stored(relaxed, format), 0.0
     for rows, tile in _tiles(weight):
-        own = format.tile(tables, rows)
+        own = format.slice_rows(tables, rows)
         difference = format.decode(format.encode(tile, own), own) - tile
         total += float((difference.square() * importance).sum(dtype=torch.float64))
     return total

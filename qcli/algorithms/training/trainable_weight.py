@@ -29,14 +29,14 @@ class TrainedWeight(nn.Module):
     def __init__(self, weight: QuantizedWeight, target: Tensor | None, train: Collection[str]) -> None:
         super().__init__()
         self.given, self.format = weight, weight.format
-        self.relaxed = self.format.relaxed(weight.tables)
-        self.unit = self.format.units(self.relaxed) if "tables" in train else {}
+        self.relaxed = self.format.float_tables(weight.tables)
+        self.unit = self.format.table_units(self.relaxed) if "tables" in train else {}
         self.relative = nn.ParameterDict({name: torch.zeros_like(self.relaxed[name]) for name in self.unit})
         self.latent = None
         if "weights" in train:
             dense = weight.dense()
-            step = self.format.steps(weight.codes, weight.tables)
-            start = self.format.latents(dense if target is None else target, dense, step)
+            step = self.format.step_sizes(weight.codes, weight.tables)
+            start = self.format.initial_latents(dense if target is None else target, dense, step)
             moved = self.format.encode(start, weight.tables) != weight.codes
             self.start = nn.Parameter(torch.where(moved, dense, start), requires_grad=False)
             self.step = nn.Parameter(step, requires_grad=False)
@@ -50,7 +50,7 @@ class TrainedWeight(nn.Module):
         """Relaxed tables as they will be stored; their gradient reaches `moved` unchanged."""
         moved = self.moved()
         with torch.no_grad():
-            stored = self.format.relaxed(self.format.restored(moved, self.given.tables))
+            stored = self.format.float_tables(self.format.round_tables(moved, self.given.tables))
         return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
 
     def dense(self, *, final: bool) -> Tensor:
@@ -64,12 +64,12 @@ class TrainedWeight(nn.Module):
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
         value = self.format.decode(codes, tables)
-        return straight_through(value, latent, self.format.slope(latent.detach(), value.detach(), self.step))
+        return straight_through(value, latent, self.format.ste_slope(latent.detach(), value.detach(), self.step))
 
     @torch.no_grad()
     def weight(self) -> QuantizedWeight:
         """As it will be stored."""
-        tables = self.format.restored(self.moved(), self.given.tables)
+        tables = self.format.round_tables(self.moved(), self.given.tables)
         codes = self.given.codes
         if self.latent is not None:
             codes = self.format.encode(self.start + self.step * self.latent, tables)

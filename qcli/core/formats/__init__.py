@@ -1,1 +1,1 @@
-"""What codes mean: one file a format, registered under the file's name."""
+"""Weight formats, one file each, registered under the file's name."""

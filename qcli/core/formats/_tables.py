@@ -1,4 +1,4 @@
-"""What formats share in storing tables: symmetric 8-bit numbers, and checks of what was read."""
+"""Quantized tables, and checks of tables read from disk."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from qcli.utils.errors import VerificationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-24  # of float16
-_TOP = 127  # symmetric, so that 0 is a value and a sign is free
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+_MAX = 127  # the range is symmetric, so that 0 is representable and negation exact
 
 
 def symmetric_int8(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The nearest int8 numbers and their float16 scales, one for all entries along `dim`, which is kept."""
+    """Quantize to int8, with one float16 scale for all entries along `dim`.
+
+    Returns:
+        int8 of the same shape, and scales with `dim` kept at size 1.
+    """
     import torch
 
-    scale = (values.abs().amax(dim, keepdim=True) / _TOP).clamp(min=SMALLEST_SCALE).half()
-    return (values / scale.to(values.dtype)).round().clamp(-_TOP, _TOP).to(torch.int8), scale
+    scale = (values.abs().amax(dim, keepdim=True) / _MAX).clamp(min=SMALLEST_SCALE).half()
+    return (values / scale.to(values.dtype)).round().clamp(-_MAX, _MAX).to(torch.int8), scale
 
 
 def check_tables(tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise VerificationError unless every table of `stored` has its shape and dtype and is finite."""
+    """Raise VerificationError unless every table has the shape and dtype that `stored` requires and is finite."""
     for name, expected in stored.items():
         table = tables[name]
         if tuple(table.shape) != expected.shape or table.dtype != expected.torch_dtype:

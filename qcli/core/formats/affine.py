@@ -26,7 +26,7 @@ ZeroPoint = Literal["none", "integer", "float"]
 
 
 class Affine(Grouped):
-    """`bits` wide codes on one uniform grid per `group_size` weights of a row.
+    """`bits`-bit codes on one uniform grid for every `group_size` weights of a row.
 
     Tables: `weight_scale` float16 `[out, groups]`; `weight_zero_point` uint8 (integer) or float16 (float)
     `[out, groups]`, absent when symmetric. The last group of a row may be shorter.
@@ -38,7 +38,7 @@ class Affine(Grouped):
 
     @property
     def center(self) -> int:
-        """The code that stands for 0 when there is no zero point."""
+        """The code of 0 where there is no zero point."""
         return 1 << (self.bits - 1)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
@@ -122,7 +122,7 @@ class Affine(Grouped):
             raise VerificationError(f"a code does not fit {self.bits} bits")
 
     def spread(self, table: Tensor, in_features: int) -> Tensor:
-        """A table `[out, groups]` with each entry repeated for its weights: `[out, in]`."""
+        """Repeat each entry of a table for its weights: `[out, groups]` -> `[out, in]`."""
         return table.repeat_interleave(self.group_width(in_features), dim=1)[:, :in_features]
 
     def _per_group(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | int]:

@@ -1,8 +1,8 @@
-"""A codebook for each group, all of one linear made of a few shapes: `w_hat = sum_r S[r] V[r, code] - beta`.
+"""A codebook for each group, low-rank over the groups of a linear: `w_hat = sum_r S[r] V[r, code] - beta`.
 
-LCQ (arXiv 2405.20973): group i's codebook is row i of `C = S^T V - B` of rank r, `B = beta 1^T`. The uniform grid is
-rank 1 with a ramp for V. Ours, since no code is public: V may differ between blocks of rows, and S and beta may be
-8-bit integers with one float16 scale for 256 of them (the paper's double quantization, whose layout it does not give).
+LCQ (arXiv 2405.20973): group i's codebook is row i of `C = S^T V - B` of rank r, `B = beta 1^T`. The uniform grid has
+rank 1 and a ramp as V. No code of the paper is public; ours are a V for each block of rows, and the layout of its
+double quantization: S and beta in 8-bit integers with one float16 scale for each 256 of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from qcli.core.formats._grouped import Leveled
+from qcli.core.formats._grouped import NonUniform
 from qcli.core.formats._tables import check_tables, symmetric_int8
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
@@ -27,18 +27,18 @@ __all__ = ["Codebook"]
 
 TableBits = Literal[8, 16]
 BASIS, SCALE, OFFSET = "codebook_basis", "codebook_scale", "codebook_offset"
-SHARED = 256  # neighbouring 8-bit entries under one float16 scale
-_COUNTED = 16  # codebook entries up to which counting boundaries beats searching them
+SCALE_BLOCK = 256  # neighbouring 8-bit entries that share a float16 scale
+_MAX_COUNTED = 16  # boundaries below which counting is faster than binary search
 _TILE = 1 << 20  # weights encoded at a time
 
 
-class Codebook(Leveled):
-    """Codes of `bits` bits into a codebook of its own for every `group_size` weights of a row.
+class Codebook(NonUniform):
+    """`bits`-bit codes into a codebook for every `group_size` weights of a row.
 
     Tables: `codebook_basis` V float16 `[blocks of rows, rank, 2**bits]`; `codebook_scale` S `[out, groups, rank]` and
     `codebook_offset` beta `[out, groups]`, both float16, or int8 with `codebook_scale_scale` float16
-    `[ceil(out * groups / 256), rank]` and `codebook_offset_scale` float16 `[ceil(out * groups / 256)]`, neighbours in a
-    row first. The last group of a row may be shorter.
+    `[ceil(out * groups / 256), rank]` and `codebook_offset_scale` float16 `[ceil(out * groups / 256)]`, in the order
+    of rows. The last group of a row may be shorter.
     """
 
     name: ClassVar[str] = "codebook"
@@ -60,7 +60,7 @@ class Codebook(Leveled):
             OFFSET: StoredTensor(dtype, (out_features, groups)),
         }
         if self.table_bits == 8:
-            blocks = -(-out_features * groups // SHARED)
+            blocks = -(-out_features * groups // SCALE_BLOCK)
             tensors |= {
                 f"{SCALE}_scale": StoredTensor("F16", (blocks, self.rank)),
                 f"{OFFSET}_scale": StoredTensor("F16", (blocks,)),
@@ -82,16 +82,16 @@ class Codebook(Leveled):
         return QuantizedWeight(self, shape, codes, tables)
 
     def entries(self, tables: Mapping[str, Tensor]) -> Tensor:
-        """Every group's codebook, float32 `[out, groups, 2**bits]`; differentiable in relaxed tables."""
-        tables = self.relaxed(tables)
+        """The codebook of each group, float32 `[out, groups, 2**bits]`; differentiable in float tables."""
+        tables = self.float_tables(tables)
         scale, entries = tables[SCALE], -tables[OFFSET][..., None]
         basis = self.spread(tables[BASIS], len(scale))
-        for direction in range(self.rank):  # no matrix product: its rounding depends on shapes and precision settings
+        for direction in range(self.rank):  # a matrix product would round by shapes and precision settings
             entries = entries + scale[..., direction, None] * basis[:, direction, None]
         return entries
 
     def spread(self, basis: Tensor, rows: int) -> Tensor:
-        """One basis for each row `[rows, ...]`, or for all `[1, ...]`; bases that have been spread stay so."""
+        """Repeat each basis for its rows: `[rows, ...]`, or `[1, ...]` if there is one; a second call does nothing."""
         if len(basis) in (1, rows):
             return basis
         return basis.repeat_interleave(self.basis_rows, dim=0)[:rows]
@@ -99,49 +99,51 @@ class Codebook(Leveled):
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        relaxed, rows = self.relaxed(tables), max(1, _TILE // weight.shape[1])
+        floats, rows = self.float_tables(tables), max(1, _TILE // weight.shape[1])
         tiles = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-        parts = [nearest(self.grouped(weight[tile].float()), self.entries(self.tile(relaxed, tile))) for tile in tiles]
+        parts = [
+            nearest(self.grouped(weight[tile].float()), self.entries(self.slice_rows(floats, tile))) for tile in tiles
+        ]
         return torch.cat(parts).view(len(weight), -1)[:, : weight.shape[1]]
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         weight = self.entries(tables).gather(2, self.grouped(codes).long())
         return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
-    def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._value(name, tables) for name in (BASIS, SCALE, OFFSET)}
 
-    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def round_tables(self, tables: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.table_bits == 16:
-            return super().restored(relaxed, given)
-        basis = super().restored(relaxed, {BASIS: given[BASIS]})
-        return basis | self.round_table(SCALE, relaxed[SCALE]) | self.round_table(OFFSET, relaxed[OFFSET])
+            return super().round_tables(tables, initial)
+        basis = super().round_tables(tables, {BASIS: initial[BASIS]})
+        return basis | self.round_table(SCALE, tables[SCALE]) | self.round_table(OFFSET, tables[OFFSET])
 
-    def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Half the range of a group's codebook, for its scales and its offset (LCQ's reparameterisation, as we read
-        it); for a shape of the basis, its largest entry."""
-        entries = self.entries(relaxed)
-        reach = (entries.amax(-1) - entries.amin(-1)) / 2
-        reach = reach.clamp(min=0.1 * float(reach.mean()))
-        size = relaxed[BASIS].abs().amax(-1, keepdim=True)
+    def table_units(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For scales and offset half the range of their group's codebook (LCQ's reparameterisation, as we read it); for
+        a basis vector its largest magnitude."""
+        entries = self.entries(tables)
+        half_range = (entries.amax(-1) - entries.amin(-1)) / 2
+        half_range = half_range.clamp(min=0.1 * float(half_range.mean()))
+        size = tables[BASIS].abs().amax(-1, keepdim=True)
         size = size.clamp(min=1e-3 * float(size.max()))
-        largest = self.spread(size, len(reach)).squeeze(-1)
-        return {BASIS: size, SCALE: reach[..., None] / largest[:, None], OFFSET: reach}
+        size_by_row = self.spread(size, len(half_range)).squeeze(-1)
+        return {BASIS: size, SCALE: half_range[..., None] / size_by_row[:, None], OFFSET: half_range}
 
-    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
-        relaxed = self.relaxed(tables)
-        basis = self.spread(relaxed[BASIS], len(relaxed[SCALE]))
+    def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        floats = self.float_tables(tables)
+        basis = self.spread(floats[BASIS], len(floats[SCALE]))
         basis = basis if len(basis) == 1 else basis[rows]
-        return {BASIS: basis, SCALE: relaxed[SCALE][rows], OFFSET: relaxed[OFFSET][rows]}
+        return {BASIS: basis, SCALE: floats[SCALE][rows], OFFSET: floats[OFFSET][rows]}
 
-    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return {**super().columns(tables, columns), BASIS: tables[BASIS]}
+    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+        return {**super().slice_columns(tables, columns), BASIS: tables[BASIS]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         groups = self.groups_of(columns)
         present = groups.unique()
-        relaxed = self.relaxed(tables)
-        own = {BASIS: relaxed[BASIS], SCALE: relaxed[SCALE][:, present], OFFSET: relaxed[OFFSET][:, present]}
+        floats = self.float_tables(tables)
+        own = {BASIS: floats[BASIS], SCALE: floats[SCALE][:, present], OFFSET: floats[OFFSET][:, present]}
         entries = self.entries(own).transpose(0, 1).contiguous()
         boundaries = _Boundaries(entries)
         places = (groups[:, None] == present).long().argmax(1).tolist()
@@ -154,11 +156,11 @@ class Codebook(Leveled):
         return nearest
 
     def round_table(self, name: str, values: Tensor) -> dict[str, Tensor]:
-        """S `[out, groups, rank]` or beta `[out, groups]` in 8 bits: float -> its tables."""
+        """Quantize S `[out, groups, rank]` or beta `[out, groups]` to 8 bits: float values -> stored tables."""
         from torch.nn import functional as F
 
         flat = values.reshape(-1, self.rank if name == SCALE else 1)
-        padded = F.pad(flat, (0, 0, 0, -len(flat) % SHARED)).view(-1, SHARED, flat.shape[1])
+        padded = F.pad(flat, (0, 0, 0, -len(flat) % SCALE_BLOCK)).view(-1, SCALE_BLOCK, flat.shape[1])
         codes, scale = symmetric_int8(padded, 1)
         codes = codes.view(-1, flat.shape[1])[: len(flat)].view(values.shape)
         return {name: codes, f"{name}_scale": scale.squeeze(1) if name == SCALE else scale.flatten()}
@@ -170,28 +172,28 @@ class Codebook(Leveled):
             raise VerificationError(f"a code does not fit {self.bits} bits")
 
     def _value(self, name: str, tables: Mapping[str, Tensor]) -> Tensor:
-        """A table as float32, whether stored or relaxed."""
+        """A table in float32, dequantized if it is stored in 8 bits."""
         table = tables[name]
         if table.is_floating_point():
             return table.float()
         scale = tables[f"{name}_scale"].float()
         flat = table.float().view(-1, *scale.shape[1:])
-        return (flat * scale.repeat_interleave(SHARED, dim=0)[: len(flat)]).view(table.shape)
+        return (flat * scale.repeat_interleave(SCALE_BLOCK, dim=0)[: len(flat)]).view(table.shape)
 
     def _blocks(self, rows: int) -> int:
         return -(-rows // self.basis_rows) if self.basis_rows else 1
 
 
 def nearest(values: Tensor, entries: Tensor) -> Tensor:
-    """Codes uint8 `[..., n]` of the entries `[..., K]` that are nearest to `values` `[..., n]`."""
+    """Codes, uint8 `[..., n]`, of the entries `[..., K]` nearest to `values` `[..., n]`."""
     return _Boundaries(entries).codes(values)
 
 
 class _Boundaries:
-    """Where the nearest entry changes; the lower of two equally near is taken.
+    """Decision boundaries of codebooks; of two entries equally near the lower one is chosen.
 
     Args:
-        entries: `[..., K]`, one codebook for each row of what is encoded.
+        entries: `[..., K]`, one codebook for each row that is encoded.
     """
 
     def __init__(self, entries: Tensor) -> None:
@@ -204,7 +206,7 @@ class _Boundaries:
         """`[..., n]` -> uint8 `[..., n]`."""
         import torch
 
-        if self.between.shape[-1] < _COUNTED:
+        if self.between.shape[-1] < _MAX_COUNTED:
             codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
             for boundary in self.between.unbind(-1):
                 codes += values > boundary[..., None]
@@ -213,6 +215,6 @@ class _Boundaries:
         return codes if self.order is None else self.order.gather(-1, codes.long()).to(torch.uint8)
 
     def codes_of(self, place: int, values: Tensor) -> Tensor:
-        """One value `[rows]` for each codebook at `place` of the first dimension: int64 `[rows]`."""
+        """Codes of one value for each codebook at `place` of the first dimension: `[rows]` -> int64 `[rows]`."""
         codes = (values[:, None] > self.between[place]).sum(1)
         return codes if self.order is None else self.order[place].gather(1, codes[:, None])[:, 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qcli.core.formats._grouped import Leveled
+from qcli.core.formats._grouped import NonUniform
 from qcli.core.formats._tables import check_tables
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
@@ -24,12 +24,12 @@ __all__ = ["DualBinary"]
 
 ALPHA1, ALPHA2 = "alpha1", "alpha2"
 Levels = Literal["fdb", "symmetric"]
-_APART = 1 + 2.0**-9  # least ratio of the alphas: two steps of float16
-_SMALLEST = 2.0**-24  # least |alpha2|, and least difference: float16's smallest number
+_MIN_RATIO = 1 + 2.0**-9  # of alpha1 to |alpha2|: two steps of float16
+_SMALLEST = 2.0**-24  # the smallest positive float16: lower bound of |alpha2| and of the difference
 
 
-class DualBinary(Leveled):
-    """Two planes of bits and two scales for every `group_size` weights of a row.
+class DualBinary(NonUniform):
+    """Two bit planes, with a scale each for every `group_size` weights of a row.
 
     Tables: `alpha1`, `alpha2` float16 `[out, groups]`. The last group of a row may be shorter.
     """
@@ -79,17 +79,17 @@ class DualBinary(Leveled):
         entries: Tensor = first * alpha1 + second * alpha2
         return entries
 
-    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        alpha1, alpha2 = self.ordered(relaxed[ALPHA1], relaxed[ALPHA2])
-        return super().restored({ALPHA1: alpha1, ALPHA2: alpha2}, given)
+    def round_tables(self, tables: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        alpha1, alpha2 = self.ordered(tables[ALPHA1], tables[ALPHA2])
+        return super().round_tables({ALPHA1: alpha1, ALPHA2: alpha2}, initial)
 
     def ordered(self, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest float32 alphas with the signs and the order that make every code its own level."""
+        """The nearest float32 alphas whose signs and order give each code a level of its own."""
         smaller = -(-alpha2).clamp(min=_SMALLEST) if self.levels == "fdb" else alpha2.clamp(min=_SMALLEST)
-        return alpha1.maximum(smaller.abs() * _APART + _SMALLEST), smaller
+        return alpha1.maximum(smaller.abs() * _MIN_RATIO + _SMALLEST), smaller
 
     def planes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """What the alphas are multiplied by, float32: bits, or for `symmetric` signs."""
+        """The factors of the alphas, float32: bits, or signs with `symmetric`."""
         first, second = (codes & 1).float(), (codes >> 1).float()
         return (first, second) if self.levels == "fdb" else (2 * first - 1, 2 * second - 1)
 
@@ -115,14 +115,14 @@ class DualBinary(Leveled):
             raise VerificationError("a code does not fit 2 bits")
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
-        """The shares of zeros in both planes, which DB-LLM saves computing with, and the additions per weight left."""
+        """The share of zeros in each plane, which DB-LLM skips, and the additions per weight that remain."""
         if self.levels == "symmetric":
             return {}
         ones = [float(plane.mean()) for plane in self.planes(weight.codes)]
         return {"zeros_plane1": 1 - ones[0], "zeros_plane2": 1 - ones[1], "additions_per_weight": sum(ones)}
 
     def nearest(self, values: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
-        """Codes as floats: of the nearest level, since the alphas are in order."""
+        """Codes of the nearest levels, as floats; the alphas are in order."""
         if self.levels == "symmetric":
             first = values >= 0
             second = (values - alpha1.where(first, -alpha1)) >= 0

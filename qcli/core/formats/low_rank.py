@@ -1,8 +1,8 @@
 """Another format plus a low-rank term: `w_hat = base + A B` (LoRC, arXiv 2303.08302, section 5).
 
-The factors are float16, or 8-bit integers with one float16 scale for each of the `rank` directions: a column of A and
-a row of B. A scale for each row of A would cost `16 * out` bits where this costs `32 * rank`, and errors of one
-direction are alike in size in all rows (the granularity is ours, the paper only says 8 bits).
+The factors are float16, or 8-bit integers with one float16 scale for each column of A and each row of B. The paper
+only says 8 bits; the granularity is ours: a scale for each row of A would cost `16 * out` bits in place of
+`32 * rank`, and the entries of one direction are of similar size in all rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Factor = Literal["a", "b"]
 
 
 class LowRank(Format):
-    """The format `base` with `A [out, rank] @ B [rank, in]` added to what it decodes to.
+    """The format `base` with `A [out, rank] @ B [rank, in]` added to its decoded weight.
 
     Tables: those of `base`, and `lowrank_a`, `lowrank_b`: float16, or int8 with `lowrank_a_scale`, `lowrank_b_scale`
     float16 `[rank]`. Codes are those of `base`.
@@ -59,8 +59,8 @@ class LowRank(Format):
         return self
 
     @property
-    def normed(self) -> bool:
-        return self.base.normed
+    def has_output_norm(self) -> bool:
+        return self.base.has_output_norm
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "base": self.base.spec()}
@@ -78,7 +78,7 @@ class LowRank(Format):
         )
 
     def wrap(self, weight: QuantizedWeight, factors: Mapping[str, Tensor]) -> QuantizedWeight:
-        """A weight of `base` with factors, as tables of this format (see `round_factor`)."""
+        """Add factors, as `round_factor` returns them, to a weight of `base`."""
         from qcli.core.weight import QuantizedWeight
 
         return QuantizedWeight(self, weight.shape, weight.codes, {**weight.tables, **factors})
@@ -89,26 +89,26 @@ class LowRank(Format):
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         return self.base.decode(codes, self._of_base(tables)) + self.product(tables)
 
-    def steps(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        return self.base.steps(codes, self._of_base(tables))
+    def step_sizes(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        return self.base.step_sizes(codes, self._of_base(tables))
 
-    def relaxed(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         factors = {"lowrank_a": self.factor("a", tables), "lowrank_b": self.factor("b", tables)}
-        return {**self.base.relaxed(self._of_base(tables)), **factors}
+        return {**self.base.float_tables(self._of_base(tables)), **factors}
 
-    def restored(self, relaxed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        base = self.base.restored(self._of_base(relaxed), self._of_base(given))
+    def round_tables(self, tables: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        base = self.base.round_tables(self._of_base(tables), self._of_base(initial))
         if self.factor_bits == 16:
-            return base | super().restored(relaxed, {name: given[name] for name in given if _is_factor(name)})
-        return base | self.round_factor("a", relaxed["lowrank_a"]) | self.round_factor("b", relaxed["lowrank_b"])
+            return base | super().round_tables(tables, {name: initial[name] for name in initial if _is_factor(name)})
+        return base | self.round_factor("a", tables["lowrank_a"]) | self.round_factor("b", tables["lowrank_b"])
 
-    def units(self, relaxed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        factors = {name: table for name, table in relaxed.items() if _is_factor(name)}
-        return self.base.units(self._of_base(relaxed)) | super().units(factors)
-
-    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+    def table_units(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         factors = {name: table for name, table in tables.items() if _is_factor(name)}
-        return {**self.base.tile(self._of_base(tables), rows), **factors, "lowrank_a": factors["lowrank_a"][rows]}
+        return self.base.table_units(self._of_base(tables)) | super().table_units(factors)
+
+    def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+        factors = {name: table for name, table in tables.items() if _is_factor(name)}
+        return {**self.base.slice_rows(self._of_base(tables), rows), **factors, "lowrank_a": factors["lowrank_a"][rows]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         nearest_in_base = self.base.rounder(self._of_base(tables), columns)
@@ -137,7 +137,7 @@ class LowRank(Format):
         return values * (scale if which == "a" else scale[:, None])
 
     def round_factor(self, which: Factor, values: Tensor) -> dict[str, Tensor]:
-        """A factor as it is stored: float A `[out, rank]` or B `[rank, in]` -> its tables."""
+        """Quantize a factor: float A `[out, rank]` or B `[rank, in]` -> its stored tables."""
         name = f"lowrank_{which}"
         if self.factor_bits == 16:
             return {name: values.half()}

@@ -1,8 +1,8 @@
-"""One bit a weight: `w_hat = out_scale * sign * in_scale`, the rank-one magnitude of OneBit.
+"""One bit per weight: `w_hat = out_scale * sign * in_scale`, OneBit's signs with rank-one magnitudes.
 
-arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 stands for +1, which is also the sign of 0. The scales
-may have any sign; codes are those of the nearest value all the same. In the paper's own models a LayerNorm without
-parameters follows, of the whole linear, its bias included.
+arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 means +1, which is also the sign of 0. The scales may have
+either sign; codes are those of the nearest value all the same. In the paper's own models a LayerNorm without
+parameters follows each linear, bias included.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ IN_SCALE, OUT_SCALE = "in_scale", "out_scale"
 
 
 class Sign(Format):
-    """Signs between a scale for each input and one for each output.
+    """Signs with one scale for each input and one for each output.
 
     Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer is the paper's:
-    it computes `LayerNorm(Y + bias)`, and the weights behind the signs are trained as in its authors' code, with values
-    of +-1 for the unit: they start at `0.01 sign` and have the slope `1.001 - tanh^2` (not below a low-rank term).
+    it computes `LayerNorm(Y + bias)`, and latent weights are trained as in its authors' code: in units of the value's
+    magnitude they start at `0.01 sign` and have the slope `1.001 - tanh^2` (except below a low-rank term).
     """
 
     name: ClassVar[str] = "sign"
@@ -39,7 +39,7 @@ class Sign(Format):
     output_norm: bool = False
 
     @property
-    def normed(self) -> bool:
+    def has_output_norm(self) -> bool:
         return self.output_norm
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
@@ -72,18 +72,18 @@ class Sign(Format):
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         return (2 * codes.float() - 1) * tables[IN_SCALE].float() * tables[OUT_SCALE].float()
 
-    def latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
-        return 0.01 * value if self.output_norm else super().latents(target, value, step)
+    def initial_latents(self, target: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        return 0.01 * value if self.output_norm else super().initial_latents(target, value, step)
 
-    def slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
+    def ste_slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
         if not self.output_norm:
-            return super().slope(latent, value, step)
+            return super().ste_slope(latent, value, step)
         return 1.001 - (2 * latent / step.clamp(min=1e-30)).tanh().square()
 
-    def tile(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
+    def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
 
-    def columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
         return {**tables, IN_SCALE: tables[IN_SCALE][columns]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:

@@ -136,9 +136,9 @@ def test_refit_is_the_exact_least_squares_answer(table_bits: TableBits) -> None:
         difference = target - format.decode(before.codes, relaxed)
         return float((difference @ hessian * difference).sum())
 
-    relaxed = format.relaxed(after.tables)
+    relaxed = format.float_tables(after.tables)
     found = loss(relaxed)
-    assert found < loss(format.relaxed(before.tables))
+    assert found < loss(format.float_tables(before.tables))
     assert torch.equal(after.tables[BASIS], before.tables[BASIS])
     for name in (SCALE, OFFSET):
         moved = relaxed | {name: relaxed[name] * (1 + 0.02 * drawn(*relaxed[name].shape, seed=12))}

@@ -40,15 +40,15 @@ def rounder_agrees_with_encode(weight: QuantizedWeight, wanted: Tensor) -> None:
 def gradients_are_finite_differences(weight: QuantizedWeight) -> None:
     """Of decoding, by every table."""
     format = weight.format
-    relaxed = {name: table.clone().requires_grad_() for name, table in format.relaxed(weight.tables).items()}
+    floats = {name: table.clone().requires_grad_() for name, table in format.float_tables(weight.tables).items()}
     pull = drawn(*weight.shape, seed=9)
-    (format.decode(weight.codes, relaxed) * pull).sum().backward()
-    for name, table in relaxed.items():
+    (format.decode(weight.codes, floats) * pull).sum().backward()
+    for name, table in floats.items():
         assert table.grad is not None
         direction = drawn(*table.shape, seed=11)
         with torch.no_grad():
             low, high = (
-                (format.decode(weight.codes, relaxed | {name: table + step * direction}) * pull).double().sum()
+                (format.decode(weight.codes, floats | {name: table + step * direction}) * pull).double().sum()
                 for step in (-0.5, 0.5)
             )
             slope = (table.grad * direction).sum()

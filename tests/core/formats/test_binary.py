@@ -74,7 +74,7 @@ def test_codes_are_those_of_the_nearest_level(format: Format, seed: int) -> None
     torch.testing.assert_close((weight.dense() - wanted).abs(), (levels - wanted).abs().amin(0), rtol=0, atol=1e-7)
     distance = (levels - weight.dense()).abs()
     distance.scatter_(0, weight.codes.long()[None], torch.inf)
-    torch.testing.assert_close(format.steps(weight.codes, weight.tables), distance.amin(0))
+    torch.testing.assert_close(format.step_sizes(weight.codes, weight.tables), distance.amin(0))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -88,16 +88,18 @@ def test_decode_is_differentiable_and_tiles(format: Format) -> None:
     weight = quantized(format, SHAPE)
     gradients_are_finite_differences(weight)
     tile = slice(2, 5)
-    assert torch.equal(format.decode(weight.codes[tile], format.tile(weight.tables, tile)), weight.dense()[tile])
+    assert torch.equal(format.decode(weight.codes[tile], format.slice_rows(weight.tables, tile)), weight.dense()[tile])
 
 
 @pytest.mark.parametrize("levels", ["fdb", "symmetric"])
 def test_alphas_stay_in_order_when_they_are_trained(levels: Levels) -> None:
     format = DualBinary(group_size=16, levels=levels)
     weight = quantized(format, SHAPE)
-    relaxed = {name: table + 0.1 * drawn(*table.shape, seed=3) for name, table in format.relaxed(weight.tables).items()}
-    relaxed[ALPHA2][0, 0] = 0
-    moved = QuantizedWeight(format, SHAPE, weight.codes, format.restored(relaxed, weight.tables))
+    floats = {
+        name: table + 0.1 * drawn(*table.shape, seed=3) for name, table in format.float_tables(weight.tables).items()
+    }
+    floats[ALPHA2][0, 0] = 0
+    moved = QuantizedWeight(format, SHAPE, weight.codes, format.round_tables(floats, weight.tables))
     moved.check()
     ordered = format.entries(moved.tables).sort(dim=-1).values
     assert bool((ordered.diff(dim=-1) > 0).all())
@@ -148,11 +150,11 @@ def test_normed_sign_layers_are_those_of_the_paper(biased: bool, dtype: torch.dt
 
 def test_checkpoints_that_know_no_norm_have_none() -> None:
     assert from_spec({"format": "sign", "bits": 1}) == Sign()
-    assert not Sign().normed
+    assert not Sign().has_output_norm
     normed = Sign(output_norm=True)
     assert from_spec(normed.spec()) == normed
-    assert LowRank.around(normed, 2, 8).normed
-    assert not LowRank.around(Sign(), 2, 8).normed
+    assert LowRank.around(normed, 2, 8).has_output_norm
+    assert not LowRank.around(Sign(), 2, 8).has_output_norm
 
 
 def test_bits_per_weight_are_those_of_the_design() -> None:

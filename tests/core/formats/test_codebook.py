@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcli.algorithms.solvers import grid
 from qcli.core.formats.affine import Affine
-from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, SHARED, Codebook, TableBits
+from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, SCALE_BLOCK, Codebook, TableBits
 from qcli.core.weight import QuantizedWeight, from_spec
 from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
@@ -48,7 +48,7 @@ def by_hand(format: Codebook, tables: dict[str, Tensor], shape: tuple[int, int])
     for row in range(out):
         for column in range(shape[1]):
             group = column // format.group_width(shape[1])
-            place = (row * groups + group) // SHARED
+            place = (row * groups + group) // SCALE_BLOCK
             scale, offset = tables[SCALE][row, group].float(), tables[OFFSET][row, group].float()
             if format.table_bits == 8:
                 scale = scale * tables[f"{SCALE}_scale"][place].float()
@@ -111,14 +111,16 @@ def test_rounder_agrees_with_encode_in_any_column_order(format: Codebook) -> Non
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_tiles_and_relaxed_tables_decode_the_same(format: Codebook) -> None:
+def test_tiles_and_floats_tables_decode_the_same(format: Codebook) -> None:
     weight = quantized(format, SHAPE)
-    relaxed = format.relaxed(weight.tables)
-    assert torch.equal(format.decode(weight.codes, relaxed), weight.dense())
-    restored = format.restored(relaxed, weight.tables)
-    assert all(torch.equal(restored[name], table) for name, table in weight.tables.items())
+    floats = format.float_tables(weight.tables)
+    assert torch.equal(format.decode(weight.codes, floats), weight.dense())
+    rounded = format.round_tables(floats, weight.tables)
+    assert all(torch.equal(rounded[name], table) for name, table in weight.tables.items())
     for tile in (slice(0, 1), slice(3, 8), slice(4, 10)):
-        assert torch.equal(format.decode(weight.codes[tile], format.tile(weight.tables, tile)), weight.dense()[tile])
+        assert torch.equal(
+            format.decode(weight.codes[tile], format.slice_rows(weight.tables, tile)), weight.dense()[tile]
+        )
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -130,11 +132,11 @@ def test_gradients_are_finite_differences(format: Codebook) -> None:
 def test_units_are_what_a_group_spans() -> None:
     """A change of 1 moves no entry further than half its codebook's range, and some entry that far."""
     format = FORMATS[1]
-    relaxed = format.relaxed(quantized(format, SHAPE).tables)
-    entries, units = format.entries(relaxed), format.units(relaxed)
+    floats = format.float_tables(quantized(format, SHAPE).tables)
+    entries, units = format.entries(floats), format.table_units(floats)
     half = (entries.amax(-1) - entries.amin(-1)) / 2
     assert torch.equal(units[OFFSET], half.clamp(min=0.1 * float(half.mean())))
-    moved = format.entries(relaxed | {SCALE: relaxed[SCALE] + units[SCALE] * torch.tensor([1.0, 0.0])})
+    moved = format.entries(floats | {SCALE: floats[SCALE] + units[SCALE] * torch.tensor([1.0, 0.0])})
     torch.testing.assert_close((moved - entries).abs().amax(-1), units[OFFSET])
 
 
@@ -163,7 +165,7 @@ def test_bits_per_weight_are_those_of_the_design(
     found = format.bits_per_weight(shape)
     assert round(found, 2) == expected
     exact = bits + (rank + 1) * table_bits / group_size + 16 * rank * 2**bits / 4096**2
-    shared = 16 * (rank + 1) / (SHARED * group_size) if table_bits == 8 else 0
+    shared = 16 * (rank + 1) / (SCALE_BLOCK * group_size) if table_bits == 8 else 0
     assert found == pytest.approx(exact + shared, abs=1e-12)
 
 

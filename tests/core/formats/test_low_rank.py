@@ -123,7 +123,7 @@ def test_a_tile_decodes_its_rows() -> None:
     format = low_rank()
     weight = weight_of(format, (24, 40))
     rows = slice(5, 18)
-    tile = format.decode(weight.codes[rows], format.tile(weight.tables, rows))
+    tile = format.decode(weight.codes[rows], format.slice_rows(weight.tables, rows))
     torch.testing.assert_close(tile, weight.dense()[rows])
 
 
