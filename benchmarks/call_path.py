@@ -2,9 +2,9 @@
 
     python -m benchmarks.call_path MODEL TEXT
 
-A room is an entry at the top of the package, a folder or a file. Prints each file in order of first entry, the number of
-rooms, and over how many borders between two rooms a call has gone; keeps all of it under `results/`.
-Only functions that run are counted, imports are not.
+A room is an entry at the top of the package, a folder or a file. Prints each file in order of first entry, the number
+of rooms, and how many borders between two rooms a call has crossed; keeps all of it under `results/`. Only functions
+that run are counted, imports are not.
 """
 
 from __future__ import annotations
