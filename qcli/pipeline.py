@@ -193,11 +193,11 @@ class Pipeline:
         if options is None or chosen or (self.folder / PACKED).exists():
             return
         from qcli.export.packable import require_packable
-        from qcli.quantization.allocation_options import mixed
+        from qcli.quantization.search_space import mixed_recipe
 
         require_packable(self.plan, self.folder, options.format, options.requantize)
         if self.recipe.allocation is not None:
-            mixture = make_plan(mixed(self.recipe, self.plan.layers))
+            mixture = make_plan(mixed_recipe(self.recipe, self.plan.layers))
             require_packable(mixture, self.folder, options.format, options.requantize)
 
     def _check_distillation(self) -> None:

@@ -22,9 +22,9 @@ TORCH_FREE_AT_THE_TOP = (  # what `--help`, recipes and `--dry-run` import; fold
     *("recipe", "cli", "core/formats", "core/weight.py", "core/activations.py"),
     *("algorithms/methods", "algorithms/method.py", "algorithms/layer_group.py", "algorithms/refine.py"),
     *("algorithms/transform.py", "algorithms/low_rank.py", "data/datasets.py", "quantization/plan.py"),
-    *("quantization/allocation_options.py", "models/families.py", "models/source.py", "models/open.py"),
+    *("quantization/search_space.py", "models/families.py", "models/source.py", "models/open.py"),
     *("utils/errors.py", "utils/registry.py", "utils/progress.py", "utils/dtypes.py", "utils/environment.py"),
-    *("utils/distributed.py", "utils/files.py", "utils/memory.py"),
+    *("utils/distributed.py", "utils/files.py", "utils/memory.py", "utils/options.py"),
 )
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}
 

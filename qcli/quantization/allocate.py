@@ -22,11 +22,11 @@ from qcli.evaluation.options import EvalOptions
 from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.allocation_options import Choices, choices
 from qcli.quantization.calibration import recipe_tokens
 from qcli.quantization.job import quantize_as_written, run_identity
 from qcli.quantization.plan import make_plan
 from qcli.quantization.result import Result
+from qcli.quantization.search_space import Assignment, SearchSpace, search_space
 from qcli.quantization.sensitivity import Losses, sensitivities
 from qcli.recipe.errors import Issue
 from qcli.recipe.recipe import Recipe
@@ -56,7 +56,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
     """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
     source = open_source(recipe.model)
-    options = choices(recipe, source.linears())
+    space = search_space(recipe, source.linears())
     held_out = _held_out_samples(recipe)
     calibration = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - held_out})
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
@@ -66,9 +66,9 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))
         with matmul_precision(fast=False):
             stream = ModelStream(source, device=device, dtype=dtype)
-            losses = sensitivities(options, stream, tokens[:samples], _once(run), progress)
+            losses = sensitivities(space, stream, tokens[:samples], _once(run), progress)
             del stream
-        trials, folder = _trials(options, losses, calibration), run.path / "trials"
+        trials, folder = _trials(space, losses, calibration), run.path / "trials"
         for name, trial in trials.items():
             if not (folder / name).exists():
                 step = trial.recipe.model_copy(update={"resume": "auto"})
@@ -84,7 +84,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
             },
             held_out_samples=held_out,
             sensitivity={
-                name: {_label(options, number): loss if isfinite(loss) else None for number, loss in enumerate(row)}
+                name: {_label(space, candidate): loss if isfinite(loss) else None for candidate, loss in enumerate(row)}
                 for name, row in losses.items()
             },
         )
@@ -132,29 +132,29 @@ def _once(run: RunFolder) -> Callable[[int, Callable[[], Losses]], Losses]:
     return once
 
 
-def _trials(options: Choices, losses: Losses, calibration: Calibration) -> dict[str, _Trial]:
-    """The allocation with the lowest predicted loss, and the uniform recipe with the lowest, where one fits."""
-    names = [layer.name for layer in options.layers]
-    costs = {name: [bits or 0 for bits in options.stored[name]] for name in names}
+def _trials(space: SearchSpace, losses: Losses, calibration: Calibration) -> dict[str, _Trial]:
+    """The assignment with the lowest predicted loss, and the uniform one with the lowest, where one fits."""
+    names = [layer.name for layer in space.layers]
+    sizes = {name: [size or 0 for size in space.sizes[name]] for name in names}
     best = cheapest_loss(
-        [[sum(each) for each in zip(*(losses[name] for name in unit), strict=True)] for unit in options.units],
-        [[sum(each) for each in zip(*(costs[name] for name in unit), strict=True)] for unit in options.units],
-        options.budget,
+        [[sum(each) for each in zip(*(losses[name] for name in tied), strict=True)] for tied in space.tied],
+        [[sum(each) for each in zip(*(sizes[name] for name in tied), strict=True)] for tied in space.tied],
+        space.budget,
     )
-    allocation = {name: option for unit, option in zip(options.units, best, strict=True) for name in unit}
-    candidates: dict[str, Mapping[str, int]] = {"allocation": allocation}
-    if uniform := options.uniform():
-        option = min(uniform, key=lambda option: sum(losses[name][option] for name in names))
-        candidates["uniform"] = dict.fromkeys(names, option)
-    if len(candidates) == 2 and candidates["uniform"] == candidates["allocation"]:
-        del candidates["allocation"]
+    mixed = {name: candidate for tied, candidate in zip(space.tied, best, strict=True) for name in tied}
+    assignments: dict[str, Assignment] = {"allocation": mixed}
+    if uniform := space.uniform():
+        lowest = min(uniform, key=lambda candidate: sum(losses[name][candidate] for name in names))
+        assignments["uniform"] = dict.fromkeys(names, lowest)
+    if assignments.get("uniform") == mixed:
+        del assignments["allocation"]
 
-    def trial(chosen: Mapping[str, int]) -> _Trial:
-        recipe = options.resolved(chosen).model_copy(update={"calibration": calibration})
-        predicted = sum(losses[name][option] for name, option in chosen.items())
-        return _Trial(recipe, predicted, options.bits_per_weight(chosen))
+    def trial(assignment: Assignment) -> _Trial:
+        recipe = space.recipe_of(assignment).model_copy(update={"calibration": calibration})
+        predicted = sum(losses[name][candidate] for name, candidate in assignment.items())
+        return _Trial(recipe, predicted, space.bits_per_weight(assignment))
 
-    return {name: trial(chosen) for name, chosen in candidates.items()}
+    return {name: trial(assignment) for name, assignment in assignments.items()}
 
 
 def _measure(
@@ -189,8 +189,8 @@ def _publish(
     return manifest
 
 
-def _label(options: Choices, option: int) -> str:
+def _label(space: SearchSpace, candidate: int) -> str:
     """`3 bits, groups of 64`."""
-    fields = options.options[option].model_dump()
+    fields = space.candidates[candidate].model_dump()
     size = fields.get("group_size")
     return f"{fields['bits']} bits" + ("" if size is None else f", groups of {size}" if size > 0 else ", by row")

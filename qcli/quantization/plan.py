@@ -14,7 +14,7 @@ from qcli.models.families import Linear
 from qcli.models.open import open_source
 from qcli.models.packed import PackedSource
 from qcli.models.source import Source
-from qcli.quantization.allocation_options import uniform
+from qcli.quantization.search_space import uniform_recipe
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
@@ -185,7 +185,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     layers = source.linears()
     if recipe.allocation is not None:
-        recipe = uniform(recipe, layers)
+        recipe = uniform_recipe(recipe, layers)
     methods = recipe.assign(layers)
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()

@@ -30,7 +30,7 @@ from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method
 from qcli.models.families import Linear
 from qcli.models.stream import ModelStream, batches
-from qcli.quantization.allocation_options import Choices
+from qcli.quantization.search_space import SearchSpace
 from qcli.quantization.solve import solve
 from qcli.utils.progress import Progress
 
@@ -40,13 +40,13 @@ _LOGITS = 1 << 24  # in memory at a time
 
 
 def sensitivities(
-    choices: Choices,
+    space: SearchSpace,
     stream: ModelStream,
     tokens: Tensor,
     once: Callable[[int, Callable[[], Losses]], Losses],
     progress: Progress,
 ) -> Losses:
-    """Predicted loss in nats per token, by layer and option; infinite for options that do not fit the layer.
+    """Predicted loss in nats per token, by layer and candidate; infinite where a layer does not fit a candidate.
 
     Args:
         stream: the model in full precision.
@@ -58,15 +58,15 @@ def sensitivities(
         outputs = list(entering[-1])
         stream.advance(stream.load_block(index), index, outputs)
         entering.append(outputs)
-    gradients = _of_predictions(stream, entering.pop(), choices.recipe.seed)
+    gradients = _of_predictions(stream, entering.pop(), space.recipe.seed)
     losses: Losses = {}
     for done, index in enumerate(reversed(range(stream.n_blocks))):
         progress("sensitivity", done, stream.n_blocks)
         block = stream.load_block(index)
-        layers = [layer for layer in choices.layers if layer.block == index]
+        layers = [layer for layer in space.layers if layer.block == index]
         statistics = _GradientStatistics(block, [path for group in stream.family.groups for path in group.linears])
         gradients = _backward(stream, block, index, entering.pop(), gradients, statistics)
-        losses |= once(index, partial(_predicted, choices, layers, statistics))
+        losses |= once(index, partial(_predicted, space, layers, statistics))
     progress("sensitivity", stream.n_blocks, stream.n_blocks)
     return losses
 
@@ -172,26 +172,26 @@ def _backward(
 
 
 @torch.no_grad()
-def _predicted(choices: Choices, layers: Sequence[Linear], statistics: _GradientStatistics) -> Losses:
+def _predicted(space: SearchSpace, layers: Sequence[Linear], statistics: _GradientStatistics) -> Losses:
     """The losses of a block's layers; those that read one input are quantized together, as in the real run."""
-    losses = {layer.name: [inf] * len(choices.options) for layer in layers}
+    losses = {layer.name: [inf] * len(space.candidates) for layer in layers}
     for members in _grouped(layers):
         hessian = statistics.inputs[members[0].path] / statistics.tokens
         weights = {layer.name: ModelStream.weight_of(statistics.modules[layer.path]).float() for layer in members}
-        for option, method in enumerate(choices.options):
-            fitting = [layer for layer in members if choices.stored[layer.name][option] is not None]
+        for candidate, method in enumerate(space.candidates):
+            fitting = [layer for layer in members if space.sizes[layer.name][candidate] is not None]
             if not fitting:
                 continue
             group = LinearGroup({layer.name: weights[layer.name] for layer in fitting}, hessian, cross=hessian)
-            quantized = _quantized(choices, method, group)
+            quantized = _quantized(space, method, group)
             for layer in fitting:
                 error = weights[layer.name] - quantized[layer.name]
-                losses[layer.name][option] = statistics.divergence(layer.path, error)
+                losses[layer.name][candidate] = statistics.divergence(layer.path, error)
     return losses
 
 
-def _quantized(choices: Choices, method: Method, group: LinearGroup) -> dict[str, Tensor]:
-    solutions = solve(choices.recipe, method, group)
+def _quantized(space: SearchSpace, method: Method, group: LinearGroup) -> dict[str, Tensor]:
+    solutions = solve(space.recipe, method, group)
     return {name: solution.weight.dense() for name, solution in solutions.items()}
 
 

@@ -21,9 +21,9 @@ from qcli.models.families import Linear
 from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.allocation_options import choices, mixed
 from qcli.quantization.plan import make_plan
 from qcli.quantization.quantize import quantize
+from qcli.quantization.search_space import mixed_recipe, search_space
 from qcli.quantization.sensitivity import sensitivities
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
@@ -54,9 +54,9 @@ def ready(tmp_path: Path) -> dict[str, Any]:
 def test_predictions_follow_what_quantizing_one_layer_does(tmp_path: Path) -> None:
     source = open_source(str(tiny_model("llama", tmp_path)))
     stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
-    found = choices(recipe(), source.linears())
+    space = search_space(recipe(), source.linears())
     tokens = torch.randint(3, 320, (16, 64), generator=torch.Generator().manual_seed(0))
-    losses = sensitivities(found, stream, tokens, lambda block, find: find(), lambda *_: None)
+    losses = sensitivities(space, stream, tokens, lambda block, find: find(), lambda *_: None)
     blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
 
     def predictions() -> torch.Tensor:
@@ -66,10 +66,10 @@ def test_predictions_follow_what_quantizing_one_layer_does(tmp_path: Path) -> No
     predicted, true = [], []
     with torch.no_grad():
         before = predictions()
-        for layer in found.layers:
+        for layer in space.layers:
             module = blocks[layer.block].get_submodule(layer.path)
             weight = stream.weight_of(module).clone()
-            for option, method in enumerate(found.options):
+            for option, method in enumerate(space.candidates):
                 if method.format.bits == 2:  # no small change any more
                     continue
                 stream.set_weight(module, _rounded(method, weight).dense())
@@ -90,10 +90,10 @@ def _rounded(method: Any, weight: torch.Tensor) -> QuantizedWeight:
 @given(st.lists(st.integers(0, 3), min_size=6, max_size=6))
 def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
     override = {"match": "*.1.mlp.up_proj", "method": {"bits": 8}}
-    found = choices(recipe(overrides=[override]), LAYERS)
-    chosen = {layer.name: picked[i] % len(found.options) for i, layer in enumerate(found.layers)}
-    assigned = found.resolved(chosen).assign(LAYERS)
-    assert {name: assigned[name] for name in chosen} == {name: found.options[n] for name, n in chosen.items()}
+    space = search_space(recipe(overrides=[override]), LAYERS)
+    chosen = {layer.name: picked[i] % len(space.candidates) for i, layer in enumerate(space.layers)}
+    assigned = space.recipe_of(chosen).assign(LAYERS)
+    assert {name: assigned[name] for name in chosen} == {name: space.candidates[n] for name, n in chosen.items()}
     fixed = assigned["model.layers.1.mlp.up_proj"]
     assert fixed is not None and fixed.format.bits == 8 and len(assigned) == len(chosen) + 1
 
@@ -111,8 +111,8 @@ def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp
         assert bits[f"{mlp}.gate_proj"] == bits[f"{mlp}.up_proj"]
     pack(result.out, tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
     layers = open_source(ready["model"]).linears()
-    methods = mixed(wanted, layers).assign(layers).values()
-    assert set(methods) == set(choices(wanted, layers).options)
+    methods = mixed_recipe(wanted, layers).assign(layers).values()
+    assert set(methods) == set(search_space(wanted, layers).candidates)
 
 
 @pytest.mark.parametrize("groups", [32, "auto"])
@@ -122,10 +122,10 @@ def test_automatic_recipes_are_written_as_they_were_said(groups: Any, tmp_path: 
     file.write_text(before.to_yaml())
     assert load_recipe(file, {})[0] == before
     assert before.to_dict()["method"]["bits"] == "auto"
-    found = choices(before, LAYERS)
-    sizes = [method.model_dump()["group_size"] for method in found.options]
+    space = search_space(before, LAYERS)
+    sizes = [method.model_dump()["group_size"] for method in space.candidates]
     assert set(sizes) == ({32} if groups == 32 else {32, 64, 128})
-    narrow = found.stored["model.layers.0.mlp.up_proj"]
+    narrow = space.sizes["model.layers.0.mlp.up_proj"]
     assert [bits is None for bits in narrow] == [size == 128 for size in sizes], "it is 64 wide"
 
 
@@ -137,16 +137,16 @@ def test_automatic_recipes_are_written_as_they_were_said(groups: Any, tmp_path: 
         ({"method.bits": 3, "method.target_bpw": None, "method.fused": True}, "fused: is for bits: auto"),
         ({"method.bits": 3}, "--target-bpw: is for bits: auto"),
         ({"method.bits": 3, "method.target_bpw": None, "method.group_size": "auto"}, "--group-size: auto goes with"),
-        ({"method.target_bpw": 2.2}, r"--target-bpw: must be within 2\.56\d* and 8\.75, what rtn reaches"),
+        ({"method.target_bpw": 2.2}, r"--target-bpw: must be within 2\.56\d* and 8\.75, the range of rtn"),
         ({"method.target_bpw": 9}, "--target-bpw: must be within"),
-        ({"method.name": "onebit", "method.group_size": None}, "--bits: auto: onebit has no choice of bits"),
-        ({"overrides": [{"match": "*", "method": {"symmetric": True}}]}, "must say its bits"),
+        ({"method.name": "onebit", "method.group_size": None}, "--bits: auto: onebit has only one width"),
+        ({"overrides": [{"match": "*", "method": {"symmetric": True}}]}, "must set bits"),
         ({"overrides": [{"match": "*", "dense": True}]}, "overrides take every layer"),
     ],
 )
 def test_what_cannot_be_chosen_is_told(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        choices(recipe(**fields), LAYERS)
+        search_space(recipe(**fields), LAYERS)
 
 
 def test_group_sizes_that_a_layer_does_not_fit_leave_the_manifest_json(ready: dict[str, Any], tmp_path: Path) -> None:
