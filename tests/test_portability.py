@@ -1,4 +1,4 @@
-"""qcli needs no fcntl, no resource and no /proc: what only some systems have is named in few files, with fall-backs."""
+"""qcli needs no fcntl, resource or /proc: unportable names stay in a few files, behind fall-backs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from qcli.utils import files
 from tests.quantizing import run, weights
 from tests.test_imports import ROOT
 from tests.tiny import tiny_model
 
 NOWHERE: frozenset[str] = frozenset()
 MEMORY, ENVIRONMENT, FILES = (frozenset({f"utils/{name}.py"}) for name in ("memory", "environment", "files"))
-ALLOWED = {  # names that some systems lack, and the files that may use them
+ALLOWED = {  # unportable names, and the files that may use them
     **dict.fromkeys(("fcntl", "termios", "pwd", "grp", "msvcrt", "winreg"), NOWHERE),
     **dict.fromkeys(("getloadavg", "fork", "forkpty", "killpg", "uname", "sysconf", "SIGKILL", "SIGALRM"), NOWHERE),
     **dict.fromkeys(("resource", "getrusage", "CDLL"), MEMORY),
@@ -85,26 +82,7 @@ def test_commands_run_where_only_portable_modules_exist(tmp_path: Path) -> None:
     assert report["memory"] is None and report["threads"] >= 1
 
 
-def test_folders_are_published_where_none_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "partial").mkdir()
-    files.write_bytes(tmp_path / "partial" / "file", b"content")
-
-    def open_no_folder(path: Path, flags: int) -> int:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("os.open", open_no_folder)
-    with pytest.raises(PermissionError):
-        files.sync_folder(tmp_path)
-    monkeypatch.setattr("sys.platform", "win32")
-    files.write_bytes(tmp_path / "partial" / "other", b"content")
-    files.sync_file(tmp_path / "partial" / "other")
-    files.publish(tmp_path / "partial", tmp_path / "out")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == dict.fromkeys(
-        ("file", "other"), b"content"
-    )
-
-
-def test_what_some_systems_lack_is_named_in_few_files() -> None:
+def test_unportable_names_stay_in_few_files() -> None:
     misplaced = [
         f"{file}:{line} names {name}"
         for file in sorted(ROOT.rglob("*.py"))
@@ -125,7 +103,7 @@ def test_the_search_for_unportable_names_finds_them() -> None:
 
 
 def _unportable(tree: ast.AST) -> Iterator[tuple[int, str, frozenset[str]]]:
-    """Line, name and allowed files of everything that some systems lack."""
+    """Every use of an unportable name: line, name, allowed files."""
     for node in ast.walk(tree):
         for name in _names(node):
             if name in ALLOWED:

@@ -54,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {},
     "stablelm": _GQA,
 }
-# Settings under which a family's blocks have another structure.
+# Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"use_parallel_residual": True}),
     ("opt", {"do_layer_norm_before": False}),
@@ -67,13 +67,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path:
-    """A folder under `tmp_path` with a random model of two blocks, float32, and a byte-level tokenizer.
+    """Create a random float32 model of two blocks and a byte-level tokenizer in a folder under `tmp_path`.
 
-    The same arguments give the same bytes. Built once a session; the folder is the caller's to change.
+    Equal arguments give equal bytes. Models are built once per session and copied: the caller may change the folder.
 
     Args:
         model_type: a key of `FAMILIES`.
-        tmp_path: where the folder is made.
+        tmp_path: parent of the folder.
         config_overrides: fields of the model's config.
     """
     built = _build(model_type, tuple(sorted((key, repr(value)) for key, value in config_overrides.items())))
@@ -84,7 +84,7 @@ def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path
 
 
 def tiny_config(model_type: str, **config_overrides: Any) -> Any:
-    """The config of `tiny_model`, as transformers has it."""
+    """The transformers config of `tiny_model`."""
     if model_type == "gemma3":
         vision = {
             "hidden_size": 32,
@@ -106,7 +106,7 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
 
 
 def with_merge(folder: Path) -> Path:
-    """The model in `folder`, whose tokenizer now joins "a" and "b" (token 259): llama.cpp loads none without merges."""
+    """Add a merge of "a" and "b" (token 259) to a model's tokenizer: llama.cpp loads none without merges."""
     file = folder / "tokenizer.json"
     described = json.loads(file.read_text())
     described["model"]["vocab"]["ab"] = 259
@@ -116,7 +116,7 @@ def with_merge(folder: Path) -> Path:
 
 
 def tiny_tokenizer() -> Any:
-    """One token a byte: encodes any text."""
+    """A tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""What need not be computed twice: results by everything they depend on, in the user's cache folder."""
+"""A cache of results on disk, keyed by everything they depend on."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from qcli.utils.files import read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LIMIT = 8 << 30  # bytes kept; what was used longest ago goes first
+_LIMIT = 8 << 30  # bytes; the least recently used files are evicted
 
 
 def default_folder() -> Path:
     """`$QCLI_CACHE`, else `qcli` in the user's cache folder."""
-    if given := os.environ.get("QCLI_CACHE"):
-        return Path(given)
+    if folder := os.environ.get("QCLI_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcli"
 
 
 class Cache:
-    """Files named by the hash of their key. Whatever cannot be read or written is computed again.
+    """Files named by the hash of their keys. Results that cannot be read are computed again.
 
     Args:
-        folder: made when the first result is kept; None: nothing is kept.
+        folder: created with the first result; None disables the cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def tensors(self, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Those of `key`, or what `make` gives."""
+        """The cached tensors of `key`, else what `make` returns."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._file(key, "safetensors")
         if file is not None and file.exists():
             with contextlib.suppress(SafetensorError, OSError):
-                found = load_file(file)
+                cached = load_file(file)
                 os.utime(file)
-                return found
+                return cached
         made = make()
         if file is not None and sum(tensor.nbytes for tensor in made.values()) <= _LIMIT:
             self._keep(file, lambda: shards.write_tensors(file, made))
         return made
 
     def values(self, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """The same of plain data."""
+        """The cached plain data of `key`, else what `make` returns."""
         file = self._file(key, "json")
         if file is not None and file.exists():
             with contextlib.suppress(ValueError, OSError):
-                found = read_json(file)
+                cached = read_json(file)
                 os.utime(file)
-                return found
+                return cached
         made = make()
         if file is not None:
             self._keep(file, lambda: write_json(file, made))
@@ -72,7 +72,7 @@ class Cache:
     def _keep(self, file: Path, write: Callable[[], None]) -> None:
         from qcli.utils.errors import ResourceError
 
-        with contextlib.suppress(ResourceError, OSError):  # a full disk or a read-only home costs time, not results
+        with contextlib.suppress(ResourceError, OSError):  # a full disk or a read-only home only costs time
             file.parent.mkdir(parents=True, exist_ok=True)
             write()
             self._prune(file)

@@ -1,4 +1,4 @@
-"""Where and how precisely to compute: names from flags and recipes to torch's devices and dtypes."""
+"""Devices and dtypes by the names that flags and recipes use, and the precision of matrix products."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qcli.utils.errors import ResourceError, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+    """The device of a name: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: not a device, or not there.
+        UsageError: an unknown name, or a device this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device {name!r} is not a device", hint="auto, cpu, cuda or cuda:N") from None
+        raise UsageError(f"unknown device {name!r}", hint="auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices",
+            f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices",
             hint="use --device cpu, or check the driver with `qcli doctor`",
         )
     if device.type not in ("cpu", "cuda"):
@@ -41,7 +41,7 @@ def local_device(name: str) -> torch.device:
         name: as for `resolve_device`.
 
     Raises:
-        UsageError: not a device, or one GPU for several processes.
+        UsageError: an unknown name, or one GPU for several processes.
         ResourceError: fewer GPUs than processes on this machine.
     """
     if world_size() == 1 or name == "cpu":
@@ -62,7 +62,7 @@ def local_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype that activations and dense weights are held in; `auto` gives `auto`."""
+    """The dtype of activations and dense weights by its name; `auto` is resolved to the argument `auto`."""
     if name == "auto":
         return auto
     if name not in COMPUTE_DTYPES:
@@ -71,7 +71,7 @@ def resolve_dtype(name: str, auto: torch.dtype = torch.float32) -> torch.dtype:
 
 
 def has_fast_matmul(device: torch.device) -> bool:
-    """Whether float32 matrix products gain from bf16 or TF32 units inside."""
+    """Whether the device computes matrix products in bf16 or TF32 faster than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
@@ -79,10 +79,12 @@ def has_fast_matmul(device: torch.device) -> bool:
 
 @contextmanager
 def matmul_precision(*, fast: bool, device: torch.device | None = None) -> Iterator[None]:
-    """Within: matrix products of float32 tensors use bf16 or TF32 units (`fast`), or are exact.
+    """Set the precision of float32 matrix products while the context is open.
 
-    With a `device`, linear layers and attention on it run in bf16 as well (autocast); the residual stream, norms
-    and accumulation stay float32 either way. The previous settings return after.
+    Args:
+        fast: compute them with bf16 or TF32 units; otherwise in full float32.
+        device: with `fast`, linear layers and attention on this device also run in bf16 (autocast). The residual
+            stream, norms and accumulation stay float32 either way.
     """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if fast else "highest")

@@ -1,4 +1,4 @@
-"""The dtypes of stored tensors, by the name that safetensors and recipes give them. No torch until one is asked for."""
+"""Dtypes by the names that safetensors and recipes use; torch is imported only for a torch dtype."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 class DType(NamedTuple):
-    """Size in bytes, and torch's name."""
+    """Size of an element in bytes, and torch's name."""
 
     bytes: int
     torch: str
 
 
-DTYPES = {  # by safetensors' name
+DTYPES = {  # keyed by safetensors' name
     "F64": DType(8, "float64"),
     "F32": DType(4, "float32"),
     "F16": DType(2, "float16"),
@@ -30,16 +30,16 @@ DTYPES = {  # by safetensors' name
     "U8": DType(1, "uint8"),
     "BOOL": DType(1, "bool"),
 }
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights that can be quantized
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")  # that can be quantized
 HALF_DTYPES = ("F16", "BF16")
 STORED_NAME = {f"torch.{dtype.torch}": name for name, dtype in DTYPES.items()}
-"""safetensors' name of a dtype, by `str(tensor.dtype)`."""
+"""safetensors' name, keyed by `str(tensor.dtype)`."""
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-"""torch's names of the dtypes that a model can run in."""
+"""torch's names of dtypes that a model can run in."""
 
 
 class StoredTensor(NamedTuple):
-    """dtype (safetensors' name) and shape of one tensor on disk."""
+    """Dtype (safetensors' name) and shape of a tensor on disk."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,12 +51,12 @@ class StoredTensor(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype in memory."""
+        """The torch dtype."""
         return torch_dtype(self.dtype)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype by safetensors' name (`BF16`) or by its own (`bfloat16`)."""
+    """The torch dtype of safetensors' name (`BF16`) or torch's own (`bfloat16`)."""
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[name].torch if name in DTYPES else name)

@@ -1,4 +1,4 @@
-"""What this machine and installation can do: versions, devices, memory, disk, the transformers plug-in."""
+"""This machine and installation, as `qcli doctor` reports them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONAL = {
 
 
 def examine() -> dict[str, Any]:
-    """Everything `qcli doctor` reports, as plain data."""
+    """Versions, devices, memory, disk and the transformers plug-in, as plain data."""
     memory = system_memory()
     return {
         "qcli": qcli.__version__,
@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
 
 
 def packages() -> list[dict[str, str | None]]:
-    """Installed version of every package qcli uses, None where it is missing, and what for."""
+    """Every package that qcli uses: name, installed version (None: missing), and what needs it."""
     needed = dict.fromkeys(REQUIRED, "always") | OPTIONAL
     return [{"name": name, "version": _version(name), "needed": why} for name, why in needed.items()]
 
@@ -65,10 +65,10 @@ def devices() -> list[dict[str, Any]]:
         "bf16": bool(torch.cpu._is_avx512_bf16_supported()),
         "amx": bool(torch.cpu._is_amx_tile_supported()),
     }
-    found: list[dict[str, Any]] = [cpu]
+    gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(
+        gpus.append(
             {
                 "device": f"cuda:{index}",
                 "name": properties.name,
@@ -77,11 +77,11 @@ def devices() -> list[dict[str, Any]]:
                 "capability": f"{properties.major}.{properties.minor}",
             }
         )
-    return found
+    return [cpu, *gpus]
 
 
 def plugin() -> str:
-    """Whether transformers loads qcli's checkpoints: `registered`, or what is in the way."""
+    """Whether transformers can load qcli's checkpoints: `registered`, or the reason why not."""
     try:
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     except ImportError as error:

@@ -1,17 +1,14 @@
-"""The errors a user may see, each with the exit code the shell receives.
-
-Everything else that escapes is a bug (exit code 1) and keeps its traceback.
-"""
+"""Errors that users may see, each with its exit code. Any other exception is a bug (exit code 1)."""
 
 from __future__ import annotations
 
 
 class QcliError(Exception):
-    """A problem the user can act on: one line, where it is, and a hint.
+    """A problem that the user can act on.
 
     Args:
-        message: what is wrong and where (`recipe.yaml:6:10: ...`, a file, a tensor name).
-        hint: what to do about it; shown after the message.
+        message: what is wrong and where (`recipe.yaml:6:10: ...`, a file, a tensor name); one line per problem.
+        hint: what to do about it; shown below the message.
     """
 
     exit_code = 1
@@ -23,30 +20,30 @@ class QcliError(Exception):
 
 
 class UsageError(QcliError):
-    """Wrong flags, recipe, model or data: nothing has been started."""
+    """Invalid flags, recipe, model or data."""
 
     exit_code = 2
 
 
 class StateError(QcliError):
-    """The output exists, or what is there belongs to another run."""
+    """The output exists, is in use, or belongs to another run."""
 
     exit_code = 3
 
 
 class VerificationError(QcliError):
-    """A checkpoint is not what it claims to be."""
+    """A checkpoint is damaged or inconsistent."""
 
     exit_code = 4
 
 
 class ResourceError(QcliError):
-    """Out of memory or disk."""
+    """Memory, disk space or devices do not suffice."""
 
     exit_code = 5
 
 
 class UnsupportedError(QcliError):
-    """A missing optional dependency, or a model or target qcli does not handle."""
+    """An optional dependency is missing, or qcli does not support the model or target."""
 
     exit_code = 6

@@ -1,8 +1,8 @@
-"""Markdown."""
+"""Escaping for Markdown."""
 
-_ACTIVE = "\\`*_[]<>|#"  # characters that Markdown or the HTML in it may take for more than text
+_SPECIAL = "\\`*_[]<>|#"  # characters with a meaning in Markdown or in HTML inside it
 
 
 def plain(text: str) -> str:
-    """Text, one line of it, that stays text in Markdown: names may come from anywhere."""
-    return "".join(f"\\{c}" if c in _ACTIVE else " " if c == "\n" else c for c in text)
+    """Escape text from outside, such as names, and join its lines into one."""
+    return "".join(f"\\{c}" if c in _SPECIAL else " " if c == "\n" else c for c in text)

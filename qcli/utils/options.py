@@ -1,4 +1,4 @@
-"""What every record of options is: frozen, and validated from plain data without guessing."""
+"""The base of all option records: frozen, and validated from plain data without conversions."""
 
 from __future__ import annotations
 

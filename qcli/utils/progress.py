@@ -1,4 +1,4 @@
-"""How long steps tell that they advance; `ui.py` draws it, nothing else prints."""
+"""Progress callbacks of long steps; only the command line draws them."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class Progress(Protocol):
 
 
 def silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """A Progress that nobody watches."""
+    """A Progress that does nothing."""

@@ -1,4 +1,4 @@
-"""Plug-ins by file name: `methods/gptq_like.py` is `gptq-like`. Listing them imports nothing."""
+"""Plug-ins by file name: `methods/gptq_like.py` is `gptq-like`. Listing the names imports none of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcli.utils.errors import UsageError
 
 
 def names(package: str) -> list[str]:
-    """Registered names in `package` (dotted), sorted: its modules that do not start with `_`."""
+    """Sorted names of the plug-ins in `package` (dotted): its modules whose names do not start with `_`."""
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None
     files = (file for root in spec.submodule_search_locations for file in Path(root).glob("*.py"))
@@ -19,10 +19,10 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> Any:
-    """The class that module `name` of `package` exports: the one name in its `__all__`.
+    """The class of plug-in `name`: the only name in its module's `__all__`.
 
     Raises:
-        UsageError: no such name; the hint lists those there are.
+        UsageError: no such plug-in; the hint lists the known ones.
     """
     known = names(package)
     if name not in known:

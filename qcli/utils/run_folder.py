@@ -1,8 +1,8 @@
-"""The folder of a run in progress: finished parts, a journal, what the run is of, and the result being assembled.
+"""The folder of a run in progress, which makes it resumable and its result atomic.
 
-It lives beside the result as `OUT.partial`. A part is in the journal only after its file is complete on disk, so a run
-killed at any moment continues after its last whole part. The result is assembled in a folder inside and renamed to
-`OUT` in one step.
+`OUT.partial` beside the result holds the finished parts, a journal of them, the run's identity, and the result while it
+is assembled. A part enters the journal after its file is complete on disk, so a run killed at any moment resumes after
+its last complete part. Renaming the assembled result to `OUT` publishes it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ Resume = Literal["auto", "required", "never"]
 
 
 class RunFolder:
-    """`OUT.partial`, held by one process.
+    """`OUT.partial`, locked by this process.
 
     Args:
-        out: where the result will be.
-        identity: what decides the result's bytes; a run continues only with the same.
-        resume: `auto` continues if there is something, `required` only then, `never` starts over.
+        out: path of the result.
+        identity: everything that decides the result's bytes, as plain data; a run resumes only with an equal identity.
+        resume: `auto` resumes an interrupted run if there is one, `required` fails without one, `never` starts over.
 
     Raises:
-        StateError: `out` exists, another process writes it, there is nothing to resume although required, or what
-            there is belongs to a run with another identity (the difference is named).
+        StateError: `out` exists, another process writes it, `required` found no interrupted run, or the interrupted run
+            has another identity (the message names the differences).
+        ResourceError: the folder cannot be created.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Resume) -> None:
@@ -62,7 +63,7 @@ class RunFolder:
         self._lock.release()
 
     def done(self, part: str) -> Path | None:
-        """The file of a finished part, or None. A file that does not match its journal entry does not count."""
+        """The file of a finished part; None if there is none or it does not match its journal entry."""
         file = self.file(part)
         if part not in self._intact:
             entry = self._entries.get(part)
@@ -70,11 +71,11 @@ class RunFolder:
         return file if self._intact[part] else None
 
     def report(self, part: str) -> Any:
-        """What `commit` was given besides the tensors."""
+        """The report that was committed with a part."""
         return self._entries[part]["report"]
 
     def commit(self, part: str, tensors: Mapping[str, Tensor], report: Any = None) -> None:
-        """Write a part; from now on it is done."""
+        """Write a finished part and its report, plain data; on return both are on disk."""
         shards.write_tensors(self.file(part), tensors)
         entry = {"part": part, "sha256": sha256(self.file(part)), "report": report}
         journal.append(self.path / _JOURNAL, entry)
@@ -82,7 +83,7 @@ class RunFolder:
         self._intact[part] = True
 
     def file(self, part: str) -> Path:
-        """Where a part lies."""
+        """Path of a part."""
         return part_file(self.path, part)
 
     def result(self) -> Path:
@@ -93,7 +94,7 @@ class RunFolder:
         return folder
 
     def publish(self) -> None:
-        """Give the assembled result its name, and remove everything else."""
+        """Rename the assembled result to `out` and remove the folder."""
         publish(self.path / _RESULT, self.out)
         self._lock.remove()
 
@@ -102,7 +103,7 @@ class RunFolder:
         return sum(self.file(part).stat().st_size for part in self._entries if self.done(part))
 
     def _opened(self, identity: Mapping[str, Any], resume: Resume) -> dict[str, dict[str, Any]]:
-        """Journal entries by part; a folder that is not resumed is emptied."""
+        """Journal entries by part; a run that is not resumed starts with an empty folder."""
         refuse_existing(self.out)  # another process may have finished in between
         journal.cut_torn_line(self.path / _JOURNAL)
         entries = [json.loads(line) for line in journal.complete_lines(self.path / _JOURNAL)]
@@ -126,35 +127,35 @@ class RunFolder:
 
 
 def partial(out: Path) -> Path:
-    """Where the run that makes `out` is kept."""
+    """Path of the folder of the run that writes `out`."""
     return out.absolute().with_name(f"{out.name}.partial")
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise StateError where there is something under the name of a result."""
+    """Raise StateError if the output exists."""
     if out.exists():
         raise StateError(f"{out} exists", hint="choose another --out, or remove it")
 
 
 def has_parts(out: Path) -> bool:
-    """Whether an interrupted run of `out` has finished parts, which starting over would lose."""
+    """Whether an interrupted run of `out` has finished parts."""
     return (partial(out) / _JOURNAL).exists()
 
 
 def part_file(folder: Path, part: str) -> Path:
-    """Where a part lies in the folder of a run."""
+    """Path of a part in the folder of a run."""
     return folder / f"part-{part}.safetensors"
 
 
 def differences(before: Any, now: Any) -> str:
-    """What changed between two nested mappings of plain data, in words; empty when they are equal."""
+    """Describe up to four differences between nested mappings of plain data; empty if they are equal."""
     old, new = _flat(before), _flat(json.loads(json.dumps(now)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings; keys are joined with dots."""
     if not isinstance(value, dict):
         return {prefix: value} if prefix else {}
     flat: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""safetensors files without torch: checked headers, and reads of single tensors.
+"""Reading safetensors files: validated headers, and single tensors.
 
-The format is eight bytes of header length, a JSON header, and one contiguous run of bytes a tensor. Reading
-it by hand costs a page and gives what the library does not: duplicate names are refused, a dry run needs
-no torch, and tensors are read into their own memory instead of a map of the whole file.
+The format is eight bytes of header length, a JSON header, and the contiguous bytes of each tensor. Our own reader does
+what the library does not: it rejects duplicate names, needs no torch for a dry run, and reads each tensor into memory
+of its own, where the library maps the whole file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor in a file.
+    """Location of a tensor in a safetensors file.
 
     Attributes:
-        file: the safetensors file.
-        stored: dtype and shape.
-        start: offset of its first byte in the file.
-        bytes: its size.
+        start: offset of the first byte in the file.
+        bytes: size.
     """
 
     file: Path
@@ -41,10 +39,10 @@ class Extent:
 
 
 def read_header(file: Path) -> dict[str, Extent]:
-    """Every tensor of a safetensors file, by name.
+    """The extents of all tensors in a safetensors file, by name.
 
     Raises:
-        UsageError: the file is missing, truncated or malformed, or names a tensor twice.
+        UsageError: the file is missing, truncated or malformed, or has two tensors of one name.
     """
     try:
         size = file.stat().st_size
@@ -62,7 +60,7 @@ def read_header(file: Path) -> dict[str, Extent]:
     except (ValueError, RecursionError):
         raise _broken(file, "its header is not JSON") from None
     if not isinstance(header, dict):
-        raise _broken(file, "its header is not a table of tensors")
+        raise _broken(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
     extents = {name: _extent(file, name, entry, 8 + length) for name, entry in header.items()}
     expected = 8 + length
@@ -71,22 +69,22 @@ def read_header(file: Path) -> dict[str, Extent]:
             raise _broken(file, "its tensors overlap or leave gaps")
         expected += extent.bytes
     if expected != size:
-        raise _broken(file, f"it has {size} bytes, its header announces {expected}")
+        raise _broken(file, f"it has {size} bytes where its header says {expected}")
     return extents
 
 
 def read_bytes(extent: Extent) -> bytes:
-    """A small tensor as it lies in its file."""
+    """The raw bytes of a tensor."""
     with extent.file.open("rb") as stream:
         stream.seek(extent.start)
         return stream.read(extent.bytes)
 
 
 def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
-    """Tensors by name, in their stored dtype, each in memory of its own; no file stays open or mapped.
+    """Read tensors in their stored dtype, each into memory of its own; no file stays open or mapped.
 
     Raises:
-        UsageError: a file ended before a tensor did.
+        UsageError: a file is shorter than its header said.
     """
     import torch
 
@@ -104,7 +102,7 @@ def _fill(stream: Any, view: memoryview, file: Path) -> None:
     while len(view):
         count = stream.readinto(view)
         if not count:
-            raise _broken(file, "it ended early")
+            raise _broken(file, "it ends early")
         view = view[count:]
 
 
@@ -118,7 +116,7 @@ def _extent(file: Path, name: str, entry: Any, data: int) -> Extent:
     if dtype not in DTYPES:
         raise UsageError(f"{file}: {name} has dtype {dtype}, which qcli does not read")
     if end - begin != DTYPES[dtype].bytes * prod(shape):
-        raise _broken(file, f"the size of {name} does not agree with its shape")
+        raise _broken(file, f"the size of {name} does not match its shape")
     return Extent(file, StoredTensor(dtype, shape), data + begin, end - begin)
 
 
@@ -127,7 +125,7 @@ def _unique(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"{file}: its header names {twice} twice", hint="the file is broken or tampered with")
+        raise UsageError(f"{file}: its header names {twice} twice", hint="the file is damaged or was tampered with")
     return table
 
 

@@ -1,7 +1,7 @@
-"""Writing safetensors files so that a crash leaves either the whole file or none, and joining them without torch.
+"""Writing safetensors files: atomically from tensors, or joined from finished files into shards.
 
-Joining copies the data of finished files one after another and writes one header for all: no tensor is loaded,
-so a checkpoint of any size is assembled in constant memory.
+Joining copies bytes and writes new headers. It loads no tensor, so a checkpoint of any size is assembled in constant
+memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SHARD_SIZE = 5 * 10**9
+SHARD_SIZE = 5 * 10**9  # bytes, by default
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; it appears under its name complete and synced, or not at all."""
+    """Write a safetensors file atomically.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
     import torch
 
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -38,7 +42,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def header_text(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """What a safetensors file with these tensors, in this order, starts with."""
+    """Header of a safetensors file with these tensors in this order, including its length."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -53,7 +57,7 @@ def header_text(tensors: Mapping[str, StoredTensor]) -> bytes:
 
 
 def grouped(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) -> list[list[int]]:
-    """Which parts make up each shard: in order, at most `shard_size` bytes of tensors unless one part is larger."""
+    """Indices of the parts of each shard: in order, at most `shard_size` bytes of tensors unless one part is larger."""
     shards: list[list[int]] = []
     filled = 0
     for index, part in enumerate(parts):
@@ -67,7 +71,7 @@ def grouped(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) -> lis
 
 
 def shard_bytes(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) -> int:
-    """Size of all shards that `join` will write, to the byte."""
+    """Exact size in bytes of all shards that `join` would write."""
     total = 0
     for members in grouped(parts, shard_size):
         tensors = {name: tensor for index in members for name, tensor in parts[index].items()}
@@ -76,12 +80,15 @@ def shard_bytes(parts: Sequence[Mapping[str, StoredTensor]], shard_size: int) ->
 
 
 def join(parts: Sequence[Mapping[str, Extent]], out: Path, shard_size: int) -> None:
-    """Copy tensors from other files into shards of at most `shard_size` bytes, with an index if several.
+    """Copy tensors from other files into shards of at most `shard_size` bytes; several get an index.
 
     Args:
-        parts: tensors that stay together, in the order they shall have; names are disjoint.
+        parts: groups of tensors that stay in one shard, in order; names are unique over all parts.
         out: folder of the shards.
-        shard_size: a part larger than this becomes a shard of its own.
+        shard_size: bytes; a larger part becomes a shard of its own.
+
+    Raises:
+        ResourceError: the disk is full.
     """
     stored = [{name: extent.stored for name, extent in part.items()} for part in parts]
     shards = grouped(stored, shard_size)
@@ -115,6 +122,6 @@ def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
     while count:
         data = source.read(min(chunk, count))
         if not data:
-            raise OSError(errno.EIO, "a file it is joined from has become shorter")
+            raise OSError(errno.EIO, "a source file has become shorter")
         target.write(data)
         count -= len(data)

@@ -1,4 +1,4 @@
-"""Running a command in this process, as the shell would see it."""
+"""Fixtures that run commands in this process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """`invoke("quantize", model, "--json")`: exit code, stdout and stderr."""
+    """Call `invoke("quantize", model, "--json")` for exit code, stdout and stderr."""
 
     def run(*arguments: object) -> Outcome:
-        capsys.readouterr()  # what fixtures have printed
+        capsys.readouterr()  # discard the output of fixtures
         with pytest.raises(SystemExit) as caught:
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
@@ -49,7 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Some kilobytes of text that is not all alike."""
+    """Some kilobytes of varied text."""
     file = tmp_path / "text.txt"
     file.write_text(" ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(400)))
     return file

@@ -1,4 +1,4 @@
-"""Simulated activation quantization: every value by hand, and the same model wherever it runs."""
+"""Simulated activation quantization against a scalar reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def by_hand(values: list[float], activations: Activations) -> list[float]:
-    """One range of one token, number by number."""
+    """Reference: one range of one token, value by value."""
     low, high, codes = min(0.0, *values), max(0.0, *values), 2**activations.bits
     if activations.symmetric:
         scale, first = (high if high > -low else low) / -(codes // 2), -(codes // 2)
@@ -40,7 +40,7 @@ def by_hand(values: list[float], activations: Activations) -> list[float]:
 
 @pytest.mark.parametrize("activations", EVERY, ids=lambda a: f"{a.bits}-{a.granularity}-{a.symmetric}")
 @pytest.mark.parametrize("kind", ["mixed", "positive", "negative"])
-def test_values_are_those_worked_out_by_hand(activations: Activations, kind: str) -> None:
+def test_values_agree_with_the_scalar_reference(activations: Activations, kind: str) -> None:
     """40 channels in blocks of 16: the last block is shorter."""
     x = drawn(2, 3, 40) * torch.tensor([0.1, 1.0, 30.0])[:, None]
     x = {"mixed": x, "positive": x.abs() + 1, "negative": -x.abs()}[kind]
@@ -49,13 +49,13 @@ def test_values_are_those_worked_out_by_hand(activations: Activations, kind: str
         [value for start in range(0, 40, width) for value in by_hand(token[start : start + width], activations)]
         for token in x.double().flatten(0, 1).tolist()
     ]
-    found = activations.fake_quantize(x)
-    torch.testing.assert_close(found, torch.tensor(expected).view(2, 3, 40), rtol=1e-5, atol=1e-6)
-    assert found.shape == x.shape
+    rounded = activations.fake_quantize(x)
+    torch.testing.assert_close(rounded, torch.tensor(expected).view(2, 3, 40), rtol=1e-5, atol=1e-6)
+    assert rounded.shape == x.shape
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_eight_bits_lose_next_to_nothing_four_bits_do_not(symmetric: bool) -> None:
+def test_eight_bits_lose_little_and_four_bits_lose_more(symmetric: bool) -> None:
     x = drawn(50, 256)
     lost = {
         (bits, granularity): float(
@@ -76,12 +76,12 @@ def test_zeros_ends_and_tiny_values_are_kept(activations: Activations) -> None:
     x = drawn(4, 40)
     x[:, ::3] = 0
     x[1] = 0
-    found = activations.fake_quantize(x)
-    assert bool((found[x == 0] == 0).all()), "the range always holds 0"
+    rounded = activations.fake_quantize(x)
+    assert bool((rounded[x == 0] == 0).all()), "the range always includes 0"
     longest = x.abs().argmax(-1)
     rows = torch.tensor([0, 2, 3])
     step = x.abs().amax(-1) / (2 ** (activations.bits - 1))
-    assert bool(((found - x)[rows, longest[rows]].abs() <= step[rows]).all())
+    assert bool(((rounded - x)[rows, longest[rows]].abs() <= step[rows]).all())
     assert bool(activations.fake_quantize(torch.full((1, 40), 1e-45)).isfinite().all())
     assert bool(activations.fake_quantize(torch.full((1, 40), torch.nan)).isnan().all())
 
@@ -89,15 +89,15 @@ def test_zeros_ends_and_tiny_values_are_kept(activations: Activations) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_rounded_in_float32(dtype: torch.dtype) -> None:
     x, activations = drawn(6, 40).to(dtype), Activations(bits=8)
-    found = activations.fake_quantize(x)
-    assert found.dtype == dtype
-    assert torch.equal(found, activations.fake_quantize(x.float()).to(dtype))
+    rounded = activations.fake_quantize(x)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, activations.fake_quantize(x.float()).to(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(activations.fake_quantize(x.float()), activations.fake_quantize(x.float()).float())
         assert activations.fake_quantize(x.float()).dtype == torch.float32
 
 
-def test_quantizing_twice_changes_nothing() -> None:
+def test_fake_quantization_is_idempotent() -> None:
     activations = Activations(bits=4, symmetric=True)
     once = activations.fake_quantize(drawn(6, 40))
     torch.testing.assert_close(activations.fake_quantize(once), once)
@@ -106,15 +106,15 @@ def test_quantizing_twice_changes_nothing() -> None:
 def test_gradients_pass_straight_through() -> None:
     x, seen = drawn(6, 40).requires_grad_(), drawn(6, 40, seed=1)
     activations = Activations(bits=4)
-    found = activations.fake_quantize(x)
-    torch.testing.assert_close(found, activations.fake_quantize(x.detach()))
-    (found * seen).sum().backward()
+    rounded = activations.fake_quantize(x)
+    torch.testing.assert_close(rounded, activations.fake_quantize(x.detach()))
+    (rounded * seen).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, seen)
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(40, 8), Conv1D(8, 40)], ids=["Linear", "Conv1D"])
-def test_simulated_layers_see_quantized_inputs_also_as_copies(linear: nn.Module) -> None:
+def test_hooks_survive_copying_and_pickling(linear: nn.Module) -> None:
     activations, x = Activations(bits=4), drawn(2, 3, 40)
     expected = linear(activations.fake_quantize(x))
     assert not torch.equal(linear(x), expected)
@@ -129,13 +129,13 @@ def test_simulated_layers_see_quantized_inputs_also_as_copies(linear: nn.Module)
     assert torch.equal(module(x), linear(x))
 
 
-def test_inputs_given_by_name_are_quantized_too() -> None:
+def test_keyword_inputs_are_quantized() -> None:
     linear, activations, x = nn.Linear(40, 8), Activations(bits=4), drawn(3, 40)
     activations.simulate(linear)
     assert torch.equal(linear(input=x), linear(x))
 
 
 @pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 9}, {"granularity": "tensor"}, {"block_size": 0}, {"b": 8}])
-def test_other_options_are_refused(options: dict[str, object]) -> None:
+def test_invalid_options_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Activations.model_validate(options)

@@ -1,4 +1,4 @@
-"""Packing against big integers: the bit stream of a row is one little-endian number."""
+"""Packing against Python integers: the bit stream of a row is one little-endian number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_pack_is_the_little_endian_bit_stream(bits: int, rows: int, columns: int
     assert torch.equal(unpack(packed, bits, columns), codes)
 
 
-def test_more_rows_than_one_tile() -> None:
+def test_several_tiles_of_rows_round_trip() -> None:
     codes = random_codes(3000, 400, 3, 0)
     assert torch.equal(unpack(pack(codes, 3), 3, 400), codes)
 

@@ -1,4 +1,4 @@
-"""Results that are kept: found again by their key, computed again where anything is wrong with them."""
+"""Cached results are returned by key, and computed again where their file is damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.quantizing import run, write_text
 from tests.tiny import tiny_model
 
 
-def test_kept_by_key(tmp_path: Path) -> None:
+def test_results_are_cached_by_key(tmp_path: Path) -> None:
     cache, made = Cache(tmp_path / "cache"), []
 
     def make() -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_kept_by_key(tmp_path: Path) -> None:
     assert len(made) == 3
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_usable_folder_nothing_is_cached(tmp_path: Path) -> None:
     counter = iter((1, 2))
     assert [Cache(None).values({}, lambda: next(counter)) for _ in range(2)] == [1, 2]
     file = tmp_path / "file"
@@ -43,7 +43,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path) -> None:
     assert Cache(file / "below").values({}, lambda: 3) == 3
 
 
-def test_what_was_used_longest_ago_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_result_is_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LIMIT", 2500)
     cache = Cache(tmp_path)
     for number in range(3):
@@ -52,10 +52,12 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path, monkeypatch: pytes
             os.utime(file, (1000 - age, 1000 - age))
         cache.tensors({"n": 0}, lambda: {"a": torch.ones(200)})
     assert len(list(tmp_path.iterdir())) == 2
-    assert torch.equal(cache.tensors({"n": 0}, lambda: {"a": torch.ones(200)})["a"], torch.zeros(200)), "it was in use"
+    assert torch.equal(cache.tensors({"n": 0}, lambda: {"a": torch.ones(200)})["a"], torch.zeros(200)), (
+        "it was used most recently"
+    )
 
 
-def test_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCLI_CACHE", "here")
     assert default_folder() == Path("here")
     monkeypatch.delenv("QCLI_CACHE")
@@ -63,7 +65,7 @@ def test_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path("there/qcli")
 
 
-def test_the_baseline_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text, small = tiny_model("llama", tmp_path), write_text(tmp_path), tmp_path / "small"
     run(model, small, method__name="rtn", method__bits=3)
     loaded: list[str] = []
@@ -75,12 +77,12 @@ def test_the_baseline_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(ModelStream, "load_block", counted)
     cache = Cache(tmp_path / "cache")
-    found = [
+    scores = [
         evaluate(str(small), EvalOptions([str(text)], window=32, max_windows=3), baseline=str(model), cache=cache)
         for _ in range(2)
     ]
-    assert found[0] == found[1]
+    assert scores[0] == scores[1]
     assert loaded == [model.name, model.name, "small", "small", "small", "small"]
     other = tiny_model("llama", tmp_path, rms_norm_eps=1e-3)
     evaluate(str(small), EvalOptions([str(text)], window=32, max_windows=3), baseline=str(other), cache=cache)
-    assert loaded.count(other.name) == 2, "another model"
+    assert loaded.count(other.name) == 2, "a different model is evaluated"

@@ -1,4 +1,4 @@
-"""JSON Lines that survive a crash in the middle of a line."""
+"""Journals survive a crash in the middle of a line."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_a_torn_last_line_does_not_count(torn: bytes, tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     file.write_bytes(b'{"a": 1}\n' + torn)
     assert journal.complete_lines(file) == ['{"a": 1}']
-    assert file.read_bytes().endswith(torn), "readers change nothing"
+    assert file.read_bytes().endswith(torn), "reading does not repair"
     journal.cut_torn_line(file)
     journal.append(file, {"c": 3})
     assert journal.complete_lines(file) == ['{"a": 1}', '{"c": 3}']
 
 
-def test_nothing_is_made_where_there_is_no_journal(tmp_path: Path) -> None:
+def test_a_missing_journal_is_not_created(tmp_path: Path) -> None:
     journal.cut_torn_line(tmp_path / "journal.jsonl")
     assert not list(tmp_path.iterdir())
 

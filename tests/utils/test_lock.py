@@ -1,4 +1,4 @@
-"""A locked folder belongs to one process, until that process releases it or dies."""
+"""One process holds a folder's lock until it releases it or dies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     FolderLock(folder, BUSY).release()
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
     with pytest.raises(StateError, match="busy"):
@@ -41,7 +41,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     FolderLock(tmp_path, BUSY).release()
 
 
-def test_cleared_folders_keep_the_lock_and_removed_ones_are_free(tmp_path: Path) -> None:
+def test_clearing_keeps_the_lock_and_removing_releases_it(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     lock = FolderLock(folder, BUSY)
     (folder / "inner").mkdir()
@@ -57,7 +57,7 @@ def test_cleared_folders_keep_the_lock_and_removed_ones_are_free(tmp_path: Path)
     FolderLock(folder, BUSY).release()
 
 
-def test_a_file_in_the_way_is_an_os_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         FolderLock(tmp_path / "file", BUSY)

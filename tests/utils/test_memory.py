@@ -1,4 +1,4 @@
-"""What a process is said to have used."""
+"""Peak memory of a process, and freed blocks that return to the system."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ CHILD = "import torch; from qcli.utils.memory import peak_memory; print(peak_mem
 HOLES = """
 import sys, torch
 from qcli.utils.memory import return_large_blocks
-if sys.argv[1] == "given":
+if sys.argv[1] == "fixed threshold":
     return_large_blocks()
 
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
 
-torch.zeros(31 << 20, dtype=torch.uint8)  # freed: from now on glibc keeps what is smaller
+torch.zeros(31 << 20, dtype=torch.uint8)  # freed: glibc raises its mmap threshold to 31 MiB
 before, kept = resident(), []
 for _ in range(12):
     large, small = torch.ones(16 << 20, dtype=torch.uint8), torch.ones(1 << 16, dtype=torch.uint8)
@@ -34,12 +34,12 @@ print(subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, t
 """
 
 
-def test_the_peak_is_not_that_of_the_program_that_started_this_one() -> None:
-    found = subprocess.run([sys.executable, "-c", PARENT, CHILD], capture_output=True, text=True, check=True).stdout
-    assert 1 << 26 < int(found) < LARGE
+def test_the_peak_excludes_the_parent_process() -> None:
+    peak = subprocess.run([sys.executable, "-c", PARENT, CHILD], capture_output=True, text=True, check=True).stdout
+    assert 1 << 26 < int(peak) < LARGE
 
 
-def test_the_peak_stays() -> None:
+def test_the_peak_includes_freed_memory() -> None:
     program = f"{CHILD}; large = b'x' * {LARGE}; del large; {CHILD}"
     before, after = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -47,10 +47,10 @@ def test_the_peak_stays() -> None:
     assert int(after) > int(before) + LARGE // 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone behaves so")
-def test_holes_are_not_kept() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_blocks_return_to_the_system() -> None:
     kept = {
         how: int(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("as it is", "given")
+        for how in ("default", "fixed threshold")
     }
-    assert kept["given"] < 20_000 < kept["as it is"], kept
+    assert kept["fixed threshold"] < 20_000 < kept["default"], kept

@@ -1,4 +1,4 @@
-"""safetensors read by hand agree with the library, and what it would let pass is refused."""
+"""Our reader agrees with the safetensors library, and rejects files that the library accepts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qcli.utils.safetensors import read_header, read_tensors
 
 
 def write(file: Path, header: str, data: bytes = b"") -> Path:
-    """A safetensors file of this header text."""
+    """Write a safetensors file with this header text."""
     file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
     return file
 
@@ -42,7 +42,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, 400])
-def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
+def test_truncated_files_are_rejected(keep: int, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(100)}, file)
     file.write_bytes(file.read_bytes()[:keep])
@@ -50,9 +50,9 @@ def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
         read_header(file)
 
 
-def test_trailing_bytes_are_refused(tmp_path: Path) -> None:
+def test_trailing_bytes_are_rejected(tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", json.dumps({"a": entry()}), bytes(9))
-    with pytest.raises(UsageError, match="its header announces"):
+    with pytest.raises(UsageError, match="where its header says"):
         read_header(file)
 
 
@@ -61,7 +61,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_header(tmp_path / "x.safetensors")
 
 
-def test_duplicate_names_are_refused(tmp_path: Path) -> None:
+def test_duplicate_names_are_rejected(tmp_path: Path) -> None:
     one = json.dumps(entry())
     file = write(tmp_path / "x.safetensors", f'{{"a": {one}, "a": {one}}}', bytes(8))
     with pytest.raises(UsageError, match="names a twice"):
@@ -84,7 +84,7 @@ def test_duplicate_names_are_refused(tmp_path: Path) -> None:
         json.dumps({"a": entry(dtype="F4")}),
     ],
 )
-def test_malformed_headers_are_refused(header: str, tmp_path: Path) -> None:
+def test_malformed_headers_are_rejected(header: str, tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", header, bytes(8))
     with pytest.raises(UsageError, match=r"x\.safetensors"):
         read_header(file)
@@ -97,10 +97,10 @@ def test_a_header_longer_than_the_file_is_not_read(tmp_path: Path) -> None:
         read_header(file)
 
 
-def test_a_file_that_shrank_since_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_after_its_header_was_read_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(100)}, file)
     header = read_header(file)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(UsageError, match="ended early"):
+    with pytest.raises(UsageError, match="ends early"):
         read_tensors(header.items())

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: few lines, and the time left."""
+"""Progress without a terminal: few lines, with the time left."""
 
 from __future__ import annotations
 

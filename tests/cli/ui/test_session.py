@@ -1,4 +1,4 @@
-"""The one place that prints: exit codes, what goes to which stream."""
+"""Exit codes, and what a session prints to which stream."""
 
 from __future__ import annotations
 

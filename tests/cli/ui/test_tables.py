@@ -1,4 +1,4 @@
-"""Tables and numbers for people."""
+"""Tables, and numbers with units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of any format."""
+"""Properties of every format."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qcli.core.weight import QuantizedWeight
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Normally distributed."""
+    """Standard normal values."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored_as_announced(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight after a way through its stored tensors, which are those that its format announces."""
-    stored, announced = weight.format.to_stored(weight), weight.format.stored(weight.shape)
-    assert {name: (t.torch_dtype, t.shape) for name, t in announced.items()} == {
-        name: (t.dtype, tuple(t.shape)) for name, t in stored.items()
+def round_trip(weight: QuantizedWeight) -> QuantizedWeight:
+    """Convert to stored tensors and back; check that they are those of `Format.stored`, and that nothing changes."""
+    stored, expected = weight.format.to_stored(weight), weight.format.stored(weight.shape)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
+        name: (t.torch_dtype, t.shape) for name, t in expected.items()
     }
     again = weight.format.from_stored(stored, weight.shape)
     assert torch.equal(again.codes, weight.codes)
@@ -26,19 +26,19 @@ def stored_as_announced(weight: QuantizedWeight) -> QuantizedWeight:
     return again
 
 
-def rounder_agrees_with_encode(weight: QuantizedWeight, wanted: Tensor) -> None:
-    """`weight` is `wanted` encoded; its columns come out the same one by one, in any order."""
+def rounder_agrees_with_encode(weight: QuantizedWeight, target: Tensor) -> None:
+    """Rounding `target` column by column in any order gives `weight`, which is `target` encoded."""
     format, columns = weight.format, weight.shape[1]
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(4))
     nearest = format.rounder(weight.tables, order)
     for position, column in enumerate(order.tolist()):
-        code, value = nearest(position, wanted[:, column])
+        code, value = nearest(position, target[:, column])
         assert torch.equal(code, weight.codes[:, column].float())
         assert torch.equal(value, weight.dense()[:, column])
 
 
 def gradients_are_finite_differences(weight: QuantizedWeight) -> None:
-    """Of decoding, by every table."""
+    """The gradients of `decode` in every table."""
     format = weight.format
     floats = {name: table.clone().requires_grad_() for name, table in format.float_tables(weight.tables).items()}
     pull = drawn(*weight.shape, seed=9)

@@ -1,4 +1,4 @@
-"""The affine format: nearest codes by brute force, storage bit for bit, sizes as the design's table says."""
+"""The affine format: nearest codes by brute force, storage bit for bit, sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.weight import Format, QuantizedWeight, from_spec
 from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
-from tests.core.formats.checks import stored_as_announced
+from tests.core.formats.checks import round_trip
 
 ZERO_POINTS: tuple[ZeroPoint, ...] = ("none", "integer", "float")
 
@@ -38,13 +38,13 @@ def test_storage_round_trips_bit_for_bit(
 ) -> None:
     format = Affine(bits=bits, group_size=group_size, zero_point=zero_point)
     weight = quantized(format, shape, seed)
-    again = stored_as_announced(weight)
+    again = round_trip(weight)
     assert all(torch.equal(again.tables[name], table) for name, table in weight.tables.items())
     weight.check()
 
 
 @pytest.mark.parametrize(("bits", "zero_point"), product((2, 3, 4), ZERO_POINTS))
-def test_encode_finds_the_nearest_value_there_is(bits: int, zero_point: ZeroPoint) -> None:
+def test_encode_finds_the_nearest_value(bits: int, zero_point: ZeroPoint) -> None:
     format = Affine(bits=bits, group_size=8, zero_point=zero_point)
     weight = torch.randn(5, 20, generator=torch.Generator().manual_seed(bits))
     tables = grid.minmax(weight, format)
@@ -96,7 +96,7 @@ def test_decode_is_differentiable_in_the_tables() -> None:
     assert torch.allclose(scale.grad, expected.detach(), rtol=1e-5)
 
 
-def test_check_refuses_what_cannot_be_decoded() -> None:
+def test_check_rejects_invalid_weights() -> None:
     format = Affine(bits=3, group_size=8, zero_point="integer")
     good = quantized(format, (4, 16))
     scale = good.tables["weight_scale"].clone()
@@ -115,7 +115,7 @@ def test_check_refuses_what_cannot_be_decoded() -> None:
         ({"format": "affine", "bits": 4, "group_size": 64, "new": 1}, "new"),
     ],
 )
-def test_unknown_formats_and_fields_are_refused(spec: dict[str, object], message: str) -> None:
+def test_unknown_formats_and_fields_are_rejected(spec: dict[str, object], message: str) -> None:
     with pytest.raises(VerificationError, match=message):
         from_spec(spec)
 
@@ -133,7 +133,7 @@ def test_quant_linear_computes_with_the_decoded_weight(zero_point: ZeroPoint) ->
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_formats_are_values() -> None:
+def test_formats_compare_and_hash_by_value() -> None:
     a: Format = Affine(bits=4, group_size=64)
     assert a == from_spec(a.spec())
     assert len({a, from_spec(a.spec())}) == 1

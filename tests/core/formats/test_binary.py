@@ -1,4 +1,4 @@
-"""The sign and dual-binary formats: nearest values by brute force, storage bit for bit, sizes as the design's table."""
+"""The sign and dual-binary formats: nearest values by brute force, storage bit for bit, sizes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from qcli.utils.errors import VerificationError
 from tests.core.formats.checks import (
     drawn,
     gradients_are_finite_differences,
+    round_trip,
     rounder_agrees_with_encode,
-    stored_as_announced,
 )
 
 SHAPE = (7, 40)
@@ -60,18 +60,18 @@ def test_storage_round_trips_bit_for_bit(kind: str, group_size: int, shape: tupl
     format: Format = Sign() if kind == "sign" else DualBinary.model_validate({"group_size": group_size, "levels": kind})
     weight = quantized(format, shape, seed)
     weight.check()
-    stored_as_announced(weight)
+    round_trip(weight)
     assert from_spec(format.spec()) == format
 
 
 @pytest.mark.parametrize(("format", "seed"), product(FORMATS, range(3)), ids=str)
 def test_codes_are_those_of_the_nearest_level(format: Format, seed: int) -> None:
-    """For any scales of a sign weight, and for all alphas in order."""
-    weight, wanted = quantized(format, SHAPE, seed), 0.05 * drawn(*SHAPE, seed=seed + 2)
+    """With sign scales of either sign, and any alphas in order."""
+    weight, target = quantized(format, SHAPE, seed), 0.05 * drawn(*SHAPE, seed=seed + 2)
     levels = torch.stack(
         [format.decode(torch.full(SHAPE, code, dtype=torch.uint8), weight.tables) for code in range(1 << format.bits)]
     )
-    torch.testing.assert_close((weight.dense() - wanted).abs(), (levels - wanted).abs().amin(0), rtol=0, atol=1e-7)
+    torch.testing.assert_close((weight.dense() - target).abs(), (levels - target).abs().amin(0), rtol=0, atol=1e-7)
     distance = (levels - weight.dense()).abs()
     distance.scatter_(0, weight.codes.long()[None], torch.inf)
     torch.testing.assert_close(format.step_sizes(weight.codes, weight.tables), distance.amin(0))
@@ -79,12 +79,12 @@ def test_codes_are_those_of_the_nearest_level(format: Format, seed: int) -> None
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_rounder_agrees_with_encode_in_any_column_order(format: Format) -> None:
-    weight, wanted = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=2)
-    rounder_agrees_with_encode(weight, wanted)
+    weight, target = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=2)
+    rounder_agrees_with_encode(weight, target)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_decode_is_differentiable_and_tiles(format: Format) -> None:
+def test_decode_is_differentiable_and_works_on_row_slices(format: Format) -> None:
     weight = quantized(format, SHAPE)
     gradients_are_finite_differences(weight)
     tile = slice(2, 5)
@@ -92,7 +92,7 @@ def test_decode_is_differentiable_and_tiles(format: Format) -> None:
 
 
 @pytest.mark.parametrize("levels", ["fdb", "symmetric"])
-def test_alphas_stay_in_order_when_they_are_trained(levels: Levels) -> None:
+def test_rounded_alphas_are_in_order(levels: Levels) -> None:
     format = DualBinary(group_size=16, levels=levels)
     weight = quantized(format, SHAPE)
     floats = {
@@ -106,7 +106,7 @@ def test_alphas_stay_in_order_when_they_are_trained(levels: Levels) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_layer_runs_what_it_decodes(format: Format) -> None:
+def test_quant_linear_computes_with_the_decoded_weight(format: Format) -> None:
     weight = quantized(format, SHAPE)
     layer = QuantLinear(format, SHAPE[1], SHAPE[0])
     for name, tensor in format.to_stored(weight).items():
@@ -115,7 +115,7 @@ def test_layer_runs_what_it_decodes(format: Format) -> None:
     torch.testing.assert_close(layer(x), x @ weight.dense().T)
 
 
-def test_sign_is_scales_around_a_sign_matrix() -> None:
+def test_sign_layers_scale_a_sign_matrix() -> None:
     """`Y = ((X g) sign(W)^T) h`, and the sign of 0 is +1."""
     weight, x = quantized(Sign(), SHAPE), drawn(4, SHAPE[1], seed=6)
     signs, scales = 2 * weight.codes.float() - 1, {name: table.float() for name, table in weight.tables.items()}
@@ -126,18 +126,18 @@ def test_sign_is_scales_around_a_sign_matrix() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_normed_sign_layers_are_those_of_the_paper(biased: bool, dtype: torch.dtype) -> None:
-    """`LN(((X g) sign(W)^T) h + b)`, number by number; the norm costs no bit and goes with copies of the layer."""
+def test_output_norm_is_that_of_the_paper(biased: bool, dtype: torch.dtype) -> None:
+    """`LN(((X g) sign(W)^T) h + b)` in float64; the norm costs no bits and survives copying the layer."""
     format = Sign(output_norm=True)
-    wanted, x = drawn(*SHAPE, seed=2), 3 * drawn(2, 4, SHAPE[1], seed=6).to(dtype)
+    target, x = drawn(*SHAPE, seed=2), 3 * drawn(2, 4, SHAPE[1], seed=6).to(dtype)
     bias, tables = drawn(SHAPE[0], seed=5) if biased else None, tables_of(format, SHAPE, 0)
     tables = {name: table.abs() for name, table in tables.items()}
     layer = QuantLinear(format, SHAPE[1], SHAPE[0], bias)
-    weight = QuantizedWeight(format, SHAPE, format.encode(wanted, tables), tables)
+    weight = QuantizedWeight(format, SHAPE, format.encode(target, tables), tables)
     for name, tensor in format.to_stored(weight).items():
         getattr(layer, name).copy_(tensor)
     g, h = tables[IN_SCALE].double(), tables[OUT_SCALE].double()[:, 0]
-    y = ((x.double() * g) @ wanted.double().sign().T) * h + (0 if bias is None else bias.double())
+    y = ((x.double() * g) @ target.double().sign().T) * h + (0 if bias is None else bias.double())
     y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     stored = io.BytesIO()
     torch.save(layer, stored)
@@ -148,7 +148,7 @@ def test_normed_sign_layers_are_those_of_the_paper(biased: bool, dtype: torch.dt
     assert format.bits_per_weight(SHAPE) == Sign().bits_per_weight(SHAPE)
 
 
-def test_checkpoints_that_know_no_norm_have_none() -> None:
+def test_specs_without_output_norm_have_none() -> None:
     assert from_spec({"format": "sign", "bits": 1}) == Sign()
     assert not Sign().has_output_norm
     normed = Sign(output_norm=True)
@@ -157,12 +157,12 @@ def test_checkpoints_that_know_no_norm_have_none() -> None:
     assert not LowRank.around(Sign(), 2, 8).has_output_norm
 
 
-def test_bits_per_weight_are_those_of_the_design() -> None:
+def test_bits_per_weight() -> None:
     assert Sign().bits_per_weight((1024, 512)) == pytest.approx(1 + 16 / 512 + 16 / 1024)
     assert DualBinary(group_size=64).bits_per_weight((1024, 512)) == 2.5
 
 
-def test_check_refuses_what_cannot_be_decoded() -> None:
+def test_check_rejects_invalid_weights() -> None:
     format = DualBinary(group_size=16)
     good = quantized(format, SHAPE)
     swapped = {ALPHA1: -good.tables[ALPHA2], ALPHA2: -good.tables[ALPHA1]}

@@ -1,4 +1,4 @@
-"""The codebook format: nearest entries by brute force, storage bit for bit, sizes as the design's table says."""
+"""The codebook format: nearest entries by brute force, storage bit for bit, sizes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qcli.utils.errors import VerificationError
 from tests.core.formats.checks import (
     drawn,
     gradients_are_finite_differences,
+    round_trip,
     rounder_agrees_with_encode,
-    stored_as_announced,
 )
 
 
 def tables_of(format: Codebook, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
-    """Codebooks near a ramp, and out of order where the rank allows it."""
+    """A weight whose codebooks are near a ramp, with entries out of order where the rank allows it."""
     out, groups, entries = shape[0], format.groups(shape[1]), 1 << format.bits
     blocks = format.stored(shape)[BASIS].shape[0]
     basis = torch.linspace(-1, 1, entries).repeat(blocks, format.rank, 1)
@@ -42,7 +42,7 @@ def quantized(format: Codebook, shape: tuple[int, int], seed: int = 0) -> Quanti
 
 
 def by_hand(format: Codebook, tables: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Every weight's codebook, `[out, in, K]`, from the stored tables and the definition alone."""
+    """Reference: the codebook of every weight, `[out, in, K]`, from the stored tables by definition."""
     out, groups = shape[0], format.groups(shape[1])
     books = torch.empty(*shape, 1 << format.bits)
     for row in range(out):
@@ -90,7 +90,7 @@ def test_storage_round_trips_bit_for_bit(
     format = Codebook(bits=bits, group_size=group_size, rank=rank, table_bits=table_bits, basis_rows=basis_rows)
     weight = quantized(format, shape, seed)
     weight.check()
-    stored_as_announced(weight)
+    round_trip(weight)
     assert from_spec(format.spec()) == format
 
 
@@ -98,20 +98,20 @@ def test_storage_round_trips_bit_for_bit(
 def test_codes_are_those_of_the_nearest_entries(format: Codebook) -> None:
     weight = quantized(format, SHAPE)
     books = by_hand(format, dict(weight.tables), SHAPE)
-    wanted = 0.05 * drawn(*SHAPE, seed=3)
+    target = 0.05 * drawn(*SHAPE, seed=3)
     torch.testing.assert_close(weight.dense(), books.gather(2, weight.codes.long()[..., None])[..., 0])
-    least = (books - wanted[..., None]).abs().amin(-1)
-    torch.testing.assert_close((weight.dense() - wanted).abs(), least, rtol=0, atol=1e-6)
+    least = (books - target[..., None]).abs().amin(-1)
+    torch.testing.assert_close((weight.dense() - target).abs(), least, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_rounder_agrees_with_encode_in_any_column_order(format: Codebook) -> None:
-    weight, wanted = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=3)
-    rounder_agrees_with_encode(weight, wanted)
+    weight, target = quantized(format, SHAPE), 0.05 * drawn(*SHAPE, seed=3)
+    rounder_agrees_with_encode(weight, target)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_tiles_and_floats_tables_decode_the_same(format: Codebook) -> None:
+def test_row_slices_and_float_tables_decode_the_same(format: Codebook) -> None:
     weight = quantized(format, SHAPE)
     floats = format.float_tables(weight.tables)
     assert torch.equal(format.decode(weight.codes, floats), weight.dense())
@@ -129,8 +129,8 @@ def test_gradients_are_finite_differences(format: Codebook) -> None:
     gradients_are_finite_differences(quantized(format, SHAPE))
 
 
-def test_units_are_what_a_group_spans() -> None:
-    """A change of 1 moves no entry further than half its codebook's range, and some entry that far."""
+def test_table_units_are_half_the_range_of_a_codebook() -> None:
+    """A change of one unit moves the entries by at most half their codebook's range, and one by all of it."""
     format = FORMATS[1]
     floats = format.float_tables(quantized(format, SHAPE).tables)
     entries, units = format.entries(floats), format.table_units(floats)
@@ -158,19 +158,17 @@ def test_rank_one_with_a_ramp_is_asymmetric_rounding(bits: int, zero_point: str)
     ("bits", "group_size", "rank", "table_bits", "expected"),
     [(2, 128, 1, 16, 2.25), (2, 128, 2, 8, 2.19), (2, 128, 4, 8, 2.31)],
 )
-def test_bits_per_weight_are_those_of_the_design(
-    bits: int, group_size: int, rank: int, table_bits: TableBits, expected: float
-) -> None:
+def test_bits_per_weight(bits: int, group_size: int, rank: int, table_bits: TableBits, expected: float) -> None:
     format, shape = Codebook(bits=bits, group_size=group_size, rank=rank, table_bits=table_bits), (4096, 4096)
-    found = format.bits_per_weight(shape)
-    assert round(found, 2) == expected
+    actual = format.bits_per_weight(shape)
+    assert round(actual, 2) == expected
     exact = bits + (rank + 1) * table_bits / group_size + 16 * rank * 2**bits / 4096**2
     shared = 16 * (rank + 1) / (SCALE_BLOCK * group_size) if table_bits == 8 else 0
-    assert found == pytest.approx(exact + shared, abs=1e-12)
+    assert actual == pytest.approx(exact + shared, abs=1e-12)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_layer_runs_what_it_decodes(format: Codebook) -> None:
+def test_quant_linear_computes_with_the_decoded_weight(format: Codebook) -> None:
     weight = quantized(format, SHAPE)
     layer = QuantLinear(format, SHAPE[1], SHAPE[0])
     for name, tensor in format.to_stored(weight).items():
@@ -179,7 +177,7 @@ def test_layer_runs_what_it_decodes(format: Codebook) -> None:
     torch.testing.assert_close(layer(x), x @ weight.dense().T)
 
 
-def test_check_refuses_what_cannot_be_decoded() -> None:
+def test_check_rejects_invalid_weights() -> None:
     format = FORMATS[1]
     good = quantized(format, SHAPE)
     for name, spoilt, message in (

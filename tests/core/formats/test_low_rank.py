@@ -1,4 +1,4 @@
-"""A format with a low-rank term: stored bit for bit, exact in its codes, refused when it is not what it claims."""
+"""Formats with a low-rank term: nearest codes by brute force, storage bit for bit, validation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_storage_round_trips_bit_for_bit(bits: int, zero_point: ZeroPoint, facto
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
-def test_encode_finds_the_nearest_value_there_is(zero_point: ZeroPoint) -> None:
+def test_encode_finds_the_nearest_value(zero_point: ZeroPoint) -> None:
     format = low_rank(2, zero_point)
     tables, target = weight_of(format, (5, 20)).tables, drawn(5, 20, seed=3)
     every = torch.stack([format.decode(torch.full((5, 20), k, dtype=torch.uint8), tables) for k in range(4)])
@@ -93,13 +93,13 @@ def test_bits_per_weight_count_the_factors(factor_bits: FactorBits, scales: int)
 @pytest.mark.parametrize("factor_bits", FACTOR_BITS)
 def test_factors_are_rounded_to_the_nearest(factor_bits: FactorBits) -> None:
     format = low_rank(factor_bits=factor_bits, rank=4)
-    values = drawn(30, 4) * torch.tensor([1.0, 1e-4, 0.0, 50.0])  # each direction has a size of its own
+    values = drawn(30, 4) * torch.tensor([1.0, 1e-4, 0.0, 50.0])  # directions of different magnitudes
     for which, factor in (("a", values), ("b", values.T)):
         tables = format.round_factor("a" if which == "a" else "b", factor)
-        found = format.factor("a" if which == "a" else "b", tables)
+        decoded = format.factor("a" if which == "a" else "b", tables)
         along = 0 if which == "a" else 1
         step = factor.abs().amax(along, keepdim=True) / 127 if factor_bits == 8 else factor.abs() * 2**-10
-        assert bool(((found - factor).abs() <= 0.501 * step + 2.0**-24).all())
+        assert bool(((decoded - factor).abs() <= 0.501 * step + 2.0**-24).all())
 
 
 @pytest.mark.parametrize(("zero_point", "factor_bits", "tile"), product(ZERO_POINTS, FACTOR_BITS, (1 << 20, 40 * 7)))
@@ -119,7 +119,7 @@ def test_quant_linear_computes_with_the_decoded_weight(
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_tile_decodes_its_rows() -> None:
+def test_row_slices_decode_the_same() -> None:
     format = low_rank()
     weight = weight_of(format, (24, 40))
     rows = slice(5, 18)
@@ -141,7 +141,7 @@ def test_decode_is_differentiable_in_the_factors() -> None:
     assert tables["weight_scale"].grad is not None
 
 
-def test_specs_are_values_and_survive_json() -> None:
+def test_specs_survive_json() -> None:
     format = from_spec(SPEC)
     assert format.spec() == SPEC
     assert format == low_rank() == from_spec(json.loads(json.dumps(format.spec())))
@@ -161,7 +161,7 @@ def test_specs_are_values_and_survive_json() -> None:
         ({"base": SPEC}, "cannot be the base of another"),
     ],
 )
-def test_specs_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+def test_invalid_specs_are_rejected(change: dict[str, object], message: str) -> None:
     with pytest.raises(VerificationError, match=message):
         from_spec({**SPEC, **change})
 
@@ -175,7 +175,7 @@ def test_specs_that_make_no_sense_are_refused(change: dict[str, object], message
         ("weight_scale", lambda t: t * torch.nan, "weight_scale holds NaN or infinity"),
     ],
 )
-def test_check_refuses_what_cannot_be_decoded(name: str, spoil: object, message: str) -> None:
+def test_check_rejects_invalid_weights(name: str, spoil: object, message: str) -> None:
     format = low_rank()
     good = weight_of(format, (12, 40))
     assert callable(spoil)
