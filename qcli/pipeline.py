@@ -209,7 +209,7 @@ class Pipeline:
         from qcli.export.packable import PlannedCheckpoint
 
         vocabulary = self.plan.source.hf_config().get_text_config().vocab_size
-        require_possible(self.recipe, PlannedCheckpoint(self.plan, self.folder).packed, vocabulary)
+        require_possible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, vocabulary)
         if self.recipe.distill_text.data != SELF:
             lesson_tokens(self.recipe, self.plan.source)
 

@@ -124,9 +124,9 @@ def _as_stored(lesson: Lesson, stream: ModelStream, index: int, tensors: Mapping
     """The student's block with the weights of finished layers."""
     block = stream.load_block(index)
     prefix = f"{stream.family.blocks}.{index}."
-    for name, packed in lesson.pupil.packed.items():
+    for name, layer in lesson.pupil.quantized.items():
         if name.startswith(prefix):
-            weight = packed.restore(name, tensors).to(stream.device)
+            weight = layer.restore(name, tensors).to(stream.device)
             stream.set_weight(block.get_submodule(name.removeprefix(prefix)), weight.dense())
     return block
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from qcli.data.datasets import is_folder
 from qcli.distillation.whole_model import needed_memory
-from qcli.models.manifest import Manifest, Packed
+from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import Source, open_source
+from qcli.models.quantized import LayerStorage
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
 from qcli.utils.device import local_device, resolve_dtype
@@ -56,12 +57,12 @@ def intend(student: Path, recipe: Recipe) -> Intended:
     """
     options, text = recipe.distill or Distillation(), recipe.distill_text
     pupil, master = pair(student, recipe.model)
-    needed, free = require_possible(recipe, pupil.packed, master.hf_config().get_text_config().vocab_size)
-    n_weights = sum(rows * columns for rows, columns in (packed.shape for packed in pupil.packed.values()))
+    needed, free = require_possible(recipe, pupil.quantized, master.hf_config().get_text_config().vocab_size)
+    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in pupil.quantized.values()))
     return Intended(
         student=str(student),
         teacher=recipe.model,
-        layers=len(pupil.packed),
+        layers=len(pupil.quantized),
         weights=n_weights,
         trained=(n_weights if "weights" in options.train else 0) + (_tables(pupil) if "tables" in options.train else 0),
         tokens=options.steps
@@ -74,11 +75,13 @@ def intend(student: Path, recipe: Recipe) -> Intended:
     )
 
 
-def require_possible(recipe: Recipe, packed: Mapping[str, Packed], vocabulary: int) -> tuple[int | None, int | None]:
+def require_possible(
+    recipe: Recipe, layers: Mapping[str, LayerStorage], vocabulary: int
+) -> tuple[int | None, int | None]:
     """Refuse options that do not fit the model or the processes, and what does not fit in memory.
 
     Args:
-        packed: the student's quantized layers, that exist or are planned.
+        layers: the student's quantized layers, that exist or are planned.
 
     Returns:
         `memory` and `free` of `Intended`.
@@ -106,7 +109,7 @@ def require_possible(recipe: Recipe, packed: Mapping[str, Packed], vocabulary: i
     if free is not None and device.type == "cpu":
         free //= local_world_size()
     if options.scope == "model":
-        needed = needed_memory(packed, options, resolve_dtype(recipe.dtype).itemsize, processes)
+        needed = needed_memory(layers, options, resolve_dtype(recipe.dtype).itemsize, processes)
         if free is not None and needed > free:
             raise ResourceError(
                 f"distilling the whole model needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
@@ -138,7 +141,7 @@ def _tables(pupil: NativeSource) -> int:
     """Entries of all tables as they are stored."""
     return sum(
         prod(stored.shape)
-        for name, packed in pupil.packed.items()
-        for suffix, stored in packed.stored(name).items()
+        for name, layer in pupil.quantized.items()
+        for suffix, stored in layer.stored(name).items()
         if not suffix.endswith("weight_packed")
     )

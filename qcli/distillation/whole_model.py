@@ -14,7 +14,7 @@ from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import TrainedWeight, parameter_groups
 from qcli.distillation.student import Student, StudentBlock, Teacher
 from qcli.distillation.teacher import Lesson, Present, Remembered, Teaches, Teaching, remember
-from qcli.models.manifest import Packed, stored_tensors
+from qcli.models.quantized import LayerStorage, stored_tensors
 from qcli.models.stream import ModelStream
 from qcli.recipe.distillation import Distillation
 from qcli.utils.distributed import Processes
@@ -58,7 +58,7 @@ def student_block(lesson: Lesson, stream: ModelStream, index: int) -> StudentBlo
         name.removeprefix(prefix): TrainedWeight(
             lesson.pupil.read_quantized(name).to(lesson.device), None, lesson.options.train
         )
-        for name in lesson.pupil.packed
+        for name in lesson.pupil.quantized
         if name.startswith(prefix)
     }
     return StudentBlock(stream, index, layers, checkpointing=lesson.options.checkpointing, fast=lesson.fast)
@@ -75,14 +75,14 @@ def stored_layers(block: StudentBlock, outcome: Outcome) -> Stored:
     return found
 
 
-def needed_memory(packed: Mapping[str, Packed], options: Distillation, teacher_bytes: int, processes: int) -> int:
+def needed_memory(layers: Mapping[str, LayerStorage], options: Distillation, teacher_bytes: int, processes: int) -> int:
     """Bytes that `distill_model` takes in each process besides activations, at least.
 
     Args:
-        packed: the student's quantized layers.
+        layers: the student's quantized layers.
         teacher_bytes: of one weight.
     """
-    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in packed.values()))
+    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers.values()))
     teacher = n_weights * teacher_bytes // processes
     student = n_weights * (_CODE + (_TRAINED // processes if "weights" in options.train else 0))
     return teacher + student if options.teacher_top_k is None else max(teacher, student)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import Source, open_source
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import UsageError, VerificationError
 
 
@@ -77,22 +77,22 @@ def inspect(folder: Path) -> Inspection:
 
 def _rows(source: Source, manifest: Manifest) -> list[dict[str, Any]]:
     reports = {layer.name: layer for layer in manifest.layers}
-    packed = source.packed if isinstance(source, PackedSource) else None
+    quantized = source.quantized if isinstance(source, QuantizedSource) else None
     linears = source.linears()
-    odd = reports.keys() - {linear.name for linear in linears} if packed is None else reports.keys() ^ packed.keys()
-    if odd:
+    known = {linear.name for linear in linears}
+    if odd := reports.keys() - known if quantized is None else reports.keys() ^ quantized.keys():
         raise VerificationError(f"{source.path}: its weights and its manifest disagree about {min(odd)}")
     rounded = set(manifest.rounded)
     rows: list[dict[str, Any]] = []
     for linear in linears:
         name, report = linear.name, reports.get(linear.name)
         row: dict[str, Any] = {"name": name, "shape": list(linear.shape)}
-        if packed is None:
+        if quantized is None:
             row["stored_as"] = source.stored_as(f"{name}.weight")
         if report is None:
             rows.append(row | {"method": None, "format": None, "why_dense": "recipe override"})
             continue
-        spec = report.spec if packed is None else packed[name].format.spec()
+        spec = report.spec if quantized is None else quantized[name].format.spec()
         row |= {"method": report.method, **spec, "bits_per_weight": source.bits_of([name])}
         if name not in rounded:  # otherwise the error is that of codes which are no longer those in the file
             row |= {"error": report.error, "measure": report.measure}

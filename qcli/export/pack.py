@@ -100,7 +100,7 @@ def _write(
     result: dict[str, Any] = {
         "format": export.name,
         "files": len(written.weight_files()),
-        "bits_per_weight": written.bits_of(source.packed),
+        "bits_per_weight": written.bits_of(source.quantized),
         "model_bits_per_weight": written.model_bits_per_weight(),
         "bytes": written.bytes(),
         "rounded": len(export.rounded()),

@@ -11,7 +11,7 @@ from qcli.core.activations import Activations
 from qcli.core.weight import Format
 from qcli.export.target import Export
 from qcli.models.families import Family, Linear
-from qcli.models.manifest import Packed
+from qcli.models.quantized import LayerStorage
 from qcli.quantization.plan import Plan
 from qcli.utils import registry
 from qcli.utils.dtypes import StoredTensor
@@ -42,9 +42,9 @@ class PlannedCheckpoint:
         self.activations: Activations | None = plan.recipe.activations
 
     @cached_property
-    def packed(self) -> dict[str, Packed]:
+    def quantized(self) -> dict[str, LayerStorage]:
         shapes = {layer.name: layer.shape for layer in self._plan.layers}
-        return {layer: Packed(format, shapes[layer]) for layer, format in self.formats().items()}
+        return {layer: LayerStorage(format, shapes[layer]) for layer, format in self.formats().items()}
 
     def formats(self) -> Mapping[str, Format]:
         return {layer: format for layer, format in self._plan.formats.items() if format is not None}
@@ -69,7 +69,7 @@ class PlannedCheckpoint:
         full of a number that is no integer and has products of more than 11 bits, as any they will hold."""
         import torch
 
-        format, shape = self.packed[layer].format, (1, self.packed[layer].shape[1])
+        format, shape = self.quantized[layer].format, (1, self.quantized[layer].shape[1])
         stored = {}
         for name, tensor in format.stored(shape).items():
             table = torch.zeros(tensor.shape, dtype=tensor.torch_dtype)

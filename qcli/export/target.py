@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qcli.models.native import NativeSource
-from qcli.models.open import Source, open_source
+from qcli.models.open import Source, open_packed
 from qcli.utils import shards
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.progress import Progress
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from qcli.core.activations import Activations
     from qcli.core.weight import Format, QuantizedWeight
     from qcli.models.families import Family, Linear
-    from qcli.models.manifest import Packed
+    from qcli.models.quantized import LayerStorage
     from qcli.utils.dtypes import StoredTensor
 
 
 class Packable(Protocol):
-    """A qcli checkpoint before it is packed, or a plan of one; see `PackedSource`, whose members these are."""
+    """A qcli checkpoint before it is packed, or a plan of one; see `QuantizedSource`, whose members these are."""
 
     @property
     def path(self) -> Path: ...
@@ -34,7 +34,7 @@ class Packable(Protocol):
     @property
     def activations(self) -> Activations | None: ...
     @property
-    def packed(self) -> Mapping[str, Packed]: ...
+    def quantized(self) -> Mapping[str, LayerStorage]: ...
     def formats(self) -> Mapping[str, Format]: ...
     def linears(self) -> list[Linear]: ...
     def tensors(self) -> dict[str, StoredTensor]: ...
@@ -74,7 +74,7 @@ class Export:
 
     def open(self, folder: Path) -> Source:
         """What was written, read back."""
-        return open_source(str(folder))
+        return open_packed(folder)
 
     def notes(self, source: NativeSource) -> dict[str, str]:
         """What else is worth knowing of the result, by label."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import Source, open_source
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import QcliError, VerificationError
 from qcli.utils.files import sha256
 from qcli.utils.progress import Progress, silent
@@ -80,7 +80,7 @@ def _check_values(source: Source, progress: Progress) -> None:
         progress("check", number, len(names))
         layer = name.removesuffix(".weight")
         try:
-            if isinstance(source, PackedSource) and layer in source.packed:
+            if isinstance(source, QuantizedSource) and layer in source.quantized:
                 source.read_quantized(layer).check()
             else:
                 source.read([name])

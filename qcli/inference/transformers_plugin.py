@@ -21,14 +21,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli.inference.linear import QuantLinear
-from qcli.models.manifest import Layout
+from qcli.models.native import NativeStorage
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_header
 
 
 class QcliConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint as it is; `Layout` validates it."""
+    """`quantization_config` of a checkpoint as it is; `NativeStorage` validates it."""
 
     def __init__(self, **config: Any) -> None:
         vars(self).update(config)
@@ -47,12 +47,12 @@ class QcliQuantizer(HfQuantizer):
                 "QcliConfig cannot quantize while loading",
                 hint="run `qcli quantize MODEL --out DIR`, then load DIR",
             )
-        self.layout = Layout(quantization_config.to_dict())
+        self.storage = NativeStorage(quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        replaced = _replace_linears(model, self.layout)
+        replaced = _replace_linears(model, self.storage)
         if checkpoint_files:
             _check_files(checkpoint_files, model, replaced)
 
@@ -73,20 +73,20 @@ def register() -> None:
         register_quantizer("qcli")(QcliQuantizer)
 
 
-def _replace_linears(model: nn.Module, layout: Layout) -> dict[str, QuantLinear]:
-    """Replace every linear layer that is packed in the layout; returns the new ones by module name."""
+def _replace_linears(model: nn.Module, storage: NativeStorage) -> dict[str, QuantLinear]:
+    """Replace every linear layer that the checkpoint stores quantized; returns the new ones by module name."""
     replaced: dict[str, QuantLinear] = {}
     for name, module in list(model.named_modules()):
-        packed = layout.packed(name)
-        if packed is None or not isinstance(module, nn.Linear | Conv1D):
+        layer = storage.layer(name)
+        if layer is None or not isinstance(module, nn.Linear | Conv1D):
             continue
         rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-        if (rows, columns) != packed.shape:
-            raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {packed.shape}")
+        if (rows, columns) != layer.shape:
+            raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {layer.shape}")
         bias: Tensor | None = None if module.bias is None else module.bias.detach()
-        replaced[name] = QuantLinear(packed.format, columns, rows, bias).to(module.weight.device)
-        if layout.activations is not None:
-            layout.activations.simulate(replaced[name])
+        replaced[name] = QuantLinear(layer.format, columns, rows, bias).to(module.weight.device)
+        if storage.activations is not None:
+            storage.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])
     return replaced
 

@@ -20,7 +20,8 @@ from qcli.core import packing
 from qcli.core.formats._grouped import Grouped
 from qcli.core.weight import QuantizedWeight
 from qcli.inference.linear import linear
-from qcli.models.manifest import Layout, Packed
+from qcli.models.native import NativeStorage
+from qcli.models.quantized import LayerStorage
 from qcli.utils.errors import UnsupportedError
 
 _NAMES = {"affine", "codebook", "dual-binary", "sign"}
@@ -32,8 +33,8 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.layout = Layout(config)
-        if self.layout.activations is not None:
+        self.storage = NativeStorage(config)
+        if self.storage.activations is not None:
             raise UnsupportedError("vLLM cannot simulate quantized activations", hint="quantize without them")
 
     def get_name(self) -> str:
@@ -72,7 +73,7 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
             return None
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        parts = [self.layout.packed(name) for name in names]
+        parts = [self.storage.layer(name) for name in names]
         packed = [part for part in parts if part is not None]
         if not packed:
             return UnquantizedLinearMethod()
@@ -87,8 +88,8 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
 class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """A linear layer of vLLM, of one or several layers of the checkpoint."""
 
-    def __init__(self, prefix: str, packed: Sequence[Packed]) -> None:
-        self.prefix, self.packed = prefix, packed
+    def __init__(self, prefix: str, storages: Sequence[LayerStorage]) -> None:
+        self.prefix, self.storages = prefix, storages
 
     def create_weights(
         self,
@@ -102,12 +103,12 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Parameters under the names on disk, empty, whose loaders gather what is read."""
         rank, ranks = int(layer.tp_rank), int(layer.tp_size)
-        sizes = output_partition_sizes if len(self.packed) > 1 else [sum(output_partition_sizes)]
-        if len(output_partition_sizes) > 1 and len(self.packed) == 1 and ranks > 1:
+        sizes = output_partition_sizes if len(self.storages) > 1 else [sum(output_partition_sizes)]
+        if len(output_partition_sizes) > 1 and len(self.storages) == 1 and ranks > 1:
             raise UnsupportedError(f"{self.prefix} is one layer in the checkpoint, which tensor parallel would split")
         shares = [
-            _Share(self.prefix, packed, size, input_size_per_partition, rank, ranks)
-            for packed, size in zip(self.packed, sizes, strict=True)
+            _Share(self.prefix, storage, size, input_size_per_partition, rank, ranks)
+            for storage, size in zip(self.storages, sizes, strict=True)
         ]
         layer.qcli_shares = nn.ModuleList(shares)
         for suffix in dict.fromkeys(name for share in shares for name in share.suffixes):
@@ -132,17 +133,17 @@ class _Share(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, prefix: str, packed: Packed, rows: int, columns: int, rank: int, ranks: int) -> None:
+    def __init__(self, prefix: str, storage: LayerStorage, rows: int, columns: int, rank: int, ranks: int) -> None:
         super().__init__()
-        all_rows, all_columns = packed.shape
+        all_rows, all_columns = storage.shape
         if all_rows % rows or all_columns % columns:
-            raise UnsupportedError(f"{prefix}: {packed.shape} cannot be split into parts of {(rows, columns)}")
-        self.prefix, self.packed, self.shape = prefix, packed, (rows, columns)
+            raise UnsupportedError(f"{prefix}: {storage.shape} cannot be split into parts of {(rows, columns)}")
+        self.prefix, self.storage, self.shape = prefix, storage, (rows, columns)
         # Where there are fewer parts than devices, neighbours have the same one, as vLLM copies heads of k and v.
         row = rank * (all_rows // rows) // ranks * rows
         column = rank * (all_columns // columns) // ranks * columns
         self._rows, self._columns = slice(row, row + rows), slice(column, column + columns)
-        self.suffixes = tuple(packed.format.stored(packed.shape))
+        self.suffixes = tuple(storage.format.stored(storage.shape))
         self._gathered: dict[str, Tensor] = {}
         self._check(ranks)
 
@@ -151,8 +152,8 @@ class _Share(nn.Module):
         self._gathered[suffix] = tensor
         if len(self._gathered) < len(self.suffixes):
             return
-        format = self.packed.format
-        whole = format.from_stored(self._gathered, self.packed.shape)
+        format = self.storage.format
+        whole = format.from_stored(self._gathered, self.storage.shape)
         codes = whole.codes[self._rows, self._columns].contiguous()
         tables = format.slice_columns(format.slice_rows(format.float_tables(whole.tables), self._rows), self._columns)
         self.register_buffer("codes", packing.pack(codes, format.bits))
@@ -169,17 +170,17 @@ class _Share(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., columns]` -> `[..., rows]`."""
-        codes = packing.unpack(self.codes, self.packed.format.bits, self.shape[1])
+        codes = packing.unpack(self.codes, self.storage.format.bits, self.shape[1])
         tables = {name: getattr(self, name) for name in self._tables}
-        return linear(x, QuantizedWeight(self.packed.format, self.shape, codes, tables))
+        return linear(x, QuantizedWeight(self.storage.format, self.shape, codes, tables))
 
     def _check(self, ranks: int) -> None:
-        format, columns = self.packed.format, self.shape[1]
+        format, columns = self.storage.format, self.shape[1]
         if format.has_output_norm:
             raise UnsupportedError(
                 f"{self.prefix} norms its outputs, which vLLM's layers do not", hint="use transformers"
             )
-        split = columns < self.packed.shape[1]
+        split = columns < self.storage.shape[1]
         if split and isinstance(format, Grouped) and format.group_size > 0 and columns % format.group_size:
             raise UnsupportedError(
                 f"{self.prefix}: {columns} inputs a device are no whole groups of {format.group_size}",

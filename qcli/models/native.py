@@ -1,15 +1,110 @@
-"""A qcli checkpoint as a source."""
+"""The native checkpoint: a model folder whose quantized layers hold the tensors of their format, by its own names.
+
+Formats and shapes stand in `config.json > quantization_config`, everything else of how the checkpoint came to be in
+its manifest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from qcli.models.manifest import Layout
-from qcli.models.packed import PackedSource
+from pydantic import ValidationError
+
+from qcli.core.activations import Activations
+from qcli.core.weight import Format, from_spec
+from qcli.models.families import Linear
+from qcli.models.manifest import FORMAT_VERSION
+from qcli.models.quantized import LayerStorage, QuantizedSource
+from qcli.utils.errors import VerificationError
 
 
-class NativeSource(PackedSource):
-    """A folder that `qcli quantize` wrote, or `qcli pack` in its own layout."""
+def quantization_config(
+    layers: Sequence[Linear], formats: Mapping[str, Format | None], activations: Activations | None = None
+) -> dict[str, Any]:
+    """What the checkpoint's `config.json` says of its layers.
 
-    def _storage_config(self, config: dict[str, Any]) -> Layout:
-        return Layout(config)
+    A kind of layer that has one format in every block is one entry with `*` for the block; where blocks differ,
+    each layer has its own entry. The first match counts.
+
+    Args:
+        layers: all quantizable layers of the model.
+        formats: by layer name; None for those that stay dense.
+        activations: how the inputs of the quantized layers are quantized; None: not at all.
+    """
+    kinds: dict[str, list[Linear]] = {}
+    for layer in layers:
+        head, _, tail = layer.name.partition(f".{layer.block}.")
+        kinds.setdefault(f"{head}.*.{tail}", []).append(layer)
+    entries: list[dict[str, Any]] = []
+    dense: list[str] = []
+    for pattern, members in kinds.items():
+        uniform = len({(formats[member.name], member.shape) for member in members}) == 1
+        for match, member in [(pattern, members[0])] if uniform else [(m.name, m) for m in members]:
+            format = formats[member.name]
+            if format is None:
+                dense.append(match)
+            else:
+                entries.append({"match": match, "shape": list(member.shape), **format.spec()})
+    config = {"quant_method": "qcli", "format_version": FORMAT_VERSION, "layers": entries, "dense": dense}
+    return config if activations is None else config | {"activations": activations.model_dump()}
+
+
+class NativeSource(QuantizedSource):
+    """A folder that `qcli quantize` wrote, or `qcli pack --format qcli`."""
+
+    def _storage_config(self, config: dict[str, Any]) -> NativeStorage:
+        return NativeStorage(config)
+
+
+class NativeStorage:
+    """`quantization_config` read back: the storage of each layer.
+
+    Attributes:
+        activations: how the inputs of the quantized layers are quantized while the model runs; None: not at all.
+
+    Raises:
+        VerificationError: another version, an unknown format, or entries that are not understood.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise VerificationError(
+                f"checkpoint format version {version!r} is not supported, this qcli reads version {FORMAT_VERSION}",
+                hint="use the version of qcli named in its qcli.manifest.json",
+            )
+        layers, dense = config.get("layers"), config.get("dense", [])
+        unknown = sorted(config.keys() - {"quant_method", "format_version", "layers", "dense", "activations"})
+        if not isinstance(layers, list) or not isinstance(dense, list) or unknown:
+            raise VerificationError(
+                f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})"
+            )
+        self._entries: list[tuple[str, LayerStorage | None]] = [(str(pattern), None) for pattern in dense]
+        self._entries += [_entry(entry) for entry in layers]
+        self.activations = _activations(config["activations"]) if "activations" in config else None
+
+    def layer(self, name: str) -> LayerStorage | None:
+        """How the layer with this module name is stored; None: dense."""
+        return next((storage for pattern, storage in self._entries if fnmatchcase(name, pattern)), None)
+
+
+def _entry(entry: Any) -> tuple[str, LayerStorage]:
+    try:
+        spec = dict(entry)
+        pattern, (rows, columns) = spec.pop("match"), spec.pop("shape")
+        if not isinstance(pattern, str) or not (isinstance(rows, int) and isinstance(columns, int)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise VerificationError(f"quantization_config: a layer entry is not understood: {entry!r:.80}") from None
+    return pattern, LayerStorage(from_spec(spec), (rows, columns))
+
+
+def _activations(spec: Any) -> Activations:
+    try:
+        return Activations.model_validate(spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["activations", *map(str, first["loc"])])
+        raise VerificationError(f"quantization_config: {place}: {first['msg']}") from None

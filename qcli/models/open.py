@@ -7,20 +7,17 @@ from pathlib import Path
 
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
-from qcli.models.layouts import compressed_tensors, gptq
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.source import Source, first_line
+from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
 
-__all__ = ["PACKED_GGUF", "Source", "open_source"]
+__all__ = ["PACKED_GGUF", "Source", "open_packed", "open_source"]
 
 PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
 
-_PACKED: dict[str, type[FolderSource]] = {
-    compressed_tensors.NAME: compressed_tensors.CompressedTensorsSource,
-    gptq.NAME: gptq.GPTQSource,
-}
+_LAYOUTS = "qcli.models.layouts"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -43,21 +40,34 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
-    # A converted file may also lie beside a checkpoint of another layout: the manifest tells which of them it is.
+    # A converted file may also lie beside a checkpoint of another layout: the manifest says which of them was packed.
     if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
-    return _kind(path, quant_method(config))(path, config, trust_remote_code=trust_remote_code)
+    source = _source_class(path, quant_method(config), packed=(path / MANIFEST).exists())
+    return source(path, config, trust_remote_code=trust_remote_code)
 
 
-def _kind(path: Path, method: str | None) -> type[FolderSource]:
-    """Of other tools' layouts only what `qcli pack` wrote is read, which its manifest tells."""
+def open_packed(folder: Path) -> Source:
+    """Open a folder that `qcli pack` has written, but has not given its manifest yet.
+
+    Raises:
+        UsageError: its files are missing, truncated or malformed.
+        VerificationError: config and tensors disagree.
+    """
+    config = read_config(folder)
+    return _source_class(folder, quant_method(config), packed=True)(folder, config)
+
+
+def _source_class(path: Path, method: str | None, *, packed: bool) -> type[FolderSource]:
+    """What reads a folder, by its `quant_method`: a layout of that name, but only where `qcli pack` wrote it."""
     if method is None:
         return FolderSource
     if method == "qcli":
         return NativeSource
-    if method in _PACKED and (path / MANIFEST).exists():
-        return _PACKED[method]
+    if packed and method in registry.names(_LAYOUTS):
+        source: type[FolderSource] = registry.load(_LAYOUTS, method)
+        return source
     raise UnsupportedError(f"{path} is already quantized ({method})", hint="start from the unquantized model")
 
 

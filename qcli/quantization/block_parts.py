@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.core.weight import QuantizedWeight
-from qcli.models.manifest import LayerReport, Packed, stored_tensors
+from qcli.models.manifest import LayerReport
+from qcli.models.quantized import LayerStorage, stored_tensors
 from qcli.quantization.block_state import BlockState
 from qcli.quantization.plan import Plan
 from qcli.utils.dtypes import torch_dtype
@@ -39,7 +40,7 @@ class BlockParts:
             return None
         tensors = load_file(file)
         return {
-            layer.path: Packed(format, layer.shape).restore(layer.name, tensors)
+            layer.path: LayerStorage(format, layer.shape).restore(layer.name, tensors)
             for layer in self.plan.layers
             if layer.block == index and (format := self.plan.formats[layer.name]) is not None
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from qcli.algorithms.training.outcome import Outcome
 from qcli.models import manifest as checkpoint
 from qcli.models.manifest import Manifest, SourceModel
+from qcli.models.native import quantization_config
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
 from qcli.quantization.result import Result
@@ -29,7 +30,7 @@ def publish_checkpoint(
     progress("write", 0, 1)
     shards.join([read_header(run.file(name)) for name in parts.names()], folder, shards.SHARD_SIZE)
     config = dict(plan.source.config)
-    config["quantization_config"] = checkpoint.quantization_config(plan.layers, plan.formats, plan.recipe.activations)
+    config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
     write_bytes(folder / checkpoint.RECIPE, plan.recipe.to_yaml(out=out).encode())

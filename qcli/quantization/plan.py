@@ -12,7 +12,7 @@ from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.models.families import Linear
 from qcli.models.open import open_source
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import QuantizedSource
 from qcli.models.source import Source
 from qcli.quantization.search_space import uniform_recipe
 from qcli.recipe.recipe import Recipe
@@ -181,7 +181,7 @@ def make_plan(recipe: Recipe) -> Plan:
         UnsupportedError: the model is already quantized by qcli.
     """
     source = open_source(recipe.model)
-    if isinstance(source, PackedSource):
+    if isinstance(source, QuantizedSource):
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     layers = source.linears()
     if recipe.allocation is not None:

@@ -27,8 +27,9 @@ from qcli.export.inspect import inspect
 from qcli.export.pack import pack
 from qcli.export.verify import verify
 from qcli.models import manifest as checkpoint
-from qcli.models.native import NativeSource
+from qcli.models.native import NativeSource, quantization_config
 from qcli.models.open import open_source
+from qcli.models.quantized import stored_tensors
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
@@ -218,17 +219,17 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     assert isinstance(source, NativeSource)
     formats: dict[str, Any] = dict.fromkeys(layer.name for layer in source.linears())
     tensors = {name: source.read([name])[name] for name in source.tensors()}
-    for layer, packed in source.packed.items():
+    for layer, packed in source.quantized.items():
         weight, true = source.read_quantized(layer), original.read([f"{layer}.weight"])[f"{layer}.weight"]
         if not layer.endswith("up_proj"):
             format = LowRank.around(packed.format, 4, bits)
             weight = format.wrap(weight, factors(true - weight.dense(), None, format))
         formats[layer] = weight.format
         del tensors[f"{layer}.weight"]
-        tensors |= checkpoint.stored_tensors(layer, weight)
+        tensors |= stored_tensors(layer, weight)
     out.mkdir()
     shards.write_tensors(out / "model.safetensors", tensors)
-    config = checkpoint.quantization_config(source.linears(), formats, activations)
+    config = quantization_config(source.linears(), formats, activations)
     write_json(out / "config.json", source.config | {"quantization_config": config})
     source.copy_companions(out)
     (out / checkpoint.RECIPE).write_bytes((bare / checkpoint.RECIPE).read_bytes())

@@ -65,7 +65,7 @@ def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Dist
 def codes(folder: Path) -> dict[str, torch.Tensor]:
     source = open_source(str(folder))
     assert isinstance(source, NativeSource)
-    return {name: source.read_quantized(name).codes for name in source.packed}
+    return {name: source.read_quantized(name).codes for name in source.quantized}
 
 
 def judged(result: Distilled) -> list[float | None]:
@@ -244,7 +244,7 @@ def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:
         found = intend(pupil, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0])
         source = open_source(str(pupil))
         assert isinstance(source, NativeSource)
-        weights = {name: source.read_quantized(name) for name in source.packed}
+        weights = {name: source.read_quantized(name) for name in source.quantized}
         entries = sum(table.numel() for weight in weights.values() for table in weight.tables.values())
         assert found.layers == len(weights) == 14
         assert found.weights == sum(weight.codes.numel() for weight in weights.values())

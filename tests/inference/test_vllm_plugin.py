@@ -140,7 +140,7 @@ def load(layer: LinearBase, source: NativeSource, prefix: str) -> None:
     parameters = dict(layer.named_parameters())
     for number, part in enumerate(FUSED.get(leaf, [leaf])):
         name = f"{parent}.{part}"
-        for stored in source.packed[name].stored(name):
+        for stored in source.quantized[name].stored(name):
             tensor = read_tensors([(stored, source.extents[stored])])[stored]
             parameter: Any = parameters[stored.removeprefix(f"{name}.")]
             if leaf == "qkv_proj":

@@ -80,10 +80,10 @@ def test_mixed_methods_and_dense_layers(tmp_path: Path, text: Path) -> None:
     quantize(recipe, out)
     source = open_source(str(out))
     assert isinstance(source, NativeSource)
-    assert "model.layers.0.self_attn.v_proj" not in source.packed
-    assert source.packed["model.layers.1.self_attn.v_proj"].format.bits == 4
-    assert source.packed["model.layers.0.self_attn.q_proj"].format.bits == 8
-    assert source.packed["model.layers.1.mlp.up_proj"].format.bits == 2
+    assert "model.layers.0.self_attn.v_proj" not in source.quantized
+    assert source.quantized["model.layers.1.self_attn.v_proj"].format.bits == 4
+    assert source.quantized["model.layers.0.self_attn.q_proj"].format.bits == 8
+    assert source.quantized["model.layers.1.mlp.up_proj"].format.bits == 2
     dense = "model.layers.0.self_attn.v_proj.weight"
     assert torch.equal(load_file(out / "model.safetensors")[dense], load_file(model / "model.safetensors")[dense])
     assert bool(logits(out).isfinite().all())

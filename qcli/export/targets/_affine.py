@@ -19,12 +19,12 @@ def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
     Raises:
         UnsupportedError: another format, a ragged last group, or floating-point zero points.
     """
-    return {layer: _affine(source, layer, layout) for layer in source.packed}
+    return {layer: _affine(source, layer, layout) for layer in source.quantized}
 
 
 def _affine(source: Packable, layer: str, layout: str) -> Affine:
-    packed = source.packed[layer]
-    format, width = packed.format, packed.shape[1]
+    storage = source.quantized[layer]
+    format, width = storage.format, storage.shape[1]
     if not isinstance(format, Affine):
         raise UnsupportedError(
             f"{layer} is {format.name}, {layout} holds only uniform grids", hint="pack it as qcli or dense"

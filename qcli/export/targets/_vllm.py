@@ -13,14 +13,14 @@ from typing import Any
 
 from qcli.core.formats.affine import Affine
 from qcli.models.families import Linear
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import QuantizedSource
 
 SYMMETRIC_BITS, ASYMMETRIC_BITS = (2, 3, 4, 5, 6, 7, 8), (4, 8)
 MARLIN_BITS, MARLIN_GROUPS, MARLIN_ROWS, MARLIN_COLUMNS = (4, 8), (-1, 32, 64, 128), 64, 128
 RANKS = (1, 2, 4, 8)
 
 
-def describe(source: PackedSource, formats: Mapping[str, Affine]) -> str:
+def describe(source: QuantizedSource, formats: Mapping[str, Affine]) -> str:
     """In words: the tensor parallel sizes at which vLLM's rules are kept, and what stands in the way of others."""
     refusals = {ranks: _refusal(source, formats, ranks) for ranks in RANKS}
     fits = [str(ranks) for ranks, reason in refusals.items() if reason is None]
@@ -31,7 +31,7 @@ def describe(source: PackedSource, formats: Mapping[str, Affine]) -> str:
     return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
 
 
-def _refusal(source: PackedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:
+def _refusal(source: QuantizedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:
     """Why vLLM cannot load this split over so many devices; None: no rule is broken."""
     heads, kv_heads = _heads(source.config)
     if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
@@ -64,12 +64,12 @@ def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> s
     return None
 
 
-def _splits_inputs(source: PackedSource, layer: Linear) -> bool:
+def _splits_inputs(source: QuantizedSource, layer: Linear) -> bool:
     """Whether devices share a layer's inputs (output and down projections) instead of its outputs."""
     return source.family.groups[layer.group].leads_out
 
 
-def _marlin(source: PackedSource, formats: Mapping[str, Affine]) -> bool:
+def _marlin(source: QuantizedSource, formats: Mapping[str, Affine]) -> bool:
     shapes = {layer.name: layer.shape for layer in source.linears()}
     return all(
         format.bits in MARLIN_BITS

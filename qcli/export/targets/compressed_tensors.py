@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.export.targets import _vllm
 from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
-from qcli.models.folder import read_config
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
-from qcli.models.open import Source
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
@@ -74,6 +72,3 @@ Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precisio
         if not layout.transformers_reads(formats.values()):
             notes["transformers"] = "refuses it: asymmetric layers beside others"
         return notes
-
-    def open(self, folder: Path) -> Source:
-        return layout.CompressedTensorsSource(folder, read_config(folder))

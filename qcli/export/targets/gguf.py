@@ -87,7 +87,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         vocabulary.write(gguf.GGUFWriter(None, known.name), source.tokenizer(), config.vocab_size)
         if config.tie_word_embeddings and "lm_head.weight" in source.tensors():
             raise UnsupportedError(f"{source.path} stores its tied lm_head twice", hint="pack it as qcli or dense")
-        for layer in source.packed:
+        for layer in source.quantized:
             self._types[layer] = blocks.exact_type(source.read_quantized(layer))
             if self._types[layer] is None:
                 self._refuse_or_round(source, layer)
@@ -122,7 +122,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})
 
     def _refuse_or_round(self, source: Packable, layer: str) -> None:
-        packed = source.packed[layer]
+        packed = source.quantized[layer]
         if self.requantize is None:
             grid = isinstance(packed.format, Affine)
             raise UnsupportedError(

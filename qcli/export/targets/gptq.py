@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from qcli.core.formats.affine import Affine
 from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
 from qcli.export.targets._affine import affine_formats
-from qcli.models.folder import read_config
 from qcli.models.layouts import gptq as layout
 from qcli.models.native import NativeSource
-from qcli.models.open import Source
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
@@ -46,17 +44,14 @@ $ vllm serve DIR --dtype float16
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         def packed(name: str) -> dict[str, Tensor]:
             layer = name.removesuffix(".weight")
-            return (
-                layout.tensors(layer, source.read_quantized(layer)) if layer in source.packed else source.read([name])
-            )
+            if layer not in source.quantized:
+                return source.read([name])
+            return layout.tensors(layer, source.read_quantized(layer))
 
         write_layers(source, folder, shard_size, progress, packed)
         quantization = layout.quantization_config(_format(source))
         write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
-
-    def open(self, folder: Path) -> Source:
-        return layout.GPTQSource(folder, read_config(folder))
 
 
 def _format(source: Packable) -> Affine:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.core.activations import Activations
 from qcli.core.formats.affine import Affine
 from qcli.models.families import Linear
-from qcli.models.manifest import Packed, stored_tensors
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import LayerStorage, QuantizedSource, stored_tensors
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent, read_bytes
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qcli.core.weight import QuantizedWeight
+
+__all__ = ["CompressedTensorsSource"]
 
 NAME, _FORMAT = "compressed-tensors", "pack-quantized"
 
@@ -80,14 +81,14 @@ def transformers_reads(formats: Iterable[Affine]) -> bool:
     return len(distinct) == 1 or all(format.zero_point == "none" for format in distinct)
 
 
-class CompressedTensorsSource(PackedSource):
+class CompressedTensorsSource(QuantizedSource):
     """A folder that `qcli pack` wrote in this layout."""
 
     def _storage_config(self, config: dict[str, Any]) -> _StorageConfig:
         return _StorageConfig(config, self.extents)
 
 
-class _Packed(Packed):
+class _LayerStorage(LayerStorage):
     """An affine weight with its `weight_shape`."""
 
     def stored(self, layer: str) -> dict[str, StoredTensor]:
@@ -107,15 +108,15 @@ class _StorageConfig:
         except (AttributeError, KeyError, TypeError, ValueError, re.error):
             raise VerificationError("quantization_config is not understood") from None
 
-    def packed(self, layer: str) -> Packed | None:
-        """How a layer is stored; its shape stands in the file."""
-        if (shape := self._extents.get(f"{layer}.weight_shape")) is None:
+    def layer(self, name: str) -> LayerStorage | None:
+        """How a layer is stored, by the `weight_shape` in the file; None: dense."""
+        if (shape := self._extents.get(f"{name}.weight_shape")) is None:
             return None
-        format = next((format for pattern, format in self._schemes if pattern.fullmatch(layer)), None)
+        format = next((format for pattern, format in self._schemes if pattern.fullmatch(name)), None)
         raw = read_bytes(shape)
         if format is None or len(raw) != 16:
-            raise VerificationError(f"quantization_config has no scheme for {layer}")
-        return _Packed(format, (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")))
+            raise VerificationError(f"quantization_config has no scheme for {name}")
+        return _LayerStorage(format, (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")))
 
 
 def _patterns(members: Sequence[Linear], blocks: str, count: int) -> list[str]:

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from qcli.core.activations import Activations
 from qcli.core.formats.affine import Affine
-from qcli.models.manifest import Packed
-from qcli.models.packed import PackedSource
+from qcli.models.quantized import LayerStorage, QuantizedSource
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qcli.core.weight import QuantizedWeight
+
+__all__ = ["GPTQSource"]
 
 NAME = "gptq"
 
@@ -56,14 +57,14 @@ def quantization_config(format: Affine) -> dict[str, Any]:
     }
 
 
-class GPTQSource(PackedSource):
+class GPTQSource(QuantizedSource):
     """A folder that `qcli pack` wrote in this layout."""
 
     def _storage_config(self, config: dict[str, Any]) -> _StorageConfig:
         return _StorageConfig(config, self.extents)
 
 
-class _Packed(Packed):
+class _LayerStorage(LayerStorage):
     def stored(self, layer: str) -> dict[str, StoredTensor]:
         rows, columns = self.shape
         format = _affine(self.format)
@@ -105,12 +106,12 @@ class _StorageConfig:
         if dict(config) != quantization_config(self._format):
             raise VerificationError("quantization_config is not what `qcli pack --format gptq` writes")
 
-    def packed(self, layer: str) -> Packed | None:
-        """How a layer is stored."""
-        if (packed := self._extents.get(f"{layer}.qweight")) is None:
+    def layer(self, name: str) -> LayerStorage | None:
+        """How a layer is stored, by the presence and shape of its `qweight`; None: dense."""
+        if (extent := self._extents.get(f"{name}.qweight")) is None:
             return None
-        words, rows = packed.stored.shape
-        return _Packed(self._format, (rows, words * 32 // self._format.bits))
+        words, rows = extent.stored.shape
+        return _LayerStorage(self._format, (rows, words * 32 // self._format.bits))
 
 
 def _zeros(format: Affine, shape: tuple[int, ...]) -> Tensor:

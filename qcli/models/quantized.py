@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qcli.core.activations import Activations
 from qcli.core.weight import Format
 from qcli.models.folder import FolderSource
-from qcli.models.manifest import Packed
 from qcli.utils.dtypes import COMPUTE_DTYPES, StoredTensor, torch_dtype
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_tensors
@@ -22,8 +22,30 @@ if TYPE_CHECKING:
     from qcli.core.weight import QuantizedWeight
 
 
+@dataclass(frozen=True)
+class LayerStorage:
+    """How a quantized layer is stored: its format and its shape `(out_features, in_features)`."""
+
+    format: Format
+    shape: tuple[int, int]
+
+    def stored(self, layer: str) -> dict[str, StoredTensor]:
+        """The layer's tensors on disk, by full name."""
+        return {f"{layer}.{suffix}": tensor for suffix, tensor in self.format.stored(self.shape).items()}
+
+    def restore(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The weight, from its tensors by full name."""
+        suffixes = self.format.stored(self.shape)
+        return self.format.from_stored({suffix: tensors[f"{layer}.{suffix}"] for suffix in suffixes}, self.shape)
+
+
+def stored_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The weight's tensors as they are stored, by full name: inverse of `LayerStorage.restore`."""
+    return {f"{layer}.{suffix}": tensor for suffix, tensor in weight.format.to_stored(weight).items()}
+
+
 class StorageConfig(Protocol):
-    """What a `quantization_config` says of how layers are stored, whoever's it is.
+    """A `quantization_config`, of any layout, read: how each layer is stored.
 
     Attributes:
         activations: how the inputs of quantized layers are quantized; None: not at all.
@@ -31,11 +53,11 @@ class StorageConfig(Protocol):
 
     activations: Activations | None
 
-    def packed(self, layer: str) -> Packed | None:
-        """How a layer is stored, by its module name; None when it is dense."""
+    def layer(self, name: str) -> LayerStorage | None:
+        """How the layer with this module name is stored; None: dense."""
 
 
-class PackedSource(FolderSource):
+class QuantizedSource(FolderSource):
     """A folder whose linear layers are packed in one layout.
 
     Raises:
@@ -52,10 +74,10 @@ class PackedSource(FolderSource):
         raise NotImplementedError
 
     @cached_property
-    def packed(self) -> dict[str, Packed]:
+    def quantized(self) -> dict[str, LayerStorage]:
         """The quantized layers, by module name, in order of computation."""
-        layers = (name for name, _, _ in self._linear_names())
-        return {layer: packed for layer in layers if (packed := self._storage.packed(layer)) is not None}
+        names = (name for name, _, _ in self._linear_names())
+        return {name: storage for name in names if (storage := self._storage.layer(name)) is not None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,13 +88,13 @@ class PackedSource(FolderSource):
     def tensors(self) -> dict[str, StoredTensor]:
         """Headers as if the model were dense: a quantized layer has its weight, as float32."""
         logical = {}
-        parts = {name: layer for layer, packed in self.packed.items() for name in packed.stored(layer)}
+        parts = {name: layer for layer, storage in self.quantized.items() for name in storage.stored(layer)}
         done: set[str] = set()
         for name, stored in super().tensors().items():
             layer = parts.get(name)
             if layer is not None and layer not in done:
                 done.add(layer)
-                rows, columns = self.packed[layer].shape
+                rows, columns = self.quantized[layer].shape
                 logical[f"{layer}.weight"] = StoredTensor(
                     "F32", (columns, rows) if self.family.conv1d else (rows, columns)
                 )
@@ -81,51 +103,51 @@ class PackedSource(FolderSource):
         return logical
 
     def formats(self) -> Mapping[str, Format]:
-        return {layer: packed.format for layer, packed in self.packed.items()}
+        return {layer: storage.format for layer, storage in self.quantized.items()}
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
         """Codes and tables of a layer."""
-        packed = self.packed[layer]
-        extents = ((name, self.extents[name]) for name in packed.stored(layer))
-        return packed.restore(layer, read_tensors(extents))
+        storage = self.quantized[layer]
+        extents = ((name, self.extents[name]) for name in storage.stored(layer))
+        return storage.restore(layer, read_tensors(extents))
 
     def stored_as(self, name: str) -> str:
-        packed = self.packed.get(name.removesuffix(".weight"))
-        return super().stored_as(name) if packed is None else packed.format.name
+        storage = self.quantized.get(name.removesuffix(".weight"))
+        return super().stored_as(name) if storage is None else storage.format.name
 
     def bits_per_weight(self) -> float:
-        return self._bits(f"{layer}.weight" for layer in self.packed)
+        return self._bits(f"{layer}.weight" for layer in self.quantized)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        tensors = super()._read([name for name in names if name.removesuffix(".weight") not in self.packed])
+        tensors = super()._read([name for name in names if name.removesuffix(".weight") not in self.quantized])
         for name in names:
             layer = name.removesuffix(".weight")
-            if layer in self.packed:
+            if layer in self.quantized:
                 dense = self.read_quantized(layer).dense()
                 tensors[name] = dense.T.contiguous() if self.family.conv1d else dense
         return {name: tensors[name] for name in names}
 
     def _stored_bytes(self, name: str) -> int:
         layer = name.removesuffix(".weight")
-        if layer in self.packed:
-            return sum(tensor.bytes for tensor in self.packed[layer].stored(layer).values())
+        if layer in self.quantized:
+            return sum(tensor.bytes for tensor in self.quantized[layer].stored(layer).values())
         return super()._stored_bytes(name)
 
     def _check(self) -> None:
         found = super().tensors()
-        for layer, packed in self.packed.items():
+        for layer, storage in self.quantized.items():
             if f"{layer}.weight" in found:
                 raise VerificationError(
-                    f"{self.path}: {layer} has a dense weight, its config says {packed.format.name}"
+                    f"{self.path}: {layer} has a dense weight, its config says {storage.format.name}"
                 )
-            for name, stored in packed.stored(layer).items():
+            for name, stored in storage.stored(layer).items():
                 if name not in found:
                     raise VerificationError(f"{self.path} has no tensor {name}", hint="the checkpoint is incomplete")
                 if found[name] != stored:
                     raise VerificationError(
                         f"{self.path}: {name} is {_words(found[name])}, its config says {_words(stored)}"
                     )
-        known = {name for layer, packed in self.packed.items() for name in packed.stored(layer)}
+        known = {name for layer, storage in self.quantized.items() for name in storage.stored(layer)}
         linears = {layer for layer, _, _ in self._linear_names()}
         surplus = [name for name in found if name not in known and _is_quantized(name, linears)]
         if surplus:
