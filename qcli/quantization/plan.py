@@ -15,6 +15,7 @@ from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.models.source import Source
 from qcli.quantization.search_space import uniform_recipe
+from qcli.recipe.assign import assign
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
@@ -186,7 +187,7 @@ def make_plan(recipe: Recipe) -> Plan:
     layers = source.linears()
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
-    methods = recipe.assign(layers)
+    methods = assign(recipe, layers)
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()
     formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}

@@ -133,7 +133,7 @@ def search_space(recipe: Recipe, layers: Sequence[Linear]) -> SearchSpace:
         problems.append(Issue(("method", "bits"), f"auto: {recipe.method.name} has only one width"))
     if problems:
         raise recipe.located(problems)
-    overridden = {layer.name: others[i] for layer in layers for i in recipe.rules(layer.name)[:1]}
+    overridden = {layer.name: others[i] for layer in layers for i in recipe.matching_overrides(layer.name)[:1]}
     free = [layer for layer in layers if layer.name not in overridden]
     fixed = [(layer, method) for layer in layers if (method := overridden.get(layer.name)) is not None]
     space = SearchSpace(

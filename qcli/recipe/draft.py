@@ -1,4 +1,4 @@
-"""Raw recipe values from a file, `--set` and flags, merged by precedence; what they mean is not known here."""
+"""Raw values from a file, `--set` and flags, merged by precedence; what they mean is left to the recipe."""
 
 from __future__ import annotations
 
@@ -6,21 +6,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcli.recipe.errors import Origins
+from qcli.recipe.origins import Origins
 from qcli.recipe.yaml import MAX_BYTES, KeyPath, dotted, read_yaml
 from qcli.utils.errors import UsageError
 
+_FLAGS = {  # flags that are not named after the last part of their path
+    "model": "MODEL",
+    "method.name": "--method",
+    "method.symmetric": "--symmetric/--asymmetric",
+}
+
 
 class Draft:
-    """Raw values on their way to a recipe, with their origins and everything found wrong so far."""
+    """Merged values, the later of two winning.
+
+    Attributes:
+        data: the values so far, as plain data.
+        origins: where each of them came from.
+        lines: errors so far, as shown.
+    """
 
     def __init__(self) -> None:
         self.data: dict[str, Any] = {}
         self.origins = Origins()
-        self.lines: list[str] = []  # errors, as shown
-        self.spoilt: set[KeyPath] = set()  # paths whose value is a stand-in for one that was refused
+        self.lines: list[str] = []
+        self._refused: set[KeyPath] = set()  # paths whose value is a stand-in for one that was refused
 
     def add_file(self, path: Path) -> None:
+        """The values of a YAML file, which comes first.
+
+        Raises:
+            UsageError: it cannot be read, or is not a mapping.
+        """
         name = self.origins.source = str(path)
         try:
             with path.open("rb") as file:
@@ -36,9 +53,10 @@ class Draft:
         for at, (line, column), message in document.problems:
             key = "" if "?" in at else f"{dotted(at)}: "
             self.lines.append(f"{name}:{line}:{column}: {key}{message}")
-            self.spoilt.add(at)
+            self._refused.add(at)
 
     def add_set(self, text: str) -> None:
+        """A `key=value` of `--set`, the value in YAML."""
         key, equals, value = text.partition("=")
         if not key or not equals:
             self.lines.append(f"--set {text}: must be key=value, as in method.bits=3")
@@ -51,8 +69,12 @@ class Draft:
         self.lines += [f"--set {text}: {problem.message}" for problem in document.problems]
         self.put(key.split("."), document.data, f"--set {text}")
 
+    def add_flag(self, path: str, value: Any) -> None:
+        """The value of the flag that sets the dotted `path`."""
+        self.put(path.split("."), value, flag_name(path))
+
     def put(self, parts: Sequence[str], value: Any, origin: str) -> None:
-        """Set the value at a path, which makes the mappings around it; items of lists go by their number."""
+        """Set the value at a path and create the mappings around it; items of a list have their index as name."""
         node: Any = self.data
         path: KeyPath = ()
         for last, part in zip([False] * (len(parts) - 1) + [True], parts, strict=True):
@@ -71,9 +93,14 @@ class Draft:
         self.origins.by_path = {at: place for at, place in known.items() if at[: len(path)] != path}
         self.origins.by_path.update(dict.fromkeys(_paths(value, path), origin))
 
-    def is_spoilt(self, path: KeyPath) -> bool:
-        """Whether the value at `path`, or a mapping around it, was refused already."""
-        return any(path[:length] in self.spoilt for length in range(1, len(path) + 1))
+    def was_refused(self, path: KeyPath) -> bool:
+        """Whether the value at `path`, or a mapping around it, has an error among `lines` already."""
+        return any(path[:length] in self._refused for length in range(1, len(path) + 1))
+
+
+def flag_name(path: str) -> str:
+    """`--group-size` for `method.group_size`."""
+    return _FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def _paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qcli.recipe.errors import Origins
+from qcli.recipe.origins import Origins
 from qcli.recipe.yaml import KeyPath, scalar
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*")

@@ -7,7 +7,6 @@ error of the record around it. So `Recipe.model_validate` reports everything at 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
@@ -15,8 +14,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qcli.recipe.yaml import KeyPath, dotted
-from qcli.utils.errors import UsageError
+from qcli.recipe.yaml import KeyPath
 
 _WORDED = "recipe"  # the type of errors whose message is final
 _KINDS = {
@@ -42,43 +40,6 @@ class Issue(NamedTuple):
 
     path: KeyPath
     message: str
-
-
-@dataclass
-class Origins:
-    """Where each value of a recipe came from: `recipe.yaml:6:10`, `--set method.bits=3`, `--bits` or `default`.
-
-    No part of what a recipe says: all origins compare equal.
-
-    Attributes:
-        source: name of the recipe file, None without one.
-        by_path: the origin of every value that was given.
-    """
-
-    source: str | None = field(default=None, compare=False)
-    by_path: dict[KeyPath, str] = field(default_factory=dict, compare=False)
-
-    def of(self, path: KeyPath) -> str:
-        """Origin of the value at `path`."""
-        return self.by_path.get(path, "default")
-
-    def near(self, path: KeyPath) -> str | None:
-        """Where to look for an error at `path`: its own origin, that of a mapping around it, or the file."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.by_path:
-                return self.by_path[path[:length]]
-        return self.source
-
-    def error(self, problems: Sequence[Issue], *, hint: str | None = None) -> UsageError:
-        """All problems as one error, a line each."""
-        return UsageError("\n".join(dict.fromkeys(map(self.line, problems))), hint=hint)
-
-    def line(self, problem: Issue) -> str:
-        """`recipe.yaml:6:10: method.bitz: unknown key`, or `--bits: must be at least 2, not 1`."""
-        origin = self.near(problem.path)
-        named = origin is not None and origin.startswith("-") and problem.path in self.by_path
-        key = None if named else dotted(problem.path)
-        return ": ".join(filter(None, (origin, key, problem.message)))
 
 
 def issues(error: ValidationError, cls: type[BaseModel], owner: str = "known") -> list[Issue]:

@@ -60,22 +60,6 @@ def named_options(plugin: Method | Transform) -> dict[str, Any]:
     return {"name": plugin.name, **plugin.model_dump(mode="json")}
 
 
-def derived(base: Mapping[str, Any], partial: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method where an override changes those of `base`.
-
-    A method of another name inherits only options that both have from common classes: elsewhere the same name may mean
-    something else.
-    """
-    known = registry.names(METHODS)
-    old = base.get("name", DEFAULT_METHOD)
-    new = partial.get("name", old)
-    if new != old and new in known and old in known:
-        ours, theirs = registry.load(METHODS, new), registry.load(METHODS, old)
-        common = [cls for cls in ours.__mro__ if issubclass(theirs, cls) and issubclass(cls, BaseModel)]
-        base = {key: value for key, value in base.items() if any(key in cls.model_fields for cls in common)}
-    return {**base, **partial, "name": new}
-
-
 def _build(kind: str, package: str, options: Mapping[str, Any]) -> Any:
     name, known = options["name"], registry.names(package)
     if name not in known:

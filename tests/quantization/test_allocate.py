@@ -25,6 +25,7 @@ from qcli.quantization.plan import make_plan
 from qcli.quantization.quantize import quantize
 from qcli.quantization.search_space import mixed_recipe, search_space
 from qcli.quantization.sensitivity import sensitivities
+from qcli.recipe.assign import assign
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
 from qcli.utils.errors import QcliError, UsageError
@@ -92,7 +93,7 @@ def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
     override = {"match": "*.1.mlp.up_proj", "method": {"bits": 8}}
     space = search_space(recipe(overrides=[override]), LAYERS)
     chosen = {layer.name: picked[i] % len(space.candidates) for i, layer in enumerate(space.layers)}
-    assigned = space.recipe_of(chosen).assign(LAYERS)
+    assigned = assign(space.recipe_of(chosen), LAYERS)
     assert {name: assigned[name] for name in chosen} == {name: space.candidates[n] for name, n in chosen.items()}
     fixed = assigned["model.layers.1.mlp.up_proj"]
     assert fixed is not None and fixed.format.bits == 8 and len(assigned) == len(chosen) + 1
@@ -111,7 +112,7 @@ def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp
         assert bits[f"{mlp}.gate_proj"] == bits[f"{mlp}.up_proj"]
     pack(result.out, tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
     layers = open_source(ready["model"]).linears()
-    methods = mixed_recipe(wanted, layers).assign(layers).values()
+    methods = assign(mixed_recipe(wanted, layers), layers).values()
     assert set(methods) == set(search_space(wanted, layers).candidates)
 
 

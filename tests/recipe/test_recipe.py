@@ -15,6 +15,7 @@ from qcli.algorithms.methods.rtn import RTN
 from qcli.algorithms.transforms.teq import TEQ
 from qcli.models.families import Linear
 from qcli.recipe.allocation import Allocation
+from qcli.recipe.assign import assign
 from qcli.recipe.errors import issues
 from qcli.recipe.load import from_flags, load_recipe
 from qcli.recipe.plugins import METHODS, build_method
@@ -332,7 +333,7 @@ def test_assign_takes_the_first_match() -> None:
         {"model": "m", "method.name": "rtn", "method.group_size": 32},
         ["overrides=[{match: '*.0.*', dense: true}, {match: '*.down_proj', method: {bits: 8}}]"],
     )
-    assigned = recipe.assign(LAYERS)
+    assigned = assign(recipe, LAYERS)
     assert list(assigned) == [layer.name for layer in LAYERS]
     assert assigned["model.layers.0.mlp.down_proj"] is None
     assert assigned["model.layers.1.mlp.down_proj"] == RTN(bits=8, group_size=32)
@@ -349,7 +350,7 @@ def test_assign_tells_everything_that_does_not_fit(tmp_path: Path) -> None:
     )
     recipe, _ = load_recipe(file, {})
     with pytest.raises(UsageError) as caught:
-        recipe.assign(LAYERS)
+        assign(recipe, LAYERS)
     assert caught.value.message.splitlines() == [
         f"{file}:4:6: overrides[0].match: '*.q_proj' matches no layer",
         f"{file}:6:6: overrides[2].match: '*.0.mlp.up_proj' matches only layers that earlier overrides take",
@@ -361,7 +362,7 @@ def test_assign_tells_everything_that_does_not_fit(tmp_path: Path) -> None:
 def test_assign_refuses_to_do_nothing() -> None:
     recipe, _ = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
     with pytest.raises(UsageError, match="nothing to quantize"):
-        recipe.assign(LAYERS)
+        assign(recipe, LAYERS)
 
 
 def test_fingerprint_ignores_what_does_not_change_the_bytes() -> None:

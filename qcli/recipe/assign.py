@@ -1,0 +1,106 @@
+"""Which method quantizes each layer of a model, and what in a recipe does not fit the model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import gcd
+from typing import TYPE_CHECKING
+
+from qcli.algorithms.method import Method
+from qcli.algorithms.refine import Refine
+from qcli.algorithms.transform import Transform
+from qcli.recipe.errors import Issue
+from qcli.recipe.recipe import Recipe
+from qcli.recipe.yaml import KeyPath
+
+if TYPE_CHECKING:
+    from qcli.models.families import Linear
+
+
+def assign(recipe: Recipe, layers: Sequence[Linear]) -> dict[str, Method | None]:
+    """The method of every layer by name, None where it stays dense.
+
+    Raises:
+        UsageError: overrides that take no layer, layers that their method cannot quantize, and steps that do not fit
+            together; all of them.
+    """
+    matching = {layer.name: recipe.matching_overrides(layer.name) for layer in layers}
+    methods = recipe.override_methods()
+    assigned = {name: methods[rules[0]] if rules else recipe.method for name, rules in matching.items()}
+    problems = [
+        *_idle_overrides(recipe, list(matching.values())),
+        *_misfits(recipe, layers, assigned),
+        *_unfit_formats(recipe, assigned),
+        *_overridden_steps(recipe, methods),
+    ]
+    if layers and not any(assigned.values()):
+        problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
+    if problems:
+        raise recipe.located(problems, hint=_hint(layers, problems))
+    return assigned
+
+
+def _idle_overrides(recipe: Recipe, matching: Sequence[Sequence[int]]) -> list[Issue]:
+    """Overrides that take no layer."""
+    matched = {i for rules in matching for i in rules}
+    taken = {rules[0] for rules in matching if rules}
+    return [
+        Issue(
+            ("overrides", i, "match"),
+            f"{rule.match!r} matches " + ("only layers that earlier overrides take" if i in matched else "no layer"),
+        )
+        for i, rule in enumerate(recipe.overrides)
+        if i not in taken
+    ]
+
+
+def _misfits(recipe: Recipe, layers: Sequence[Linear], assigned: Mapping[str, Method | None]) -> list[Issue]:
+    """One line for layers that differ only in the number of their block."""
+    counts: Counter[tuple[str, KeyPath, str]] = Counter()
+    for layer in layers:
+        method = assigned[layer.name]
+        if method is None:
+            continue
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        if reason := method.misfit(layer.shape):
+            counts[kind, ("method",), reason] += 1
+        if recipe.low_rank is not None and (reason := recipe.low_rank.misfit(layer.shape)):
+            counts[kind, ("low_rank", "rank"), reason] += 1
+    return [
+        Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
+        for (kind, path, reason), count in counts.items()
+    ]
+
+
+def _unfit_formats(recipe: Recipe, assigned: Mapping[str, Method | None]) -> list[Issue]:
+    """Formats that a transform or the reconstruction cannot work on."""
+    formats = dict.fromkeys(method.format for method in assigned.values() if method is not None)
+    steps: list[tuple[KeyPath, Transform | Refine]] = [*recipe.transforms_by_path()]
+    if recipe.refinement is not None:
+        steps.append((("refine",), recipe.refinement))
+    return [Issue(path, reason) for path, step in steps for format in formats if (reason := step.misfit(format))]
+
+
+def _overridden_steps(recipe: Recipe, methods: Sequence[Method | None]) -> list[Issue]:
+    """Overrides whose transforms or reconstruction are not those of the block around their layers."""
+    problems = []
+    own = (recipe.method.transforms, recipe.method.refine)
+    for i, method in enumerate(methods):
+        if method is None:
+            continue
+        steps = (method.transforms, method.refine)
+        if steps != own and (any(steps) or method.name == recipe.method.name):
+            message = f"{method.name} transforms or reconstructs whole blocks, not single layers"
+            problems.append(Issue(("overrides", i, "method"), f"{message}: set its steps in the recipe's method"))
+    return problems
+
+
+def _hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
+    if any(problem.path == ("method",) for problem in problems):
+        divisor = gcd(*(layer.shape[1] for layer in layers))
+        return f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
+    if layers and any(problem.path[0] == "overrides" for problem in problems):
+        return f"layers have names like {layers[0].name}"
+    return None
