@@ -22,7 +22,7 @@ from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import differences
 
 if TYPE_CHECKING:
-    from qcli.distillation.distill import Distilled
+    from qcli.distillation.result import DistillationResult
     from qcli.evaluation.tasks import Tasks
     from qcli.quantization.result import Result
 
@@ -42,7 +42,7 @@ class PipelineResult:
     out: Path
     skipped: list[str] = field(default_factory=list)
     quantized: Result | None = None
-    distilled: Distilled | None = None
+    distilled: DistillationResult | None = None
     evaluation: dict[str, Any] | None = None
     packed: dict[str, Any] | None = None
 
@@ -204,14 +204,14 @@ class Pipeline:
         if self.recipe.distill is None or (self.folder / DISTILLED).exists():
             return
         from qcli.data.datasets import SELF
-        from qcli.distillation.distill import lesson_tokens
-        from qcli.distillation.plan import require_possible
+        from qcli.distillation.distill import distillation_tokens
+        from qcli.distillation.plan import require_feasible
         from qcli.export.packable import PlannedCheckpoint
 
         vocabulary = self.plan.source.hf_config().get_text_config().vocab_size
-        require_possible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, vocabulary)
+        require_feasible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, vocabulary)
         if self.recipe.distill_text.data != SELF:
-            lesson_tokens(self.recipe, self.plan.source)
+            distillation_tokens(self.recipe, self.plan.source)
 
 
 class StageRecord:

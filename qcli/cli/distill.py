@@ -10,20 +10,22 @@ from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
 
-_MEMORY_HINT = "a smaller distill.batch_tokens takes less; --scope block has one block in memory"
+_MEMORY_HINT = "a smaller distill.batch_tokens needs less; --scope block keeps one block in memory"
 
 
 def distill(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Checkpoint that qcli wrote.")],
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What it was made from: hub id, folder or .gguf file.")
+        str | None, typer.Option(metavar="MODEL", help="The model it was made from: hub id, folder or .gguf file.")
     ] = None,
     loss: Annotated[str | None, typer.Option(metavar="LOSS", help="kl, onebit or dad. Default: kl.")] = None,
     train: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="tables, or tables,weights. Default: tables.")
+        str | None,
+        typer.Option(metavar="WHAT", help="tables (scales, offsets, codebooks) or tables,weights. Default: tables."),
     ] = None,
     scope: Annotated[
-        str | None, typer.Option(metavar="SCOPE", help="model, or block: one at a time. Default: model.")
+        str | None,
+        typer.Option(metavar="SCOPE", help="model (all blocks together) or block (one at a time). Default: model."),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
     data: flags.Data = None,
@@ -36,14 +38,14 @@ def distill(
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
     resume: flags.Resume = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and tell what would be trained.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and report what would be trained.")] = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Tune a quantized model as a whole against the original.
+    """Train a quantized model to match the predictions of the original (knowledge distillation).
 
-    Options that have no flag are set as --set distill.NAME=VALUE; `qcli recipe schema` lists them. Several GPUs:
+    Options without a flag: --set distill.NAME=VALUE; `qcli recipe schema` lists them. On several GPUs:
     torchrun --nproc-per-node N -m qcli distill ...
     """
     with Session(
@@ -69,44 +71,44 @@ def distill(
         }
         resolved, _ = load_recipe(recipe, given, set_ or ())
         if dry_run:
-            from qcli.distillation.plan import intend
+            from qcli.distillation.plan import plan_distillation
 
-            session.result(intend(student, resolved).to_json(), show_intended)
+            session.result(plan_distillation(student, resolved).to_json(), show_plan)
             return
         if resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
+            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.distillation.distill import distill as run
 
         session.result(run(student, resolved, Path(resolved.out), session.progress).to_json(), show_distilled)
 
 
-def show_intended(tables: Tables, found: dict[str, Any]) -> None:
-    """What `--dry-run` found."""
-    memory = "one block's at a time" if found["memory"] is None else f"at least {size(found['memory'])}"
+def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
+    """What `--dry-run` reports."""
+    memory = "one block at a time" if plan["memory"] is None else f"at least {size(plan['memory'])}"
     tables.pairs(
         {
-            "taught by": found["teacher"],
-            "layers": found["layers"],
-            "trained": f"{found['trained']:,} numbers, for {found['weights']:,} weights",
-            "tokens": f"{found['tokens']:,}",
-            "memory": memory + (f", {size(found['free'])} are free" if found["free"] is not None else ""),
+            "teacher": plan["teacher"],
+            "layers": plan["layers"],
+            "trained": f"{plan['trained']:,} parameters, for {plan['weights']:,} weights",
+            "tokens": f"{plan['tokens']:,}",
+            "memory": memory + (f", {size(plan['free'])} are free" if plan["free"] is not None else ""),
         }
     )
 
 
 def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
-    """What was gained, and where it lies."""
+    """Loss before and after, and where the checkpoint is."""
     outcome = result["outcome"]
     tables.pairs(
         {
             "written": result["out"],
-            "taught by": result["teacher"],
+            "teacher": result["teacher"],
             f"held-out {result['measure']}": f"{outcome['before']:.4f} -> {outcome['after']:.4f}",
             "best step": f"{outcome['best_step']} of {outcome['steps']}"
             if outcome["best_step"]
-            else "none: the student is kept as it was",
+            else "none: the initial weights are kept",
             "stopped": outcome["stopped"],
-            "curve": result["plot"] or "not drawn: pip install matplotlib",
+            "curve": result["plot"] or "none: needs matplotlib (pip install matplotlib)",
             "bits per weight": f"{result['bits_per_weight']:.3f}",
             "size": size(result["bytes"]),
             "time": duration(result["seconds"]),

@@ -1,7 +1,7 @@
-"""Distillation one block at a time: the streams of teacher and student, and one block of each, in memory.
+"""Distillation one block at a time: in memory are one block of student and teacher each, and hidden states of both.
 
-A block answers for the hidden states that leave it, given what the trained blocks before it really send; the last
-one, with the head behind it, answers for the predictions too.
+A block is trained to reproduce the hidden states that leave the teacher's block, from the outputs of the trained blocks
+before it. The last block, with the head behind it, is trained on predictions.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from qcli.algorithms.training.loop import optimize
 from qcli.algorithms.training.losses import kl_divergence, token_errors, token_lengths
 from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import parameter_groups
-from qcli.distillation.teacher import Lesson
-from qcli.distillation.whole_model import Stored, stored_layers, student_block
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.student import StoredTensors, load_student_block
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
 from qcli.utils.run_folder import RunFolder
 
 
-def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, list[Outcome]]:
+def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors, Outcome, list[Outcome]]:
     """Train the quantized layers of one block after another.
 
     Args:
         run: keeps finished blocks.
 
     Returns:
-        Stored tensors of every quantized layer (none: the student as it was predicts better); how the whole went, by
-        KL in nats a token; and how each block went, by the error of its outputs, the last one by KL.
+        Stored tensors of every quantized layer (none if the student predicts better without training); how the whole
+        training went, in KL divergence, nats per token; and how each block's went, in the relative error of its
+        output, for the last block in KL.
     """
-    stored: Stored = {}
+    trained: StoredTensors = {}
     outcomes: list[Outcome] = []
-    student, teacher = lesson.stream(lesson.pupil), lesson.stream(lesson.master)
-    progress, fast = lesson.progress, lesson.fast
-    ours, theirs = (
-        [stream.embed(batch) for batch in lesson.tokens.split(lesson.pass_samples)] for stream in (student, teacher)
+    student, teacher = job.stream(job.student), job.stream(job.teacher)
+    student_hidden, teacher_hidden = (
+        [stream.embed(batch) for batch in job.tokens.split(job.pass_samples)] for stream in (student, teacher)
     )
-    given = [student.embed(sample[None]) for sample in lesson.tokens[lesson.n_trained :]]
+    untrained_hidden = [student.embed(sample) for sample in job.tokens[job.n_training :].split(1)]
     for index in range(student.n_blocks):
-        progress("blocks", index, student.n_blocks)
-        _advance(teacher, teacher.load_block(index), index, theirs, fast)
+        job.progress("blocks", index, student.n_blocks)
+        _advance(job, teacher, teacher.load_block(index), index, teacher_hidden)
         part = f"block-{index}"
         if (file := run.done(part)) is None:
-            found, outcome = _train_block(lesson, student, teacher, index, ours, theirs)
-            run.commit(part, found, asdict(outcome))
+            tensors, outcome = _train_block(job, (student, teacher), index, student_hidden, teacher_hidden)
+            run.commit(part, tensors, asdict(outcome))
             file = run.file(part)
         tensors = load_file(file)
-        stored |= tensors
-        outcomes.append(Outcome(**run.report(part)))
-        _advance(student, student.load_block(index), index, given, fast)
-        _advance(student, _as_stored(lesson, student, index, tensors), index, ours, fast)
-    progress("blocks", student.n_blocks, student.n_blocks)
-    held = range(lesson.n_trained, len(lesson.tokens))
-    wanted, trained = ([rows(hidden, [row]) for row in held] for hidden in (theirs, ours))
-    before, after = (_kl(teacher, student, wanted, found, fast) for found in (given, trained))
+        trained |= tensors
+        outcomes.append(Outcome.from_json(run.report(part)))
+        _advance(job, student, student.load_block(index), index, untrained_hidden)
+        _advance(job, student, _trained_block(job, student, index, tensors), index, student_hidden)
+    job.progress("blocks", student.n_blocks, student.n_blocks)
+    held_out = range(job.n_training, len(job.tokens))
+    expected, actual = ([rows(hidden, [row]) for row in held_out] for hidden in (teacher_hidden, student_hidden))
+    before, after = (_mean_kl(job, (student, teacher), hidden, expected) for hidden in (untrained_hidden, actual))
     better = after < before
     whole = Outcome(
         before=before,
@@ -68,82 +68,97 @@ def distill_blocks(lesson: Lesson, run: RunFolder) -> tuple[Stored, Outcome, lis
         steps=sum(outcome.steps for outcome in outcomes),
         stopped=next((outcome.stopped for outcome in outcomes if outcome.stopped), None),
     )
-    return stored if better else {}, whole, outcomes
+    return trained if better else {}, whole, outcomes
 
 
 def _train_block(
-    lesson: Lesson, student: ModelStream, teacher: ModelStream, index: int, ours: list[Tensor], theirs: list[Tensor]
-) -> tuple[Stored, Outcome]:
-    """Train block `index`, which `ours` enter and whose output should be `theirs`."""
-    options, fast = lesson.options, lesson.fast
-    block = student_block(lesson, student, index)
-    last = index == student.n_blocks - 1
-    median = torch.cat([token_lengths(batch).flatten() for batch in theirs]).median()
-    order = Order(lesson.n_trained, f"{lesson.seed}:{index}")
+    job: DistillationJob,
+    streams: tuple[ModelStream, ModelStream],
+    index: int,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+) -> tuple[StoredTensors, Outcome]:
+    """Train block `index`.
 
-    def loss(picks: list[int]) -> Tensor:
-        found, wanted = block(rows(ours, picks), False), rows(theirs, picks)
-        hidden = [wanted.flatten(0, 1)], [found.flatten(0, 1)]
+    Args:
+        streams: student and teacher.
+        inputs: `[batch, length, hidden]` each, from the student's trained blocks.
+        targets: the teacher's outputs of the block, likewise.
+    """
+    student, teacher = streams
+    options = job.options
+    block = load_student_block(job, student, index)
+    last = index == student.n_blocks - 1
+    median = torch.cat([token_lengths(batch).flatten() for batch in targets]).median()
+    order = Order(job.n_training, f"{job.seed}:{index}")
+
+    def loss(samples: list[int]) -> Tensor:
+        output, target = block(rows(inputs, samples), False), rows(targets, samples)
+        hidden = [target.flatten(0, 1)], [output.flatten(0, 1)]
         if last:
-            return options.token_losses(_logits(teacher, wanted, fast), _logits(student, found, fast), *hidden)
-        return options.hidden_losses(*hidden) if options.needs_hidden else token_errors(found, wanted, median)
+            return options.token_losses(_logits(job, teacher, target), _logits(job, student, output), *hidden)
+        return options.hidden_losses(*hidden) if options.needs_hidden else token_errors(output, target, median)
 
     def backward(step: int) -> float:
         total = 0.0
-        for part in range(options.accumulate):
-            picks = order.take(step * options.accumulate + part, lesson.pass_samples)
-            mean = loss(picks).mean() / options.accumulate
+        for number in range(options.accumulate):
+            samples = order.take(step * options.accumulate + number, job.pass_samples)
+            mean = loss(samples).mean() / options.accumulate
             mean.backward()
             total += float(mean.detach())
         return total
 
-    def judged() -> float:
+    def held_out() -> float:
         errors = []
-        for row in range(lesson.n_trained, len(lesson.tokens)):
-            found, wanted = block(rows(ours, [row]), True), rows(theirs, [row])
+        for row in range(job.n_training, len(job.tokens)):
+            output, target = block(rows(inputs, [row]), True), rows(targets, [row])
             if last:
-                errors.append(kl_divergence(_logits(teacher, wanted, fast), _logits(student, found, fast)).mean())
+                errors.append(kl_divergence(_logits(job, teacher, target), _logits(job, student, output)).mean())
             else:
-                errors.append(token_errors(found, wanted, median).mean())
+                errors.append(token_errors(output, target, median).mean())
         return float(torch.stack(errors).mean())
 
     if not block.layers:  # all dense: nothing to train
-        error = judged()
+        error = held_out()
         return {}, Outcome(before=error, after=error, best_step=0, steps=0, curve=((0, None, error),))
     outcome = optimize(
         parameter_groups(block.layers.values(), tables_lr=options.tables_lr, weights_lr=options.weights_lr),
         backward,
-        judged,
-        lesson.schedule,
-        lesson.progress,
+        held_out,
+        job.schedule,
+        job.progress,
     )
-    return stored_layers(block, outcome), outcome
+    return block.stored(outcome), outcome
 
 
-def _as_stored(lesson: Lesson, stream: ModelStream, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The student's block with the weights of finished layers."""
+def _trained_block(job: DistillationJob, stream: ModelStream, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The student's block with the weights of its trained layers."""
     block = stream.load_block(index)
     prefix = f"{stream.family.blocks}.{index}."
-    for name, layer in lesson.pupil.quantized.items():
+    for name, layer in job.student.quantized.items():
         if name.startswith(prefix):
             weight = layer.restore(name, tensors).to(stream.device)
             stream.set_weight(block.get_submodule(name.removeprefix(prefix)), weight.dense())
     return block
 
 
-def _logits(stream: ModelStream, hidden: Tensor, fast: bool) -> Tensor:
-    with matmul_precision(fast=fast, device=stream.device):
-        return stream.logits(hidden).float().flatten(0, 1)
-
-
-def _kl(teacher: ModelStream, student: ModelStream, wanted: list[Tensor], found: list[Tensor], fast: bool) -> float:
-    """Mean over samples of the same length; the logits of one are in memory at a time."""
-    total = 0.0
-    for one, other in zip(wanted, found, strict=True):
-        total += float(kl_divergence(_logits(teacher, one, fast), _logits(student, other, fast)).mean())
-    return total / len(wanted)
-
-
-def _advance(stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor], fast: bool) -> None:
-    with matmul_precision(fast=fast, device=stream.device):
+def _advance(job: DistillationJob, stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor]) -> None:
+    with matmul_precision(fast=job.fast, device=stream.device):
         stream.advance(block, index, hidden)
+
+
+def _mean_kl(
+    job: DistillationJob, streams: tuple[ModelStream, ModelStream], hidden: list[Tensor], targets: list[Tensor]
+) -> float:
+    """Mean over samples of one length, from final hidden states; the logits of one sample are in memory at a time."""
+    student, teacher = streams
+    total = 0.0
+    for own, target in zip(hidden, targets, strict=True):
+        total += float(kl_divergence(_logits(job, teacher, target), _logits(job, student, own)).mean())
+    return total / len(targets)
+
+
+def _logits(job: DistillationJob, stream: ModelStream, hidden: Tensor) -> Tensor:
+    """`[batch, length, hidden]` -> `[tokens, vocabulary]`, float32."""
+    with matmul_precision(fast=job.fast, device=stream.device):
+        return stream.logits(hidden).float().flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a distillation would do and need, and whether it can: known before any work."""
+"""What a distillation would do and need, and whether it is possible: known before any work."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from qcli.utils.memory import free_memory
 
 
 @dataclass(frozen=True)
-class Intended:
+class DistillationPlan:
     """What `distill` would do, from headers alone.
 
     Attributes:
-        layers: quantized ones, which are trained.
-        weights, trained: weights of these layers, and numbers that the optimizer moves.
+        layers: quantized layers, which are trained.
+        weights: number of their weights.
+        trained: number of trained parameters.
         tokens: of all steps together.
-        memory: bytes that training takes besides activations, at least; None: one block's at a time.
-        free: bytes of memory.
+        memory: lower bound of the bytes that training needs, activations not included; None: one block's at a time.
+        free: bytes of free memory; None: unknown.
     """
 
     student: str
@@ -48,60 +49,63 @@ class Intended:
         return asdict(self)
 
 
-def intend(student: Path, recipe: Recipe) -> Intended:
-    """Check everything that `distill` can know before it starts.
+def plan_distillation(student: Path, recipe: Recipe) -> DistillationPlan:
+    """Check everything that `distill` can check before it starts.
 
     Raises:
-        UsageError: no qcli checkpoint, another architecture than the teacher's, or options that do not fit them.
-        ResourceError: model, teacher and optimizer do not fit in memory.
+        UsageError: not a qcli checkpoint, another architecture than the teacher's, or options that fit neither.
+        ResourceError: student, teacher and optimizer do not fit in memory.
     """
     options, text = recipe.distill or Distillation(), recipe.distill_text
-    pupil, master = pair(student, recipe.model)
-    needed, free = require_possible(recipe, pupil.quantized, master.hf_config().get_text_config().vocab_size)
-    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in pupil.quantized.values()))
-    return Intended(
+    source, teacher = open_pair(student, recipe.model)
+    needed, free = require_feasible(recipe, source.quantized, teacher.hf_config().get_text_config().vocab_size)
+    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in source.quantized.values()))
+    n_trained = 0
+    if "weights" in options.train:
+        n_trained += n_weights
+    if "tables" in options.train:
+        n_trained += _table_entries(source)
+    pass_tokens = max(1, options.batch_tokens // text.seq_len) * text.seq_len
+    n_trainings = source.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1
+    return DistillationPlan(
         student=str(student),
         teacher=recipe.model,
-        layers=len(pupil.quantized),
+        layers=len(source.quantized),
         weights=n_weights,
-        trained=(n_weights if "weights" in options.train else 0) + (_tables(pupil) if "tables" in options.train else 0),
-        tokens=options.steps
-        * options.accumulate
-        * max(1, options.batch_tokens // text.seq_len)
-        * text.seq_len
-        * (pupil.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1),
+        trained=n_trained,
+        tokens=options.steps * options.accumulate * pass_tokens * n_trainings,
         memory=needed,
         free=free,
     )
 
 
-def require_possible(
+def require_feasible(
     recipe: Recipe, layers: Mapping[str, LayerStorage], vocabulary: int
 ) -> tuple[int | None, int | None]:
-    """Refuse options that do not fit the model or the processes, and what does not fit in memory.
+    """Refuse options that fit neither model nor processes, and a training that does not fit in memory.
 
     Args:
-        layers: the student's quantized layers, that exist or are planned.
+        layers: the student's quantized layers, which may exist only as a plan.
 
     Returns:
-        `memory` and `free` of `Intended`.
+        `memory` and `free` of `DistillationPlan`.
 
     Raises:
-        UsageError, ResourceError: as `intend`.
+        UsageError, ResourceError: as `plan_distillation`.
     """
     options, text, processes = recipe.distill or Distillation(), recipe.distill_text, world_size()
     if options.scope == "block" and processes > 1:
-        raise UsageError("distill.scope: blocks are trained by one process", hint="run without torchrun")
+        raise UsageError("distill.scope: block uses a single process", hint="run without torchrun")
     if options.accumulate % processes:
         raise UsageError(
-            f"distill.accumulate: {options.accumulate} passes of a step cannot be shared by {processes} processes",
-            hint="use a multiple: results are those of one process then",
+            f"distill.accumulate: {options.accumulate} passes per step cannot be divided among {processes} processes",
+            hint="use a multiple of the number of processes",
         )
     if options.teacher_top_k is not None and options.teacher_top_k >= vocabulary:
         raise UsageError(f"distill.teacher_top_k: {options.teacher_top_k} is not below the vocabulary of {vocabulary}")
     if text.samples <= text.held_out and not is_folder(text.data):
         raise UsageError(
-            f"{text.samples} samples: {text.held_out} are held out and none is left to train on",
+            f"{text.held_out} of {text.samples} samples are held out: none is left to train on",
             hint="use more --samples",
         )
     device, needed = local_device(recipe.device), None
@@ -113,35 +117,35 @@ def require_possible(
         if free is not None and needed > free:
             raise ResourceError(
                 f"distilling the whole model needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                hint="--train tables needs less; --scope block needs one block at a time",
+                hint="--train tables needs less; --scope block needs only one block in memory",
             )
     return needed, free
 
 
-def pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
+def open_pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
     """The student's checkpoint and its teacher.
 
     Raises:
-        UsageError: not a checkpoint of qcli, or not the teacher's architecture.
+        UsageError: not a checkpoint of qcli, or not of the teacher's architecture.
     """
-    pupil, master = open_source(str(student)), open_source(teacher)
-    if not isinstance(pupil, NativeSource):
+    source, teacher_source = open_source(str(student)), open_source(teacher)
+    if not isinstance(source, NativeSource):
         raise UsageError(f"{student} is not a checkpoint that qcli wrote", hint="quantize the model first")
-    ours, theirs = ([(linear.name, linear.shape) for linear in source.linears()] for source in (pupil, master))
-    vocabularies = {source.hf_config().get_text_config().vocab_size for source in (pupil, master)}
-    if ours != theirs or len(vocabularies) > 1:
+    layers = [[(linear.name, linear.shape) for linear in each.linears()] for each in (source, teacher_source)]
+    vocabularies = {each.hf_config().get_text_config().vocab_size for each in (source, teacher_source)}
+    if layers[0] != layers[1] or len(vocabularies) > 1:
         raise UsageError(
-            f"{teacher} has other layers or another vocabulary than {student}, whose teacher it cannot be",
+            f"{teacher} cannot teach {student}: its layers or its vocabulary differ",
             hint=f"the checkpoint was made from {Manifest.read(student).source.model}",
         )
-    return pupil, master
+    return source, teacher_source
 
 
-def _tables(pupil: NativeSource) -> int:
-    """Entries of all tables as they are stored."""
+def _table_entries(source: NativeSource) -> int:
+    """Number of entries in all stored tables."""
     return sum(
         prod(stored.shape)
-        for name, layer in pupil.quantized.items()
+        for name, layer in source.quantized.items()
         for suffix, stored in layer.stored(name).items()
         if not suffix.endswith("weight_packed")
     )

@@ -1,9 +1,8 @@
-"""Pictures of a run, for those who have installed matplotlib."""
+"""The loss curve of a distillation; needs matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,8 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE = "#1f5fa8", "#c2641d"
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is there."""
-    return find_spec("matplotlib") is not None
-
-
 def plot_training(outcome: Outcome, measure: str, blocks: Sequence[Outcome], file: Path) -> None:
-    """Losses by step, or where blocks were trained one by one, by block; PNG, the same bytes for the same outcomes."""
+    """Draw losses by step, or by block if there are `blocks`; a PNG, the same bytes for the same outcomes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
@@ -41,9 +35,9 @@ def plot_training(outcome: Outcome, measure: str, blocks: Sequence[Outcome], fil
 
 
 def _draw_steps(axes: Axes, outcome: Outcome) -> None:
-    judged = [(step, held_out) for step, _, held_out in outcome.curve if held_out is not None]
+    evaluated = [(step, held_out) for step, _, held_out in outcome.curve if held_out is not None]
     trained = [(step, loss) for step, loss, _ in outcome.curve if loss is not None]
-    axes.plot(*zip(*judged, strict=True), color=_BLUE, marker="o", markersize=3.5, label="held-out")
+    axes.plot(*zip(*evaluated, strict=True), color=_BLUE, marker="o", markersize=3.5, label="held-out")
     if trained:
         axes.plot(*zip(*trained, strict=True), color=_ORANGE, linewidth=1, label="training, mean since the last")
     axes.axvline(outcome.best_step, color="#888888", linewidth=0.8, linestyle=":", label="kept")

@@ -1,51 +1,37 @@
-"""A quantized model that can be trained, and the model that teaches it.
+"""A quantized model that can be trained.
 
-Both run whole, over the same tokens. A block of the student makes its weights of codes and tables each time it runs,
-so dense weights of one block exist at a time, and what a block consists of can be sharded over processes.
+A block of the student computes its weights from codes and tables each time it runs, so dense weights of only one block
+exist at a time, and the parameters of a block can be sharded over processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qcli.algorithms.training.losses import listed
+from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import TrainedWeight
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.predictions import Predictions, predict
+from qcli.models.quantized import stored_tensors
 from qcli.models.stream import BlockForward, ModelStream
 from qcli.utils.device import matmul_precision
 
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says at every position of some tokens.
-
-    Attributes:
-        logits: `[tokens, vocabulary]`; or log-probabilities `[tokens, classes + 1]` of `classes` and of all others.
-        hidden: `[tokens, hidden]` after each block, if asked for.
-        classes: int64 `[tokens, classes]`: the tokens that `logits` tells apart; None: all.
-    """
-
-    logits: Tensor
-    hidden: Sequence[Tensor] = ()
-    classes: Tensor | None = None
-
-    def over(self, classes: Tensor | None) -> Tensor:
-        """Logits as they are, or what they say of the tokens that another model lists."""
-        return self.logits if classes is None else listed(self.logits, classes)
+StoredTensors = dict[str, Tensor]
+"""Tensors of quantized layers as a checkpoint has them, by full name."""
 
 
 class StudentBlock(nn.Module):
     """Block `index` of a stream with trained weights in place of its own.
 
     Args:
-        layers: by path; of a module in the block.
-        checkpointing: the block runs again for its gradients instead of keeping what they need.
-        fast: whether its matrix products may use bf16 or TF32 units; those that weights are made by never do.
+        layers: by path of a linear in the block.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        fast: whether matrix products with activations may use bf16 or TF32 units; those that compute weights never do.
     """
 
     def __init__(
@@ -70,6 +56,15 @@ class StudentBlock(nn.Module):
             return self._run(hidden, final)
         return cast("Tensor", checkpoint(self._run, hidden, final, use_reentrant=False))
 
+    def stored(self, outcome: Outcome) -> StoredTensors:
+        """The layers as a checkpoint stores them; unchanged if training did not improve them."""
+        tensors: StoredTensors = {}
+        for path, layer in self.layers.items():
+            weight = (layer.weight() if outcome.best_step else layer.given).to("cpu")
+            weight.check()
+            tensors |= stored_tensors(f"{self.stream.family.blocks}.{self.index}.{path}", weight)
+        return tensors
+
     def _run(self, hidden: Tensor, final: bool) -> Tensor:
         with matmul_precision(fast=False):
             weights = {path: layer.dense(final=final) for path, layer in self.layers.items()}
@@ -90,43 +85,23 @@ class Student(nn.Module):
         return list(cast("Iterable[StudentBlock]", self._blocks))
 
     def forward(self, tokens: Tensor, *, final: bool, hidden: bool) -> Predictions:
-        """int64 `[samples, length]`; `final` as for `StudentBlock`; `hidden`: with hidden states."""
-        blocks = (_fixed(block, final) for block in self.blocks)
-        return _predict(self.stream, blocks, tokens, hidden=hidden, fast=self.fast)
+        """int64 `[samples, length]`; `final` as for `StudentBlock`, `hidden` as for `predict`."""
+        blocks = (_forward(block, final) for block in self.blocks)
+        return predict(self.stream, blocks, tokens, hidden=hidden, fast=self.fast)
 
 
-class Teacher(nn.Module):
-    """A model as its source has it."""
+def load_student_block(job: DistillationJob, stream: ModelStream, index: int) -> StudentBlock:
+    """Block `index` of the student, with trainable quantized layers."""
+    prefix = f"{stream.family.blocks}.{index}."
+    layers = {
+        name.removeprefix(prefix): TrainedWeight(
+            job.student.read_quantized(name).to(job.device), None, job.options.train
+        )
+        for name in job.student.quantized
+        if name.startswith(prefix)
+    }
+    return StudentBlock(stream, index, layers, checkpointing=job.options.checkpointing, fast=job.fast)
 
-    def __init__(self, stream: ModelStream, blocks: Sequence[nn.Module], *, fast: bool) -> None:
-        super().__init__()
-        self.stream, self._blocks, self.fast = stream, nn.ModuleList(blocks), fast
 
-    @torch.no_grad()
-    def forward(self, tokens: Tensor, *, hidden: bool) -> Predictions:
-        """int64 `[samples, length]`; `hidden`: with hidden states."""
-        blocks = (_as_is(self.stream, index, block, self.fast) for index, block in enumerate(self._blocks))
-        return _predict(self.stream, blocks, tokens, hidden=hidden, fast=self.fast)
-
-
-def _fixed(block: StudentBlock, final: bool) -> BlockForward:
+def _forward(block: StudentBlock, final: bool) -> BlockForward:
     return lambda hidden: cast("Tensor", block(hidden, final))
-
-
-def _as_is(stream: ModelStream, index: int, block: nn.Module, fast: bool) -> BlockForward:
-    def run(hidden: Tensor) -> Tensor:
-        with matmul_precision(fast=fast, device=stream.device):
-            return stream.run_block(block, index, hidden)
-
-    return run
-
-
-def _predict(
-    stream: ModelStream, blocks: Iterable[BlockForward], tokens: Tensor, *, hidden: bool, fast: bool
-) -> Predictions:
-    after = []
-    for state in stream.hidden_states(tokens, blocks):
-        if hidden:
-            after.append(state.flatten(0, -2))
-    with matmul_precision(fast=fast, device=stream.device):
-        return Predictions(stream.logits(state).float().flatten(0, 1), after)

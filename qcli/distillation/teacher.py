@@ -1,80 +1,45 @@
-"""Passes of teacher and student over the same tokens, shared among processes."""
+"""The teacher's predictions: from the model itself, or from a cache of its most likely tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qcli.algorithms.training.batches import Order
-from qcli.algorithms.training.loop import Schedule
-from qcli.algorithms.training.losses import kl_divergence, listed
-from qcli.distillation.student import Predictions, Student, Teacher
-from qcli.models.native import NativeSource
-from qcli.models.open import Source
-from qcli.models.stream import ModelStream
-from qcli.recipe.distillation import Distillation
-from qcli.utils.distributed import Processes
+from qcli.algorithms.training.losses import listed
+from qcli.distillation.predictions import Predictions, predict
+from qcli.models.stream import BlockForward, ModelStream
+from qcli.utils.device import matmul_precision
 from qcli.utils.progress import Progress
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a distillation is given.
-
-    Attributes:
-        pupil, master: the student's checkpoint and the teacher.
-        tokens: int64 `[samples, length]`; the last `held_out` are for judgements.
-        seed: of the samples' order.
-        device, dtype: of the models.
-        fast: whether their matrix products may use bf16 or TF32 units.
-    """
-
-    pupil: NativeSource
-    master: Source
-    tokens: Tensor
-    held_out: int
-    options: Distillation
-    seed: str
-    device: torch.device
-    dtype: torch.dtype
-    fast: bool
-    progress: Progress
-
-    def stream(self, source: Source) -> ModelStream:
-        """One of the two models."""
-        return ModelStream(source, device=self.device, dtype=self.dtype)
-
-    @property
-    def n_trained(self) -> int:
-        """Samples to train on."""
-        return len(self.tokens) - self.held_out
-
-    @property
-    def pass_samples(self) -> int:
-        """Samples of one pass through the model."""
-        return max(1, self.options.batch_tokens // self.tokens.shape[1])
-
-    @property
-    def schedule(self) -> Schedule:
-        """Of the optimizer."""
-        asked = self.options
-        return Schedule(
-            asked.steps, asked.warmup, judgements=asked.judgements, clip=asked.clip, patience=asked.patience
-        )
+_LIKELY, _CLASSES = "likely", "classes"
 
 
-class Teaches(Protocol):
-    """A teacher at hand, or what is remembered of one."""
+class Teacher(nn.Module):
+    """The full-precision model, all of its blocks in memory or sharded over processes."""
+
+    def __init__(self, stream: ModelStream, blocks: Sequence[nn.Module], *, fast: bool) -> None:
+        super().__init__()
+        self.stream, self._blocks, self.fast = stream, nn.ModuleList(blocks), fast
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, *, hidden: bool) -> Predictions:
+        """int64 `[samples, length]`; `hidden` as for `predict`."""
+        blocks = (_forward(self.stream, index, block, self.fast) for index, block in enumerate(self._blocks))
+        return predict(self.stream, blocks, tokens, hidden=hidden, fast=self.fast)
+
+
+class TeacherFn(Protocol):
+    """The teacher's predictions for samples of the job's tokens."""
 
     def __call__(self, rows: list[int], *, hidden: bool) -> Predictions:
-        """Of these samples; `hidden`: with hidden states."""
+        """For the samples `rows`; `hidden` as for `predict`."""
 
 
-class Present:
-    """A teacher that is asked anew each time.
+class LiveTeacher:
+    """Runs the teacher at every call.
 
     Args:
         tokens: int64 `[samples, length]`.
@@ -84,81 +49,55 @@ class Present:
         self.teacher, self.tokens = teacher, tokens
 
     def __call__(self, rows: list[int], *, hidden: bool) -> Predictions:
-        found: Predictions = self.teacher(self.tokens[rows], hidden=hidden)
-        return found
+        predictions: Predictions = self.teacher(self.tokens[rows], hidden=hidden)
+        return predictions
 
 
-class Remembered:
-    """The most likely tokens of a teacher that is gone, and the mass of all others.
+class CachedTeacher:
+    """The teacher's most likely tokens and the probability of all others together; the model itself is not needed.
 
     Args:
-        found: of `remember`.
+        tensors: of `cache_predictions`.
     """
 
-    def __init__(self, found: dict[str, Tensor], device: torch.device) -> None:
-        self.found, self.device = found, device
+    def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        self.tensors, self.device = tensors, device
 
     def __call__(self, rows: list[int], *, hidden: bool) -> Predictions:
-        assert not hidden, "no hidden state is remembered"
-        likely, classes = (self.found[name][rows].flatten(0, 1).to(self.device) for name in ("likely", "classes"))
+        assert not hidden, "hidden states are not cached"
+        likely, classes = (self.tensors[name][rows].flatten(0, 1).to(self.device) for name in (_LIKELY, _CLASSES))
         return Predictions(likely, (), classes.long())
 
 
 @torch.no_grad()
-def remember(teacher: Teacher, tokens: Tensor, top: int, samples: int, progress: Progress) -> dict[str, Tensor]:
-    """What `Remembered` needs: float32 `likely [samples, length, top + 1]` (log-probabilities, of all others last)
-    and int32 `classes [samples, length, top]`."""
-    parts: dict[str, list[Tensor]] = {"likely": [], "classes": []}
+def cache_predictions(
+    teacher: Teacher, tokens: Tensor, top_k: int, samples: int, progress: Progress
+) -> dict[str, Tensor]:
+    """The tensors of a `CachedTeacher`.
+
+    Args:
+        tokens: int64 `[samples, length]`.
+        samples: in one pass.
+
+    Returns:
+        `likely`, float32 `[samples, length, top_k + 1]`: log-probabilities, of all other tokens together last; and
+        `classes`, int32 `[samples, length, top_k]`: which tokens they are of.
+    """
+    parts: dict[str, list[Tensor]] = {_LIKELY: [], _CLASSES: []}
     batches = tokens.split(samples)
     for done, batch in enumerate(batches):
-        progress("asking the teacher", done, len(batches))
+        progress("teacher predictions", done, len(batches))
         logits = teacher(batch, hidden=False).logits
-        classes = logits.topk(top).indices
-        parts["likely"].append(listed(logits, classes).view(*batch.shape, -1).cpu())
-        parts["classes"].append(classes.view(*batch.shape, -1).int().cpu())
-    progress("asking the teacher", len(batches), len(batches))
+        classes = logits.topk(top_k).indices
+        parts[_LIKELY].append(listed(logits, classes).view(*batch.shape, -1).cpu())
+        parts[_CLASSES].append(classes.view(*batch.shape, -1).int().cpu())
+    progress("teacher predictions", len(batches), len(batches))
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
-class Teaching:
-    """A student's predictions against its teacher's, a mean over tokens; judged by plain KL whatever the loss is.
+def _forward(stream: ModelStream, index: int, block: nn.Module, fast: bool) -> BlockForward:
+    def forward(hidden: Tensor) -> Tensor:
+        with matmul_precision(fast=fast, device=stream.device):
+            return stream.run_block(block, index, hidden)
 
-    Processes share the passes of a step and the samples of a judgement, so that more of them change no figure but by
-    rounding.
-
-    `accumulate` must be a multiple of the number of processes.
-    """
-
-    def __init__(self, lesson: Lesson, student: Student, teacher: Teaches, processes: Processes) -> None:
-        self.lesson, self.student, self.teacher, self.processes = lesson, student, teacher, processes
-        self.order = Order(lesson.n_trained, lesson.seed)
-
-    def backward(self, step: int) -> float:
-        """Add a step's gradients; returns its loss."""
-        total, options = 0.0, self.lesson.options
-        parts, wants = options.accumulate, options.needs_hidden
-        for part in range(self.processes.rank, parts, self.processes.world_size):
-            rows = self.order.take(step * parts + part, self.lesson.pass_samples)
-            wanted = self.teacher(rows, hidden=wants)
-            found: Predictions = self.student(self.lesson.tokens[rows], final=False, hidden=wants)
-            logits = found.over(wanted.classes)
-            loss = options.token_losses(wanted.logits, logits, wanted.hidden, found.hidden).mean() / parts
-            (loss * self.processes.world_size).backward()  # sharding takes the mean
-            total += float(loss.detach())
-        return self.processes.sum(total)
-
-    def held_out(self) -> float:
-        """Mean KL in nats a token; of what the teacher lists, where it lists some."""
-        tokens, size = self.lesson.tokens, self.lesson.pass_samples
-        total, held = 0.0, range(self.lesson.n_trained, len(tokens))
-        shares = [list(held[first : first + size]) for first in range(0, len(held), size)]
-        missing = (
-            -len(shares) % self.processes.world_size
-        )  # each process makes as many passes, or they wait for each other
-        for number in range(self.processes.rank, len(shares) + missing, self.processes.world_size):
-            rows = shares[number % len(shares)]
-            wanted = self.teacher(rows, hidden=False)
-            found: Predictions = self.student(self.lesson.tokens[rows], final=True, hidden=False)
-            if number < len(shares):
-                total += float(kl_divergence(wanted.logits, found.over(wanted.classes)).sum())
-        return self.processes.sum(total) / (len(held) * tokens.shape[1])
+    return forward

@@ -4,83 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from qcli.algorithms.training.loop import optimize
 from qcli.algorithms.training.outcome import Outcome
-from qcli.algorithms.training.trainable_weight import TrainedWeight, parameter_groups
-from qcli.distillation.student import Student, StudentBlock, Teacher
-from qcli.distillation.teacher import Lesson, Present, Remembered, Teaches, Teaching, remember
-from qcli.models.quantized import LayerStorage, stored_tensors
-from qcli.models.stream import ModelStream
+from qcli.algorithms.training.trainable_weight import parameter_groups
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.loss import DistillationLoss
+from qcli.distillation.student import StoredTensors, Student, load_student_block
+from qcli.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, TeacherFn, cache_predictions
+from qcli.distillation.training_state import TrainingState
+from qcli.models.quantized import LayerStorage
 from qcli.recipe.distillation import Distillation
 from qcli.utils.distributed import Processes
-from qcli.utils.files import sha256
 from qcli.utils.run_folder import RunFolder, part_file
 
-_TEACHER, _FILES = "teacher", "files"
-_CODE, _TRAINED = 1, 28  # bytes of a weight: its code; start, step, latent, best, gradient, two moments in float32
-Stored = dict[str, Tensor]
+_TEACHER = "teacher"
+# Bytes of a weight: its code; and in float32 start, step, latent, best latent, gradient and two Adam moments.
+_CODE, _TRAINED = 1, 28
 
 
-def distill_model(lesson: Lesson, run: RunFolder | None, folder: Path, processes: Processes) -> tuple[Stored, Outcome]:
+def distill_model(
+    job: DistillationJob, run: RunFolder | None, folder: Path, processes: Processes
+) -> tuple[StoredTensors, Outcome]:
     """Train all quantized layers together.
 
     Args:
-        run: where the first process keeps the state; `folder` is its path, which all processes see.
+        run: the run folder, open in the main process alone; keeps the state of the training.
+        folder: its path, which all processes see.
 
     Returns:
-        Stored tensors of every quantized layer, in the first process, and how the training went.
+        Stored tensors of every quantized layer, in the main process only, and how the training went.
     """
-    options = lesson.options
-    wanted = _teaches(lesson, run, folder, processes)
-    student = _student(lesson, processes)
-    teaching = Teaching(lesson, student, wanted, processes)
+    options = job.options
+    teacher = _teacher_fn(job, run, folder, processes)
+    student = _student(job, processes)
+    loss = DistillationLoss(job, student, teacher, processes)
     layers = [layer for block in student.blocks for layer in block.layers.values()]
     outcome = optimize(
         parameter_groups(layers, tables_lr=options.tables_lr, weights_lr=options.weights_lr),
-        teaching.backward,
-        teaching.held_out,
-        lesson.schedule,
-        lesson.progress,
-        _Kept(run, folder, processes),
+        loss.backward,
+        loss.held_out,
+        job.schedule,
+        job.progress,
+        TrainingState(run, folder, processes),
     )
     return _stored(student, outcome, processes), outcome
 
 
-def student_block(lesson: Lesson, stream: ModelStream, index: int) -> StudentBlock:
-    """A block of the student, whose quantized layers are trained."""
-    prefix = f"{stream.family.blocks}.{index}."
-    layers = {
-        name.removeprefix(prefix): TrainedWeight(
-            lesson.pupil.read_quantized(name).to(lesson.device), None, lesson.options.train
-        )
-        for name in lesson.pupil.quantized
-        if name.startswith(prefix)
-    }
-    return StudentBlock(stream, index, layers, checkpointing=lesson.options.checkpointing, fast=lesson.fast)
-
-
-def stored_layers(block: StudentBlock, outcome: Outcome) -> Stored:
-    """The stored tensors of a block's layers: as given, where training found nothing better."""
-    found: Stored = {}
-    for path, layer in block.layers.items():
-        name = f"{block.stream.family.blocks}.{block.index}.{path}"
-        weight = (layer.weight() if outcome.best_step else layer.given).to("cpu")
-        weight.check()
-        found |= stored_tensors(name, weight)
-    return found
-
-
 def needed_memory(layers: Mapping[str, LayerStorage], options: Distillation, teacher_bytes: int, processes: int) -> int:
-    """Bytes that `distill_model` takes in each process besides activations, at least.
+    """Lower bound of the bytes that `distill_model` needs in each process, activations not included.
 
     Args:
         layers: the student's quantized layers.
-        teacher_bytes: of one weight.
+        teacher_bytes: per weight.
     """
     n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers.values()))
     teacher = n_weights * teacher_bytes // processes
@@ -88,90 +66,43 @@ def needed_memory(layers: Mapping[str, LayerStorage], options: Distillation, tea
     return teacher + student if options.teacher_top_k is None else max(teacher, student)
 
 
-def _student(lesson: Lesson, processes: Processes) -> Student:
-    stream = lesson.stream(lesson.pupil)
-    blocks, whole = [], []
+def _student(job: DistillationJob, processes: Processes) -> Student:
+    stream = job.stream(job.student)
+    blocks, replicated = [], []
     for index in range(stream.n_blocks):
-        block = student_block(lesson, stream, index)
-        whole += list(block.block.parameters())
+        block = load_student_block(job, stream, index)
+        replicated += list(block.block.parameters())
         processes.shard(block, replicated=block.block.parameters())
         blocks.append(block)
-    student = Student(stream, blocks, fast=lesson.fast)
-    processes.shard(student, whole)
+    student = Student(stream, blocks, fast=job.fast)
+    processes.shard(student, replicated)
     return student
 
 
-def _teaches(lesson: Lesson, run: RunFolder | None, folder: Path, processes: Processes) -> Teaches:
-    top = lesson.options.teacher_top_k
-    if top is None:
-        return Present(_teacher(lesson, processes), lesson.tokens)
+def _teacher_fn(job: DistillationJob, run: RunFolder | None, folder: Path, processes: Processes) -> TeacherFn:
+    top_k = job.options.teacher_top_k
+    if top_k is None:
+        return LiveTeacher(_teacher(job, processes), job.tokens)
     if not processes.broadcast(lambda: run is not None and run.done(_TEACHER) is not None):
-        found = remember(_teacher(lesson, processes), lesson.tokens, top, lesson.pass_samples, lesson.progress)
+        tensors = cache_predictions(_teacher(job, processes), job.tokens, top_k, job.pass_samples, job.progress)
         if run is not None:
-            run.commit(_TEACHER, found)
+            run.commit(_TEACHER, tensors)
         processes.barrier()
-    return Remembered(load_file(part_file(folder, _TEACHER)), lesson.device)
+    return CachedTeacher(load_file(part_file(folder, _TEACHER)), job.device)
 
 
-def _teacher(lesson: Lesson, processes: Processes) -> Teacher:
-    stream, blocks = lesson.stream(lesson.master), []
+def _teacher(job: DistillationJob, processes: Processes) -> Teacher:
+    stream, blocks = job.stream(job.teacher), []
     for index in range(stream.n_blocks):
         blocks.append(stream.load_block(index))
         processes.shard(blocks[-1])
-    return Teacher(stream, blocks, fast=lesson.fast)
+    return Teacher(stream, blocks, fast=job.fast)
 
 
-def _stored(student: Student, outcome: Outcome, processes: Processes) -> Stored:
-    found: Stored = {}
+def _stored(student: Student, outcome: Outcome, processes: Processes) -> StoredTensors:
+    tensors: StoredTensors = {}
     for block in student.blocks:
         with processes.unsharded(block):
             if processes.is_main:
-                found |= stored_layers(block, outcome)
-    return found
-
-
-class _Kept:
-    """The state of a training as parts of the run, in turns, so that one is whole at any moment."""
-
-    def __init__(self, run: RunFolder | None, folder: Path, processes: Processes) -> None:
-        self.run, self.folder, self.processes = run, folder, processes
-
-    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        newest = self.processes.broadcast(self._newest)
-        if newest is None:
-            return None
-        part, numbers = newest
-        numbers.pop(_FILES, None)
-        if self.processes.world_size > 1:
-            self.processes.load(tensors, self.folder / part)
-        else:
-            assert self.run is not None
-            for name, value in load_file(self.run.file(part)).items():
-                tensors[name].copy_(value)
-        return numbers
-
-    def save(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
-        part = f"state-{(len(numbers['curve']) - 1) % 2}"
-        if self.processes.world_size == 1:
-            assert self.run is not None
-            self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()}, numbers)
-            return
-        self.processes.save(tensors, self.folder / part)
-        if self.run is not None:
-            self.run.commit(part, {}, numbers | {_FILES: _hashes(self.folder / part)})
-
-    def _newest(self) -> tuple[str, dict[str, Any]] | None:
-        run = self.run
-        assert run is not None
-        done = [part for part in ("state-0", "state-1") if run.done(part) is not None and self._whole(part)]
-        newest = max(done, key=lambda part: int(run.report(part)["steps"]), default=None)
-        return None if newest is None else (newest, {**run.report(newest)})
-
-    def _whole(self, part: str) -> bool:
-        """Whether what several processes wrote is still there."""
-        assert self.run is not None
-        return self.processes.world_size == 1 or _hashes(self.folder / part) == self.run.report(part)[_FILES]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.glob("*"))}
+                tensors |= block.stored(outcome)
+    return tensors

@@ -45,7 +45,7 @@ def publish_checkpoint(
         model_bits_per_weight=plan.model_bits_per_weight,
         bytes=plan.bytes,
         layers=result.layers,
-        training={what: Outcome(**outcome) for what, outcome in result.training.items()},
+        training={what: Outcome.from_json(outcome) for what, outcome in result.training.items()},
         unscaled=plan.unscaled,
         dense=dict.fromkeys(result.dense, "recipe override")
         | dict.fromkeys(plan.parts[-1], "not a linear layer of a block"),

@@ -77,7 +77,7 @@ class BlockTransforms:
     def outcomes(self, block: int) -> dict[str, Outcome]:
         """How the fits that this block was folded with went, by name of the transform."""
         reports = [self.run.report(self._part(number, block)) for number in range(len(self.transforms))]
-        return {what: Outcome(**outcome) for report in reports for what, outcome in report.items()}
+        return {what: Outcome.from_json(outcome) for report in reports for what, outcome in report.items()}
 
     def _part(self, number: int, block: int) -> str:
         """Where the run keeps what a transform has found for a block."""

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qcli.distillation.plots import can_plot
 from qcli.study.findings import Finding, against_each_other, best_within, findings, gains, pareto, rest_of
 from qcli.study.plots import plot_front, plot_gains
 from qcli.study.rows import read_rows
+from qcli.utils.environment import can_plot
 from qcli.utils.errors import StateError, UnsupportedError
 from qcli.utils.files import write_bytes
 from qcli.utils.markdown import plain

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def packages() -> list[dict[str, str | None]]:
     """Every package that qcli uses: name, installed version (None: missing), and what needs it."""
     needed = dict.fromkeys(REQUIRED, "always") | OPTIONAL
     return [{"name": name, "version": _version(name), "needed": why} for name, why in needed.items()]
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def devices() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Distillation of whole checkpoints: it helps, it resumes exactly, and what it writes is a checkpoint like any."""
+"""Distillation of whole checkpoints: it improves them, resumes exactly, and writes ordinary checkpoints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from qcli.distillation import plan as distill_plan
-from qcli.distillation.distill import Distilled, distill
-from qcli.distillation.plan import intend
+from qcli.distillation.distill import distill
+from qcli.distillation.plan import plan_distillation
+from qcli.distillation.result import DistillationResult
 from qcli.evaluation.evaluate import evaluate
 from qcli.evaluation.options import EvalOptions
 from qcli.export.verify import verify
@@ -39,27 +40,27 @@ def text(tmp_path: Path) -> Path:
     return write_text(tmp_path)
 
 
-_made: dict[str, Path] = {}
+_students: dict[str, Path] = {}
 
 
-def student(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any) -> tuple[Path, Path]:
-    """A teacher and what quantization has made of it, which it does once."""
+def make_pair(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: Any) -> tuple[Path, Path]:
+    """A teacher and a quantized student; quantization runs once per set of options."""
     teacher, out, key = tiny_model("llama", tmp_path), tmp_path / "student", f"{method} {flags}"
-    if key not in _made:
+    if key not in _students:
         folder = Path(tempfile.mkdtemp())
         register(shutil.rmtree, folder, ignore_errors=True)
         run(teacher, folder / "out", text, grouped=method != "onebit", method__name=method, **METHODS[method], **flags)
-        _made[key] = folder / "out"
-    return teacher, Path(shutil.copytree(_made[key], out))
+        _students[key] = folder / "out"
+    return teacher, Path(shutil.copytree(_students[key], out))
 
 
-def teach(pupil: Path, teacher: Path, out: Path, text: Path, *sets: str) -> Distilled:
+def train(student: Path, teacher: Path, out: Path, text: Path, *sets: str) -> DistillationResult:
     flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24}
     flags |= {"calibration.samples": 28, "calibration.seq_len": 32}
     recipe, _ = load_recipe(
         None, flags | {"distill.judgements": 4}, ("distill.tables_lr=0.01", "distill.batch_tokens=256", *sets)
     )
-    return distill(pupil, recipe, out)
+    return distill(student, recipe, out)
 
 
 def codes(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,25 +69,25 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     return {name: source.read_quantized(name).codes for name in source.quantized}
 
 
-def judged(result: Distilled) -> list[float | None]:
-    """Held-out losses."""
+def held_out_losses(result: DistillationResult) -> list[float | None]:
     return [held_out for _, _, held_out in result.outcome.curve]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text, method)
+    teacher, student = make_pair(tmp_path, text, method)
     out = tmp_path / "out"
-    result = teach(pupil, teacher, out, text)
+    result = train(student, teacher, out, text)
     assert result.outcome.after < 0.95 * result.outcome.before
     assert verify(out).layers == 14
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
     kls = [
-        evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl for folder in (pupil, out)
+        evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
+        for folder in (student, out)
     ]
     assert kls[0] is not None and kls[1] is not None
     assert kls[1] < kls[0]
-    before, after = codes(pupil), codes(out)
+    before, after = codes(student), codes(out)
     assert all(torch.equal(after[name], code) for name, code in before.items()), "tables alone were trained"
     manifest = json.loads((out / "qcli.manifest.json").read_text())
     assert manifest["distilled"][0]["outcome"]["after"] == result.outcome.after
@@ -94,20 +95,22 @@ def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text
 
 
 def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text, "onebit", method__paper=True)
+    teacher, student = make_pair(tmp_path, text, "onebit", method__paper=True)
     out = tmp_path / "out"
-    outcome = teach(pupil, teacher, out, text, "distill.loss=onebit", "distill.train=[tables, weights]").outcome
+    outcome = train(student, teacher, out, text, "distill.loss=onebit", "distill.train=[tables, weights]").outcome
     assert outcome.after < 0.8 * outcome.before
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
-    found = evaluate(str(out), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
-    start = evaluate(str(pupil), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
-    assert found is not None and start is not None and found < start
+    before, after = (
+        evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
+        for folder in (student, out)
+    )
+    assert before is not None and after is not None and after < before
 
 
-def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
-    teach(pupil, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
-    before, after = codes(pupil), codes(tmp_path / "out")
+def test_latent_weights_are_trained_on_request(tmp_path: Path, text: Path) -> None:
+    teacher, student = make_pair(tmp_path, text)
+    train(student, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
+    before, after = codes(student), codes(tmp_path / "out")
     assert any(not torch.equal(after[name], code) for name, code in before.items())
 
 
@@ -123,38 +126,40 @@ def test_weights_behind_the_codes_are_trained_when_asked(tmp_path: Path, text: P
 def test_every_loss_brings_predictions_closer(
     options: tuple[str, ...], others: tuple[str, ...], tmp_path: Path, text: Path
 ) -> None:
-    teacher, pupil = student(tmp_path, text)
-    found, other = (
-        teach(pupil, teacher, tmp_path / name, text, *(f"distill.{option}" for option in sets)).outcome
-        for name, sets in (("found", options), ("other", others))
+    teacher, student = make_pair(tmp_path, text)
+    outcome, other = (
+        train(student, teacher, tmp_path / name, text, *(f"distill.{option}" for option in sets)).outcome
+        for name, sets in (("options", options), ("others", others))
     )
-    assert found.after < 0.97 * found.before
-    assert found.after != other.after
+    assert outcome.after < 0.97 * outcome.before
+    assert outcome.after != other.after
 
 
 @pytest.mark.parametrize(
     ("sets", "commits"),
     [
         (("distill.train=[tables, weights]", "distill.accumulate=2"), 6),  # tokens, four judgements, the weights
-        (("distill.teacher_top_k=8",), 7),  # and what the teacher said
+        (("distill.teacher_top_k=8",), 7),  # and the teacher's predictions
         (("distill.scope=block",), 4),  # tokens, two blocks, the weights
     ],
 )
 def test_interrupted_after_every_commit_gives_the_same_bytes(
     sets: tuple[str, ...], commits: int, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, pupil = student(tmp_path, text)
-    teach(pupil, teacher, tmp_path / "whole", text, *sets)
-    stops = in_pieces(lambda: teach(pupil, teacher, tmp_path / "pieces", text, *sets), tmp_path / "pieces", monkeypatch)
+    teacher, student = make_pair(tmp_path, text)
+    train(student, teacher, tmp_path / "whole", text, *sets)
+    stops = in_pieces(
+        lambda: train(student, teacher, tmp_path / "pieces", text, *sets), tmp_path / "pieces", monkeypatch
+    )
     assert stops == commits
     whole, pieces = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
     assert whole.read_bytes() == pieces.read_bytes()
 
 
 def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+    teacher, student = make_pair(tmp_path, text)
     curves = [
-        judged(teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets))
+        held_out_losses(train(student, teacher, tmp_path / str(number), text, "dtype=float32", *sets))
         for number, sets in enumerate(
             [(), ("distill.batch_tokens=128", "distill.accumulate=2"), ("distill.checkpointing=false",)]
         )
@@ -163,132 +168,134 @@ def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, te
     assert curves[2] == curves[0]
 
 
-def test_a_teacher_that_is_remembered_in_full_teaches_the_same(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
-    present, remembered, little = (
-        teach(pupil, teacher, tmp_path / str(number), text, "dtype=float32", *sets)
+def test_a_teacher_cached_in_full_gives_the_same_training(tmp_path: Path, text: Path) -> None:
+    teacher, student = make_pair(tmp_path, text)
+    live, cached, truncated = (
+        train(student, teacher, tmp_path / str(number), text, "dtype=float32", *sets)
         for number, sets in enumerate([(), ("distill.teacher_top_k=319",), ("distill.teacher_top_k=8",)])
     )
-    assert judged(remembered) == pytest.approx(judged(present), rel=1e-3)
-    kl = judged(little)
-    assert kl[0] is not None and judged(present)[0] is not None
-    assert kl[0] < 0.98 * present.outcome.before, "what is told apart less well differs less"
+    assert held_out_losses(cached) == pytest.approx(held_out_losses(live), rel=1e-3)
+    kl = held_out_losses(truncated)
+    assert kl[0] is not None and held_out_losses(live)[0] is not None
+    assert kl[0] < 0.98 * live.outcome.before, "merging tokens into one class lowers KL"
 
 
 def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+    teacher, student = make_pair(tmp_path, text)
     out = tmp_path / "out"
-    result = teach(pupil, teacher, out, text, "distill.scope=block", "dtype=float32")
+    result = train(student, teacher, out, text, "distill.scope=block", "dtype=float32")
     assert len(result.blocks) == 2
     assert all(block.after < 0.97 * block.before for block in result.blocks)
     assert result.outcome.after < 0.95 * result.outcome.before
-    assert result.outcome.after == pytest.approx(result.blocks[1].after, rel=1e-3), "the last block is judged by KL"
+    assert result.outcome.after == pytest.approx(result.blocks[1].after, rel=1e-3), "the loss of the last block is KL"
     torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
-    whole = teach(pupil, teacher, tmp_path / "whole", text, "dtype=float32")
+    whole = train(student, teacher, tmp_path / "whole", text, "dtype=float32")
     assert result.outcome.before == pytest.approx(whole.outcome.before, rel=1e-3)
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_a_block_that_stayed_dense(scope: str, tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text, overrides=[{"match": "model.layers.0.*", "dense": True}])
+    teacher, student = make_pair(tmp_path, text, overrides=[{"match": "model.layers.0.*", "dense": True}])
     out = tmp_path / "out"
-    result = teach(pupil, teacher, out, text, f"distill.scope={scope}")
+    result = train(student, teacher, out, text, f"distill.scope={scope}")
     assert verify(out).layers == 7
     assert result.outcome.after < result.outcome.before
     if scope == "block":
         dense = result.blocks[0]
         assert dense.steps == 0
-        assert dense.before == pytest.approx(0, abs=1e-6), "it gets and gives what the teacher's does"
+        assert dense.before == pytest.approx(0, abs=1e-6), "its inputs and outputs are the teacher's"
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_the_training_is_drawn(scope: str, tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
-    result = teach(pupil, teacher, tmp_path / "out", text, f"distill.scope={scope}")
+    teacher, student = make_pair(tmp_path, text)
+    result = train(student, teacher, tmp_path / "out", text, f"distill.scope={scope}")
     assert result.plot is not None
     assert (tmp_path / "out" / result.plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
-    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30", "distill.patience=2")
+    teacher, student = make_pair(tmp_path, text)
+    result = train(student, teacher, tmp_path / "out", text, "distill.tables_lr=30", "distill.patience=2")
     assert result.outcome.steps == 12
     assert result.outcome.stopped == "stopped early after step 12: no better for 2 judgements"
 
 
 def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+    teacher, student = make_pair(tmp_path, text)
     sets = ("distill.data=self", "distill.samples=10", "distill.seq_len=16", "calibration.data=nowhere.txt")
-    teach(pupil, teacher, tmp_path / "out", text, *sets)
-    told = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
-    assert told["distilled"][0]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
-    assert told["recipe"]["distill"]["data"] == "self"
+    train(student, teacher, tmp_path / "out", text, *sets)
+    manifest = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
+    assert manifest["distilled"][0]["text"] == {"data": "self", "samples": 10, "seq_len": 16, "held_out": 4}
+    assert manifest["recipe"]["distill"]["data"] == "self"
 
 
-def test_what_a_student_was_taught_on_tells_nothing_of_it(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+def test_text_a_student_was_distilled_on_is_refused_or_flagged(tmp_path: Path, text: Path) -> None:
+    teacher, student = make_pair(tmp_path, text)
     folder, out = tmp_path / "tokens", tmp_path / "out"
     flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
     calibrate(load_recipe(None, flags)[0], folder)
-    teach(pupil, teacher, out, text, f"distill.data={folder}")
+    train(student, teacher, out, text, f"distill.data={folder}")
     with pytest.raises(UsageError, match="was distilled on .*tokens"):
         evaluate(str(out), EvalOptions([str(folder)], window=32))
     assert evaluate(str(out), EvalOptions([str(text)], window=32)).fitted_to == [str(text)]
     assert evaluate(str(teacher), EvalOptions([str(text)], window=32)).fitted_to == []
 
 
-def test_what_is_intended_is_what_is_done(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+def test_the_plan_is_what_is_done(tmp_path: Path, text: Path) -> None:
+    teacher, student = make_pair(tmp_path, text)
     flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24, "calibration.seq_len": 32}
     for train, latents in (("[tables]", False), ("[tables, weights]", True)):
-        found = intend(pupil, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0])
-        source = open_source(str(pupil))
+        plan = plan_distillation(
+            student, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0]
+        )
+        source = open_source(str(student))
         assert isinstance(source, NativeSource)
         weights = {name: source.read_quantized(name) for name in source.quantized}
         entries = sum(table.numel() for weight in weights.values() for table in weight.tables.values())
-        assert found.layers == len(weights) == 14
-        assert found.weights == sum(weight.codes.numel() for weight in weights.values())
-        assert found.trained == entries + (found.weights if latents else 0)
-        assert found.tokens == 24 * 256
-        assert found.memory is not None and found.memory >= found.weights * (29 if latents else 1)
+        assert plan.layers == len(weights) == 14
+        assert plan.weights == sum(weight.codes.numel() for weight in weights.values())
+        assert plan.trained == entries + (plan.weights if latents else 0)
+        assert plan.tokens == 24 * 256
+        assert plan.memory is not None and plan.memory >= plan.weights * (29 if latents else 1)
 
 
-def test_too_little_memory_is_told_before_any_work(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, pupil = student(tmp_path, text)
+def test_too_little_memory_fails_before_any_work(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = make_pair(tmp_path, text)
     monkeypatch.setattr(distill_plan, "free_memory", lambda _: 1000)
     with pytest.raises(ResourceError, match="needs at least .* GB") as caught:
-        teach(pupil, teacher, tmp_path / "out", text)
+        train(student, teacher, tmp_path / "out", text)
     assert "--scope block" in str(caught.value.hint)
     assert not (tmp_path / "out.partial").exists()
-    assert teach(pupil, teacher, tmp_path / "out", text, "distill.scope=block").blocks
+    assert train(student, teacher, tmp_path / "out", text, "distill.scope=block").blocks
 
 
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
-    result = teach(pupil, teacher, tmp_path / "out", text, "distill.tables_lr=30")
+    teacher, student = make_pair(tmp_path, text)
+    result = train(student, teacher, tmp_path / "out", text, "distill.tables_lr=30")
     assert (result.outcome.best_step, result.outcome.after) == (0, result.outcome.before)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pupil / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
 
 
-def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
-    teacher, pupil = student(tmp_path, text)
+def test_distillations_that_are_impossible_are_refused(tmp_path: Path, text: Path) -> None:
+    teacher, student = make_pair(tmp_path, text)
     other = tiny_model("llama", tmp_path, num_hidden_layers=1)
-    with pytest.raises(UsageError, match="has other layers or another vocabulary than"):
-        teach(pupil, other, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="its layers or its vocabulary differ"):
+        train(student, other, tmp_path / "out", text)
     with pytest.raises(UsageError, match="is not a checkpoint that qcli wrote"):
-        teach(teacher, teacher, tmp_path / "out", text)
+        train(teacher, teacher, tmp_path / "out", text)
     wider = tiny_model("llama", tmp_path, vocab_size=384)
-    with pytest.raises(UsageError, match="or another vocabulary"):
-        teach(pupil, wider, tmp_path / "out", text)
+    with pytest.raises(UsageError, match="or its vocabulary differ"):
+        train(student, wider, tmp_path / "out", text)
     with pytest.raises(UsageError, match="none is left"):
-        teach(pupil, teacher, tmp_path / "out", text, "calibration.held_out=28")
+        train(student, teacher, tmp_path / "out", text, "calibration.held_out=28")
     with pytest.raises(UsageError, match=r"distill\.samples=3: training holds out 4 of 3"):
-        teach(pupil, teacher, tmp_path / "out", text, "distill.samples=3")
+        train(student, teacher, tmp_path / "out", text, "distill.samples=3")
     few = tmp_path / "few"
     flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 4, "calibration.seq_len": 32}
     calibrate(load_recipe(None, flags)[0], few)
-    with pytest.raises(UsageError, match="has 4 samples: 4 are held out"):
-        teach(pupil, teacher, tmp_path / "few-out", text, f"distill.data={few}")
+    with pytest.raises(UsageError, match="has 4 samples and 4 are held out"):
+        train(student, teacher, tmp_path / "few-out", text, f"distill.data={few}")
     for wrong, problem in (
         ("train=[]", "train must name"),
         ("teacher_top_k=320", "320 is not below the vocabulary of 320"),
@@ -298,5 +305,5 @@ def test_what_cannot_be_taught_is_refused(tmp_path: Path, text: Path) -> None:
     ):
         flag = f"distill={{{wrong}}}" if ":" in wrong else f"distill.{wrong}"
         with pytest.raises(UsageError, match=problem):
-            teach(pupil, teacher, tmp_path / "out", text, flag)
+            train(student, teacher, tmp_path / "out", text, flag)
     assert not (tmp_path / "out").exists()

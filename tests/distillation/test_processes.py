@@ -48,13 +48,13 @@ def in_two(student: Path, fields: dict[str, Any], *flags: str) -> subprocess.Pop
     )
 
 
-def test_an_error_is_told_once(tmp_path: Path) -> None:
+def test_an_error_is_printed_once(tmp_path: Path) -> None:
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="rtn", method__bits=2)
     process = in_two(student, {**FIELDS, "model": str(teacher), "calibration.data": str(text), "out": str(student)})
-    _, told = process.communicate(timeout=240)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert told.count("error:") == 1 and f"error: {student} exists" in told
+    assert stderr.count("error:") == 1 and f"error: {student} exists" in stderr
 
 
 def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Path) -> None:
@@ -76,10 +76,10 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
     assert not out.exists()
 
     process = in_two(student, fields | {"out": str(out)}, "--resume=required")
-    result, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
+    result, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
     shared = json.loads(result)["outcome"]
-    begun = re.search(r"^train (\d+)/12", told, re.MULTILINE)
+    begun = re.search(r"^train (\d+)/12", stderr, re.MULTILINE)
     assert begun is not None and int(begun[1]) > 0, "it started over"
     kls = [
         evaluate(str(folder), EvalOptions([str(text)], window=32), baseline=str(teacher)).kl
@@ -94,14 +94,14 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
         assert point[2] == pytest.approx(held_out, rel=2e-3)
 
 
-def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_do_not_fit_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="rtn", method__bits=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     fields = {**FIELDS, "model": str(teacher), "calibration.data": str(text)}
     for wrong, problem in (
-        ({"distill.accumulate": 3}, "3 passes of a step cannot be shared by 2 processes"),
-        ({"distill.scope": "block"}, "blocks are trained by one process"),
+        ({"distill.accumulate": 3}, "3 passes per step cannot be divided among 2 processes"),
+        ({"distill.scope": "block"}, "block uses a single process"),
         ({"device": "cuda:0"}, "device 'cuda:0' cannot serve 2 processes"),
     ):
         with pytest.raises(UsageError, match=problem):

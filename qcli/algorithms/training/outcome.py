@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Point: TypeAlias = tuple[int, float | None, float | None]
 """Steps, training loss, held-out loss."""
@@ -29,3 +30,8 @@ class Outcome:
     steps: int
     stopped: str | None = None
     curve: tuple[Point, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Outcome:
+        """Inverse of `dataclasses.asdict`, after a round trip through JSON, which turns tuples into lists."""
+        return cls(**{**fields, "curve": tuple((step, loss, held_out) for step, loss, held_out in fields["curve"])})

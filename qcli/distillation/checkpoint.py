@@ -1,0 +1,61 @@
+"""The distilled checkpoint: the student's, with new codes and tables, a new recipe and a longer manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.plots import plot_training
+from qcli.distillation.result import DistillationResult
+from qcli.distillation.student import StoredTensors
+from qcli.models.manifest import RECIPE, DistillationReport, Manifest
+from qcli.recipe.dump import to_yaml
+from qcli.recipe.recipe import Recipe
+from qcli.utils import shards
+from qcli.utils.files import write_bytes, write_json
+from qcli.utils.run_folder import RunFolder
+from qcli.utils.safetensors import read_header
+
+_WEIGHTS = "weights"
+
+
+def publish_checkpoint(
+    job: DistillationJob,
+    recipe: Recipe,
+    trained: StoredTensors,
+    result: DistillationResult,
+    text_identity: str | None,
+    run: RunFolder,
+) -> None:
+    """Assemble the checkpoint in the run's folder, the manifest last, and give it its name in one step.
+
+    Args:
+        trained: stored tensors that replace the student's.
+        text_identity: of the text it was trained on.
+    """
+    run.commit(_WEIGHTS, trained)
+    folder, header = run.result(), read_header(run.file(_WEIGHTS))
+    tensors = [{name: header.get(name, extent)} for name, extent in job.student.extents.items()]
+    shards.join(tensors, folder, shards.SHARD_SIZE)
+    write_json(folder / "config.json", job.student.config)
+    job.student.copy_companions(folder)
+    if result.plot is not None:
+        plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)
+    manifest = Manifest.read(Path(result.student))
+    fields = manifest.recipe | {"distill": job.options.model_dump(mode="json", exclude_none=True)}
+    write_bytes(folder / RECIPE, to_yaml(fields, None).encode())
+    report = DistillationReport(
+        teacher=recipe.model,
+        text=recipe.distill_text.model_dump(mode="json"),
+        text_identity=text_identity,
+        tokens_sha256=hashlib.sha256(job.tokens.numpy().tobytes()).hexdigest(),
+        seed=recipe.seed,
+        measure=result.measure,
+        outcome=result.outcome,
+        blocks=result.blocks,
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
+    )
+    manifest.model_copy(update={"recipe": fields, "distilled": [*manifest.distilled, report]}).write(folder)
+    run.publish()

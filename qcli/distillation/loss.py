@@ -1,0 +1,52 @@
+"""The loss of a student against its teacher, shared among processes."""
+
+from __future__ import annotations
+
+from qcli.algorithms.training.batches import Order
+from qcli.algorithms.training.losses import kl_divergence
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.predictions import Predictions
+from qcli.distillation.student import Student
+from qcli.distillation.teacher import TeacherFn
+from qcli.utils.distributed import Processes
+
+
+class DistillationLoss:
+    """A student's predictions against its teacher's, a mean over tokens; held-out samples are scored by plain KL,
+    whatever the training loss.
+
+    Processes share the passes of a step and the held-out samples; their number changes results only by rounding.
+    `accumulate` must be a multiple of it.
+    """
+
+    def __init__(self, job: DistillationJob, student: Student, teacher: TeacherFn, processes: Processes) -> None:
+        self.job, self.student, self.teacher, self.processes = job, student, teacher, processes
+        self.order = Order(job.n_training, job.seed)
+
+    def backward(self, step: int) -> float:
+        """Add a step's gradients; returns its loss."""
+        options, processes, total = self.job.options, self.processes, 0.0
+        passes, hidden = options.accumulate, options.needs_hidden
+        for number in range(processes.rank, passes, processes.world_size):
+            rows = self.order.take(step * passes + number, self.job.pass_samples)
+            teacher = self.teacher(rows, hidden=hidden)
+            student: Predictions = self.student(self.job.tokens[rows], final=False, hidden=hidden)
+            logits = student.over(teacher.classes)
+            loss = options.token_losses(teacher.logits, logits, teacher.hidden, student.hidden).mean() / passes
+            (loss * processes.world_size).backward()  # FSDP averages gradients
+            total += float(loss.detach())
+        return processes.sum(total)
+
+    def held_out(self) -> float:
+        """Mean KL divergence of the held-out samples, nats per token; over the teacher's classes if it has them."""
+        tokens, size, processes, total = self.job.tokens, self.job.pass_samples, self.processes, 0.0
+        held_out = range(self.job.n_training, len(tokens))
+        passes = [list(held_out[first : first + size]) for first in range(0, len(held_out), size)]
+        padding = -len(passes) % processes.world_size  # FSDP needs the same number of passes in every process
+        for number in range(processes.rank, len(passes) + padding, processes.world_size):
+            rows = passes[number % len(passes)]
+            teacher = self.teacher(rows, hidden=False)
+            student: Predictions = self.student(tokens[rows], final=True, hidden=False)
+            if number < len(passes):
+                total += float(kl_divergence(teacher.logits, student.over(teacher.classes)).sum())
+        return processes.sum(total) / (len(held_out) * tokens.shape[1])
