@@ -21,11 +21,13 @@ class Allocation(Options):
         groups: whether group sizes are chosen too.
     """
 
-    target_bpw: float = Field(gt=0, description="with bits auto: most bits per weight of the quantized layers")
+    target_bpw: float = Field(
+        gt=0, description="with bits: auto: upper bound on the bits per weight of the quantized layers, tables included"
+    )
     groups: bool = False
     fused: bool = Field(
         default=False,
-        description="with bits auto: one width for layers that engines compute as one (q, k, v; gate, up)",
+        description="with bits: auto: the same width for layers that engines fuse (q, k, v; gate, up)",
     )
 
     def options(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Recipe(Options):
     model_config = ConfigDict(hide_input_in_errors=True)  # the messages quote it
 
     model: str = Field(min_length=1, description="hub id, folder or .gguf file")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random choice")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="random seed")
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
@@ -67,11 +67,11 @@ class Recipe(Options):
         description="auto, cpu, cuda or cuda:N",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of activations and dense weights while computing"
+        default="auto", description="of activations and dense weights during computation"
     )
-    out: str | None = Field(default=None, min_length=1, description="folder of the result")
+    out: str | None = Field(default=None, min_length=1, description="output folder")
     resume: Literal["auto", "required", "never"] = Field(
-        default="auto", description="continue an interrupted run: if there is one, only if, never"
+        default="auto", description="resume an interrupted run if there is one, fail without one, or start over"
     )
     calibration: Calibration = Calibration()
     method: AnyMethod = Field(default_factory=lambda: build_method({}))
@@ -80,17 +80,19 @@ class Recipe(Options):
         validation_alias="method",  # both are read from `method: {bits: auto, ...}`
     )
     transforms: list[AnyTransform] = Field(
-        default=[], description="rewrites that leave the model's function as it is, before the method, in this order"
+        default=[], description="function-preserving rewrites of the model before the method, in this order"
     )
     low_rank: LowRankCompensation | None = Field(
-        default=None, description="a product of two thin matrices beside each quantized weight"
+        default=None, description="low-rank compensation: a product of two thin matrices added to each quantized weight"
     )
-    refine: Refine | None = Field(default=None, description="reconstruction by gradient after the method")
+    refine: Refine | None = Field(default=None, description="gradient-based reconstruction after the method")
     activations: Activations | None = Field(
-        default=None, description="simulated quantization of what quantized layers read"
+        default=None, description="simulated quantization of the inputs of quantized layers"
     )
-    distill: Distillation | None = Field(default=None, description="training of the whole model against the original")
-    overrides: list[Override] = Field(default=[], description="first match wins; each must match a layer")
+    distill: Distillation | None = Field(default=None, description="knowledge distillation from the original model")
+    overrides: list[Override] = Field(
+        default=[], description="per-layer settings; the first match applies, and each must match a layer"
+    )
     pack: Pack | None = None
     eval: Eval | None = None
 

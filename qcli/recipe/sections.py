@@ -1,4 +1,4 @@
-"""The sections of a recipe that belong to no method: text, overrides, packing, evaluation."""
+"""Sections of a recipe: calibration text, overrides, packing and evaluation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from qcli.utils.options import Options
 
 
 class Calibration(Options):
-    """Text that shows the method the model's usual inputs."""
+    """Calibration text."""
 
     data: str = Field(
         default="wikitext2",
         min_length=1,
-        description="wikitext2, c4, ptb, self (sampled from the model), a .txt/.jsonl/.parquet file, "
+        description="wikitext2, c4, ptb, self (sampled from the model), a .txt, .jsonl or .parquet file, "
         "or a folder written by `qcli calibrate`",
     )
-    samples: int = Field(default=128, ge=1, description="token sequences")
-    seq_len: int = Field(default=2048, ge=2, description="tokens of a sequence")
+    samples: int = Field(default=128, ge=1, description="number of sequences")
+    seq_len: int = Field(default=2048, ge=2, description="tokens per sequence")
     held_out: int = Field(
-        default=4, ge=1, description="of these samples, for choosing the best step; used where something is trained"
+        default=4, ge=1, description="samples held out to pick the best step, where anything is trained"
     )
 
 
 class Override(Options):
-    """Another treatment for the layers that `match` names."""
+    """Settings for the layers whose names match a pattern."""
 
-    match: str = Field(min_length=1, description="layer names, with * ? [abc] as in file names")
+    match: str = Field(min_length=1, description="pattern of layer names, with * ? [abc] as for file names")
     method: dict[str, JsonValue] | None = Field(
-        default=None, description="what differs from the recipe's method; `name` switches it"
+        default=None, description="options that differ from the recipe's method; `name` selects another method"
     )
-    dense: bool = Field(default=False, description="leave these layers as they are")
+    dense: bool = Field(default=False, description="leave these layers unquantized")
 
     @model_validator(mode="after")
     def _method_or_dense(self) -> Override:
@@ -46,15 +46,14 @@ class Override(Options):
 
 
 class Pack(Options):
-    """The deployable checkpoint that `qcli run` packs."""
+    """The deployable checkpoint that `qcli run` writes."""
 
     format: str = Field(default="qcli", description="layout of the checkpoint")
     shard_size: str = Field(
-        default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="largest file"
+        default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="maximum size of a file"
     )
-
     requantize: Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] | None = Field(
-        default=None, description="gguf: the type for layers that none holds exactly; default: refuse them"
+        default=None, description="gguf: type for layers that no GGUF type holds exactly; default: refuse them"
     )
 
     @field_validator("format")
@@ -71,23 +70,27 @@ class Pack(Options):
 
 
 class Eval(Options):
-    """What `qcli run` measures."""
+    """The evaluation of `qcli run`."""
 
-    perplexity: list[str] = Field(default=["wikitext2"], min_length=1, description="texts, as calibration.data")
-    window: int | None = Field(default=None, ge=2, description="tokens of a window; default: the model's, up to 2048")
-    max_windows: int | None = Field(default=None, ge=1, description="windows of each text; default: all")
-    baseline: str | None = Field(default=None, description="compared with; default: the recipe's model")
-    tasks: list[str] = Field(default=[], description="lm-eval tasks, as arc_easy, piqa")
-    include_path: str | None = Field(default=None, description="folder of more task files")
-    limit: int | None = Field(default=None, ge=1, description="questions of each task; default: all")
-    fewshot: int | None = Field(default=None, ge=0, description="examples before each question; default: the task's")
-    gates: Gates | None = Field(default=None, description="what fails the run with exit code 4")
+    perplexity: list[str] = Field(
+        default=["wikitext2"], min_length=1, description="texts, named as in calibration.data"
+    )
+    window: int | None = Field(
+        default=None, ge=2, description="tokens per window; default: the model's context length, up to 2048"
+    )
+    max_windows: int | None = Field(default=None, ge=1, description="windows per text; default: all")
+    baseline: str | None = Field(default=None, description="model to compare with; default: the recipe's")
+    tasks: list[str] = Field(default=[], description="lm-eval tasks, such as arc_easy and piqa")
+    include_path: str | None = Field(default=None, description="folder with additional task files")
+    limit: int | None = Field(default=None, ge=1, description="questions per task; default: all")
+    fewshot: int | None = Field(default=None, ge=0, description="few-shot examples per question; default: the task's")
+    gates: Gates | None = Field(default=None, description="bounds that fail the run with exit code 4")
 
     @model_validator(mode="after")
     def _gates_of_tasks(self) -> Eval:
-        unasked = [] if self.gates is None else [task for task in self.gates.min_task if task not in self.tasks]
-        if unasked:
-            raise ValueError(f"gates.min_task names {', '.join(unasked)}, tasks does not")
+        missing = [] if self.gates is None else [task for task in self.gates.min_task if task not in self.tasks]
+        if missing:
+            raise ValueError(f"gates.min_task names {', '.join(missing)}, tasks does not")
         if self.gates is not None and self.gates.max_task_drop is not None and not self.tasks:
             raise ValueError("gates.max_task_drop needs tasks")
         return self

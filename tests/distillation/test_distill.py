@@ -299,9 +299,9 @@ def test_distillations_that_are_impossible_are_refused(tmp_path: Path, text: Pat
     for wrong, problem in (
         ("train=[]", "train must name"),
         ("teacher_top_k=320", "320 is not below the vocabulary of 320"),
-        ("hidden: 1, teacher_top_k: 8", "remembers no hidden states"),
+        ("hidden: 1, teacher_top_k: 8", "caches no hidden states"),
         ("temperature: 2, teacher_top_k: 8", "at temperature 1 only"),
-        ("scope: block, teacher_top_k: 8", "goes with scope: model"),
+        ("scope: block, teacher_top_k: 8", "needs scope: model"),
     ):
         flag = f"distill={{{wrong}}}" if ":" in wrong else f"distill.{wrong}"
         with pytest.raises(UsageError, match=problem):

@@ -1,4 +1,4 @@
-"""What a model must keep, and what is told of one that did not."""
+"""Quality gates: which models pass, and the messages for those that fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from qcli.recipe.gates import GateError, Gates, require
 
-FOUND: dict[str, Any] = {
+EVALUATION: dict[str, Any] = {
     "model": "small",
     "kl": 0.2,
     "perplexity": {
@@ -42,21 +42,21 @@ FOUND: dict[str, Any] = {
     ids=str,
 )
 def test_bounds(gates: dict[str, Any], failures: list[str]) -> None:
-    asked = Gates(**gates)
-    assert list(asked.failures(FOUND)) == failures
-    assert asked.needs_baseline == ("min_task" not in gates)
+    bounds = Gates(**gates)
+    assert list(bounds.failures(EVALUATION)) == failures
+    assert bounds.needs_baseline == ("min_task" not in gates)
     if failures:
         with pytest.raises(GateError) as caught:
-            require(asked, [FOUND])
+            require(bounds, [EVALUATION])
         assert caught.value.exit_code == 4
         assert caught.value.message.splitlines() == [f"small: gate {failure}" for failure in failures]
     else:
-        require(asked, [FOUND])
+        require(bounds, [EVALUATION])
 
 
 def test_what_is_not_finite_passes_no_gate() -> None:
     text = {"value": None, "worst_window": 0, "worst_window_kl": None}
-    lost = FOUND | {"kl": None, "perplexity": {"a": text, "b": text}}
+    lost = EVALUATION | {"kl": None, "perplexity": {"a": text, "b": text}}
     lost["tasks"] = {"easy": {"score": float("nan"), "baseline": 0.6}}
     gates = Gates(max_kl=1e9, max_window_kl=1e9, max_ppl_ratio=1e9, min_task={"easy": 0.0}, max_task_drop=1.0)
     assert [failure.partition(" ")[0] for failure in gates.failures(lost)] == [
@@ -65,7 +65,7 @@ def test_what_is_not_finite_passes_no_gate() -> None:
 
 
 def test_a_baseline_without_a_perplexity_passes_no_gate() -> None:
-    lost = FOUND | {"baseline": {"perplexity": {"a": None, "b": 20.0}}}
+    lost = EVALUATION | {"baseline": {"perplexity": {"a": None, "b": 20.0}}}
     assert list(Gates(max_ppl_ratio=1e9).failures(lost)) == ["max_ppl_ratio 1e+09: the ratio on a is not finite"]
 
 
@@ -76,14 +76,14 @@ def test_no_gate_is_a_mistake() -> None:
 
 def test_where_lower_is_better_a_rise_is_the_loss() -> None:
     prose = {"metric": "word_perplexity", "score": 400.0, "baseline": 20.0, "higher_is_better": False}
-    worse, better = FOUND | {"tasks": {"prose": prose}}, FOUND | {"tasks": {"prose": prose | {"score": 2.0}}}
+    worse, better = EVALUATION | {"tasks": {"prose": prose}}, EVALUATION | {"tasks": {"prose": prose | {"score": 2.0}}}
     drop = Gates(max_task_drop=1.0)
     assert list(drop.failures(worse)) == ["max_task_drop 1: prose lost 380"]
     assert list(drop.failures(better)) == []
     assert list(Gates(min_task={"prose": 3.0}).failures(worse)) == [
-        "min_task prose=3: of word_perplexity lower is better: min_task cannot judge it"
+        "min_task prose=3: it bounds scores where higher is better, not word_perplexity"
     ]
 
 
 def test_a_task_without_a_score_fails_its_gate() -> None:
-    assert list(Gates(min_task={"group": 0.1}).failures(FOUND)) == ["min_task group=0.1: it has no score"]
+    assert list(Gates(min_task={"group": 0.1}).failures(EVALUATION)) == ["min_task group=0.1: it has no score"]
