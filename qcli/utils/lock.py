@@ -1,4 +1,4 @@
-"""A folder for one process at a time: an advisory lock on the file `lock` in it."""
+"""An advisory lock on a folder, through the file `lock` in it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _LOCK = "lock"
 
 
 class FolderLock:
-    """Holds `folder`, which is made if there is none, until `release` or the end of the process.
+    """Locks `folder` for this process until `release`; the folder is created if it does not exist.
 
-    The system releases the lock of a killed process; the file stays and means nothing by itself.
+    The operating system releases the lock of a killed process. The file itself stays and has no meaning.
 
     Args:
         folder: what to lock.
-        busy: raised if another process holds it; nobody waits.
+        busy: raised at once if another process holds the lock.
 
     Raises:
         QcliError: `busy`.
-        OSError: the folder or the lock file cannot be made.
+        OSError: the folder or the lock file cannot be created.
     """
 
     def __init__(self, folder: Path, busy: QcliError) -> None:
@@ -45,11 +45,11 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Let others have the folder; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         self._lock.release()
 
     def clear(self) -> None:
-        """Remove everything in the folder but the lock."""
+        """Remove everything in the folder except the lock file."""
         for entry in self.folder.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -59,7 +59,7 @@ class FolderLock:
     def remove(self) -> None:
         """Remove the folder and release the lock."""
         self.clear()
-        if sys.platform == "win32":  # removes no open file
+        if sys.platform == "win32":  # cannot remove open files
             self.release()
         shutil.rmtree(self.folder)
         self.release()
