@@ -80,16 +80,16 @@ class Refine(Options):
             New weights of the same formats, or the given ones where nothing better was found; and how it went.
         """
         from qcli.algorithms.training.loop import Schedule, train
-        from qcli.algorithms.training.trainable_weight import TrainedWeight, parameter_groups
+        from qcli.algorithms.training.trainable_weight import TrainableWeight, parameter_groups
 
-        layers = {path: TrainedWeight(weight, targets[path], self.train) for path, weight in weights.items()}
+        layers = {path: TrainableWeight(weight, targets[path], self.train) for path, weight in weights.items()}
         outcome = train(
             parameter_groups(layers.values(), tables_lr=self.tables_lr, weights_lr=self.weights_lr),
-            lambda final: {path: layer.dense(final=final) for path, layer in layers.items()},
+            lambda as_stored: {path: layer.dense(as_stored=as_stored) for path, layer in layers.items()},
             objective,
             Schedule(self.steps),
             progress=progress,
         )
         if outcome.best_step == 0:
             return dict(weights), outcome
-        return {path: layer.weight() for path, layer in layers.items()}, outcome
+        return {path: layer.quantized() for path, layer in layers.items()}, outcome

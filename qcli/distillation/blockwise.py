@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qcli.algorithms.training.batches import Order, rows
+from qcli.algorithms.training.batches import BatchSampler, gather_samples
 from qcli.algorithms.training.loop import optimize
-from qcli.algorithms.training.losses import kl_divergence, token_errors, token_lengths
+from qcli.algorithms.training.losses import kl_divergence, relative_token_error, token_norms
 from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import parameter_groups
 from qcli.distillation.job import DistillationJob
@@ -58,7 +58,9 @@ def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors,
         _advance(job, student, _trained_block(job, student, index, tensors), index, student_hidden)
     job.progress("blocks", student.n_blocks, student.n_blocks)
     held_out = range(job.n_training, len(job.tokens))
-    expected, actual = ([rows(hidden, [row]) for row in held_out] for hidden in (teacher_hidden, student_hidden))
+    expected, actual = (
+        [gather_samples(hidden, [row]) for row in held_out] for hidden in (teacher_hidden, student_hidden)
+    )
     before, after = (_mean_kl(job, (student, teacher), hidden, expected) for hidden in (untrained_hidden, actual))
     better = after < before
     whole = Outcome(
@@ -89,20 +91,20 @@ def _train_block(
     options = job.options
     block = load_student_block(job, student, index)
     last = index == student.n_blocks - 1
-    median = torch.cat([token_lengths(batch).flatten() for batch in targets]).median()
-    order = Order(job.n_training, f"{job.seed}:{index}")
+    median = torch.cat([token_norms(batch).flatten() for batch in targets]).median()
+    sampler = BatchSampler(job.n_training, job.pass_samples, f"{job.seed}:{index}")
 
     def loss(samples: list[int]) -> Tensor:
-        output, target = block(rows(inputs, samples), False), rows(targets, samples)
+        output, target = block(gather_samples(inputs, samples), False), gather_samples(targets, samples)
         hidden = [target.flatten(0, 1)], [output.flatten(0, 1)]
         if last:
             return options.token_losses(_logits(job, teacher, target), _logits(job, student, output), *hidden)
-        return options.hidden_losses(*hidden) if options.needs_hidden else token_errors(output, target, median)
+        return options.hidden_losses(*hidden) if options.needs_hidden else relative_token_error(output, target, median)
 
     def backward(step: int) -> float:
         total = 0.0
         for number in range(options.accumulate):
-            samples = order.take(step * options.accumulate + number, job.pass_samples)
+            samples = sampler.indices(step * options.accumulate + number)
             mean = loss(samples).mean() / options.accumulate
             mean.backward()
             total += float(mean.detach())
@@ -111,11 +113,11 @@ def _train_block(
     def held_out() -> float:
         errors = []
         for row in range(job.n_training, len(job.tokens)):
-            output, target = block(rows(inputs, [row]), True), rows(targets, [row])
+            output, target = block(gather_samples(inputs, [row]), True), gather_samples(targets, [row])
             if last:
                 errors.append(kl_divergence(_logits(job, teacher, target), _logits(job, student, output)).mean())
             else:
-                errors.append(token_errors(output, target, median).mean())
+                errors.append(relative_token_error(output, target, median).mean())
         return float(torch.stack(errors).mean())
 
     if not block.layers:  # all dense: nothing to train

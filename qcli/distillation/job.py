@@ -60,7 +60,7 @@ class DistillationJob:
         return Schedule(
             options.steps,
             options.warmup,
-            judgements=options.judgements,
+            evaluations=options.judgements,
             clip=options.clip,
             patience=options.patience,
         )

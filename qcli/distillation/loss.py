@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcli.algorithms.training.batches import Order
+from qcli.algorithms.training.batches import BatchSampler
 from qcli.algorithms.training.losses import kl_divergence
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.predictions import Predictions
@@ -21,14 +21,14 @@ class DistillationLoss:
 
     def __init__(self, job: DistillationJob, student: Student, teacher: TeacherFn, processes: Processes) -> None:
         self.job, self.student, self.teacher, self.processes = job, student, teacher, processes
-        self.order = Order(job.n_training, job.seed)
+        self.sampler = BatchSampler(job.n_training, job.pass_samples, job.seed)
 
     def backward(self, step: int) -> float:
         """Add a step's gradients; returns its loss."""
         options, processes, total = self.job.options, self.processes, 0.0
         passes, hidden = options.accumulate, options.needs_hidden
         for number in range(processes.rank, passes, processes.world_size):
-            rows = self.order.take(step * passes + number, self.job.pass_samples)
+            rows = self.sampler.indices(step * passes + number)
             teacher = self.teacher(rows, hidden=hidden)
             student: Predictions = self.student(self.job.tokens[rows], final=False, hidden=hidden)
             logits = student.over(teacher.classes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qcli.algorithms.training.losses import listed
+from qcli.algorithms.training.losses import log_probs_with_remainder
 from qcli.models.stream import BlockForward, ModelStream
 from qcli.utils.device import matmul_precision
 
@@ -29,7 +29,7 @@ class Predictions:
 
     def over(self, classes: Tensor | None) -> Tensor:
         """The logits, or log-probabilities over the classes that another model's predictions have."""
-        return self.logits if classes is None else listed(self.logits, classes)
+        return self.logits if classes is None else log_probs_with_remainder(self.logits, classes)
 
 
 def predict(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.algorithms.training.trainable_weight import TrainedWeight
+from qcli.algorithms.training.trainable_weight import TrainableWeight
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.predictions import Predictions, predict
 from qcli.models.quantized import stored_tensors
@@ -35,7 +35,7 @@ class StudentBlock(nn.Module):
     """
 
     def __init__(
-        self, stream: ModelStream, index: int, layers: Mapping[str, TrainedWeight], *, checkpointing: bool, fast: bool
+        self, stream: ModelStream, index: int, layers: Mapping[str, TrainableWeight], *, checkpointing: bool, fast: bool
     ) -> None:
         super().__init__()
         self.stream, self.index, self.checkpointing, self.fast = stream, index, checkpointing, fast
@@ -46,9 +46,9 @@ class StudentBlock(nn.Module):
         self._layers = nn.ModuleList(layers.values())
 
     @property
-    def layers(self) -> dict[str, TrainedWeight]:
+    def layers(self) -> dict[str, TrainableWeight]:
         """By path."""
-        return dict(zip(self.paths, cast("Iterable[TrainedWeight]", self._layers), strict=True))
+        return dict(zip(self.paths, cast("Iterable[TrainableWeight]", self._layers), strict=True))
 
     def forward(self, hidden: Tensor, final: bool) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `final`: with weights exactly as they will be stored."""
@@ -60,14 +60,14 @@ class StudentBlock(nn.Module):
         """The layers as a checkpoint stores them; unchanged if training did not improve them."""
         tensors: StoredTensors = {}
         for path, layer in self.layers.items():
-            weight = (layer.weight() if outcome.best_step else layer.given).to("cpu")
+            weight = (layer.quantized() if outcome.best_step else layer.initial).to("cpu")
             weight.check()
             tensors |= stored_tensors(f"{self.stream.family.blocks}.{self.index}.{path}", weight)
         return tensors
 
     def _run(self, hidden: Tensor, final: bool) -> Tensor:
         with matmul_precision(fast=False):
-            weights = {path: layer.dense(final=final) for path, layer in self.layers.items()}
+            weights = {path: layer.dense(as_stored=final) for path, layer in self.layers.items()}
         with matmul_precision(fast=self.fast, device=self.stream.device):
             return self.stream.run_block(self.block, self.index, hidden, weights)
 
@@ -94,7 +94,7 @@ def load_student_block(job: DistillationJob, stream: ModelStream, index: int) ->
     """Block `index` of the student, with trainable quantized layers."""
     prefix = f"{stream.family.blocks}.{index}."
     layers = {
-        name.removeprefix(prefix): TrainedWeight(
+        name.removeprefix(prefix): TrainableWeight(
             job.student.read_quantized(name).to(job.device), None, job.options.train
         )
         for name in job.student.quantized

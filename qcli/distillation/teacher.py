@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.training.losses import listed
+from qcli.algorithms.training.losses import log_probs_with_remainder
 from qcli.distillation.predictions import Predictions, predict
 from qcli.models.stream import BlockForward, ModelStream
 from qcli.utils.device import matmul_precision
@@ -89,7 +89,7 @@ def cache_predictions(
         progress("teacher predictions", done, len(batches))
         logits = teacher(batch, hidden=False).logits
         classes = logits.topk(top_k).indices
-        parts[_LIKELY].append(listed(logits, classes).view(*batch.shape, -1).cpu())
+        parts[_LIKELY].append(log_probs_with_remainder(logits, classes).view(*batch.shape, -1).cpu())
         parts[_CLASSES].append(classes.view(*batch.shape, -1).int().cpu())
     progress("teacher predictions", len(batches), len(batches))
     return {name: torch.cat(part) for name, part in parts.items()}

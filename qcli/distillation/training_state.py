@@ -18,7 +18,7 @@ _FILES = "files"
 
 
 class TrainingState:
-    """Two parts of a run, written in turn, so that at least one is complete at any moment (a `Keeper`).
+    """Two parts of a run, written in turn, so that at least one is complete at any moment (a `Checkpointer`).
 
     Args:
         run: the run folder, open in the main process alone.
@@ -32,25 +32,25 @@ class TrainingState:
         newest = self.processes.broadcast(self._newest)
         if newest is None:
             return None
-        part, numbers = newest
-        numbers.pop(_FILES, None)
+        part, state = newest
+        state.pop(_FILES, None)
         if self.processes.world_size > 1:
             self.processes.load(tensors, self.folder / part)
         else:
             assert self.run is not None
             for name, value in load_file(self.run.file(part)).items():
                 tensors[name].copy_(value)
-        return numbers
+        return state
 
-    def save(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
-        part = _PARTS[(len(numbers["curve"]) - 1) % 2]
+    def save(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        part = _PARTS[(len(state["curve"]) - 1) % 2]
         if self.processes.world_size == 1:
             assert self.run is not None
-            self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()}, numbers)
+            self.run.commit(part, {name: tensor.cpu() for name, tensor in tensors.items()}, state)
             return
         self.processes.save(tensors, self.folder / part)
         if self.run is not None:
-            self.run.commit(part, {}, numbers | {_FILES: _hashes(self.folder / part)})
+            self.run.commit(part, {}, state | {_FILES: _hashes(self.folder / part)})
 
     def _newest(self) -> tuple[str, dict[str, Any]] | None:
         run = self.run

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcli.algorithms.layer_group import LinearGroup
-from qcli.algorithms.training.batches import Order, Sampling, Split, rows
+from qcli.algorithms.training.batches import Sampling, Split, gather_samples
 from qcli.algorithms.training.loop import Weights
-from qcli.algorithms.training.losses import token_errors, token_lengths
+from qcli.algorithms.training.losses import relative_token_error, token_norms
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
 
 
 class BlockObjective:
-    """Relative squared error of a block's output, a mean over tokens (see `token_errors`).
+    """Relative squared error of a block's output, a mean over tokens (see `relative_token_error`).
 
     Args:
         forward: runs the block on hidden states with the given weights in place of its own.
@@ -36,13 +36,13 @@ class BlockObjective:
         sampling: Sampling,
     ) -> None:
         self.forward, self.inputs, self.targets = forward, inputs, targets
-        self.median = torch.cat([token_lengths(batch).flatten() for batch in targets.training]).median()
-        self.size = sampling.samples(inputs.training[0].shape[1])
-        self.order = Order(sum(len(batch) for batch in inputs.training), sampling.seed)
+        self.median = torch.cat([token_norms(batch).flatten() for batch in targets.training]).median()
+        self.sampler = sampling.sampler(sum(len(batch) for batch in inputs.training), inputs.training[0].shape[1])
 
     def loss(self, weights: Weights, step: int) -> Tensor:
-        picks = self.order.take(step, self.size)
-        return self._error(weights, rows(self.inputs.training, picks), rows(self.targets.training, picks)).mean()
+        indices = self.sampler.indices(step)
+        inputs, targets = (gather_samples(side.training, indices) for side in (self.inputs, self.targets))
+        return self._error(weights, inputs, targets).mean()
 
     def held_out(self, weights: Weights) -> float:
         pairs = zip(self.inputs.held_out, self.targets.held_out, strict=True)
@@ -50,7 +50,7 @@ class BlockObjective:
         return float(torch.cat(errors).mean())
 
     def _error(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        return token_errors(self.forward(inputs, weights).float(), targets, self.median)
+        return relative_token_error(self.forward(inputs, weights).float(), targets, self.median)
 
 
 class LinearObjective:
@@ -103,11 +103,10 @@ class ModelObjective:
     ) -> None:
         self.stream, self.blocks, self.tokens = stream, blocks, tokens
         self.predictions, self.fast, self.simulate = predictions, fast, simulate
-        self.size = sampling.samples(tokens.training.shape[1])
-        self.order = Order(len(tokens.training), sampling.seed)
+        self.sampler = sampling.sampler(len(tokens.training), tokens.training.shape[1])
 
     def loss(self, weights: Weights, step: int) -> Tensor:
-        return self._error(weights, self.tokens.training[self.order.take(step, self.size)])
+        return self._error(weights, self.tokens.training[self.sampler.indices(step)])
 
     def held_out(self, weights: Weights) -> float:
         errors = [self._error(weights, sample[None]) for sample in self.tokens.held_out]

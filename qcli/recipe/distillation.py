@@ -115,7 +115,7 @@ class Distillation(Options):
         if self.loss == "kl":
             found = losses.kl_divergence(teacher, student, self.temperature)
         elif self.loss == "onebit":
-            found = losses.cross_entropy(teacher, student)
+            found = losses.soft_cross_entropy(teacher, student)
         else:
             found = losses.deviation_aware(
                 teacher,
@@ -135,7 +135,7 @@ class Distillation(Options):
 
         found = torch.zeros(len(student[0]), device=student[0].device)
         if self.hidden_weight:
-            found = found + self.hidden_weight * losses.hidden_distance(teacher, student)
+            found = found + self.hidden_weight * losses.normalized_hidden_error(teacher, student)
         if self.hidden_mse:
-            found = found + self.hidden_mse * losses.hidden_error(teacher, student)
+            found = found + self.hidden_mse * losses.relative_hidden_error(teacher, student)
         return found

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from qcli.algorithms.training.batches import Order, Sampling, Split
+from qcli.algorithms.training.batches import Sampling, Split
 from qcli.core.activations import Activations
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
@@ -66,9 +66,8 @@ def test_block_objective_is_the_mean_relative_error_of_tokens(stream: ModelStrea
         return float(((output - target).square().sum(-1) / (target.norm(dim=-1) * lengths[number])).mean())
 
     assert objective.held_out(weights) == pytest.approx(error(6), rel=1e-4)
-    step = next(step for step in range(3) if 2 in objective.order.take(step, 2))
-    picks = objective.order.take(step, 2)
-    expected = sum(error(number) for number in picks) / 2
+    step = next(step for step in range(3) if 2 in objective.sampler.indices(step))
+    expected = sum(error(number) for number in objective.sampler.indices(step)) / 2
     assert float(objective.loss(weights, step)) == pytest.approx(expected, rel=1e-4)
     for path in paths:
         assert torch.equal(stream.weight_of(block.get_submodule(path)), original[path])
@@ -116,12 +115,3 @@ def test_model_objective_quantizes_activations_of_the_judged_model_alone(stream:
 
     assert 0 < kl(8) < kl(4)
     assert not any(linear._forward_pre_hooks for linear in linears)
-
-
-def test_order_takes_every_sample_once_before_any_again() -> None:
-    order = Order(5, "seed")
-    taken = [number for step in range(5) for number in order.take(step, 2)]
-    assert sorted(taken[:5]) == sorted(taken[5:]) == list(range(5))
-    assert taken[:5] != taken[5:]
-    assert order.take(3, 2) == Order(5, "seed").take(3, 2)
-    assert order.take(0, 7)[:5] == taken[:5]

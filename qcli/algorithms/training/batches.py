@@ -1,4 +1,4 @@
-"""Which samples a training step sees, and which none ever does."""
+"""Batches of calibration samples: the training/held-out split, and which samples each training step sees."""
 
 from __future__ import annotations
 
@@ -16,51 +16,67 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Split(Generic[T]):
-    """Something of the samples that are trained on, and the same of those that decide which step is kept."""
+    """The same data of two disjoint sets of samples: those trained on, and those that select the best step."""
 
     training: T
     held_out: T
 
     def map(self, function: Callable[[T], U]) -> Split[U]:
-        """`function` of both sides."""
+        """`function` applied to both sides."""
         return Split(function(self.training), function(self.held_out))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How training samples are drawn.
+    """How training batches are drawn.
 
     Attributes:
-        batch_tokens: tokens of a step; at least one sample.
-        seed: of their order.
+        batch_tokens: tokens per batch; a batch holds at least one sample.
+        seed: of the shuffle.
     """
 
     batch_tokens: int
     seed: str
 
-    def samples(self, length: int) -> int:
-        """How many samples of `length` tokens a step takes."""
-        return max(1, self.batch_tokens // length)
+    def sampler(self, n_samples: int, length: int) -> BatchSampler:
+        """A sampler over `n_samples` samples of `length` tokens each."""
+        return BatchSampler(n_samples, max(1, self.batch_tokens // length), self.seed)
 
 
-class Order:
-    """Samples in an order shuffled anew each time all have been seen."""
+class BatchSampler:
+    """Sample indices of each training step, a pure function of the step, so that a resumed run sees the same batches.
 
-    def __init__(self, count: int, seed: str) -> None:
-        self.count, self.seed = count, seed
+    Every epoch visits all samples once in an order of its own; a batch may span the end of an epoch.
 
-    def take(self, step: int, size: int) -> list[int]:
-        """The `size` samples of a step."""
-        places = range(step * size, (step + 1) * size)
-        return [self._round(place // self.count)[place % self.count] for place in places]
+    Args:
+        n_samples: samples in total.
+        batch_size: samples per step.
+        seed: of the shuffle.
+    """
 
-    def _round(self, number: int) -> list[int]:
-        samples = list(range(self.count))
-        random.Random(f"{self.seed}:{number}").shuffle(samples)
+    def __init__(self, n_samples: int, batch_size: int, seed: str) -> None:
+        self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
+
+    def indices(self, step: int) -> list[int]:
+        """The `batch_size` sample indices of a step, counted from 0."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._epoch(position // self.n_samples)[position % self.n_samples] for position in positions]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        samples = list(range(self.n_samples))
+        random.Random(f"{self.seed}:{epoch}").shuffle(samples)
         return samples
 
 
-def rows(batches: list[Tensor], picks: Sequence[int]) -> Tensor:
-    """Samples by their number, from batches of which only the last may be smaller."""
+def gather_samples(batches: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """Stack samples picked from a list of batches.
+
+    Args:
+        batches: `[batch, ...]` each, all of one batch size but the last, which may be smaller.
+        indices: sample numbers, counted through all batches.
+
+    Returns:
+        `[len(indices), ...]`.
+    """
     size = len(batches[0])
-    return torch.stack([batches[pick // size][pick % size] for pick in picks])
+    return torch.stack([batches[index // size][index % size] for index in indices])

@@ -1,16 +1,15 @@
-"""Gradient training of the few numbers that quantization leaves free, judged on text that it does not see.
+"""The training loop of TEQ, reconstruction and distillation: AdamW, and the step that is best on held-out samples.
 
-What is trained (tables, latent weights, channel scales) and what is asked of the result (a linear's, a block's or the
-model's output) meet in one place only: effective weights by layer. TEQ, block refinement and distillation are all made
-of this loop.
+What is trained (tables, latent weights, channel scales) and what it is trained for (the output of a linear, a block
+or the model) meet only in the effective weights, by layer name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,83 +18,109 @@ from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
-_EPSILON = 1e-15  # ours: gradients of a relative error fall with the size of a layer, and 1e-8 would stop large ones
-Weights = Mapping[str, Tensor]
-"""Float32 `[out, in]` by layer name."""
+_EPSILON = 1e-15  # ours: gradients of a relative error shrink as layers grow, and Adam's 1e-8 would stall large layers
+
+Weights: TypeAlias = Mapping[str, Tensor]
+"""Dense weights by layer name, float32 `[out, in]`."""
 
 
 class Objective(Protocol):
-    """What effective weights are good for; both numbers are means, and lower is better."""
+    """Scores effective weights; both losses are means over tokens, lower is better."""
 
     def loss(self, weights: Weights, step: int) -> Tensor:
-        """On the training samples whose turn it is at `step`; differentiable in `weights`."""
+        """Scalar loss on the training batch of `step`; differentiable in `weights`."""
 
     def held_out(self, weights: Weights) -> float:
-        """On samples that `loss` never sees."""
+        """Loss on held-out samples, which `loss` never sees."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW without weight decay; each group's own rate rises linearly, then falls by a cosine.
+    """Steps and learning rates: linear warm-up to each parameter group's own rate, then cosine decay.
 
     Attributes:
-        steps: of the optimizer.
+        steps: optimizer steps.
         warmup: share of the steps in which the rate rises.
-        floor: the last rate, relative to the highest.
+        floor: final rate, relative to the peak.
         betas: of Adam.
-        judgements: how often held-out samples are asked, besides the start.
-        clip: largest norm of a step's gradient; None: any.
-        patience: judgements without a better one after which training ends; None: it never does.
+        evaluations: how often the held-out loss is measured, besides the start; evenly spaced.
+        clip: largest gradient norm of a step; None: gradients are not clipped.
+        patience: early-stopping patience, in evaluations; None: no early stopping.
     """
 
     steps: int
     warmup: float = 0.05
     floor: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    judgements: int = 10
+    evaluations: int = 10
     clip: float | None = None
     patience: int | None = None
 
     def rate(self, step: int) -> float:
-        """The factor on every learning rate at `step`, counted from 0."""
+        """Factor on every learning rate at `step`, counted from 0."""
         rising = self.warmup * self.steps
         if step < rising:
             return (step + 1) / (rising + 1)
         share = (step - rising) / max(1.0, self.steps - rising)
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
 
+    def evaluation_steps(self) -> set[int]:
+        """Numbers of completed steps after which the held-out loss is measured."""
+        return {round(self.steps * (number + 1) / self.evaluations) for number in range(self.evaluations)}
 
-class Keeper(Protocol):
-    """Where a long training keeps what it needs to continue exactly."""
+
+class Checkpointer(Protocol):
+    """Saves and restores the state of a training, so that an interrupted run ends with the same bytes."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Overwrite the tensors with what was saved last and return its numbers; None if nothing was."""
+        """Overwrite `tensors` in place with the last saved ones and return the state saved with them; None if nothing
+        was saved."""
 
-    def save(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Called after each judgement; `numbers` are plain data."""
+    def save(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Called after each evaluation; `state` holds plain data that JSON can represent."""
+
+
+@dataclass
+class _State:
+    """Where a training is, as plain data; fields as those of `Outcome`. A `Checkpointer` stores them by name."""
+
+    before: float
+    after: float
+    best_step: int
+    steps: int
+    curve: list[list[Any]]
+
+    def evaluations_since_best(self) -> int:
+        return sum(step > self.best_step for step, _, _ in self.curve)
 
 
 def train(
     groups: list[dict[str, Any]],
-    weights: Callable[[bool], Weights],
+    effective: Callable[[bool], Weights],
     objective: Objective,
     schedule: Schedule,
     progress: Progress = silent,
 ) -> Outcome:
-    """Train what effective weights are made of, by what they are good for (see `optimize`).
+    """Train parameters for an objective of the effective weights they stand for (see `optimize`).
 
     Args:
-        weights: the effective weights that the parameters stand for; called with True for weights exactly as they
-            will be stored (tables rounded), without gradients.
-        objective: what they are judged by.
+        groups: as for `optimize`.
+        effective: the effective weights; called with True, without gradients, for the weights exactly as they will be
+            stored (tables rounded), and with False for their differentiable form.
+        objective: what they are trained for.
+        schedule: steps and learning rates.
+        progress: called at the start and after each step.
+
+    Raises:
+        UsageError: the held-out loss of the initial weights is not finite.
     """
 
     def backward(step: int) -> float:
-        loss = objective.loss(weights(False), step)
+        loss = objective.loss(effective(False), step)
         loss.backward()
         return float(loss.detach())
 
-    return optimize(groups, backward, lambda: objective.held_out(weights(True)), schedule, progress)
+    return optimize(groups, backward, lambda: objective.held_out(effective(True)), schedule, progress)
 
 
 def optimize(
@@ -104,38 +129,40 @@ def optimize(
     held_out: Callable[[], float],
     schedule: Schedule,
     progress: Progress = silent,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> Outcome:
-    """Train parameters in place and leave them at the best held-out step.
+    """Train parameters in place with AdamW (no weight decay) and leave them at the step with the best held-out loss.
+
+    A step whose training loss is not finite ends the training; the best step before it stays.
 
     Args:
-        groups: as for `torch.optim.AdamW`: `{"params": [...], "lr": ...}`; leaves that require gradients.
-        backward: adds a step's gradients to the parameters and returns its loss.
-        held_out: the loss on samples that `backward` never sees, of what would be stored; called without gradients.
-        schedule: how long and how fast.
-        progress: told at the start and after each step.
-        keeper: what it holds is continued, to the same end as without an interruption.
-
-    Returns:
-        Losses. A step whose loss is not finite ends the training; what was best before it is kept.
+        groups: parameter groups of `torch.optim.AdamW`, `{"params": [...], "lr": ...}`; leaf tensors that require
+            gradients.
+        backward: adds the gradients of a step to the parameters and returns the step's loss.
+        held_out: held-out loss of the weights as they would be stored; called without gradients.
+        schedule: steps and learning rates.
+        progress: called at the start and after each step.
+        checkpointer: a saved state is resumed, with the same result as an uninterrupted training.
 
     Raises:
-        UsageError: the held-out loss of the start is not finite.
+        UsageError: the held-out loss of the initial weights is not finite.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, eps=_EPSILON, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    kept = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:  # what AdamW sets up at its first step, for a state that is taken up
+    best = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:  # AdamW creates these at its first step; resuming needs them before
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    state = None if keeper is None else keeper.load(_state(parameters, optimizer, kept))
-    numbers = _start(held_out) if state is None else state
-    judged_at = {round(schedule.steps * (n + 1) / schedule.judgements) for n in range(schedule.judgements)}
-    progress("train", numbers["steps"], schedule.steps)
-    stopped, losses = None, []
-    for step in range(numbers["steps"], schedule.steps):
-        if schedule.patience is not None and _fruitless(numbers) >= schedule.patience:
+    saved = None if checkpointer is None else checkpointer.load(_tensors(parameters, optimizer, best))
+    state = _initial_state(held_out) if saved is None else _State(**saved)
+    evaluation_steps = schedule.evaluation_steps()
+    progress("train", state.steps, schedule.steps)
+    stopped: str | None = None
+    losses: list[float] = []  # since the last evaluation
+    for step in range(state.steps, schedule.steps):
+        if schedule.patience is not None and state.evaluations_since_best() >= schedule.patience:
+            # `stopped` is recorded in manifests: its words are kept
             stopped = f"stopped early after step {step}: no better for {schedule.patience} judgements"
             break
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -149,67 +176,44 @@ def optimize(
         if schedule.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
-        numbers["steps"] = step + 1
-        if step + 1 in judged_at:
-            found = _judged(held_out)
-            numbers["curve"].append([step + 1, sum(losses) / len(losses), found if math.isfinite(found) else None])
+        state.steps = step + 1
+        if step + 1 in evaluation_steps:
+            loss = _evaluate(held_out)
+            state.curve.append([step + 1, sum(losses) / len(losses), loss if math.isfinite(loss) else None])
             losses.clear()
-            if found < numbers["after"]:
-                numbers |= {"after": found, "best_step": step + 1}
-                for best, parameter in zip(kept, parameters, strict=True):
-                    best.copy_(parameter.detach())
-            if keeper is not None:
-                keeper.save(_state(parameters, optimizer, kept), numbers)
-        best = f"held-out loss {numbers['after']:.3g}, was {numbers['before']:.3g}"
-        progress("train", step + 1, schedule.steps, f"loss {losses[-1]:.3g}, {best}" if losses else best)
+            if loss < state.after:
+                state.after, state.best_step = loss, step + 1
+                for value, parameter in zip(best, parameters, strict=True):
+                    value.copy_(parameter.detach())
+            if checkpointer is not None:
+                checkpointer.save(_tensors(parameters, optimizer, best), asdict(state))
+        detail = f"held-out loss {state.before:.3g} -> {state.after:.3g}"
+        progress("train", step + 1, schedule.steps, f"loss {losses[-1]:.3g}, {detail}" if losses else detail)
     with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
             parameter.grad = None
-    curve = tuple((step, loss, judged) for step, loss, judged in numbers.pop("curve"))
-    return Outcome(**numbers, stopped=stopped, curve=curve)
+    curve = tuple((step, loss, held_out_loss) for step, loss, held_out_loss in state.curve)
+    return Outcome(state.before, state.after, state.best_step, state.steps, stopped, curve)
 
 
-def _start(held_out: Callable[[], float]) -> dict[str, Any]:
-    before = _judged(held_out)
+def _initial_state(held_out: Callable[[], float]) -> _State:
+    before = _evaluate(held_out)
     if not math.isfinite(before):
         raise UsageError("the loss on held-out samples is not finite before any training", hint="use --dtype float32")
-    return {"before": before, "after": before, "best_step": 0, "steps": 0, "curve": [[0, None, before]]}
-
-
-def _fruitless(numbers: Mapping[str, Any]) -> int:
-    """How many judgements have passed since the best one."""
-    return sum(step > numbers["best_step"] for step, _, _ in numbers["curve"])
-
-
-def _state(parameters: list[Tensor], optimizer: torch.optim.Optimizer, kept: list[Tensor]) -> dict[str, Tensor]:
-    """Everything of a training that is a tensor, by name; not copied."""
-    tensors: dict[str, Tensor] = {}
-    for number, (parameter, best) in enumerate(zip(parameters, kept, strict=True)):
-        tensors |= {f"{number}.value": parameter.detach(), f"{number}.kept": best}
-        tensors |= {f"{number}.{name}": value for name, value in optimizer.state[parameter].items()}
-    return tensors
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, value: Tensor, latent: Tensor, slope: Tensor) -> Tensor:
-        context.save_for_backward(slope)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (slope,) = context.saved_tensors
-        return gradients[0], gradients[0] * slope, None
-
-
-def straight_through(value: Tensor, latent: Tensor, slope: Tensor) -> Tensor:
-    """`value`, whose gradient reaches `latent` too, times `slope`, which may be a mask; all of one shape."""
-    found: Tensor = _StraightThrough.apply(value, latent, slope)  # type: ignore[no-untyped-call]
-    return found
+    return _State(before=before, after=before, best_step=0, steps=0, curve=[[0, None, before]])
 
 
 @torch.no_grad()
-def _judged(held_out: Callable[[], float]) -> float:
-    found = held_out()
-    return found if math.isfinite(found) else math.inf
+def _evaluate(held_out: Callable[[], float]) -> float:
+    loss = held_out()
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _tensors(parameters: list[Tensor], optimizer: torch.optim.Optimizer, best: list[Tensor]) -> dict[str, Tensor]:
+    """Every tensor of a training's state by its name in a checkpoint; views, not copies."""
+    tensors: dict[str, Tensor] = {}
+    for number, (parameter, value) in enumerate(zip(parameters, best, strict=True)):
+        tensors |= {f"{number}.value": parameter.detach(), f"{number}.kept": value}
+        tensors |= {f"{number}.{name}": moment for name, moment in optimizer.state[parameter].items()}
+    return tensors

@@ -1,6 +1,7 @@
-"""What a student is asked for, token by token: the teacher's predictions, and hidden states like the teacher's.
+"""Losses of gradient training, one number per token: student logits or hidden states against the teacher's.
 
-All take logits `[tokens, vocabulary]` or hidden states `[tokens, hidden]` and give one number a token.
+Shapes: logits `[tokens, vocabulary]`, hidden states `[tokens, hidden]`, results float32 `[tokens]`. Arithmetic is
+float32 whatever the dtype of the inputs; the caller averages over tokens.
 """
 
 from __future__ import annotations
@@ -13,25 +14,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def listed(logits: Tensor, classes: Tensor) -> Tensor:
-    """Log-probabilities of some tokens and of all others together: `[tokens, vocabulary]` -> `[tokens, classes + 1]`.
+def log_probs_with_remainder(logits: Tensor, classes: Tensor) -> Tensor:
+    """Log-probabilities of `classes`, and last the log of the total probability of all other tokens.
 
     Args:
-        classes: int64 `[tokens, classes]`, fewer than the vocabulary has.
+        logits: `[tokens, vocabulary]`.
+        classes: int64 `[tokens, classes]`, distinct, fewer than the vocabulary has.
+
+    Returns:
+        float32 `[tokens, classes + 1]`; every row is a normalized distribution.
     """
     logits = logits.float()
-    others = logits.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, classes), others], dim=-1) - logits.logsumexp(-1, keepdim=True)
+    remainder = logits.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, classes), remainder], dim=-1) - logits.logsumexp(-1, keepdim=True)
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 KL(teacher || student)` of predictions at temperature T, nats: the factor keeps the size of its gradient."""
-    wanted, found = (logits.float().div(temperature).log_softmax(-1) for logits in (teacher, student))
-    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1) * temperature**2
+    """`T^2 KL(p_teacher || p_student)` in nats, both softened by the temperature T.
+
+    The factor T^2 keeps the gradient's magnitude independent of T (Hinton et al., arXiv 1503.02531, section 2).
+    """
+    teacher_log_probs, student_log_probs = (
+        logits.float().div(temperature).log_softmax(-1) for logits in (teacher, student)
+    )
+    kl = F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(-1)
+    return kl * temperature**2
 
 
-def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-    """`-sum p_teacher log p_student`, nats: the first term of OneBit's loss (arXiv 2402.11295), at temperature 1."""
+def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+    """`-sum_v p_teacher log p_student` in nats: the logits term of OneBit's loss (arXiv 2402.11295), temperature 1."""
     return -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1)
 
 
@@ -44,52 +55,61 @@ def deviation_aware(
     ambiguity: Literal["teacher-student", "teacher"] = "teacher-student",
     detached: bool = True,
 ) -> Tensor:
-    """KL that counts more where predictions are ambiguous (DB-LLM's DAD, arXiv 2402.11960; the formula is ours).
+    """KL divergence that weights tokens by their ambiguity: DB-LLM's deviation-aware distillation (arXiv 2402.11960).
 
-    `w_t KL_t + plain KL_t`, `w_t = (c_t / mean c)^gamma` with the entropy `c_t = -sum p_teacher log p_student`
-    (`teacher`: of the teacher alone). `gamma = 0` is plain distillation, the control.
+    `w_t KL_t + plain KL_t` with `w_t = (c_t / mean_t c_t)^gamma`, where `c_t` is the cross-entropy
+    `-sum_v p_teacher log p_student` or the teacher's own entropy. The paper weights by teacher-student entropy; this
+    formula is ours. `gamma = 0` is the control: plain KL times `1 + plain`.
 
     Args:
-        detached: whether no gradient passes through the weights.
+        teacher, student: logits of one batch; the mean of `c` is taken over it.
+        gamma: exponent of the weights.
+        plain: coefficient of the unweighted KL.
+        ambiguity: what `c_t` is, cross-entropy or the teacher's entropy.
+        detached: treat the weights as constants; otherwise gradients flow through the numerator `c_t`.
     """
     kl = kl_divergence(teacher, student)
-    entropy = cross_entropy(teacher, teacher if ambiguity == "teacher" else student)
+    entropy = soft_cross_entropy(teacher, teacher if ambiguity == "teacher" else student)
     if detached:
         entropy = entropy.detach()
     return (entropy / entropy.detach().mean().clamp(min=1e-12)).pow(gamma) * kl + plain * kl
 
 
-def hidden_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """`sum over layers |q_T / |q_T| - q_S / |q_S||^2`: the second term of OneBit's loss."""
-    distances = [
-        (F.normalize(wanted.float(), dim=-1) - F.normalize(found.float(), dim=-1)).square().sum(-1)
-        for wanted, found in zip(teacher, student, strict=True)
-    ]
-    return torch.stack(distances).sum(0)
-
-
-def hidden_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """Squared errors of hidden states relative to the teacher's size, summed over layers."""
+def normalized_hidden_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """`sum_layers || q_T / |q_T| - q_S / |q_S| ||^2`: the hidden-state term of OneBit's loss (arXiv 2402.11295)."""
     errors = [
-        (wanted.float() - found.float()).square().sum(-1) / wanted.float().square().sum(-1).clamp(min=1e-12)
-        for wanted, found in zip(teacher, student, strict=True)
+        (F.normalize(target.float(), dim=-1) - F.normalize(output.float(), dim=-1)).square().sum(-1)
+        for target, output in zip(teacher, student, strict=True)
     ]
     return torch.stack(errors).sum(0)
 
 
-def token_errors(outputs: Tensor, targets: Tensor, median: Tensor) -> Tensor:
-    """Relative squared error of each token, `|y - y^|^2 / (|y| min(|y|, m))`, `m` the median of `|y|` (ours).
+def relative_hidden_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """`sum_layers |q_T - q_S|^2 / |q_T|^2` (ours)."""
+    errors = [
+        (target.float() - output.float()).square().sum(-1) / target.float().square().sum(-1).clamp(min=1e-12)
+        for target, output in zip(teacher, student, strict=True)
+    ]
+    return torch.stack(errors).sum(0)
 
-    The few tokens whose outputs are a hundred times the others' size carry the attention of all that follow. Relative
-    to `|y|^2` they count for nothing, and training ruins them; relative to `m^2` nothing else counts.
+
+def relative_token_error(outputs: Tensor, targets: Tensor, median_norm: Tensor) -> Tensor:
+    """Squared error relative to the target's size, `|y - y_hat|^2 / (|y| min(|y|, m))` (ours).
+
+    A few tokens have outputs a hundred times larger than the others, and all later tokens attend to them. Divided by
+    `|y|^2`, their error weighs so little that training ruins them; divided by `m^2`, nothing else counts.
 
     Args:
-        outputs, targets: `[..., hidden]`.
+        outputs, targets: `[..., hidden]`, `y_hat` and `y`.
+        median_norm: scalar `m`, the median of `|y|` over the training tokens.
+
+    Returns:
+        float32 `[...]`.
     """
-    length = token_lengths(targets)
-    return (outputs.float() - targets.float()).square().sum(-1) / (length * length.minimum(median)).clamp(min=1e-12)
+    norm = token_norms(targets)
+    return (outputs.float() - targets.float()).square().sum(-1) / (norm * norm.minimum(median_norm)).clamp(min=1e-12)
 
 
-def token_lengths(outputs: Tensor) -> Tensor:
-    """`|y|` of each token, float32."""
+def token_norms(outputs: Tensor) -> Tensor:
+    """Euclidean norm of each token's vector: `[..., hidden]` -> float32 `[...]`."""
     return outputs.float().square().sum(-1).sqrt()

@@ -1,4 +1,4 @@
-"""How a training went. Imports no torch: the manifest of a checkpoint records it."""
+"""The outcome of a training. Imports no torch: the manifest of a checkpoint records it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-Point: TypeAlias = tuple[int, float | None, float | None]
-"""Steps, training loss, held-out loss."""
+CurvePoint: TypeAlias = tuple[int, float | None, float | None]
+"""Steps made, training loss, held-out loss."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training went.
+    """Held-out losses of a training before and after, and its learning curve.
 
     Attributes:
         before: held-out loss of the initial weights.
-        after: held-out loss of the weights that were kept: never above `before`.
-        best_step: the step they are from; 0: no step improved on the initial weights.
-        steps: number of steps made.
-        stopped: why there were not more, if there should have been.
-        curve: at the start and at every evaluation: steps made, mean training loss since the evaluation before
+        after: held-out loss of the best step, never above `before`.
+        best_step: the step whose weights stay; 0: no step improved on the initial weights.
+        steps: steps made.
+        stopped: why there were fewer than scheduled, in words; None: there were not.
+        curve: at the start and at every evaluation: steps made, mean training loss since the previous evaluation
             (None at the start), held-out loss (None where it was not finite).
     """
 
@@ -29,7 +29,7 @@ class Outcome:
     best_step: int
     steps: int
     stopped: str | None = None
-    curve: tuple[Point, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Outcome:

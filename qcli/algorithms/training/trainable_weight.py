@@ -1,4 +1,8 @@
-"""One quantized weight as parameters of gradient training, whatever its format (see `refine.py` for the choices)."""
+"""A quantized weight as parameters of gradient training, for every format.
+
+Tables are trained as changes in units of their own size, latent weights as changes in quantization steps (ours), so
+that one learning rate for each fits every layer and format.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.training.loop import straight_through
+from qcli.algorithms.training.straight_through import straight_through
 from qcli.core.weight import QuantizedWeight
 
 
-class TrainedWeight(nn.Module):
-    """`latent` in steps from its start, `relative` changes of its tables.
+class TrainableWeight(nn.Module):
+    """A quantized weight whose tables, latent weights or both are parameters; training starts exactly at its codes.
 
-    A module, so that parameters can be sharded; what is as large as the weight is a parameter, trained or not.
+    A module, so that FSDP can shard it: every tensor as large as the weight is a parameter, trained or not.
 
     Args:
-        weight: where training starts; formats are not changed by it.
-        target: float32 `[out, in]`: what latents start near to; None: what the codes stand for.
-        train: `tables`, `weights` (the latent values behind the codes) or both.
+        weight: the initial weight; it stays as it is.
+        target: float32 `[out, in]`; latents start as near to it as the codes allow; None: at the decoded weight.
+        train: what is trained: `tables`, `weights` (the latent weights behind the codes) or both.
+
+    Attributes:
+        initial: the initial weight.
+        table_changes: change of each trained table, in `table_units`; initially 0.
+        start: float32 `[out, in]`, the initial latent weights.
+        step: float32 `[out, in]`, the distance from each initial value to the nearest other one.
+        latent: float32 `[out, in]`, change of the latent weights in units of `step`, initially 0; None: not trained.
     """
 
     latent: nn.Parameter | None
-    relative: nn.ParameterDict
+    table_changes: nn.ParameterDict
 
     def __init__(self, weight: QuantizedWeight, target: Tensor | None, train: Collection[str]) -> None:
         super().__init__()
-        self.given, self.format = weight, weight.format
-        self.relaxed = self.format.float_tables(weight.tables)
-        self.unit = self.format.table_units(self.relaxed) if "tables" in train else {}
-        self.relative = nn.ParameterDict({name: torch.zeros_like(self.relaxed[name]) for name in self.unit})
+        self.initial, self.format = weight, weight.format
+        self._float_tables = self.format.float_tables(weight.tables)
+        self.table_units = self.format.table_units(self._float_tables) if "tables" in train else {}
+        self.table_changes = nn.ParameterDict(
+            {name: torch.zeros_like(self._float_tables[name]) for name in self.table_units}
+        )
         self.latent = None
         if "weights" in train:
             dense = weight.dense()
             step = self.format.step_sizes(weight.codes, weight.tables)
             start = self.format.initial_latents(dense if target is None else target, dense, step)
-            moved = self.format.encode(start, weight.tables) != weight.codes
-            self.start = nn.Parameter(torch.where(moved, dense, start), requires_grad=False)
+            recoded = self.format.encode(start, weight.tables) != weight.codes
+            self.start = nn.Parameter(torch.where(recoded, dense, start), requires_grad=False)
             self.step = nn.Parameter(step, requires_grad=False)
             self.latent = nn.Parameter(torch.zeros_like(dense))
 
-    def moved(self) -> dict[str, Tensor]:
-        """Relaxed tables as they are now; differentiable."""
-        return self.relaxed | {name: self.relaxed[name] + self.unit[name] * self.relative[name] for name in self.unit}
+    def dense(self, *, as_stored: bool) -> Tensor:
+        """The dense weight, float32 `[out, in]`.
 
-    def tables(self) -> dict[str, Tensor]:
-        """Relaxed tables as they will be stored; their gradient reaches `moved` unchanged."""
-        moved = self.moved()
-        with torch.no_grad():
-            stored = self.format.float_tables(self.format.round_tables(moved, self.given.tables))
-        return stored | {name: stored[name] + (moved[name] - moved[name].detach()) for name in self.unit}
-
-    def dense(self, *, final: bool) -> Tensor:
-        """The weight as stored, or with a straight-through gradient to latents as the format's `slope` lets through."""
-        if final:
-            return self.weight().dense()
-        tables = self.tables()
+        Args:
+            as_stored: exactly as `quantized` will decode, without gradients. Otherwise the same values in
+                differentiable form: gradients reach the tables through their rounding, and latents straight through
+                theirs, times the format's `ste_slope`.
+        """
+        if as_stored:
+            return self.quantized().dense()
+        tables = self._rounded_tables()
         if self.latent is None:
-            return self.format.decode(self.given.codes, tables)
+            return self.format.decode(self.initial.codes, tables)
         latent = self.start + self.step * self.latent
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
@@ -67,20 +75,36 @@ class TrainedWeight(nn.Module):
         return straight_through(value, latent, self.format.ste_slope(latent.detach(), value.detach(), self.step))
 
     @torch.no_grad()
-    def weight(self) -> QuantizedWeight:
-        """As it will be stored."""
-        tables = self.format.round_tables(self.moved(), self.given.tables)
-        codes = self.given.codes
+    def quantized(self) -> QuantizedWeight:
+        """The weight in its format, as it will be stored."""
+        tables = self.format.round_tables(self._changed_tables(), self.initial.tables)
+        codes = self.initial.codes
         if self.latent is not None:
             codes = self.format.encode(self.start + self.step * self.latent, tables)
-        return QuantizedWeight(self.format, self.given.shape, codes, tables)
+        return QuantizedWeight(self.format, self.initial.shape, codes, tables)
+
+    def _changed_tables(self) -> dict[str, Tensor]:
+        """Float tables with their changes, not rounded; differentiable in `table_changes`."""
+        return self._float_tables | {
+            name: self._float_tables[name] + self.table_units[name] * self.table_changes[name]
+            for name in self.table_units
+        }
+
+    def _rounded_tables(self) -> dict[str, Tensor]:
+        """Float tables rounded as they will be stored; gradients pass the rounding unchanged."""
+        changed = self._changed_tables()
+        with torch.no_grad():
+            rounded = self.format.float_tables(self.format.round_tables(changed, self.initial.tables))
+        return rounded | {name: rounded[name] + (changed[name] - changed[name].detach()) for name in self.table_units}
 
 
-def parameter_groups(layers: Iterable[TrainedWeight], *, tables_lr: float, weights_lr: float) -> list[dict[str, Any]]:
-    """What the optimizer trains, at separate rates for tables and latents."""
-    trained = list(layers)
+def parameter_groups(
+    weights: Iterable[TrainableWeight], *, tables_lr: float, weights_lr: float
+) -> list[dict[str, Any]]:
+    """AdamW parameter groups: all trained tables and all trained latents, each at its own rate; empty ones left out."""
+    weights = list(weights)
     groups: list[dict[str, Any]] = [
-        {"params": [table for layer in trained for table in layer.relative.values()], "lr": tables_lr},
-        {"params": [layer.latent for layer in trained if layer.latent is not None], "lr": weights_lr},
+        {"params": [change for weight in weights for change in weight.table_changes.values()], "lr": tables_lr},
+        {"params": [weight.latent for weight in weights if weight.latent is not None], "lr": weights_lr},
     ]
     return [group for group in groups if group["params"]]

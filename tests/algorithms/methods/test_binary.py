@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from pydantic import ValidationError
 from qcli.algorithms.methods.dbllm import DBLLM
 from qcli.algorithms.methods.onebit import OneBit
 from qcli.algorithms.methods.rtn import RTN
-from qcli.algorithms.training.trainable_weight import TrainedWeight
 from qcli.core.formats.sign import Sign
 from qcli.export.inspect import inspect
 from qcli.export.pack import pack
@@ -96,26 +94,6 @@ def test_onebit_of_the_paper_is_the_plain_decomposition(svid: Literal["svd", "nm
         expected = group.weights[name].sign() * (values[0] * left[:, :1] @ right[:1])
         torch.testing.assert_close(solution.weight.dense(), expected, rtol=3e-3, atol=1e-5)
         assert (solution.weight.format, solution.target, solution.fallbacks) == (Sign(output_norm=True), None, [])
-
-
-def test_weights_behind_signs_are_trained_as_in_the_code_of_the_paper(case: Case) -> None:
-    """They start at `0.01 sign(W)`; the gradient of a sign is `1.001 - tanh(w)^2`; without the norm, both are ours."""
-    group = case[0]
-    given = OneBit(paper=True).quantize(group)["a"].weight
-    size, pull = given.dense().abs(), torch.randn(given.shape, generator=torch.Generator().manual_seed(1))
-    trained = TrainedWeight(given, group.weights["a"], ("weights",))
-    torch.testing.assert_close(trained.start / size, 0.01 * group.weights["a"].sign())
-    assert trained.latent is not None
-    with torch.no_grad():
-        trained.latent.add_(pull.roll(1) / 2)
-    w = 0.01 * group.weights["a"].sign() + pull.roll(1)
-    dense = trained.dense(final=False)
-    torch.testing.assert_close(dense, size * w.sign())
-    (dense * pull).sum().backward()
-    assert trained.latent.grad is not None
-    torch.testing.assert_close(trained.latent.grad, pull * 2 * size * (1.001 - w.tanh() ** 2), rtol=1e-3, atol=1e-6)
-    plain = TrainedWeight(dataclasses.replace(given, format=Sign()), group.weights["a"], ("weights",))
-    assert bool((plain.start.abs() > 0.5 * size).any())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

@@ -1,87 +1,103 @@
-"""Distillation losses against their definitions."""
+"""Losses against their definitions."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from qcli.algorithms.training.losses import (
-    cross_entropy,
     deviation_aware,
-    hidden_distance,
-    hidden_error,
     kl_divergence,
-    listed,
+    log_probs_with_remainder,
+    normalized_hidden_error,
+    relative_hidden_error,
+    relative_token_error,
+    soft_cross_entropy,
+    token_norms,
 )
 
 TOKENS, VOCABULARY = 6, 11
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
+def normal(*shape: int, seed: int) -> Tensor:
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-TEACHER, STUDENT = drawn(TOKENS, VOCABULARY, seed=1), drawn(TOKENS, VOCABULARY, seed=2)
+TEACHER, STUDENT = normal(TOKENS, VOCABULARY, seed=1), normal(TOKENS, VOCABULARY, seed=2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl_is_its_definition(temperature: float) -> None:
+def test_kl_divergence(temperature: float) -> None:
     p, q = ((logits / temperature).softmax(-1) for logits in (TEACHER, STUDENT))
     expected = temperature**2 * (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(kl_divergence(TEACHER, STUDENT, temperature), expected)
     torch.testing.assert_close(kl_divergence(TEACHER, TEACHER), torch.zeros(TOKENS), rtol=0, atol=1e-6)
 
 
-def test_soft_cross_entropy_is_kl_and_the_teachers_entropy() -> None:
-    entropy = cross_entropy(TEACHER, TEACHER)
-    torch.testing.assert_close(cross_entropy(TEACHER, STUDENT), kl_divergence(TEACHER, STUDENT) + entropy)
+def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy() -> None:
+    entropy = soft_cross_entropy(TEACHER, TEACHER)
+    torch.testing.assert_close(soft_cross_entropy(TEACHER, STUDENT), kl_divergence(TEACHER, STUDENT) + entropy)
 
 
-def test_no_gamma_is_plain_distillation() -> None:
-    found = deviation_aware(TEACHER, STUDENT, gamma=0.0, plain=0.0)
-    torch.testing.assert_close(found, kl_divergence(TEACHER, STUDENT))
+def test_deviation_aware_with_gamma_0_is_plain_distillation() -> None:
+    loss = deviation_aware(TEACHER, STUDENT, gamma=0.0, plain=0.0)
+    torch.testing.assert_close(loss, kl_divergence(TEACHER, STUDENT))
 
 
 @pytest.mark.parametrize("ambiguity", ["teacher-student", "teacher"])
-def test_ambiguous_tokens_count_more(ambiguity: str) -> None:
-    kl, c = kl_divergence(TEACHER, STUDENT), cross_entropy(TEACHER, STUDENT if ambiguity != "teacher" else TEACHER)
-    found = deviation_aware(TEACHER, STUDENT, gamma=0.5, plain=0.1, ambiguity=ambiguity)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, (c / c.mean()).sqrt() * kl + 0.1 * kl)
+def test_deviation_aware_weights_ambiguous_tokens_more(ambiguity: Literal["teacher-student", "teacher"]) -> None:
+    kl = kl_divergence(TEACHER, STUDENT)
+    c = soft_cross_entropy(TEACHER, TEACHER if ambiguity == "teacher" else STUDENT)
+    loss = deviation_aware(TEACHER, STUDENT, gamma=0.5, plain=0.1, ambiguity=ambiguity)
+    torch.testing.assert_close(loss, (c / c.mean()).sqrt() * kl + 0.1 * kl)
 
 
-def test_weights_pass_a_gradient_only_when_asked_to() -> None:
+def test_deviation_aware_weights_pass_gradients_only_if_not_detached() -> None:
     gradients = []
     for detached in (True, False):
         student = STUDENT.clone().requires_grad_()
         deviation_aware(TEACHER, student, gamma=1.0, plain=0.0, detached=detached).mean().backward()
         assert student.grad is not None
         gradients.append(student.grad)
-    entropy = cross_entropy(TEACHER, STUDENT)
+    entropy = soft_cross_entropy(TEACHER, STUDENT)
     weights = (entropy / entropy.mean())[:, None]
-    by_hand = weights * (STUDENT.softmax(-1) - TEACHER.softmax(-1)) / TOKENS
-    torch.testing.assert_close(gradients[0], by_hand)
-    assert not torch.allclose(gradients[1], by_hand)
+    expected = weights * (STUDENT.softmax(-1) - TEACHER.softmax(-1)) / TOKENS
+    torch.testing.assert_close(gradients[0], expected)
+    assert not torch.allclose(gradients[1], expected)
 
 
-def test_hidden_losses_are_their_definitions() -> None:
-    teacher, student = ([drawn(TOKENS, 5, seed=seed + n) for n in range(3)] for seed in (10, 20))
-    distance, error = torch.zeros(TOKENS), torch.zeros(TOKENS)
-    for wanted, found in zip(teacher, student, strict=True):
+def test_hidden_errors() -> None:
+    teacher, student = ([normal(TOKENS, 5, seed=seed + layer) for layer in range(3)] for seed in (10, 20))
+    normalized, relative = torch.zeros(TOKENS), torch.zeros(TOKENS)
+    for targets, outputs in zip(teacher, student, strict=True):
         for token in range(TOKENS):
-            t, s = wanted[token], found[token]
-            distance[token] += (t / t.norm() - s / s.norm()).square().sum()
-            error[token] += (t - s).square().sum() / t.square().sum()
-    torch.testing.assert_close(hidden_distance(teacher, student), distance)
-    torch.testing.assert_close(hidden_error(teacher, student), error)
-    scaled = [3 * found for found in teacher]
-    torch.testing.assert_close(hidden_distance(teacher, scaled), torch.zeros(TOKENS), rtol=0, atol=1e-6)
+            t, s = targets[token], outputs[token]
+            normalized[token] += (t / t.norm() - s / s.norm()).square().sum()
+            relative[token] += (t - s).square().sum() / t.square().sum()
+    torch.testing.assert_close(normalized_hidden_error(teacher, student), normalized)
+    torch.testing.assert_close(relative_hidden_error(teacher, student), relative)
+    scaled = [3 * hidden for hidden in teacher]
+    torch.testing.assert_close(normalized_hidden_error(teacher, scaled), torch.zeros(TOKENS), rtol=0, atol=1e-6)
 
 
-def test_listed_tokens_and_the_rest() -> None:
+def test_token_error_is_relative_to_the_norm_but_less_so_above_the_median() -> None:
+    """A token ten times larger than the median counts ten times as much as under `|y|^2`."""
+    targets, outputs = normal(3, 4, 5, seed=30), normal(3, 4, 5, seed=31)
+    targets[1, 2] *= 10
+    norms = targets.norm(dim=-1)
+    torch.testing.assert_close(token_norms(targets.double()), norms)
+    median = norms.median()
+    expected = (outputs - targets).square().sum(-1) / (norms * norms.clamp(max=float(median)))
+    torch.testing.assert_close(relative_token_error(outputs, targets, median), expected)
+
+
+def test_log_probs_with_remainder() -> None:
     classes = TEACHER.topk(4).indices
-    found = listed(STUDENT, classes).exp()
+    probabilities = log_probs_with_remainder(STUDENT, classes).exp()
     p = STUDENT.softmax(-1)
-    torch.testing.assert_close(found[:, :4], p.gather(-1, classes))
-    torch.testing.assert_close(found[:, 4], 1 - p.gather(-1, classes).sum(-1))
-    torch.testing.assert_close(found.sum(-1), torch.ones(TOKENS))
+    torch.testing.assert_close(probabilities[:, :4], p.gather(-1, classes))
+    torch.testing.assert_close(probabilities[:, 4], 1 - p.gather(-1, classes).sum(-1))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(TOKENS))

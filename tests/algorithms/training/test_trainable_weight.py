@@ -1,0 +1,118 @@
+"""Quantized weights as parameters: where training starts, what it sees, and its gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcli.algorithms.solvers import grid
+from qcli.algorithms.training.trainable_weight import TrainableWeight, parameter_groups
+from qcli.core.formats.affine import Affine
+from qcli.core.formats.low_rank import LowRank
+from qcli.core.formats.sign import Sign
+from qcli.core.weight import QuantizedWeight
+
+OUT, IN = 12, 64
+FORMATS = [
+    Affine(bits=bits, group_size=group_size, zero_point=zero_point)
+    for bits, group_size in ((2, 16), (3, 64), (4, -1))
+    for zero_point in ("none", "integer", "float")
+]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:
+    codes, tables = grid.round_to_minmax(weight, format)
+    return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), codes, tables)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_training_starts_exactly_at_the_codes(format: Affine) -> None:
+    weight = normal(OUT, IN)
+    initial = rounded(weight, format)
+    trainable = TrainableWeight(initial, weight + 0.3 * normal(OUT, IN, seed=3), ("tables", "weights"))
+    assert torch.equal(trainable.quantized().codes, initial.codes)
+    assert torch.equal(trainable.dense(as_stored=True), initial.dense())
+    torch.testing.assert_close(trainable.dense(as_stored=False), initial.dense(), rtol=0, atol=1e-6)
+
+
+def test_training_sees_tables_as_they_will_be_stored() -> None:
+    """Tables are rounded on the way, those of 8 bits too, and their gradient passes the rounding."""
+    base = Affine(bits=2, group_size=16, zero_point="float")
+    format = LowRank.around(base, 2, 8)
+    a, b = 0.01 * normal(OUT, 2, seed=5), 0.1 * normal(2, IN, seed=6)
+    initial = format.wrap(rounded(normal(OUT, IN), base), format.round_factor("a", a) | format.round_factor("b", b))
+    trainable = TrainableWeight(initial, initial.dense(), ("tables",))
+    with torch.no_grad():
+        for change in trainable.table_changes.values():
+            change += 0.05 * normal(*change.shape, seed=8)
+    dense = trainable.dense(as_stored=False)
+    assert torch.equal(dense, trainable.quantized().dense())
+    assert not torch.equal(dense, initial.dense())
+    dense.square().sum().backward()
+    changes = trainable.table_changes
+    assert changes.keys() == {"weight_scale", "weight_zero_point", "lowrank_a", "lowrank_b"}
+    assert all(change.grad is not None and bool(change.grad.any()) for change in changes.values())
+
+
+def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
+    weight, format = normal(OUT, IN), Affine(bits=3, group_size=64)
+    initial = rounded(weight, format)
+    start = TrainableWeight(initial, weight, ("weights",)).start
+    scale = format.spread(initial.tables["weight_scale"].float(), IN)
+    assert bool(((start - initial.dense()).abs() <= 0.49 * scale + 1e-6).all())
+    inside = (weight - initial.dense()).abs() < 0.49 * scale
+    torch.testing.assert_close(start[inside], weight[inside])
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -> None:
+    weight = normal(OUT, IN)
+    initial, gradient = rounded(weight, format), normal(OUT, IN, seed=4)
+    trainable = TrainableWeight(initial, weight, ("tables", "weights"))
+    (trainable.dense(as_stored=False) * gradient).sum().backward()
+    scale = initial.tables["weight_scale"].float()
+    zero_point = initial.tables["weight_zero_point"].float() if format.zero_point != "none" else format.center
+    zero_points = format.spread(zero_point, IN) if isinstance(zero_point, Tensor) else zero_point
+    of_scale = format.grouped((initial.codes.float() - zero_points) * gradient).sum(-1)
+    expected = of_scale * trainable.table_units["weight_scale"]
+    torch.testing.assert_close(trainable.table_changes["weight_scale"].grad, expected, rtol=1e-4, atol=1e-5)
+    assert trainable.latent is not None and trainable.latent.grad is not None
+    torch.testing.assert_close(trainable.latent.grad, gradient * trainable.step)
+    assert torch.equal(trainable.step, format.spread(scale.abs(), IN))
+
+
+def test_latents_of_signs_are_trained_as_in_onebits_code() -> None:
+    """With the paper's norm: start at `0.01 sign(W)`, gradient `1.001 - tanh(w)^2`; without it, our own choices."""
+    weight, gradient = 0.04 * normal(OUT, IN), normal(OUT, IN, seed=1)
+    tables = {"in_scale": torch.full((IN,), 0.2).half(), "out_scale": 0.1 + normal(OUT, 1, seed=2).abs().half()}
+    paper = Sign(output_norm=True)
+    initial = QuantizedWeight(paper, (OUT, IN), paper.encode(weight, tables), tables)
+    magnitude = initial.dense().abs()
+    trainable = TrainableWeight(initial, weight, ("weights",))
+    torch.testing.assert_close(trainable.start / magnitude, 0.01 * weight.sign())
+    assert trainable.latent is not None
+    with torch.no_grad():
+        trainable.latent.add_(gradient.roll(1) / 2)
+    latent = 0.01 * weight.sign() + gradient.roll(1)
+    dense = trainable.dense(as_stored=False)
+    torch.testing.assert_close(dense, magnitude * latent.sign())
+    (dense * gradient).sum().backward()
+    expected = gradient * 2 * magnitude * (1.001 - latent.tanh() ** 2)
+    torch.testing.assert_close(trainable.latent.grad, expected, rtol=1e-3, atol=1e-6)
+    plain = TrainableWeight(dataclasses.replace(initial, format=Sign()), normal(OUT, IN, seed=3), ("weights",))
+    assert bool((plain.start.abs() > 0.5 * magnitude).any())
+
+
+def test_tables_and_latents_train_at_their_own_rates() -> None:
+    initial = rounded(normal(OUT, IN), Affine(bits=3, group_size=16))
+    both, tables = (TrainableWeight(initial, None, train) for train in (("tables", "weights"), ("tables",)))
+    groups = parameter_groups([both, tables], tables_lr=1e-3, weights_lr=1e-2)
+    assert [(len(group["params"]), group["lr"]) for group in groups] == [(2, 1e-3), (1, 1e-2)]
+    assert len(parameter_groups([tables], tables_lr=1e-3, weights_lr=1e-2)) == 1
