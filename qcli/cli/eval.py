@@ -1,4 +1,4 @@
-"""`qcli eval`."""
+"""`qcli eval`: measure models, alone or against a baseline."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,65 +19,71 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hub ids, folders or .gguf files.")],
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also measure KL and top-1 agreement against this model."),
+        typer.Option(metavar="MODEL", help="Compare with this model: KL divergence and top-1 agreement."),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SRC",
             help="Text: wikitext2, c4, ptb, self (sampled from the baseline), a .txt, .jsonl or .parquet file, or a "
-            "folder of `qcli calibrate` that the model has not seen; may be repeated. Default: wikitext2, with --tasks "
-            "none.",
+            "folder of `qcli calibrate` that the model was not calibrated on; may be repeated. Default: wikitext2, or "
+            "none if --tasks is given.",
         ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(metavar="W", min=2, help="Tokens of a window. Default: the model's context, up to 2048."),
+        typer.Option(metavar="W", min=2, help="Tokens per window. Default: the model's context, at most 2048."),
     ] = None,
-    max_windows: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows.")] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows of each text.")
+    ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, as arc_easy,piqa; models whole in memory.")
+        str | None,
+        typer.Option(metavar="NAMES", help="lm-eval tasks, such as arc_easy,piqa; the model must fit in memory."),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with more task files.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ask the first N questions of a task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only the first N questions of each task.")
+    ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Examples before a question. Default: the task's.")
+        int | None, typer.Option(metavar="N", min=0, help="Few-shot examples per question. Default: the task's.")
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Also the error of every layer and block against the baseline.")
+        bool, typer.Option("--layers", help="Also report the error of every layer and block against the baseline.")
     ] = False,
-    max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail above this KL.")] = None,
+    max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail if the mean KL is above X.")] = None,
     max_window_kl: Annotated[
-        float | None, typer.Option(metavar="X", help="Gate: fail if any window's KL is above this.")
+        float | None, typer.Option(metavar="X", help="Gate: fail if the KL of any window is above X.")
     ] = None,
     max_ppl_ratio: Annotated[
-        float | None, typer.Option(metavar="X", help="Gate: fail above this perplexity over the baseline's.")
+        float | None, typer.Option(metavar="X", help="Gate: fail if perplexity exceeds X times the baseline's.")
     ] = None,
     min_task: Annotated[
-        list[str] | None, typer.Option(metavar="TASK=X", help="Gate: fail below this score; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="TASK=X", help="Gate: fail if the task's score is below X; may be repeated."),
     ] = None,
     max_task_drop: Annotated[
-        float | None, typer.Option(metavar="X", help="Gate: fail if a task loses more against the baseline.")
+        float | None, typer.Option(metavar="X", help="Gate: fail if any task scores more than X below the baseline.")
     ] = None,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither use nor keep what the baseline gave before.")
+        bool, typer.Option("--no-cache", help="Do not cache the baseline's results, nor use cached ones.")
     ] = False,
     device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,
-        typer.Option(metavar="TYPE", help="auto (float32), float32, bfloat16 or float16, while computing."),
+        typer.Option(metavar="TYPE", help="Compute dtype: auto (float32), float32, bfloat16 or float16."),
     ] = "auto",
     json: flags.Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown tables.")] = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Measure models, and what was lost against a baseline.
+    """Measure the quality of models, and the loss against a baseline.
 
-    The loss is the KL divergence of the predictions, as a mean and of the window that lost most, and how often the
-    likeliest token is the same. Windows do not overlap and start without a begin token; for them, models may be
-    larger than memory. Gates that fail are named, and the exit code is 4. What the baseline gives is kept in
-    $QCLI_CACHE (~/.cache/qcli).
+    Reports perplexity; against a baseline the KL divergence of the predictions, as a mean and for the worst window, and
+    how often both models rank the same token first. Windows do not overlap and have no begin-of-text token. Models run
+    block by block and may be larger than memory, except for --tasks. If a gate fails, it is named and the exit code
+    is 4. Results of the baseline are cached in $QCLI_CACHE (default: ~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
@@ -135,10 +141,10 @@ def _gates(
         return None
     if given and baseline is None:
         flag = next(iter(given)).replace("_", "-")
-        raise UsageError(f"--{flag} compares with a baseline", hint="--baseline MODEL names it")
-    unasked = [task for task in least if task not in tasks]
-    if unasked:
-        raise UsageError(f"--min-task names {unasked[0]}, --tasks does not")
+        raise UsageError(f"--{flag} needs a baseline", hint="--baseline MODEL")
+    missing = [task for task in least if task not in tasks]
+    if missing:
+        raise UsageError(f"--min-task names {missing[0]}, which is not among --tasks")
     if max_task_drop is not None and not tasks:
         raise UsageError("--max-task-drop needs --tasks")
     return from_flags(Gates, {**given, **({"min_task": least} if least else {})})
@@ -149,12 +155,14 @@ def _least(bound: str) -> tuple[str, float]:
     try:
         return task, float(value)
     except ValueError:
-        raise UsageError(f"--min-task: {bound!r} is not TASK=NUMBER", hint="as --min-task arc_easy=0.40") from None
+        raise UsageError(
+            f"--min-task: {bound!r} is not TASK=NUMBER", hint="for example --min-task arc_easy=0.40"
+        ) from None
 
 
-def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
-    """A row for each model: size, perplexities, losses, task scores; the baseline first."""
-    models = found["models"]
+def show_comparison(tables: Tables, result: dict[str, Any]) -> None:
+    """One row per model: size, perplexities, losses, task scores; the baseline first."""
+    models = result["models"]
     first = models[0]
     texts, tasks = list(first["perplexity"]), list(first["tasks"])
     columns = [
@@ -182,64 +190,64 @@ def show_comparison(tables: Tables, found: dict[str, Any]) -> None:
         )
     tables.table(columns, rows)
     for model in models:
-        if told := fitted(model):
-            tables.line(f"{model['model']} was fitted to {told}")
+        if warning := fitted(model):
+            tables.line(f"{model['model']} was fitted to {warning}")
     for text, score in first["perplexity"].items():
         tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens, {score['tokens']} scored")
 
 
-def show_evaluation(tables: Tables, found: dict[str, Any]) -> None:
-    """Perplexity by text, the loss against the baseline, the size."""
-    before = found["baseline"]["perplexity"] if found["baseline"] else {}
+def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
+    """Perplexity by text, loss against the baseline, tasks, layer errors, size."""
+    before = evaluation["baseline"]["perplexity"] if evaluation["baseline"] else {}
     columns = ("text", "perplexity", "baseline", "ratio", "windows", "of tokens", "scored")
     rows = []
-    for data, score in found["perplexity"].items():
+    for data, score in evaluation["perplexity"].items():
         value, reference = score["value"], before.get(data)
         ratio = value / reference if value and reference else None
         rows.append((data, value, reference, ratio, score["windows"], score["window"], score["tokens"]))
     if rows:
         tables.table(columns, rows)
-    show_tasks(tables, found["tasks"])
-    if found["blocks"]:
-        show_blocks(tables, found["blocks"])
+    show_tasks(tables, evaluation["tasks"])
+    if evaluation["blocks"]:
+        show_blocks(tables, evaluation["blocks"])
     tables.pairs(
         {
-            "KL to baseline": found["kl"],
-            "of the worst window": _worst(found),
-            "top-1 agreement": found["top1_agreement"],
-            "bits per weight": bits(found),
-            "size": size(found["bytes"]),
-            "fitted to": fitted(found),
+            "KL to baseline": evaluation["kl"],
+            "of the worst window": _worst(evaluation),
+            "top-1 agreement": evaluation["top1_agreement"],
+            "bits per weight": bits(evaluation),
+            "size": size(evaluation["bytes"]),
+            "fitted to": fitted(evaluation),
         }
     )
 
 
-def fitted(found: dict[str, Any]) -> str | None:
-    """Why a model's numbers say little."""
-    texts = ", ".join(found.get("fitted_to", []))  # a run's from before this was kept has none
+def fitted(evaluation: dict[str, Any]) -> str | None:
+    """A warning if a model was evaluated on text that it was calibrated or distilled on."""
+    texts = ", ".join(evaluation.get("fitted_to", []))  # absent from evaluations of earlier versions
     return f"{texts}: on other text it loses more" if texts else None
 
 
-def _worst(found: dict[str, Any]) -> str | None:
-    """The highest KL of a window, and which that is."""
-    if found["worst_window_kl"] is None:
+def _worst(evaluation: dict[str, Any]) -> str | None:
+    """The highest KL of any window, and which window it is."""
+    if evaluation["worst_window_kl"] is None:
         return None
-    data, score = max(found["perplexity"].items(), key=lambda item: item[1]["worst_window_kl"])
+    data, score = max(evaluation["perplexity"].items(), key=lambda item: item[1]["worst_window_kl"])
     return f"{score['worst_window_kl']:.4g} (window {score['worst_window']} of {data})"
 
 
 def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:
     """The main metric of each task."""
     rows = [
-        (task, found["metric"], found["score"], found["stderr"], found["baseline"], found["samples"])
-        for task, found in tasks.items()
+        (task, result["metric"], result["score"], result["stderr"], result["baseline"], result["samples"])
+        for task, result in tasks.items()
     ]
     if rows:
         tables.table(("task", "metric", "score", "+-", "baseline", "questions"), rows)
 
 
 def show_blocks(tables: Tables, blocks: list[dict[str, Any]]) -> None:
-    """Errors of outputs, by block and by kind of layer; of blocks the layer that errs most."""
+    """Output errors by block, each with its worst layer, and by kind of layer."""
     from qcli.evaluation.layer_errors import by_kind
 
     rows = []

@@ -1,8 +1,8 @@
-"""Text that a model writes itself: calibration without data, on what the model really produces.
+"""Text sampled from a model: calibration without data, on the model's own distribution.
 
-Each document starts with a token drawn uniformly over the vocabulary, goes on with the likeliest tokens for a
-few steps, so that it finds a subject, and is then sampled at temperature 1 (the recipe of OneBit's authors). When
-the model ends it, the next one starts at once, in the same window: nothing is written and thrown away.
+Each document starts with a token drawn uniformly from the vocabulary, continues greedily for a few tokens, so that it
+settles on a subject, and is then sampled at temperature 1 (the procedure of OneBit's authors). When the model ends a
+document, the next one starts in the same window: no sampled token is discarded.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def sample(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Tensor:
-    """Windows of text sampled from a model, which is held in memory as a whole meanwhile.
+    """Windows of text sampled from a model, which must fit in memory as a whole.
 
-    Computes in bfloat16 where the device has units for it, else in float32. A window depends on `seed` and its
-    own number, through generators of its own.
+    Computes in bfloat16 if the device has units for it, else in float32. A window depends only on `seed` and its own
+    index: each has its own random generator.
 
     Returns:
         int64 `[samples, length]`, on the CPU.
 
     Raises:
-        ResourceError: model and cache do not fit the memory.
+        ResourceError: weights and KV cache do not fit in memory.
     """
     device = torch.device(device)
     dtype = torch.bfloat16 if has_fast_matmul(device) else torch.float32
@@ -69,17 +69,17 @@ def sample(
         numbers = range(first, min(first + batch, samples))
         generators = [random.Random(f"{seed}:{number}") for number in numbers]
         ids = torch.empty(len(numbers), length, dtype=torch.int64)
-        cache = Cache(layers=[_Room(length) for _ in range(stream.n_blocks)])
-        writer = _write(stream.model, cache, generators, length, starts, ends, device)
-        for step, tokens in enumerate(writer):
+        cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(stream.n_blocks)])
+        positions = _sample_positions(stream.model, cache, generators, length, starts, ends, device)
+        for step, tokens in enumerate(positions):
             ids[:, step] = tokens
             progress("sampling text from the model", first // batch * length + step + 1, steps)
         windows.append(ids)
     return torch.cat(windows)
 
 
-class _Room(DynamicLayer):
-    """Keys and values of one layer in memory for a whole window: appending copies nothing that is there."""
+class _PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, allocated for a whole window: appending does not copy earlier ones."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,19 +89,19 @@ class _Room(DynamicLayer):
         start = self.get_seq_length()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._room = tuple(
+            self._buffers = tuple(
                 states.new_empty(*states.shape[:-2], self._length, states.shape[-1])
                 for states in (key_states, value_states)
             )
         stop = start + key_states.shape[-2]
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[..., start:stop, :] = states
-        self.keys, self.values = (room[..., :stop, :] for room in self._room)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:stop, :] = states
+        self.keys, self.values = (buffer[..., :stop, :] for buffer in self._buffers)
         return self.keys, self.values
 
 
 @torch.inference_mode()
-def _write(
+def _sample_positions(
     model: torch.nn.Module,
     cache: Cache,
     generators: list[random.Random],
@@ -110,15 +110,15 @@ def _write(
     ends: list[int],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """The tokens of all windows, one place after another: int64 `[batch]` on the CPU, `length` times.
+    """The tokens of all windows, one position after another: int64 `[batch]` on the CPU, `length` times.
 
-    A document is masked from those before it and counts its positions from 0, so it is what the model writes
-    with nothing in mind. (Left to see them, it soon repeats one-word documents without end.)
+    A document does not attend to earlier ones and counts its positions from 0, as if it were alone. (Otherwise the
+    model soon repeats one-word documents forever.)
     """
     ending = torch.tensor(ends)
     takes_positions = "position_ids" in signature(model.forward).parameters
     tokens = torch.tensor([generator.choice(starts) for generator in generators])
-    age = torch.zeros_like(tokens)  # of the current document, in tokens before the last
+    age = torch.zeros_like(tokens)  # position of the last token in its document
     for step in range(length):
         yield tokens
         if step == length - 1:
@@ -142,7 +142,7 @@ def _write(
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens at T = 1: float32 logits `[batch, vocabulary]` and uniform numbers `[batch]` -> int64 `[batch]`."""
+    """Sample at temperature 1: float32 logits `[batch, vocabulary]`, uniform numbers `[batch]` -> int64 `[batch]`."""
     cumulative = logits.softmax(-1).double().cumsum(-1)
     return (
         torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
@@ -152,7 +152,7 @@ def _draw(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]) -> list[int]:
-    """The vocabulary without special tokens, and without rows of the embedding that stand for nothing."""
+    """The vocabulary without special tokens and without embedding rows that no token uses."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids, ends)
     return [token for token in range(min(len(tokenizer), config.vocab_size)) if token not in special]
@@ -166,7 +166,7 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
 def _check_memory(
     source: Source, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """How many windows to write at once: by the model's size alone, so that every machine does the same."""
+    """The number of windows to sample at once; it depends on the model alone, so that every machine does the same."""
     weights: int = sum(prod(tensor.shape) for tensor in source.tensors().values()) * dtype.itemsize
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -176,6 +176,6 @@ def _check_memory(
     if free is not None and needed > free:
         raise ResourceError(
             f"sampling text from the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
-            hint="calibrate on text instead: --data FILE, or a named set; the rest works block by block",
+            hint="calibrate on text instead: --data FILE, or a named data set; all other steps run block by block",
         )
     return batch

@@ -1,4 +1,4 @@
-"""Where a model loses what it loses: the error of every layer and block against a baseline, on text."""
+"""Where a model loses quality: the output error of every layer and block against a baseline, on text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BlockErrors:
     """Relative squared errors of outputs, sums over tokens.
 
     Attributes:
-        own: of the block on the inputs that the baseline's block gets.
-        accumulated: of what leaves the block, after all the errors before it.
-        layers: of each linear on the inputs that the baseline's linear gets, by path in the block.
+        own: of the block on the inputs of the baseline's block.
+        accumulated: of the block's output in the model itself, errors of earlier blocks included.
+        layers: of each linear on the inputs of the baseline's linear, by path in the block.
     """
 
     block: int
@@ -38,9 +38,9 @@ def layer_errors(
     Args:
         batches: int64 `[samples, length]` each.
     """
-    ours = [model.embed(batch).cpu() for batch in batches]
-    theirs = [baseline.embed(batch).cpu() for batch in batches]
-    found = []
+    model_hidden = [model.embed(batch).cpu() for batch in batches]
+    baseline_hidden = [baseline.embed(batch).cpu() for batch in batches]
+    blocks = []
     for index in range(baseline.n_blocks):
         progress("errors by layer", index, baseline.n_blocks)
         block, reference = model.load_block(index), baseline.load_block(index)
@@ -48,26 +48,26 @@ def layer_errors(
         for path, sums in layers.items():
             reference.get_submodule(path).register_forward_hook(_Compare(block.get_submodule(path), sums))
         own, accumulated = _Sums(), _Sums()
-        for number, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
-            target = baseline.run_block(reference, index, its)
-            own.add(model.run_block(block, index, its), target)
-            output = model.run_block(block, index, mine)
+        for number, (actual, expected) in enumerate(zip(model_hidden, baseline_hidden, strict=True)):
+            target = baseline.run_block(reference, index, expected)
+            own.add(model.run_block(block, index, expected), target)
+            output = model.run_block(block, index, actual)
             accumulated.add(output, target)
-            ours[number], theirs[number] = output.cpu(), target.cpu()
+            model_hidden[number], baseline_hidden[number] = output.cpu(), target.cpu()
         errors = {path: sums.relative for path, sums in layers.items()}
-        found.append(BlockErrors(index, own.relative, accumulated.relative, errors))
+        blocks.append(BlockErrors(index, own.relative, accumulated.relative, errors))
     progress("errors by layer", baseline.n_blocks, baseline.n_blocks)
-    return found
+    return blocks
 
 
 class _Sums:
-    """Squared error and size of outputs, float64."""
+    """Sums of squared errors and squared targets, float64."""
 
     def __init__(self) -> None:
         self.error = self.size = 0.0
 
-    def add(self, found: Tensor, target: Tensor) -> None:
-        self.error += float((found.double() - target.double()).square().sum())
+    def add(self, output: Tensor, target: Tensor) -> None:
+        self.error += float((output.double() - target.double()).square().sum())
         self.size += float(target.double().square().sum())
 
     @property
@@ -76,7 +76,7 @@ class _Sums:
 
 
 class _Compare:
-    """A forward hook that gives another linear the same input."""
+    """A forward hook that runs another linear on the same input and compares the outputs."""
 
     def __init__(self, other: nn.Module, sums: _Sums) -> None:
         self.other, self.sums = other, sums
@@ -86,7 +86,7 @@ class _Compare:
 
 
 def by_kind(blocks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean error of each kind of linear over blocks, the worst first."""
+    """The mean error of each kind of linear over all blocks, the largest first."""
     kinds: dict[str, list[float]] = {}
     for block in blocks:
         for path, error in block["layers"].items():

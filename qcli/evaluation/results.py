@@ -1,4 +1,4 @@
-"""What was measured of a model, and on what."""
+"""Results of an evaluation, and the protocol they were measured by."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from qcli.utils.files import read_json
 
 @dataclass(frozen=True)
 class Score:
-    """Loss on one data set. Every window predicts its tokens but the first, from those before them in it.
+    """Loss on one text. In every window all tokens but the first are predicted, from those before them.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the predicted tokens.
-        kl: mean over them of KL(baseline || model), in nats; None without a baseline.
-        worst_window: the one with the highest mean, from 0. A mean over all windows hides that a model has failed in
-            one of them.
-        worst_window_kl: that mean.
-        top1_agreement: share of them for which both models' likeliest token is the same.
+        kl: mean of KL(baseline || model) over the predicted tokens, in nats; None without a baseline.
+        worst_window: index of the window with the highest mean KL: a mean over all windows hides a model that fails
+            in one of them.
+        worst_window_kl: mean KL of that window.
+        top1_agreement: fraction of predicted tokens for which both models rank the same token first.
         baseline_perplexity: the baseline's, on the same tokens.
-        windows, window: number of windows, and tokens in each; they do not overlap and have no bos.
+        windows, window: number of windows, and tokens in each; they do not overlap and have no begin-of-text token.
         sha256: of the windows' tokens.
     """
 
@@ -44,23 +44,23 @@ class Score:
 
     @property
     def tokens(self) -> int:
-        """Predicted tokens."""
+        """Number of predicted tokens."""
         return self.windows * (self.window - 1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured, and on what.
+    """Everything that `evaluate` measured of a model.
 
     Attributes:
-        scores: by data set, as the user named it.
+        scores: by text, as the user named it.
         tasks, baseline_tasks: by name; both models answer the same questions.
-        blocks: errors by block and layer on the first text, where asked for.
+        blocks: errors by block and layer on the first text, if requested.
         fitted_to: texts of `scores` that the model was calibrated or distilled on: its losses there are too low.
         bits_per_weight: stored bits per weight of the quantized layers, tables included.
-        linear_bits_per_weight: the same of all quantizable layers, those that stay dense included.
-        model_bits_per_weight: the same of the whole model.
-        bytes: of the files that hold the weights.
+        linear_bits_per_weight: the same for all quantizable layers, dense ones included.
+        model_bits_per_weight: the same for the whole model.
+        bytes: size of the weight files.
     """
 
     model: str
@@ -79,23 +79,23 @@ class Evaluation:
 
     @property
     def kl(self) -> float | None:
-        """Mean over the tokens of all data sets of KL(baseline || model); None without a baseline."""
+        """Mean of KL(baseline || model) over the tokens of all texts; None without a baseline."""
         return self._mean([score.kl for score in self.scores.values()])
 
     @property
     def worst_window_kl(self) -> float | None:
-        """Of the window that lost most, in any data set; None without a baseline."""
+        """Mean KL of the worst window of all texts; None without a baseline."""
         return max(
             (score.worst_window_kl for score in self.scores.values() if score.worst_window_kl is not None), default=None
         )
 
     @property
     def top1_agreement(self) -> float | None:
-        """The same mean of the top-1 agreement."""
+        """Top-1 agreement over the tokens of all texts; None without a baseline."""
         return self._mean([score.top1_agreement for score in self.scores.values()])
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
+        """The result as plain data that JSON can hold."""
         import transformers
 
         baseline = None
@@ -126,8 +126,8 @@ class Evaluation:
         }
 
     def _task(self, name: str) -> dict[str, Any]:
-        before = self.baseline_tasks.get(name)
-        return asdict(self.tasks[name]) | {"baseline": None if before is None else before.score}
+        baseline = self.baseline_tasks.get(name)
+        return asdict(self.tasks[name]) | {"baseline": None if baseline is None else baseline.score}
 
     def _mean(self, values: list[float | None]) -> float | None:
         if self.baseline is None or not values:
@@ -145,30 +145,32 @@ def _protocol(score: Score) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
+    """None for infinity and NaN, which JSON lacks."""
     return value if value is not None and math.isfinite(value) else None
 
 
-_MEASURED = {"perplexity", "kl", "worst_window_kl", "top1_agreement", "baseline", "tasks"}
+_KEYS = {"perplexity", "kl", "worst_window_kl", "top1_agreement", "baseline", "tasks"}
 
 
 def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
-    """What `qcli eval --json` has printed of a model.
+    """The evaluation of `model` in a file that holds the output of `qcli eval --json`.
 
     Raises:
-        UsageError: the file is no such output, or is of other models.
+        UsageError: the file holds something else, or evaluations of other models only.
     """
     try:
-        found = read_json(file)
-        models = [*found["models"]] if "models" in found else [found]
+        output = read_json(file)
+        models = [*output["models"]] if "models" in output else [output]
         names = [str(each["model"]) for each in models]
-        if not all(each.keys() >= _MEASURED for each in models):  # of another command, as `inspect`
+        if not all(each.keys() >= _KEYS for each in models):  # output of another command, such as `inspect`
             raise KeyError
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise UsageError(f"{file} is not what `qcli eval --json` prints") from None
+        raise UsageError(f"{file} is not the output of `qcli eval --json`") from None
     for name, each in zip(names, models, strict=True):
         if Path(name).resolve() == model.resolve():
             return dict(each)
-    raise UsageError(f"{file} is an evaluation of {', '.join(names)}", hint=f"qcli eval {model} --json > {file}")
+    raise UsageError(
+        f"{file} is an evaluation of {', '.join(names)}, not of {model}", hint=f"qcli eval {model} --json > {file}"
+    )

@@ -1,9 +1,8 @@
-"""A causal LM of which one block at a time is real.
+"""A causal LM of which one block at a time is in memory.
 
-The model is built on the meta device; only what lies outside the blocks (embeddings, final norm, head,
-rotary tables) gets memory. Every block is replaced by a stand-in, so the model's own forward pass computes
-the masks, positions and rotary tables that it hands to each block, and everything before and after them:
-no family needs code of its own here.
+The model is built on the meta device; only the modules outside its blocks (embeddings, final norm, head, rotary
+tables) are loaded. Every block is replaced by a stand-in, so the model's own forward pass computes the masks, positions
+and rotary tables that each block receives, and everything before and after the blocks: no family needs code of its own.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ def batches(windows: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to one block besides the hidden states."""
+    """The arguments that the model passes to a block besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 def skeleton(config: PreTrainedConfig, **options: Any) -> Any:
-    """The causal LM of `config` on the meta device: every shape, no memory; `options` as in `from_config`."""
+    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config, **options)
@@ -52,11 +51,11 @@ class ModelStream:
 
     Args:
         source: the model.
-        device: where weights and activations live.
+        device: of weights and activations.
         dtype: of weights and activations.
 
     Raises:
-        UsageError: tensors are missing, surplus, or of another shape than the config implies.
+        UsageError: tensors are missing, unexpected, or of another shape than the config implies.
     """
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -84,9 +83,9 @@ class ModelStream:
         return len(self._blocks)
 
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights, on the stream's device and dtype; a fresh module at every call.
+        """Block `index` with its weights, in the stream's dtype on its device; a new module at every call.
 
-        Where the source quantizes activations or norms outputs, the block does.
+        If the source quantizes activations or normalizes outputs of layers, so does the block.
         """
         block: nn.Module = copy.deepcopy(self._blocks[index])
         prefix = f"{self.family.blocks}.{index}."
@@ -107,7 +106,7 @@ class ModelStream:
 
     @torch.no_grad()
     def calls(self, batch: int, length: int) -> list[Call]:
-        """What each block is passed besides hidden states, for token batches of this shape."""
+        """The arguments of each block besides hidden states, for token batches of this shape; cached."""
         key = batch, length
         if key not in self._calls:
             width = self.model.get_input_embeddings().embedding_dim
@@ -123,7 +122,7 @@ class ModelStream:
         """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape, on the stream's device.
 
         Args:
-            weights: `[out, in]` by path of a linear in the block: used in place of the block's own, differentiably.
+            weights: `[out, in]` by path of a linear in the block: replace the block's own, differentiably.
         """
         hidden = hidden.to(self.device)
         call = self.calls(*hidden.shape[:2])[index]
@@ -179,7 +178,7 @@ class ModelStream:
         return self.logits(last)
 
     def drop_vocabulary(self) -> None:
-        """Free embedding and head, often larger than a block; `embed` and `logits` may not be called any more."""
+        """Free embedding and head, often larger than a block; `embed` and `logits` cannot be called afterwards."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.to("meta")
 
@@ -200,7 +199,7 @@ class ModelStream:
             yield partial(self.run_block, self.load_block(index), index)
 
     def _entered(self) -> Tensor:
-        """What the last forward pass brought to the first block; no stand-in keeps it."""
+        """The hidden states that entered the first block in the last forward pass; the stand-ins release theirs."""
         hidden = self._stand_ins[0].hidden
         for stand_in in self._stand_ins:
             stand_in.hidden = None
@@ -208,7 +207,7 @@ class ModelStream:
         return hidden
 
     def _load(self, module: nn.Module, prefix: str = "") -> None:
-        """Give `module`, so far on the meta device, its tables and the weights stored under `prefix`."""
+        """Load `module`, which is on the meta device: weights stored under `prefix`, and computed buffers."""
         self._compute_tables(module, self.model)
         names = [name for name in module.state_dict() if prefix + name not in self._tied]
         weights = self.source.read(prefix + name for name in names)
@@ -217,9 +216,10 @@ class ModelStream:
         module.requires_grad_(False)
 
     def _compute_tables(self, module: nn.Module, owner: Any) -> None:
-        """Recompute the buffers that no checkpoint holds (rotary frequencies, embedding scales).
+        """Recompute the buffers that no checkpoint stores (rotary frequencies, embedding scales).
 
-        `owner` is the transformers model that `module` is part of: it knows how.
+        Args:
+            owner: the transformers model that `module` is part of; its `_init_weights` computes them.
         """
         owner = module if isinstance(module, PreTrainedModel) else owner
         names = sorted(module._non_persistent_buffers_set & module._buffers.keys())
@@ -234,7 +234,7 @@ class ModelStream:
             self._compute_tables(child, owner)
 
     def _tied_tensors(self) -> dict[str, str]:
-        """Tensors that are not stored because they share another's memory: name -> the other."""
+        """Tensors that are not stored because they share the memory of another: name -> name of the other."""
         stored, tied = self.source.tensors(), {}
         for name, origin in self.model.all_tied_weights_keys.items():
             if name not in stored:
@@ -247,23 +247,27 @@ class ModelStream:
         stored = self.source.tensors()
         expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
         missing = [name for name in expected if name not in stored and name not in self._tied]
-        surplus = [name for name in stored if name not in expected]
-        reshaped = [name for name in expected if name in stored and stored[name].shape != expected[name]]
-        for names, problem in ((missing, "has no"), (surplus, "has unknown"), (reshaped, "has ill-shaped")):
+        unexpected = [name for name in stored if name not in expected]
+        misshapen = [name for name in expected if name in stored and stored[name].shape != expected[name]]
+        for names, problem in (
+            (missing, "missing tensors"),
+            (unexpected, "unexpected tensors"),
+            (misshapen, "tensors of another shape than config.json implies:"),
+        ):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise UsageError(
-                    f"{self.source.path} {problem} tensors {', '.join(names[:3])}{more}",
+                    f"{self.source.path}: {problem} {', '.join(names[:3])}{more}",
                     hint="config.json and weights must belong to the same model",
                 )
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place: notes what it is called with and passes the hidden states on."""
+    """Takes a block's place: records its arguments and passes the hidden states on, or `output` if that is set."""
 
     def __init__(self, block: nn.Module, tuple_output: bool) -> None:
         super().__init__()
-        self._block = (block,)  # in a tuple, so that its tensors are not this module's
+        self._block = (block,)  # in a tuple, so that it is not registered as a submodule
         self._tuple_output = tuple_output
         self.call = Call((), {})
         self.hidden: Tensor | None = None
@@ -282,7 +286,7 @@ class _StandIn(nn.Module):
 
 
 def _unset(like: Tensor, device: torch.device) -> Tensor:
-    """A tensor whose values show that nobody has set them."""
+    """A tensor filled with a value that marks it as not yet computed."""
     value = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
     return torch.full_like(like, value, device=device)
 

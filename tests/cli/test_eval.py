@@ -89,10 +89,10 @@ def test_several_models_are_compared_and_gates_name_what_fails(
 
 def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
     for flags, problem in (
-        (("--max-kl", 1), "--max-kl compares with a baseline"),
+        (("--max-kl", 1), "--max-kl needs a baseline"),
         (("--limit", 5), "--limit needs --tasks"),
         (("--json", "--markdown"), "--json and --markdown: choose one"),
-        (("--min-task", "x=1"), "--min-task names x, --tasks does not"),
+        (("--min-task", "x=1"), "--min-task names x, which is not among --tasks"),
         (("--min-task", "x"), "'x' is not TASK=NUMBER"),
         (("--baseline", model, "--tasks", "x", "--max-window-kl", 1), "--max-window-kl needs text"),
         (("--baseline", model, "--max-task-drop", 1), "--max-task-drop needs --tasks"),

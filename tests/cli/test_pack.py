@@ -56,8 +56,8 @@ def test_card_takes_an_evaluation_of_this_checkpoint_alone(
     found.write_text(invoke("eval", model, *flags).out)
     for content, message in (
         (None, f"{found} is an evaluation of {model}"),
-        ("[]", "is not what `qcli eval --json`"),
-        (invoke("inspect", checkpoint, "--json").out, "is not what `qcli eval --json`"),
+        ("[]", "is not the output of `qcli eval --json`"),
+        (invoke("inspect", checkpoint, "--json").out, "is not the output of `qcli eval --json`"),
     ):
         found.write_text(content or found.read_text())
         code, out, err = invoke("pack", checkpoint, "--out", tmp_path / "other", "--evaluation", found)

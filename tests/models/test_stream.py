@@ -166,11 +166,11 @@ def test_a_tied_checkpoint_may_hold_the_head_instead_of_the_embedding(tmp_path: 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda tensors: tensors.pop("model.norm.weight"), "has no tensors model.norm.weight"),
-        (lambda tensors: tensors.update({"model.extra": torch.ones(2)}), "has unknown tensors model.extra"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing tensors model.norm.weight"),
+        (lambda tensors: tensors.update({"model.extra": torch.ones(2)}), "unexpected tensors model.extra"),
         (
             lambda tensors: tensors.update({"model.norm.weight": torch.ones(2)}),
-            "has ill-shaped tensors model.norm",
+            "another shape than config.json implies: model.norm",
         ),
     ],
     ids=["missing", "surplus", "shape"],
