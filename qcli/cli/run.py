@@ -17,21 +17,19 @@ from qcli.utils.errors import UsageError
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
-    ] = None,
+    out: flags.OptionalOut = None,
     device: flags.Device = None,
     set_: flags.Sets = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Run all stages of a recipe.
+    """Run every stage that a recipe names.
 
-    Quantizes, then distills, evaluates and packs if the recipe has these sections. Results are DIR/quantized,
-    DIR/distilled, DIR/eval.json and DIR/packed; finished stages are skipped. Texts that are missing or too short, and
-    methods that the packed layout cannot hold, are reported before anything is quantized. If a quality gate fails,
-    nothing is packed and the exit code is 4.
+    Quantizes, then distills, evaluates and packs where the recipe says so. Results are DIR/quantized,
+    DIR/distilled, DIR/eval.json and DIR/packed. What is done already is skipped. A text that is missing or too
+    short, and a method that the packed layout cannot hold, are told before anything is quantized. Where a gate fails
+    nothing is packed, and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe.gates import require
@@ -40,7 +38,7 @@ def run(
 
         resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:
-            raise UsageError("--out: required", hint="name the output folder")
+            raise UsageError("--out: required", hint="name the folder of the results")
         from qcli.pipeline import Pipeline
 
         pipeline = Pipeline(

@@ -238,6 +238,7 @@ def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | N
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("activations", [None, Activations(bits=6)], ids=["W", "WA"])
 def test_checkpoints_load_evaluate_and_survive(

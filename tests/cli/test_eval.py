@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Invoke
 
 
@@ -104,6 +106,7 @@ def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, te
         assert err.startswith("error: ") and problem in err
 
 
+@pytest.mark.slow
 def test_names_of_tasks_may_have_blanks_around_them_but_none_is_empty(invoke: Invoke, model: Path) -> None:
     for names in ("arc_easy,,piqa", "arc_easy, ", ""):
         code, _, err = invoke("eval", model, "--tasks", names)
@@ -114,6 +117,7 @@ def test_names_of_tasks_may_have_blanks_around_them_but_none_is_empty(invoke: In
     assert "task 'piqaa' does not exist" in err
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_group_without_a_score_is_refused_before_work(invoke: Invoke, model: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.yaml").write_text("group: bare\ntask: [piqa]\n")
     code, _, err = invoke("eval", model, "--include-path", tmp_path, "--tasks", "bare", "--min-task", "bare=0.1")

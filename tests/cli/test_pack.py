@@ -106,6 +106,7 @@ def symmetric(invoke: Invoke, model: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", names("qcli.export.targets"))
 def test_every_layout_is_inspected_and_verified(
     invoke: Invoke, model: Path, symmetric: Path, tmp_path: Path, format: str

@@ -12,6 +12,8 @@ from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from tests.cli.conftest import Invoke
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((Path(qcli.__file__).parents[1] / "recipes").glob("*.yaml"))
 
 

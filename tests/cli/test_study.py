@@ -82,6 +82,7 @@ def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     short = f"eval.perplexity=[{tmp_path / 'short.txt'}]"
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--set", short)
@@ -93,6 +94,7 @@ def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, stu
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["text", "model"])
 def test_runs_are_made_again_when_what_they_read_has_changed(
     invoke: Invoke, study: Path, model: Path, text: Path, tmp_path: Path, changed: str
@@ -111,6 +113,7 @@ def test_runs_are_made_again_when_what_they_read_has_changed(
     assert all(new["kl"] != old["kl"] for new, old in zip(after[:2], before[:2], strict=True))
 
 
+@pytest.mark.slow
 def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert invoke("study", study, "--out", alone).code == 0
@@ -119,6 +122,7 @@ def test_rows_come_from_several_processes_alike(invoke: Invoke, study: Path, tmp
     assert kls[0] == kls[1] and len(kls[0]) == 3
 
 
+@pytest.mark.slow
 def test_calibration_tokens_and_baselines_are_made_once(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +165,7 @@ def test_any_error_of_a_run_is_a_row(
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 2, "failed": 1, "kept": 0}
 
 
+@pytest.mark.slow
 def test_runs_whose_process_is_killed_are_tried_again_and_then_told_as_failed(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def written(model: torch.nn.Module, generator: random.Random, length: int) -> li
     return window
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mistral"])
 @pytest.mark.usefixtures("exact")
 def test_documents_are_what_the_model_writes_from_nothing(

@@ -73,6 +73,7 @@ def held_out_losses(result: DistillationResult) -> list[float | None]:
     return [held_out for _, _, held_out in result.outcome.curve]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text, method)
@@ -94,6 +95,7 @@ def test_students_come_closer_to_their_teacher(method: str, tmp_path: Path, text
     assert manifest["recipe"]["distill"]["steps"] == 24
 
 
+@pytest.mark.slow
 def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text, "onebit", method__paper=True)
     out = tmp_path / "out"
@@ -107,6 +109,7 @@ def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, te
     assert before is not None and after is not None and after < before
 
 
+@pytest.mark.slow
 def test_latent_weights_are_trained_on_request(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     train(student, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
@@ -114,6 +117,7 @@ def test_latent_weights_are_trained_on_request(tmp_path: Path, text: Path) -> No
     assert any(not torch.equal(after[name], code) for name, code in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "others"),
     [
@@ -135,6 +139,7 @@ def test_every_loss_brings_predictions_closer(
     assert outcome.after != other.after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sets", "commits"),
     [
@@ -156,6 +161,7 @@ def test_interrupted_after_every_commit_gives_the_same_bytes(
     assert whole.read_bytes() == pieces.read_bytes()
 
 
+@pytest.mark.slow
 def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     curves = [
@@ -168,6 +174,7 @@ def test_batches_in_parts_and_blocks_run_again_change_nothing(tmp_path: Path, te
     assert curves[2] == curves[0]
 
 
+@pytest.mark.slow
 def test_a_teacher_cached_in_full_gives_the_same_training(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     live, cached, truncated = (
@@ -180,6 +187,7 @@ def test_a_teacher_cached_in_full_gives_the_same_training(tmp_path: Path, text: 
     assert kl[0] < 0.98 * live.outcome.before, "merging tokens into one class lowers KL"
 
 
+@pytest.mark.slow
 def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     out = tmp_path / "out"
@@ -193,6 +201,7 @@ def test_blocks_one_by_one(tmp_path: Path, text: Path) -> None:
     assert result.outcome.before == pytest.approx(whole.outcome.before, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_a_block_that_stayed_dense(scope: str, tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text, overrides=[{"match": "model.layers.0.*", "dense": True}])
@@ -206,6 +215,7 @@ def test_a_block_that_stayed_dense(scope: str, tmp_path: Path, text: Path) -> No
         assert dense.before == pytest.approx(0, abs=1e-6), "its inputs and outputs are the teacher's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_the_training_is_drawn(scope: str, tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
@@ -214,6 +224,7 @@ def test_the_training_is_drawn(scope: str, tmp_path: Path, text: Path) -> None:
     assert (tmp_path / "out" / result.plot).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     result = train(student, teacher, tmp_path / "out", text, "distill.tables_lr=30", "distill.patience=2")
@@ -221,6 +232,7 @@ def test_training_ends_early_where_nothing_is_gained(tmp_path: Path, text: Path)
     assert result.outcome.stopped == "stopped early after step 12: no better for 2 judgements"
 
 
+@pytest.mark.slow
 def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     sets = ("distill.data=self", "distill.samples=10", "distill.seq_len=16", "calibration.data=nowhere.txt")
@@ -230,6 +242,7 @@ def test_other_text_than_that_of_calibration(tmp_path: Path, text: Path) -> None
     assert manifest["recipe"]["distill"]["data"] == "self"
 
 
+@pytest.mark.slow
 def test_text_a_student_was_distilled_on_is_refused_or_flagged(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     folder, out = tmp_path / "tokens", tmp_path / "out"
@@ -260,6 +273,7 @@ def test_the_plan_is_what_is_done(tmp_path: Path, text: Path) -> None:
         assert plan.memory is not None and plan.memory >= plan.weights * (29 if latents else 1)
 
 
+@pytest.mark.slow
 def test_too_little_memory_fails_before_any_work(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = make_pair(tmp_path, text)
     monkeypatch.setattr(distill_plan, "free_memory", lambda _: 1000)
@@ -270,6 +284,7 @@ def test_too_little_memory_fails_before_any_work(tmp_path: Path, text: Path, mon
     assert train(student, teacher, tmp_path / "out", text, "distill.scope=block").blocks
 
 
+@pytest.mark.slow
 def test_students_that_do_not_learn_stay_as_they_were(tmp_path: Path, text: Path) -> None:
     teacher, student = make_pair(tmp_path, text)
     result = train(student, teacher, tmp_path / "out", text, "distill.tables_lr=30")

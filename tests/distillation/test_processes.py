@@ -22,6 +22,8 @@ from qcli.utils.errors import UsageError
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {
     "calibration.samples": 28,
     "calibration.seq_len": 32,

@@ -87,6 +87,7 @@ def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt", "falcon"])
 def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
     baseline = tiny_model(family, tmp_path)

@@ -19,7 +19,7 @@ from qcli.utils.progress import silent
 from tests.quantizing import run
 from tests.tiny import tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.xdist_group("lm-eval")  # one worker alone imports it
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lm-eval")]  # one worker alone imports it
 
 QUESTIONS = [
     {

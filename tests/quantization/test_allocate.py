@@ -161,6 +161,7 @@ def test_group_sizes_that_a_layer_does_not_fit_leave_the_manifest_json(ready: di
     assert None in options.values() and any(loss is not None for loss in options.values())
 
 
+@pytest.mark.slow
 def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     ready: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ from qcli.utils.errors import UsageError
 from tests.quantizing import in_pieces, logits, streamed
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TEQ = "transforms=[{name: teq, steps: 6, lr: 0.02}]"
 EVERYTHING = (TEQ, "low_rank.rank=2", "refine.steps=6", "activations.bits=8")
 

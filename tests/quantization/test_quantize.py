@@ -30,6 +30,7 @@ def text(tmp_path: Path) -> Path:
     return write_text(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [
@@ -55,6 +56,7 @@ def test_every_family_at_eight_bits(model_type: str, overrides: dict[str, Any], 
     assert verify(out).layers == len(open_source(str(out)).linears())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "overrides"), [*((name, {}) for name in CONFIGS), *VARIANTS], ids=str)
 def test_gptq_like_runs_on_every_family(model_type: str, overrides: dict[str, Any], tmp_path: Path, text: Path) -> None:
     model = tiny_model(model_type, tmp_path, **overrides)

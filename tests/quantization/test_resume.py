@@ -77,6 +77,7 @@ def test_interrupted_anywhere_and_resumed_gives_the_same_bytes(
     assert weights(out) == expected
 
 
+@pytest.mark.slow
 def test_killed_process_resumes(tmp_path: Path, text: Path) -> None:
     """SIGKILL from outside, at whatever moment."""
     model, out = tiny_model("llama", tmp_path, num_hidden_layers=10), tmp_path / "out"

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from qcli.study.content import by_content
 from qcli.study.grid import load_study
 from qcli.study.ray import _cpus_each
 from qcli.study.rows import read_rows
 from qcli.study.study import run_study
 from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.slow
 
 STUDY = """
 base:

@@ -83,6 +83,7 @@ def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
     assert method_of({"refine": None}) == "base"
 
 
+@pytest.mark.slow
 def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="is no study"):
         write_report(tmp_path)

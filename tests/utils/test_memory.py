@@ -34,11 +34,13 @@ print(subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, t
 """
 
 
+@pytest.mark.slow
 def test_the_peak_excludes_the_parent_process() -> None:
     peak = subprocess.run([sys.executable, "-c", PARENT, CHILD], capture_output=True, text=True, check=True).stdout
     assert 1 << 26 < int(peak) < LARGE
 
 
+@pytest.mark.slow
 def test_the_peak_includes_freed_memory() -> None:
     program = f"{CHILD}; large = b'x' * {LARGE}; del large; {CHILD}"
     before, after = subprocess.run(
@@ -47,6 +49,7 @@ def test_the_peak_includes_freed_memory() -> None:
     assert int(after) > int(before) + LARGE // 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_blocks_return_to_the_system() -> None:
     kept = {

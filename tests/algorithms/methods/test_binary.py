@@ -53,6 +53,7 @@ def test_widths_are_fixed() -> None:
         DBLLM.model_validate({"bits": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["onebit", "dbllm"])
 def test_packed_is_streamed_and_refinement_helps(method: str, model_type: str, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def test_onebit_of_the_paper_is_the_plain_decomposition(svid: Literal["svd", "nm
         assert (solution.weight.format, solution.target, solution.fallbacks) == (Sign(output_norm=True), None, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_normed_layers_run_alike_everywhere_and_are_refined(model_type: str, tmp_path: Path) -> None:
     """OPT and GPT-2 have biases, which come before the norm."""
@@ -122,6 +124,7 @@ def through(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refined", [False, True])
 def test_norms_follow_only_the_layers_that_have_them(
     refined: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,6 +87,7 @@ def test_the_reconstruction_is_the_methods_own() -> None:
     assert (refine.steps, refine.scope) == (7, "block")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon"])
 def test_packed_is_streamed(model_type: str, tmp_path: Path) -> None:
     model, out = tiny_model(model_type, tmp_path), tmp_path / "out"
@@ -97,6 +98,7 @@ def test_packed_is_streamed(model_type: str, tmp_path: Path) -> None:
     assert [what.split(" ", 2)[2] for what in result.training] == ["refine", "refine"]
 
 
+@pytest.mark.slow
 def test_same_recipe_same_bytes_and_steps_help(tmp_path: Path) -> None:
     model, text, found = tiny_model("llama", tmp_path), write_text(tmp_path), []
     for name in ("once", "again"):

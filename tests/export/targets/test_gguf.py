@@ -50,6 +50,7 @@ def theirs(folder: Path) -> Any:
     return auto.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_transformers_reads_the_same_weights(model_type: str, symmetric: bool, tmp_path: Path) -> None:
@@ -181,6 +182,7 @@ def fits_no_type(tmp_path: Path) -> Path:
     return tmp_path / "native"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
 def test_what_was_rounded_is_near(type: str, fits_no_type: Path, tmp_path: Path) -> None:
     result = pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
