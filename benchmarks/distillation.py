@@ -81,7 +81,7 @@ class Bench:
                 "calibration.data": str(self.text),
                 "calibration.samples": self.calibrated,
             }
-            recipe, _ = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
+            recipe = load_recipe(None, fields | {"calibration.seq_len": self.seq_len})
             result = quantize(recipe, out)
             more = {"refined": self.refined if refined else 0, "seconds": round(result.seconds, 1)}
             self.save(f"{method}{', refined' if refined else ''}", out, more)
@@ -96,7 +96,7 @@ class Bench:
         fields = {**self.recipe, **{f"distill.{key}": value for key, value in (ALL | options).items()}}
         fields |= {"model": self.teacher, "seed": seed, "calibration.data": str(self.text)}
         fields |= {"calibration.samples": self.samples, "calibration.seq_len": self.seq_len}
-        recipe, _ = load_recipe(None, fields)
+        recipe = load_recipe(None, fields)
         result = distill(student, recipe, out)
         found = {"seed": seed, "options": ALL | options, "seconds": round(result.seconds, 1)}
         self.save(row, out, found | {"tokens": self._tokens(fields), "curve": result.outcome.curve})
@@ -118,7 +118,7 @@ class Bench:
         if not out.exists():
             fields = {"model": self.teacher, "calibration.data": "self", "seed": seed}
             fields |= {"calibration.samples": samples, "calibration.seq_len": self.seq_len}
-            calibrate(load_recipe(None, fields)[0], out)
+            calibrate(load_recipe(None, fields), out)
         return out
 
     def _tokens(self, fields: dict[str, Any]) -> int:

@@ -174,7 +174,7 @@ def rows(
             continue
         native = work / f"{name}-{bits}-{symmetric}"
         scheme = {"method.name": "rtn", "method.bits": bits, "method.group_size": 32, "method.symmetric": symmetric}
-        quantize(load_recipe(None, {**fields, **scheme})[0], native)
+        quantize(load_recipe(None, {**fields, **scheme}), native)
         _, expected = ours(native, tokens)
         for layout, engine in engines.items():
             folder = work / f"{native.name}-{layout}"

@@ -224,7 +224,7 @@ def _fresh(flags: dict[str, Any], out: str) -> dict[str, Any]:
 
 def _quantized(flags: dict[str, Any], out: str) -> dict[str, Any]:
     return_large_blocks()  # as the command does
-    recipe, _ = load_recipe(None, flags)
+    recipe = load_recipe(None, flags)
     result = quantize(recipe, out)
     return {
         "seconds": round(result.seconds, 1),

@@ -45,7 +45,7 @@ def main() -> None:
         written = {}
         for name, samples, seed in (("trained", 64, 0), ("scored", 40, 1000)):
             fields = {"model": model, "calibration.data": "self", "calibration.seq_len": LENGTH}
-            recipe, _ = load_recipe(None, fields | {"calibration.samples": samples, "seed": seed})
+            recipe = load_recipe(None, fields | {"calibration.samples": samples, "seed": seed})
             calibrate(recipe, Path(folder) / name)
             written[name] = f"{folder}/{name}"
         asked = {name: options for name, options in rows().items() if re.search(only, name)}
@@ -55,7 +55,7 @@ def main() -> None:
             fields |= {"method.name": options["name"], "method.bits": 3, "method.group_size": -1}
             fields |= {"calibration.data": written["trained"], "calibration.samples": 64}
             out = f"{folder}/{number}"
-            result = quantize(load_recipe(None, fields | {"calibration.seq_len": LENGTH})[0], out)
+            result = quantize(load_recipe(None, fields | {"calibration.seq_len": LENGTH}), out)
             found = evaluate(out, EvalOptions([written["scored"]], window=LENGTH), baseline=model)
             (score,) = found.scores.values()
             row = {"name": name, "bits_per_weight": found.bits_per_weight, "kl": found.kl}

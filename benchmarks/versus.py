@@ -46,7 +46,7 @@ from qcli.recipe.load import load_recipe
 folder, text, out, options = sys.argv[1:5]
 flags = {"model": folder, "calibration.data": text, "calibration.samples": 16}
 flags |= {"calibration.seq_len": 512, "method.bits": 3, "method.group_size": 64}
-recipe, _ = load_recipe(None, flags | json.loads(options))
+recipe = load_recipe(None, flags | json.loads(options))
 print(json.dumps({"seconds": quantize(recipe, out).seconds}))
 """
 

@@ -32,7 +32,7 @@ def run(model: Path, out: Path, text: Path | None = None, *, grouped: bool = Tru
     given: dict[str, Any] = {"model": str(model)} | ({"method.group_size": 32} if grouped else {})
     if text is not None:
         given |= {"calibration.data": str(text), "calibration.samples": 6, "calibration.seq_len": 32}
-    recipe, _ = load_recipe(None, given | {key.replace("__", "."): value for key, value in flags.items()})
+    recipe = load_recipe(None, given | {key.replace("__", "."): value for key, value in flags.items()})
     return quantize(recipe, out)
 
 

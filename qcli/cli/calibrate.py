@@ -37,7 +37,7 @@ def calibrate(
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.recipe.load import load_recipe
 
-        resolved, _ = load_recipe(
+        resolved = load_recipe(
             recipe,
             flags.recipe_fields(
                 model=model,

@@ -69,7 +69,7 @@ def distill(
             "distill.steps": steps,
             "resume": resume,
         }
-        resolved, _ = load_recipe(recipe, given, set_ or ())
+        resolved = load_recipe(recipe, given, set_ or ())
         if dry_run:
             from qcli.distillation.plan import plan_distillation
 

@@ -98,7 +98,7 @@ def quantize(
             "method.symmetric": symmetric,
             "resume": resume,
         }
-        resolved, _ = load_recipe(recipe, given, set_ or ())
+        resolved = load_recipe(recipe, given, set_ or ())
         if dry_run:
             from qcli.quantization.plan import make_plan
 

@@ -61,11 +61,11 @@ def show(
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.recipe.load import load_recipe
 
-        resolved, origins = load_recipe(recipe, {}, set_ or ())
+        resolved = load_recipe(recipe, {}, set_ or ())
         if json:
             session.result(resolved.to_dict())
         else:
-            session.text(resolved.to_yaml(origins))
+            session.text(resolved.to_yaml(origins=True))
 
 
 @app.command()

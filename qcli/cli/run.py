@@ -36,7 +36,7 @@ def run(
         from qcli.recipe.load import load_recipe
         from qcli.utils.cache import Cache, default_folder
 
-        resolved, _ = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
+        resolved = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the folder of the results")
         from qcli.pipeline import Pipeline

@@ -17,7 +17,7 @@ from qcli.utils.errors import UsageError
 Section = TypeVar("Section", bound=BaseModel)
 
 
-def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> tuple[Recipe, Origins]:
+def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
     """The recipe that flags, `--set`, a file and the defaults give, in this order of precedence.
 
     Args:
@@ -36,7 +36,7 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str]
     for name, value in flags.items():
         if value is not None:
             draft.add_flag(name, value)
-    return checked(draft), draft.origins
+    return checked(draft)
 
 
 def from_flags(cls: type[Section], values: Mapping[str, Any]) -> Section:

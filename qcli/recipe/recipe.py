@@ -179,6 +179,10 @@ class Recipe(Options):
         base = named_options(self.method)
         return [None if rule.method is None else build_method(overridden(base, rule.method)) for rule in self.overrides]
 
+    def origin(self, path: KeyPath) -> str:
+        """Where the value at `path` came from, as in `recipe.yaml:6:10`, `--bits` or `default`."""
+        return self._origins.of(path)
+
     def located(self, problems: Sequence[Issue], hint: str | None = None) -> UsageError:
         """Problems as one error, each with its place in the recipe."""
         return self._origins.error(problems, hint=hint)
@@ -196,9 +200,9 @@ class Recipe(Options):
             data["out"] = str(out)
         return {name: data[name] for name in Recipe.model_fields if name in data}
 
-    def to_yaml(self, origins: Origins | None = None, out: str | Path | None = None) -> str:
-        """`to_dict` as YAML; `origins` become comments."""
-        return to_yaml(self.to_dict(out), origins)
+    def to_yaml(self, out: str | Path | None = None, *, origins: bool = False) -> str:
+        """`to_dict` as YAML; with `origins`, that of each value is a comment."""
+        return to_yaml(self.to_dict(out), self._origins if origins else None)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""

@@ -209,7 +209,7 @@ def test_what_cannot_be_compensated_is_named() -> None:
 def assembled(tmp_path: Path, bits: FactorBits = 8, activations: Activations | None = None) -> Path:
     """An rtn checkpoint of a tiny Llama, k_proj dense and up_proj as it was, all else with a low-rank term."""
     model, bare, out = tiny_model("llama", tmp_path), tmp_path / "bare", tmp_path / "out"
-    recipe, _ = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": str(model), "method.name": "rtn", "method.bits": 3, "method.group_size": 32},
         ["overrides=[{match: '*.k_proj', dense: true}]"],

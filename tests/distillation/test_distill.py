@@ -57,7 +57,7 @@ def make_pair(tmp_path: Path, text: Path, method: str = "gptq-like", **flags: An
 def train(student: Path, teacher: Path, out: Path, text: Path, *sets: str) -> DistillationResult:
     flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24}
     flags |= {"calibration.samples": 28, "calibration.seq_len": 32}
-    recipe, _ = load_recipe(
+    recipe = load_recipe(
         None, flags | {"distill.judgements": 4}, ("distill.tables_lr=0.01", "distill.batch_tokens=256", *sets)
     )
     return distill(student, recipe, out)
@@ -247,7 +247,7 @@ def test_text_a_student_was_distilled_on_is_refused_or_flagged(tmp_path: Path, t
     teacher, student = make_pair(tmp_path, text)
     folder, out = tmp_path / "tokens", tmp_path / "out"
     flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
-    calibrate(load_recipe(None, flags)[0], folder)
+    calibrate(load_recipe(None, flags), folder)
     train(student, teacher, out, text, f"distill.data={folder}")
     with pytest.raises(UsageError, match="was distilled on .*tokens"):
         evaluate(str(out), EvalOptions([str(folder)], window=32))
@@ -260,7 +260,7 @@ def test_the_plan_is_what_is_done(tmp_path: Path, text: Path) -> None:
     flags = {"model": str(teacher), "calibration.data": str(text), "distill.steps": 24, "calibration.seq_len": 32}
     for train, latents in (("[tables]", False), ("[tables, weights]", True)):
         plan = plan_distillation(
-            student, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))[0]
+            student, load_recipe(None, flags, (f"distill.train={train}", "distill.batch_tokens=256"))
         )
         source = open_source(str(student))
         assert isinstance(source, NativeSource)
@@ -308,7 +308,7 @@ def test_distillations_that_are_impossible_are_refused(tmp_path: Path, text: Pat
         train(student, teacher, tmp_path / "out", text, "distill.samples=3")
     few = tmp_path / "few"
     flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 4, "calibration.seq_len": 32}
-    calibrate(load_recipe(None, flags)[0], few)
+    calibrate(load_recipe(None, flags), few)
     with pytest.raises(UsageError, match="has 4 samples and 4 are held out"):
         train(student, teacher, tmp_path / "few-out", text, f"distill.data={few}")
     for wrong, problem in (

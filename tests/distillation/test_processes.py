@@ -63,7 +63,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Pat
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="gptq-like", method__bits=2, method__zero_point="float")
     fields = {**FIELDS, "model": str(teacher), "calibration.data": str(text)}
-    alone = distill(student, load_recipe(None, fields)[0], tmp_path / "alone").outcome
+    alone = distill(student, load_recipe(None, fields), tmp_path / "alone").outcome
     assert alone.after < 0.97 * alone.before
 
     out = tmp_path / "shared"
@@ -107,5 +107,5 @@ def test_options_that_do_not_fit_several_processes_are_refused(tmp_path: Path, m
         ({"device": "cuda:0"}, "device 'cuda:0' cannot serve 2 processes"),
     ):
         with pytest.raises(UsageError, match=problem):
-            distill(student, load_recipe(None, fields | wrong)[0], tmp_path / "out")
+            distill(student, load_recipe(None, fields | wrong), tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()

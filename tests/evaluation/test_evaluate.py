@@ -161,9 +161,9 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
     folders = [tmp_path / name for name in ("seen", "unseen")]
     for seed, folder in enumerate(folders):
         flags = {"model": model, "calibration.data": text, "calibration.samples": 4, "calibration.seq_len": 32}
-        calibrate(load_recipe(None, flags | {"seed": seed})[0], folder)
+        calibrate(load_recipe(None, flags | {"seed": seed}), folder)
     flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
-    quantize(load_recipe(None, flags)[0], tmp_path / "out")
+    quantize(load_recipe(None, flags), tmp_path / "out")
     found = evaluate(str(tmp_path / "out"), EvalOptions([str(folders[1])], device="cpu"), baseline=model)
     (score,) = found.scores.values()
     assert (score.windows, score.window) == (4, 32)
@@ -179,11 +179,11 @@ def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text
     flags = {"model": model, "calibration.samples": 4, "calibration.seq_len": 32}
     if through_folder:
         data = str(tmp_path / "calibration")
-        calibrate(load_recipe(None, flags | {"calibration.data": text})[0], Path(data))
+        calibrate(load_recipe(None, flags | {"calibration.data": text}), Path(data))
     flags |= {"calibration.data": data, "method.group_size": 32}
     fits = {"read": {"method.name": "gptq-like"}, "not read": {"method.name": "rtn"}}
     for name, method in fits.items():
-        quantize(load_recipe(None, flags | method)[0], tmp_path / name)
+        quantize(load_recipe(None, flags | method), tmp_path / name)
     options = EvalOptions([str(other), text], window=32, max_windows=2, device="cpu")
     fitted_to = {name: evaluate(str(tmp_path / name), options).to_json()["fitted_to"] for name in fits}
     assert fitted_to == {"read": [text], "not read": []}
@@ -269,7 +269,7 @@ def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
     model = tiny_model("llama", tmp_path)
     dense = [{"match": "*.mlp.*", "dense": True}]
     flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
-    quantize(load_recipe(None, flags)[0], tmp_path / "out")
+    quantize(load_recipe(None, flags), tmp_path / "out")
     found = evaluate(str(tmp_path / "out"), EvalOptions([text], window=32, max_windows=1, device="cpu"))
     shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
     left = sum(size for name, size in shapes.items() if ".mlp." in name)

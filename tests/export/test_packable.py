@@ -56,7 +56,7 @@ def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
     flags = {"model": str(model), "calibration.data": str(text), **RECIPES[name]}
     grouped = "method.group_size" not in flags and "sign" not in name
     flags |= {"method.group_size": 32} if grouped else {}
-    recipe, _ = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
+    recipe = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
     planned = make_plan(recipe)
     expected = {layout: refusal(PlannedCheckpoint(planned, tmp_path / "out"), layout) for layout in LAYOUTS}
     run(model, tmp_path / "out", text, grouped=grouped, **{k.replace(".", "__"): v for k, v in RECIPES[name].items()})
@@ -69,7 +69,7 @@ def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
 
 def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
     model = with_merge(tiny_model("llama", tmp_path))
-    recipe, _ = load_recipe(None, {"model": str(model), "method.name": "onebit"})
+    recipe = load_recipe(None, {"model": str(model), "method.name": "onebit"})
     planned = make_plan(recipe)
     with pytest.raises(UnsupportedError, match="fits none of gguf's types"):
         require_packable(planned, tmp_path / "out", "gguf", None)
@@ -77,6 +77,6 @@ def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_load_is_known_before(tmp_path: Path) -> None:
-    recipe, _ = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
+    recipe = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
     with pytest.raises(UnsupportedError, match="has no merges"):
         require_packable(make_plan(recipe), tmp_path / "out", "gguf", None)

@@ -40,7 +40,7 @@ LAYERS = [
 
 
 def recipe(**fields: Any) -> Recipe:
-    return load_recipe(None, {"model": "m", **AUTO, **fields})[0]
+    return load_recipe(None, {"model": "m", **AUTO, **fields})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_resolved_recipes_say_what_was_chosen(picked: list[int]) -> None:
 
 def test_layers_that_engines_compute_as_one_are_alike(ready: dict[str, Any], tmp_path: Path) -> None:
     wanted = recipe(**ready, **{"method.fused": True})
-    assert load_recipe(None, wanted.to_dict())[0] == wanted
+    assert load_recipe(None, wanted.to_dict()) == wanted
     result = quantize(wanted, tmp_path / "out")
     assert result.allocation is not None and result.allocation["shipped"] == "allocation"
     bits = {layer.name: layer.spec["bits"] for layer in result.layers}
@@ -121,7 +121,7 @@ def test_automatic_recipes_are_written_as_they_were_said(groups: Any, tmp_path: 
     before = recipe(**{"method.group_size": groups})
     file = tmp_path / "recipe.yaml"
     file.write_text(before.to_yaml())
-    assert load_recipe(file, {})[0] == before
+    assert load_recipe(file, {}) == before
     assert before.to_dict()["method"]["bits"] == "auto"
     space = search_space(before, LAYERS)
     sizes = [method.model_dump()["group_size"] for method in space.candidates]
@@ -175,7 +175,7 @@ def test_the_better_one_is_shipped_and_its_recipe_gives_it_again(
     recorded = Manifest.read(result.out).allocation
     assert recorded is not None and asdict(recorded) == story
     assert not (tmp_path / "out.partial").exists()
-    again, _ = load_recipe(result.out / "recipe.yaml", {})
+    again = load_recipe(result.out / "recipe.yaml", {})
     assert again.allocation is None and again.calibration.samples == 8
     quantize(again, tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(result.out)

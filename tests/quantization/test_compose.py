@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> Path:
 def run(model: Path, out: Path, text: Path, *sets: str, **flags: Any) -> Result:
     given = {"model": str(model), "method.bits": 3, "method.group_size": 32}
     given |= {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
-    recipe, _ = load_recipe(None, given | flags, sets)
+    recipe = load_recipe(None, given | flags, sets)
     return quantize(recipe, out)
 
 

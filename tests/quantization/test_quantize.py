@@ -69,7 +69,7 @@ def test_gptq_like_runs_on_every_family(model_type: str, overrides: dict[str, An
 
 def test_mixed_methods_and_dense_layers(tmp_path: Path, text: Path) -> None:
     model, out = tiny_model("llama", tmp_path), tmp_path / "out"
-    recipe, _ = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": str(model), "calibration.data": str(text)}
         | {"calibration.samples": 4, "calibration.seq_len": 32, "method.group_size": 32},

@@ -167,19 +167,19 @@ def test_contradictions_have_a_place(tmp_path: Path) -> None:
 
 def test_flag_wins_over_set_over_file_over_default(tmp_path: Path) -> None:
     file = write(tmp_path, "model: m\nmethod: {name: rtn, bits: 2, group_size: 32}\ncalibration: {samples: 7}\n")
-    recipe, origins = load_recipe(file, {"method.bits": 5, "out": None}, ["method.bits=3", "method.group_size=16"])
+    recipe = load_recipe(file, {"method.bits": 5, "out": None}, ["method.bits=3", "method.group_size=16"])
     assert recipe.method == RTN(bits=5, group_size=16)
     assert (recipe.calibration.samples, recipe.calibration.seq_len, recipe.out) == (7, 2048, None)
-    assert origins.of(("method", "bits")) == "--bits"
-    assert origins.of(("method", "group_size")) == "--set method.group_size=16"
-    assert origins.of(("calibration", "samples")) == f"{file}:3:15"
-    assert origins.of(("calibration", "seq_len")) == "default"
+    assert recipe.origin(("method", "bits")) == "--bits"
+    assert recipe.origin(("method", "group_size")) == "--set method.group_size=16"
+    assert recipe.origin(("calibration", "samples")) == f"{file}:3:15"
+    assert recipe.origin(("calibration", "seq_len")) == "default"
 
 
 def test_flags_alone_are_enough() -> None:
-    recipe, _ = load_recipe(None, {"model": "m", "method.name": "rtn"})
+    recipe = load_recipe(None, {"model": "m", "method.name": "rtn"})
     assert recipe == Recipe(model="m", method=RTN())
-    assert load_recipe(None, {"model": "m"})[0].method == GPTQLike()
+    assert load_recipe(None, {"model": "m"}).method == GPTQLike()
 
 
 def test_unknown_key_has_place_and_nearest_name(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_sets_reach_into_lists_and_make_sections() -> None:
-    recipe, origins = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": "m"},
         [
@@ -285,15 +285,15 @@ def test_sets_reach_into_lists_and_make_sections() -> None:
     assert recipe.eval is not None
     assert recipe.eval.perplexity == ["c4"]
     assert recipe.seed == 3
-    assert origins.of(("overrides", 0, "match")) == "--set overrides.0.match='*.b'"
-    assert origins.of(("overrides", 0, "dense")) == "--set overrides=[{match: '*.a', dense: true}]"
+    assert recipe.origin(("overrides", 0, "match")) == "--set overrides.0.match='*.b'"
+    assert recipe.origin(("overrides", 0, "dense")) == "--set overrides=[{match: '*.a', dense: true}]"
     assert problems(None, {"model": "m"}, ("overrides=[]", "overrides.0.match=x")) == [
         "--set overrides.0.match=x: overrides has no '0'"
     ]
 
 
 def test_resolved_text_loads_to_the_same_recipe(tmp_path: Path) -> None:
-    recipe, origins = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": "some/model", "out": "no", "method.name": "rtn", "method.bits": 3},
         [
@@ -302,17 +302,17 @@ def test_resolved_text_loads_to_the_same_recipe(tmp_path: Path) -> None:
             "eval={}",
         ],
     )
-    for text in (recipe.to_yaml(), recipe.to_yaml(origins)):
-        again, _ = load_recipe(write(tmp_path, text), {})
+    for text in (recipe.to_yaml(), recipe.to_yaml(origins=True)):
+        again = load_recipe(write(tmp_path, text), {})
         assert again == recipe
         assert again.override_methods() == recipe.override_methods()
-    shown = recipe.to_yaml(origins).splitlines()
+    shown = recipe.to_yaml(origins=True).splitlines()
     assert next(line for line in shown if line.lstrip().startswith("bits:")).endswith("# --bits")
     assert next(line for line in shown if line.lstrip().startswith("samples:")).endswith("# default")
 
 
 def test_overrides_change_only_what_they_name() -> None:
-    recipe, _ = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": "m", "method.name": "rtn", "method.bits": 3, "method.group_size": 32},
         [
@@ -328,7 +328,7 @@ def test_overrides_change_only_what_they_name() -> None:
 
 
 def test_assign_takes_the_first_match() -> None:
-    recipe, _ = load_recipe(
+    recipe = load_recipe(
         None,
         {"model": "m", "method.name": "rtn", "method.group_size": 32},
         ["overrides=[{match: '*.0.*', dense: true}, {match: '*.down_proj', method: {bits: 8}}]"],
@@ -348,7 +348,7 @@ def test_assign_tells_everything_that_does_not_fit(tmp_path: Path) -> None:
         "  - {match: '*.0.*', dense: true}\n"
         "  - {match: '*.0.mlp.up_proj', method: {bits: 8}}\n",
     )
-    recipe, _ = load_recipe(file, {})
+    recipe = load_recipe(file, {})
     with pytest.raises(UsageError) as caught:
         assign(recipe, LAYERS)
     assert caught.value.message.splitlines() == [
@@ -360,22 +360,22 @@ def test_assign_tells_everything_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_assign_refuses_to_do_nothing() -> None:
-    recipe, _ = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
+    recipe = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
     with pytest.raises(UsageError, match="nothing to quantize"):
         assign(recipe, LAYERS)
 
 
 def test_fingerprint_ignores_what_does_not_change_the_bytes() -> None:
     flags = {"model": "m", "method.name": "rtn"}
-    plain, _ = load_recipe(None, flags)
-    elsewhere, _ = load_recipe(None, flags | {"out": "x", "device": "cpu", "resume": "never"}, ["eval={}", "pack={}"])
-    other, _ = load_recipe(None, flags | {"seed": 1})
+    plain = load_recipe(None, flags)
+    elsewhere = load_recipe(None, flags | {"out": "x", "device": "cpu", "resume": "never"}, ["eval={}", "pack={}"])
+    other = load_recipe(None, flags | {"seed": 1})
     assert plain.fingerprint_fields() == elsewhere.fingerprint_fields()
     assert plain.fingerprint_fields() != other.fingerprint_fields()
 
 
 def test_recipes_are_frozen() -> None:
-    recipe, _ = load_recipe(None, {"model": "m"})
+    recipe = load_recipe(None, {"model": "m"})
     with pytest.raises(ValidationError):
         recipe.seed = 1
 
@@ -399,7 +399,7 @@ def test_schema_names_every_option_of_every_method() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"out": "elsewhere"}])
 def test_the_record_of_a_result_names_the_folder_written_to(given: dict[str, str]) -> None:
-    recipe, _ = load_recipe(None, {"model": "m", **given})
+    recipe = load_recipe(None, {"model": "m", **given})
     recorded = recipe.to_dict("runs/a")
     assert recorded == recipe.to_dict() | {"out": "runs/a"}
     assert list(recorded) == [name for name in type(recipe).model_fields if name in recorded]

@@ -109,7 +109,7 @@ def test_normed_layers_run_alike_everywhere_and_are_refined(model_type: str, tmp
     for outcome in result.training.values():
         assert outcome["after"] < 0.5 * outcome["before"]
     assert {row["output_norm"] for row in inspect(out).layers} == {True}
-    assert load_recipe(out / "recipe.yaml", {})[0].method == OneBit(paper=True)
+    assert load_recipe(out / "recipe.yaml", {}).method == OneBit(paper=True)
 
 
 def loaded(folder: Path) -> ModelStream:

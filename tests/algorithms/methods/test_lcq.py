@@ -115,7 +115,7 @@ def test_sizes_are_planned_to_the_byte(tmp_path: Path) -> None:
     flags: dict[str, Any] = {"model": str(tiny_model("llama", tmp_path)), "method.name": "lcq"}
     flags |= {"method.group_size": 32, "method.basis_rows": 24, "method.steps": 0}
     flags |= {"calibration.data": str(write_text(tmp_path)), "calibration.samples": 6, "calibration.seq_len": 32}
-    recipe, _ = load_recipe(None, flags)
+    recipe = load_recipe(None, flags)
     result = quantize(recipe, tmp_path / "out")
     assert make_plan(recipe).bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     wanted = Codebook(bits=4, group_size=32, rank=1, table_bits=8, basis_rows=24)

@@ -133,11 +133,11 @@ def test_residual_goes_with_the_target_refit() -> None:
 
 
 def test_switching_the_target_refit_off_reads_back(tmp_path: Path) -> None:
-    recipe, _ = load_recipe(None, {"model": "m"}, ["method.refit_target=false"])
+    recipe = load_recipe(None, {"model": "m"}, ["method.refit_target=false"])
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert "residual: auto" in recipe.to_yaml()
-    assert load_recipe(file, {})[0] == recipe
+    assert load_recipe(file, {}) == recipe
     with pytest.raises(UsageError, match=r"method: residual is a part of refit_target"):
         load_recipe(file, {}, ["method.residual=true"])
 
