@@ -24,6 +24,7 @@ from qcli.utils.run_folder import differences
 if TYPE_CHECKING:
     from qcli.distillation.result import DistillationResult
     from qcli.evaluation.tasks import Tasks
+    from qcli.export.result import PackResult
     from qcli.quantization.result import Result
 
 QUANTIZED, DISTILLED, EVALUATION, PACKED = "quantized", "distilled", "eval.json", "packed"
@@ -44,7 +45,7 @@ class PipelineResult:
     quantized: Result | None = None
     distilled: DistillationResult | None = None
     evaluation: dict[str, Any] | None = None
-    packed: dict[str, Any] | None = None
+    packed: PackResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data, a key for each stage that has a result."""
@@ -52,7 +53,7 @@ class PipelineResult:
             "quantized": self.quantized and self.quantized.to_json(),
             "distilled": self.distilled and self.distilled.to_json(),
             "eval": self.evaluation,
-            "packed": self.packed,
+            "packed": self.packed and self.packed.to_json(),
         }
         present = {name: result for name, result in stages.items() if result is not None}
         return {"out": str(self.out), "skipped": self.skipped, **present}

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qcli.data.datasets import set_names
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")]
 OptionalModel = Annotated[
     str | None,
@@ -19,7 +21,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="SRC",
-        help="Calibration text: wikitext2, c4, ptb, self (sampled from the model), a .txt, .jsonl or .parquet "
+        help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet "
         "file, or a folder of `qcli calibrate`. Default: wikitext2.",
     ),
 ]

@@ -9,6 +9,7 @@ import typer
 from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
+from qcli.data.datasets import set_names
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="SRC",
-            help="Text: wikitext2, c4, ptb, self (sampled from the baseline), a .txt, .jsonl or .parquet file, or a "
-            "folder of `qcli calibrate` that the model was not calibrated on; may be repeated. Default: wikitext2, or "
-            "none if --tasks is given.",
+            help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a .txt, .jsonl or .parquet file, "
+            "or a folder of `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
+            "wikitext2, or none if --tasks is given.",
         ),
     ] = None,
     window: Annotated[

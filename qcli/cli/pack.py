@@ -8,22 +8,26 @@ import typer
 from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
+from qcli.utils.registry import names
 
 
 def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `qcli quantize` wrote.")],
     out: flags.Out,
-    format: Annotated[str, typer.Option(metavar="F", help="qcli, compressed-tensors, gptq, gguf or dense.")] = "qcli",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as 500MB or 5GB.")] = "5GB",
+    format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of a weight file, such as 500MB or 5GB.")
+    ] = "5GB",
     requantize: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="gguf: round layers that fit no type exactly, as Q8_0. Default: refuse them."
+            metavar="TYPE",
+            help="gguf: round layers that no type stores exactly to this type, such as Q8_0. Default: refuse them.",
         ),
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What `qcli eval RUN --json` printed, for the model card."),
+        typer.Option(metavar="FILE", help="Output of `qcli eval RUN --json`, for the model card."),
     ] = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -31,33 +35,31 @@ def pack(
 ) -> None:
     """Write a deployable checkpoint and read it back.
 
-    Every weight is compared, and a batch of logits. What the format cannot hold is refused. A manifest for
-    `qcli verify` and a model card lie beside the weights."""
+    Every weight and the logits of one batch are compared. Layers that the format cannot store exactly are refused. The
+    folder also gets a manifest for `qcli verify` and a model card."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.evaluation.results import read_evaluation
         from qcli.export.pack import pack as write
         from qcli.recipe.load import from_flags
         from qcli.recipe.sections import Pack
 
-        wanted = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
-        session.result(
-            write(
-                run,
-                out,
-                format=wanted.format,
-                shard_size=wanted.shard_bytes,
-                requantize=wanted.requantize,
-                evaluation=None if evaluation is None else read_evaluation(evaluation, run),
-                progress=session.progress,
-            ),
-            show_packed,
+        options = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
+        result = write(
+            run,
+            out,
+            format=options.format,
+            shard_size=options.shard_bytes,
+            requantize=options.requantize,
+            evaluation=None if evaluation is None else read_evaluation(evaluation, run),
+            progress=session.progress,
         )
+        session.result(result.to_json(), show_packed)
 
 
 def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
-    """What was written, and that it reads back."""
+    """What was written, and the differences to the quantized checkpoint."""
     files = f"{packed['files']} file{'s' if packed['files'] > 1 else ''}"
-    equal = f"all weights equal but those of {packed['rounded']} layers" if packed["rounded"] else "weights equal"
+    equal = f"all weights equal except in {packed['rounded']} layers" if packed["rounded"] else "weights equal"
     tables.pairs(
         {
             "packed": packed["out"],

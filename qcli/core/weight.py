@@ -157,12 +157,18 @@ class Format(BaseModel):
         """Tables that decode these rows of the codes; views. By default each table has one entry per row."""
         return {name: table[rows] for name, table in tables.items()}
 
+    @property
+    def column_step(self) -> int | None:
+        """Where `slice_columns` can cut: at multiples of this number of columns. None: this format cannot be cut, and
+        tensor-parallel engines (vLLM) do not load it."""
+        return None
+
     def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
         """Float tables that decode these columns of the codes.
 
         Args:
             tables: float tables.
-            columns: whole groups.
+            columns: starts at a multiple of `column_step`, ends at one or at the last column.
         """
         raise NotImplementedError
 

@@ -3,74 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
+from qcli.data.named_set import NamedSet
+from qcli.utils import registry
 from qcli.utils.errors import UsageError
 
 SELF = "self"  # sampled from the model
+_SETS = "qcli.data.sets"
 LOCAL = "give a local .txt, .jsonl or .parquet file, or `self` for text sampled from the model"
 
 
-@dataclass(frozen=True)
-class NamedSet:
-    """A public data set: where it is, which parts are used, and how its rows make one text.
-
-    Attributes:
-        path: hub name.
-        load: further arguments of `datasets.load_dataset`.
-        column: the column with the text.
-        join: what stands between two rows.
-        calibration, evaluation: slices in the notation of `datasets`.
-    """
-
-    path: str
-    load: Mapping[str, Any]
-    column: str
-    join: str
-    calibration: str
-    evaluation: str
+def set_names() -> list[str]:
+    """Names of the data sets in `sets/`; imports none of them."""
+    return registry.names(_SETS)
 
 
-# Slices and separators are those of the GPTQ papers' scripts, so that perplexities can be compared.
-NAMED = {
-    "wikitext2": NamedSet("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}, "text", "\n\n", "train", "test"),
-    "c4": NamedSet(
-        "allenai/c4",
-        {
-            "data_files": {
-                "train": "en/c4-train.00000-of-01024.json.gz",
-                "validation": "en/c4-validation.00000-of-00008.json.gz",
-            }
-        },
-        "text",
-        " ",
-        "train[:10000]",
-        "validation[:1100]",
-    ),
-    "ptb": NamedSet(
-        "ptb-text-only/ptb_text_only",
-        {"name": "penn_treebank", "revision": "refs/convert/parquet"},
-        "sentence",
-        " ",
-        "train",
-        "test",
-    ),
-}
+def is_named(data: str) -> bool:
+    """Whether `data` is the name of a data set in `sets/`."""
+    return data in set_names()
 
 
 def require_text(data: str) -> None:
     """Raise UsageError unless `data` names a data set, `self`, a folder or a file of text; nothing is read."""
-    if data not in NAMED and data != SELF and not is_folder(data):
+    if not is_named(data) and data != SELF and not is_folder(data):
         _require_file(data)
 
 
 def is_folder(data: str) -> bool:
     """Whether `data` means a folder of `qcli calibrate`."""
-    return data not in NAMED and data != SELF and Path(data).is_dir()
+    return not is_named(data) and data != SELF and Path(data).is_dir()
 
 
 def read_text(data: str, *, calibration: bool) -> str:
@@ -79,7 +43,7 @@ def read_text(data: str, *, calibration: bool) -> str:
     Raises:
         UsageError: no such data, or no text in it.
     """
-    if data in NAMED:
+    if is_named(data):
         text = _read_named(data, calibration=calibration)
     else:
         _require_file(data)
@@ -104,7 +68,7 @@ def _readers() -> dict[str, Callable[[Path], str]]:
 def _not_found(data: str) -> UsageError:
     if Path(data).suffix or Path(data).name != data:
         return UsageError(f"{data}: no such file", hint=LOCAL)
-    known = [*NAMED, SELF]
+    known = [*set_names(), SELF]
     near = get_close_matches(data, known, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown data set {data!r}", hint=f"{guess}known: {', '.join(known)}; or a file")
@@ -113,14 +77,14 @@ def _not_found(data: str) -> UsageError:
 def _read_named(name: str, *, calibration: bool) -> str:
     import datasets  # type: ignore[import-untyped]
 
-    chosen = NAMED[name]
-    split = chosen.calibration if calibration else chosen.evaluation
+    named: NamedSet = registry.load(_SETS, name)
+    split = named.calibration if calibration else named.evaluation
     try:
-        rows = datasets.load_dataset(chosen.path, split=split, **chosen.load)
+        rows = datasets.load_dataset(named.path, split=split, **named.load)
     except Exception as error:  # hub, network, cache and disk each raise their own kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UsageError(f"data set {name!r} could not be loaded: {reason}", hint=LOCAL) from error
-    return chosen.join.join(rows[chosen.column])
+    return named.separator.join(rows[named.column])
 
 
 def _read_txt(path: Path) -> str:

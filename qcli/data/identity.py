@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.data.calibration_folder import CALIBRATION
-from qcli.data.datasets import NAMED, SELF, is_folder
+from qcli.data.datasets import SELF, is_folder, is_named
 from qcli.utils.files import sha256
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def text_identity(data: str) -> str | None:
         except (OSError, ValueError, AttributeError):
             return None
         return identity
-    return data if data in NAMED else text_sha256(data)
+    return data if is_named(data) else text_sha256(data)
 
 
 def text_sha256(data: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from qcli.data.datasets import NAMED, SELF, is_folder
+from qcli.data.datasets import SELF, is_folder, is_named
 from qcli.data.identity import text_identity
 from qcli.data.tokens import Tokens
 from qcli.evaluation.contamination import require_unseen, seen_texts
@@ -73,7 +73,7 @@ def compare(
     if options.layers and reference is not None:
         _require_same_layers(sources, reference)
     # A named set has a part for calibration and another for evaluation: it is never seen.
-    identities = {name: None if name in NAMED else text_identity(name) for name in options.texts}
+    identities = {name: None if is_named(name) else text_identity(name) for name in options.texts}
     nothing, kept = Cache(None), cache or Cache(None)
     everything = [*sources, reference] if reference is not None else sources
     windows = evaluation_windows(options, everything, kept, progress)

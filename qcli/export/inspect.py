@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it came to be, from its config, headers and manifest. No torch."""
+"""What a checkpoint holds and how it was made, from its config, headers and manifest. No torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from qcli.utils.errors import UsageError, VerificationError
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts of one checkpoint; `layers` has a row for every quantizable layer.
+    """A checkpoint's contents and origin.
 
     Attributes:
-        packed_as: the layout that `qcli pack` wrote; None: it is as `qcli quantize` left it.
-        notes: what `qcli pack` had to say of the layout, by label.
+        model: the model that was quantized.
+        bytes: size of the weight files.
+        seconds: duration of the quantization.
+        versions: of qcli and its dependencies at that time.
+        packed_as: the export target that `qcli pack` wrote; None: the folder is as `qcli quantize` left it.
+        notes: the target's remarks, by label.
+        fallbacks: number of layers with steps that did not go as configured.
         activations: how the inputs of quantized layers are quantized; None: not at all.
+        layers: a row for every quantizable layer.
     """
 
     folder: str
@@ -43,10 +49,10 @@ class Inspection:
 
 
 def inspect(folder: Path) -> Inspection:
-    """Read headers, config and manifest of a checkpoint, in any layout of `qcli pack`.
+    """Inspect a checkpoint, packed or not; weights are not read.
 
-    What a layer was quantized to stands in its config, or, in layouts that only engines' types describe, in the
-    manifest; `stored_as` and bits per weight are those of the file.
+    Formats come from the checkpoint's config, or, where its layout has none (gguf, dense), from the manifest;
+    `stored_as` and bits per weight are always those of the files.
 
     Raises:
         UsageError: it is not a qcli checkpoint.
@@ -54,7 +60,7 @@ def inspect(folder: Path) -> Inspection:
     """
     source = open_source(str(folder))
     if not (folder / MANIFEST).exists():
-        raise UsageError(f"{folder} is not a checkpoint that qcli wrote", hint="`qcli quantize` makes one")
+        raise UsageError(f"{folder} is not a qcli checkpoint", hint="`qcli quantize` writes one")
     manifest = Manifest.read(folder)
     rows = _rows(source, manifest)
     return Inspection(
@@ -80,8 +86,8 @@ def _rows(source: Source, manifest: Manifest) -> list[dict[str, Any]]:
     quantized = source.quantized if isinstance(source, QuantizedSource) else None
     linears = source.linears()
     known = {linear.name for linear in linears}
-    if odd := reports.keys() - known if quantized is None else reports.keys() ^ quantized.keys():
-        raise VerificationError(f"{source.path}: its weights and its manifest disagree about {min(odd)}")
+    if mismatched := reports.keys() - known if quantized is None else reports.keys() ^ quantized.keys():
+        raise VerificationError(f"{source.path}: weights and manifest disagree about {min(mismatched)}")
     rounded = set(manifest.rounded)
     rows: list[dict[str, Any]] = []
     for linear in linears:
@@ -94,7 +100,7 @@ def _rows(source: Source, manifest: Manifest) -> list[dict[str, Any]]:
             continue
         spec = report.spec if quantized is None else quantized[name].format.spec()
         row |= {"method": report.method, **spec, "bits_per_weight": source.bits_of([name])}
-        if name not in rounded:  # otherwise the error is that of codes which are no longer those in the file
+        if name not in rounded:  # the error was measured before the layer was requantized
             row |= {"error": report.error, "measure": report.measure}
         rows.append(row | {"fallbacks": report.fallbacks} | report.facts)
     return rows

@@ -1,4 +1,4 @@
-"""The `README.md` of a packed checkpoint: what it is, what was lost, how to load it."""
+"""The `README.md` of a packed checkpoint: what it is, its quality loss, how to load it."""
 
 from __future__ import annotations
 
@@ -8,57 +8,56 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcli.export.result import PackResult
+from qcli.export.target import ExportTarget
 from qcli.models.manifest import LayerReport, Manifest
-
-_HUB_FORMAT = {"gguf": "gguf"}  # what the hub calls a library by its files; everything else is transformers
 
 
 def model_card(
     manifest: Manifest,
-    result: Mapping[str, Any],
-    loading: str,
+    result: PackResult,
+    target: ExportTarget,
     recipe: str,
     evaluation: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card as Markdown, its front matter as the hub reads it.
+    """The card as Markdown, with the front matter that the hub reads.
 
     Args:
         manifest: of the checkpoint that was packed.
-        result: of packing: format, sizes, differences, notes.
-        loading: how to load it.
-        recipe: the recipe's YAML.
+        target: what wrote the result.
+        recipe: the checkpoint's recipe as YAML.
         evaluation: `Evaluation.to_json` of the checkpoint.
     """
     model = manifest.source.model
-    like_an_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
-    on_hub = like_an_id and not Path(model).exists()  # a folder's relative path looks like an id
+    looks_like_an_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not model.endswith(".gguf")
+    on_hub = looks_like_an_id and not Path(model).exists()  # so does the relative path of a folder
     title = model if on_hub else model.rstrip("/").rpartition("/")[2]
     facts = {
         "base model": f"`{title}`",
         "method": _counted(_method(layer) for layer in manifest.layers),
-        "bits per weight": f"{result['bits_per_weight']:.3g} in the quantized layers, "
-        f"{result['model_bits_per_weight']:.3g} in the whole model, every stored table counted",
-        "layout": result["format"],
-        **result["notes"],
-        "read back": f"logits differ from the quantized checkpoint's by at most {result['max_logit_difference']:.3g} "
-        f"(KL {result['kl']:.3g})",
+        "bits per weight": f"{result.bits_per_weight:.3g} in the quantized layers, "
+        f"{result.model_bits_per_weight:.3g} in the whole model, every stored table counted",
+        "layout": result.format,
+        **result.notes,
+        "read back": f"logits differ from the quantized checkpoint's by at most {result.max_logit_difference:.3g} "
+        f"(KL {result.kl:.3g})",
         "relative error": _errors(manifest.layers),
         **(_measured(evaluation) if evaluation is not None else {}),
     }
-    front = ["library_name: " + _HUB_FORMAT.get(result["format"], "transformers"), "tags: [quantized, qcli]"]
+    front = [f"library_name: {target.hub_library}", "tags: [quantized, qcli]"]
     if on_hub:
         front = [f"base_model: {model}", "base_model_relation: quantized", *front]
     rows = "\n".join(f"| {label} | {fact} |" for label, fact in facts.items())
     return (
         "---\n" + "\n".join(front) + f"\n---\n\n# {title}, quantized by qcli\n\n| | |\n|---|---|\n{rows}\n\n"
-        f"## Loading\n\n{loading}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
+        f"## Loading\n\n{target.loading}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
     )
 
 
 def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """What the model lost, with how that was measured."""
+    """The quality loss, by metric."""
     before, facts = evaluation["baseline"], {}
-    if texts := evaluation.get("fitted_to"):  # what earlier versions measured has none
+    if texts := evaluation.get("fitted_to"):  # evaluations of earlier versions have none
         facts["measured on text it was fitted to"] = f"{', '.join(map(_title, texts))}: on other text it loses more"
     if evaluation["kl"] is not None:
         worst = f"{evaluation['worst_window_kl']:.4g} in the window that lost most"
@@ -69,14 +68,14 @@ def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
         facts[f"perplexity, {_title(data)}"] = (
             f"{_number(score['value'])}{was} ({score['windows']} windows of {score['window']} tokens)"
         )
-    for task, found in evaluation["tasks"].items():
-        was = "" if found["baseline"] is None else f", the base model's {_number(found['baseline'])}"
-        facts[f"{task}, {found['metric']}"] = f"{_number(found['score'])}{was} ({found['samples']} questions)"
+    for task, score in evaluation["tasks"].items():
+        was = "" if score["baseline"] is None else f", the base model's {_number(score['baseline'])}"
+        facts[f"{task}, {score['metric']}"] = f"{_number(score['score'])}{was} ({score['samples']} questions)"
     return facts
 
 
 def _title(data: str) -> str:
-    """A text's name without the folders of the machine that it was on."""
+    """A text's name without its folders, which say nothing on another machine."""
     return data.rstrip("/").rpartition("/")[2]
 
 
@@ -99,7 +98,7 @@ def _counted(words: Iterable[str]) -> str:
 
 
 def _errors(layers: Sequence[LayerReport]) -> str:
-    """The mean of what each layer lost, by how it was measured."""
+    """Mean relative error of the layers, by measure."""
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         kinds.setdefault(layer.measure, []).append(layer.error)

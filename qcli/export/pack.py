@@ -1,4 +1,4 @@
-"""Write a checkpoint for deployment, read it back, and compare before it gets its name."""
+"""Write a checkpoint for deployment and read it back before it gets its name."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qcli.export.model_card import model_card
-from qcli.export.target import Export
-from qcli.models import manifest as checkpoint
+from qcli.export.readback import compare
+from qcli.export.result import PackResult
+from qcli.export.target import ExportTarget, load_target
+from qcli.models.manifest import MANIFEST, RECIPE, Manifest
 from qcli.models.native import NativeSource
-from qcli.models.open import Source, open_source
-from qcli.models.stream import ModelStream
-from qcli.utils import registry, run_folder
-from qcli.utils.device import matmul_precision
-from qcli.utils.errors import ResourceError, StateError, UsageError, VerificationError
+from qcli.models.open import open_source
+from qcli.utils import run_folder
+from qcli.utils.errors import ResourceError, StateError, UsageError
 from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
-
-_PROBE_TOKENS = 64
-_SAME_KL = 1e-3  # norms of a gguf file are near, not equal, and bfloat16 makes steps of that; another config is far off
 
 
 def pack(
@@ -35,117 +30,93 @@ def pack(
     requantize: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Write what `qcli quantize` left in `run` to `out`, in another layout or with other file sizes.
+) -> PackResult:
+    """Write the checkpoint in `run` to `out`, in the layout of an export target or with other file sizes.
 
-    Before `out` appears it is opened as any model is, every decoded weight is compared bit for bit, and the logits
+    Before `out` appears, it is opened as any model is, every decoded weight is compared bit for bit, and the logits
     of one batch are compared.
 
     Args:
-        format: a layout of `exports/`.
-        shard_size: bytes of tensors in one file.
-        requantize: what weights are rounded to that the layout cannot hold as they are; None: they are refused.
+        run: a folder that `qcli quantize` or `qcli distill` wrote.
+        format: name of the export target.
+        shard_size: largest size of a weight file, in bytes of tensors.
+        requantize: the type that layers are rounded to if the layout cannot store them exactly; None: refuse them.
         evaluation: `Evaluation.to_json` of `run`, for the model card.
 
-    Returns:
-        Layout, size, number of files and of rounded layers, and the largest difference of a logit with its KL
-        divergence.
-
     Raises:
-        UsageError: `run` is not a qcli checkpoint, or the layout is unknown.
-        UnsupportedError: something in `run` does not fit the layout.
+        UsageError: `run` is not a qcli checkpoint, or there is no such target.
+        UnsupportedError: the layout cannot store something in `run`.
         StateError: `out` exists.
-        VerificationError: what was written does not read back the same, or computes something else.
+        VerificationError: what was written does not read back, or computes something else.
         ResourceError: the disk is full.
     """
-    export: Export = registry.load("qcli.export.targets", format)(requantize)
-    source = open_source(str(run))
-    if not isinstance(source, NativeSource):
-        if (run / checkpoint.MANIFEST).exists() and (layout := checkpoint.Manifest.read(run).packed_as):
-            raise UsageError(
-                f"{run} is packed as {layout} already", hint="pack the folder of `qcli quantize` that it was made of"
-            )
-        raise UsageError(f"{run} is not a checkpoint that qcli wrote", hint="quantize the model first")
+    target = load_target(format, requantize)
+    source = _open_native(run)
     run_folder.refuse_existing(out)
     if run_folder.has_parts(out):
         raise StateError(
             f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
         )
-    export.check(source)
+    target.check(source)
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
-            result = _write(run, source, export, folder.result(), shard_size, evaluation, progress)
+            result = _write(source, target, folder.result(), out, shard_size, evaluation, progress)
             folder.publish()
         except BaseException as error:
             shutil.rmtree(folder.path, ignore_errors=True)
-            if isinstance(error, ResourceError):  # whose hint is that of runs which keep their parts
+            if isinstance(error, ResourceError):  # its hint says that the run can be resumed, and packing cannot
                 raise ResourceError(error.message, hint="free some space and pack again") from None
             raise
-    return {"out": str(out), **result}
-
-
-def _write(
-    run: Path,
-    source: NativeSource,
-    export: Export,
-    folder: Path,
-    shard_size: int,
-    evaluation: Mapping[str, Any] | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    export.write(source, folder, shard_size, progress)
-    shutil.copyfile(run / checkpoint.RECIPE, folder / checkpoint.RECIPE)
-    written = export.open(folder)
-    difference = _compare(source, written, export, progress)
-    result: dict[str, Any] = {
-        "format": export.name,
-        "files": len(written.weight_files()),
-        "bits_per_weight": written.bits_of(source.quantized),
-        "model_bits_per_weight": written.model_bits_per_weight(),
-        "bytes": written.bytes(),
-        "rounded": len(export.rounded()),
-        **difference,
-        "notes": export.notes(source),
-    }
-    manifest = checkpoint.Manifest.read(run)
-    recipe = (folder / checkpoint.RECIPE).read_text(encoding="utf-8")
-    write_bytes(folder / "README.md", model_card(manifest, result, export.loading, recipe, evaluation).encode())
-    size = {key: result[key] for key in ("bits_per_weight", "model_bits_per_weight", "bytes")}
-    packing = {"packed_as": export.name, "rounded": export.rounded(), "notes": result["notes"]}
-    manifest.model_copy(update=size | packing).write(folder)
     return result
 
 
-def _compare(source: NativeSource, written: Source, export: Export, progress: Progress) -> dict[str, float]:
-    names = list(source.tensors())
-    for number, name in enumerate(names):
-        progress("compare", number, len(names))
-        expected, found = source.read([name])[name], written.read([name])[name]
-        if not _near(expected.to(found.dtype), found, export.tolerance(name, expected)):
-            raise VerificationError(
-                f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk"
-            )
-    before, after = (_logits(model, source.dtype) for model in (source, written))
-    progress("compare", len(names), len(names))
-    kl = float((before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean())
-    if not export.rounded() and before.isfinite().all() and not kl <= _SAME_KL:
-        raise VerificationError(
-            f"all weights read back, but the logits differ from those of the quantized checkpoint (KL {kl:.3g})",
-            hint="this is a bug of qcli",
+def _open_native(run: Path) -> NativeSource:
+    source = open_source(str(run))
+    if isinstance(source, NativeSource):
+        return source
+    if (run / MANIFEST).exists() and (target := Manifest.read(run).packed_as):
+        raise UsageError(
+            f"{run} is already packed as {target}", hint="pack the folder of `qcli quantize` that it was made from"
         )
-    return {"max_logit_difference": float((before - after).abs().max()), "kl": kl}
+    raise UsageError(f"{run} is not a qcli checkpoint", hint="quantize the model first")
 
 
-def _near(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
-    if tolerance == 0:
-        return torch.equal(expected, found)
-    return expected.shape == found.shape and bool((expected - found).abs().max() <= tolerance)
-
-
-@torch.no_grad()
-def _logits(model: Source, dtype: torch.dtype) -> torch.Tensor:
-    stream = ModelStream(model, device=torch.device("cpu"), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = stream.model.get_input_embeddings().num_embeddings
-    with matmul_precision(fast=False):
-        return stream.logits_of(torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator)).float()
+def _write(
+    source: NativeSource,
+    target: ExportTarget,
+    folder: Path,
+    out: Path,
+    shard_size: int,
+    evaluation: Mapping[str, Any] | None,
+    progress: Progress,
+) -> PackResult:
+    """Fill `folder`, which will be published as `out`; the manifest is the last file."""
+    target.write(source, folder, shard_size, progress)
+    shutil.copyfile(source.path / RECIPE, folder / RECIPE)
+    written = target.open(folder)
+    difference = compare(source, written, target, progress)
+    result = PackResult(
+        out=out,
+        format=target.name,
+        files=len(written.weight_files()),
+        bits_per_weight=written.bits_of(source.quantized),
+        model_bits_per_weight=written.model_bits_per_weight(),
+        bytes=written.bytes(),
+        rounded=len(target.rounded()),
+        max_logit_difference=difference.maximum,
+        kl=difference.kl,
+        notes=target.notes(source),
+    )
+    manifest = Manifest.read(source.path)
+    recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    write_bytes(folder / "README.md", model_card(manifest, result, target, recipe, evaluation).encode())
+    changed = {
+        "bits_per_weight": result.bits_per_weight,
+        "model_bits_per_weight": result.model_bits_per_weight,
+        "bytes": result.bytes,
+        "packed_as": target.name,
+        "rounded": target.rounded(),
+        "notes": result.notes,
+    }
+    manifest.model_copy(update=changed).write(folder)
+    return result

@@ -1,4 +1,4 @@
-"""Whether a plan's result will fit the layout that it is to be packed in: known before it is quantized."""
+"""Whether an export target can store the checkpoint of a plan: checked before anything is quantized."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from qcli.core.activations import Activations
 from qcli.core.weight import Format
-from qcli.export.target import Export
+from qcli.export.target import load_target
 from qcli.models.families import Family, Linear
 from qcli.models.quantized import LayerStorage
 from qcli.quantization.plan import Plan
-from qcli.utils import registry
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
@@ -23,17 +22,16 @@ if TYPE_CHECKING:
 
 
 def require_packable(plan: Plan, out: Path, format: str, requantize: str | None) -> None:
-    """Refuse what `pack` is known to refuse of this plan's result; what depends on values is left to it.
+    """Refuse a plan whose checkpoint `pack` would refuse whatever its values; what depends on them is left to `pack`.
 
     Raises:
         UsageError, UnsupportedError: as `pack`.
     """
-    export: Export = registry.load("qcli.export.targets", format)(requantize)
-    export.check(PlannedCheckpoint(plan, out))
+    load_target(format, requantize).check(PlannedCheckpoint(plan, out))
 
 
 class PlannedCheckpoint:
-    """The checkpoint that a plan will give in the folder `out`, as far as layouts look at it before they write."""
+    """The checkpoint that a plan will give in the folder `out`, as far as `ExportTarget.check` reads it."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
         self._plan = plan
@@ -65,8 +63,8 @@ class PlannedCheckpoint:
         return self._plan.source.tokenizer()
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
-        """One row of the least codes: if not even this fits a layout, nothing of the format does. Tables of floats are
-        full of a number that is no integer and has products of more than 11 bits, as any they will hold."""
+        """A single row of zero codes, the easiest weight to store: if a layout cannot store this one, it can store none
+        of the format. Floating-point tables hold 0.3, which like real tables is no integer and has inexact products."""
         import torch
 
         format, shape = self.quantized[layer].format, (1, self.quantized[layer].shape[1])

@@ -1,4 +1,4 @@
-"""What a layout has to do: the base class of `exports/`."""
+"""The base class of export targets (`targets/`), and what several of them share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qcli.models.native import NativeSource
 from qcli.models.open import Source, open_packed
-from qcli.utils import shards
+from qcli.utils import registry, shards
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.progress import Progress
 from qcli.utils.safetensors import read_header
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from qcli.models.quantized import LayerStorage
     from qcli.utils.dtypes import StoredTensor
 
+TARGETS = "qcli.export.targets"
+
 
 class Packable(Protocol):
-    """A qcli checkpoint before it is packed, or a plan of one; see `QuantizedSource`, whose members these are."""
+    """A checkpoint to be packed, finished or planned: the members of `QuantizedSource` that `check` may use."""
 
     @property
     def path(self) -> Path: ...
@@ -43,63 +45,95 @@ class Packable(Protocol):
     def read_quantized(self, layer: str) -> QuantizedWeight: ...
 
 
-class Export:
+class ExportTarget:
     """Writes a qcli checkpoint in one layout.
 
     Args:
-        requantize: the type that weights are rounded to which the layout cannot hold as they are; None: refuse them.
+        requantize: the type, of `requantize_types`, that layers are rounded to if the layout cannot store them
+            exactly; None: they are refused.
+
+    Raises:
+        UsageError: the target does not round, or not to this type.
     """
 
     name: ClassVar[str]
     loading: ClassVar[str]
-    """How to load the result, as Markdown for its model card; `DIR` is the folder."""
+    """How to load the result, as Markdown for its model card; `DIR` stands for the folder."""
 
-    requantizes: ClassVar[bool] = False
+    hub_library: ClassVar[str] = "transformers"
+    """The hub's name for the library that loads the result (`library_name` of its model card)."""
+
+    requantize_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, requantize: str | None = None) -> None:
-        if requantize is not None and not self.requantizes:
-            raise UsageError(f"{self.name} rounds nothing to {requantize}", hint="--requantize belongs to gguf")
+        if requantize is not None and requantize not in self.requantize_types:
+            if not self.requantize_types:
+                raise UsageError(f"format {self.name} cannot requantize layers", hint="leave out --requantize")
+            types = ", ".join(self.requantize_types)
+            raise UsageError(f"format {self.name} cannot requantize to {requantize!r}", hint=f"known types: {types}")
         self.requantize = requantize
 
     def check(self, source: Packable) -> None:
-        """Refuse what does not fit, before anything is written.
+        """Refuse what the layout cannot store, before anything is written.
 
         Raises:
-            UnsupportedError: with the layer, the reason, and the layout that would fit.
+            UnsupportedError: with the layer, the reason, and a target that can store it.
         """
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
-        """Write the weights, and whatever else loading takes, in files of at most `shard_size` bytes of tensors."""
+        """Write weights, config and tokenizer, in weight files of at most `shard_size` bytes of tensors."""
         raise NotImplementedError
 
     def open(self, folder: Path) -> Source:
-        """What was written, read back."""
+        """Read back what was written."""
         return open_packed(folder)
 
     def notes(self, source: NativeSource) -> dict[str, str]:
-        """What else is worth knowing of the result, by label."""
+        """Remarks on the result, by label, for the terminal, the manifest and the model card."""
         return {}
 
     def tolerance(self, name: str, tensor: Tensor) -> float:
-        """How far values of this tensor, `tensor` in the source, may be from what they were."""
+        """Largest absolute difference that is allowed when the tensor `name` is read back.
+
+        Args:
+            tensor: as the source has it.
+        """
         return 0.0
 
     def rounded(self) -> list[str]:
-        """Layers that are not what they were, because rounding them was asked for."""
+        """Layers that were requantized, by name; known after `check`."""
         return []
 
 
-def refuse_what_runs_otherwise(source: Packable, layout: str) -> None:
-    """Raise UnsupportedError where a checkpoint is more than its weights: quantized activations, normed outputs."""
+def load_target(name: str, requantize: str | None) -> ExportTarget:
+    """The export target of this name.
+
+    Raises:
+        UsageError: there is none, or it cannot requantize to this type.
+    """
+    known = registry.names(TARGETS)
+    if name not in known:
+        raise UsageError(f"unknown export target {name!r}", hint=f"known: {', '.join(known)}")
+    target: ExportTarget = registry.load(TARGETS, name)(requantize)
+    return target
+
+
+def refuse_extra_computation(source: Packable, layout: str) -> None:
+    """Refuse checkpoints whose layers compute more than `x W^T + bias`.
+
+    Raises:
+        UnsupportedError: activations are quantized, or outputs are normalized.
+    """
     if source.activations is not None:
         raise UnsupportedError(
-            f"{source.path} quantizes activations to {source.activations.bits} bits, {layout} cannot hold that",
+            f"{source.path} quantizes activations to {source.activations.bits} bits, which {layout} cannot store",
             hint="pack it as qcli, or quantize without activations",
         )
     normed = [layer for layer, format in source.formats().items() if format.has_output_norm]
     if normed:
         raise UnsupportedError(
-            f"{source.path} norms the outputs of {len(normed)} layers, {normed[0]} first, {layout} cannot hold that",
+            f"{source.path} normalizes the outputs of {len(normed)} layers, such as {normed[0]}, "
+            f"which {layout} cannot store",
             hint="pack it as qcli, or quantize without `paper`",
         )
 
@@ -111,10 +145,10 @@ def write_layers(
     progress: Progress,
     tensors: Callable[[str], Mapping[str, Tensor]],
 ) -> None:
-    """Write safetensors shards, one tensor of the dense model after the other.
+    """Write safetensors shards, holding one tensor of the dense model in memory at a time.
 
     Args:
-        tensors: what stands in the file for the dense model's tensor of this name, by name.
+        tensors: from the name of a tensor of the dense model to the tensors stored for it, by name.
     """
     names, parts = list(source.tensors()), []
     for number, name in enumerate(names):
@@ -128,5 +162,5 @@ def write_layers(
 
 
 def dense_config(source: NativeSource) -> dict[str, Any]:
-    """The source's `config.json` without what says how it is quantized."""
+    """The source's `config.json` without its `quantization_config`."""
     return {key: value for key, value in source.config.items() if key != "quantization_config"}

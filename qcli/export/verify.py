@@ -1,4 +1,4 @@
-"""Check a checkpoint against its manifest: files, headers, codes, tables."""
+"""Check a checkpoint against its manifest: hashes of files, headers and values of tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from qcli.utils.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Verified:
-    """A checkpoint that is what it claims to be.
+    """A checkpoint that agrees with its manifest.
 
     Attributes:
-        unlisted: files of the folder that the manifest does not know, such as a README; none holds weights.
+        files: number of files that the manifest lists.
+        bytes: their size.
+        layers: number of quantized layers.
+        bits_per_weight: of these layers.
+        unlisted: other files in the folder, such as a README; none holds weights.
     """
 
     folder: str
@@ -35,10 +39,10 @@ class Verified:
 
 
 def verify(folder: Path, progress: Progress = silent) -> Verified:
-    """Recompute everything the manifest says that can be recomputed.
+    """Recompute everything in the manifest that can be recomputed.
 
     Raises:
-        VerificationError: the first thing that does not agree, with its file or tensor.
+        VerificationError: names the first file or tensor that disagrees.
     """
     manifest = Manifest.read(folder)
     listed = manifest.files
@@ -46,23 +50,23 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
         progress("hash", number, len(listed), name)
         file = folder / Path(name).name
         if not file.is_file():
-            raise VerificationError(f"{file} is missing, the manifest lists it", hint="copy the checkpoint again")
+            raise VerificationError(f"{file} is listed in the manifest but missing", hint="copy the checkpoint again")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
-            raise VerificationError(f"{file} is not the file that was written: its hash differs from the manifest")
+            raise VerificationError(f"{file} has changed: its size or hash differs from the manifest")
     progress("hash", len(listed), len(listed))
     unlisted = sorted(file.name for file in folder.iterdir() if file.name not in listed and file.name != MANIFEST)
     weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
     if weights:
-        raise VerificationError(f"{folder / weights[0]} holds weights, the manifest does not list it")
+        raise VerificationError(f"{folder / weights[0]} holds weights but is not listed in the manifest")
     source = open_source(str(folder))
     _check_values(source, progress)
     layers = [layer.name for layer in manifest.layers]
     if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
-        raise VerificationError(f"{folder} has no {min(missing)}, the manifest lists its layer")
+        raise VerificationError(f"{folder} has no {min(missing)} although the manifest lists its layer")
     bits = source.bits_of(layers)
     if abs(bits - manifest.bits_per_weight) > 1e-9:
         raise VerificationError(
-            f"{folder}: {bits:.4f} bits per weight, the manifest says {manifest.bits_per_weight:.4f}"
+            f"{folder} has {bits:.4f} bits per weight, its manifest says {manifest.bits_per_weight:.4f}"
         )
     return Verified(
         folder=str(folder),

@@ -1,9 +1,9 @@
-"""qcli checkpoints in vLLM: each device keeps its share of a layer's codes, packed, and decodes it as it computes.
+"""qcli checkpoints in vLLM: each device keeps its shard of a layer's codes packed and decodes it in the forward pass.
 
-vLLM computes q, k and v as one layer, and gate and up; it splits outputs of some layers and inputs of others over
-devices. Here a fused layer holds a `_Share` for each layer of the checkpoint, cut out of the whole as soon as all of
-its tensors have been read. Written against vLLM's base classes (QuantizationConfig, LinearMethodBase, and the way
-models call `weight_loader`; main of autumn 2026). docs/engines.md says what of it has been run.
+vLLM fuses q, k and v into one layer, and gate and up; tensor parallelism splits some layers by outputs, others by
+inputs. Here a fused layer has a `_Shard` for each layer of the checkpoint, cut out as soon as all tensors of that layer
+have been read. Written against vLLM's base classes (QuantizationConfig, LinearMethodBase, and the way models call
+`weight_loader`; main of autumn 2026); docs/engines.md says what has been run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from qcli.core import packing
-from qcli.core.formats._grouped import Grouped
 from qcli.core.weight import QuantizedWeight
 from qcli.inference.linear import linear
 from qcli.models.native import NativeStorage
 from qcli.models.quantized import LayerStorage
 from qcli.utils.errors import UnsupportedError
 
-_NAMES = {"affine", "codebook", "dual-binary", "sign"}
-_PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the layers inside a fused one; others have numbers
+_PARTS = {"q": 0, "k": 1, "v": 2}  # vLLM's ids of the layers inside a fused one; others are numbers
 
 
 class QcliConfig(QuantizationConfig):  # type: ignore[misc]
@@ -38,21 +36,21 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
             raise UnsupportedError("vLLM cannot simulate quantized activations", hint="quantize without them")
 
     def get_name(self) -> str:
-        """What `config.json` calls the method."""
+        """The `quant_method` in `config.json`."""
         return "qcli"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Decoding knows every dtype."""
+        """Weights are decoded to any dtype."""
         return [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Plain PyTorch, so whatever vLLM itself runs on."""
+        """Plain PyTorch: whatever vLLM itself needs."""
         return 70
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Nothing beside `config.json`."""
+        """None besides `config.json`."""
         return []
 
     @classmethod
@@ -61,10 +59,10 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(config)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """How a layer computes; None for what is no linear layer.
+        """How a layer computes; None for modules that are not linear layers.
 
         Args:
-            prefix: the layer's name, that of a fused one where vLLM fuses.
+            prefix: name of the layer; fused layers have one of their own.
 
         Raises:
             UnsupportedError: a fused layer is only partly quantized, or in a format that cannot be split.
@@ -73,20 +71,19 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
             return None
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        parts = [self.storage.layer(name) for name in names]
-        packed = [part for part in parts if part is not None]
-        if not packed:
+        layers = [stored for name in names if (stored := self.storage.layer(name)) is not None]
+        if not layers:
             return UnquantizedLinearMethod()
-        if len(packed) < len(parts):
+        if len(layers) < len(names):
             raise UnsupportedError(f"{prefix}: vLLM computes {', '.join(names)} as one layer, some of them are dense")
-        others = {part.format.name for part in packed} - _NAMES
-        if others:
-            raise UnsupportedError(f"{prefix} is {min(others)}, which vLLM cannot load", hint="pack it as dense")
-        return QcliLinearMethod(prefix, packed)
+        unsplittable = {stored.format.name for stored in layers if stored.format.column_step is None}
+        if unsplittable:
+            raise UnsupportedError(f"{prefix} is {min(unsplittable)}, which vLLM cannot load", hint="pack it as dense")
+        return QcliLinearMethod(prefix, layers)
 
 
 class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """A linear layer of vLLM, of one or several layers of the checkpoint."""
+    """A linear layer of vLLM, made of one or several layers of the checkpoint."""
 
     def __init__(self, prefix: str, storages: Sequence[LayerStorage]) -> None:
         self.prefix, self.storages = prefix, storages
@@ -101,34 +98,36 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Parameters under the names on disk, empty, whose loaders gather what is read."""
+        """Register empty parameters, named as on disk, whose loaders pass tensors to the shards."""
         rank, ranks = int(layer.tp_rank), int(layer.tp_size)
         sizes = output_partition_sizes if len(self.storages) > 1 else [sum(output_partition_sizes)]
         if len(output_partition_sizes) > 1 and len(self.storages) == 1 and ranks > 1:
-            raise UnsupportedError(f"{self.prefix} is one layer in the checkpoint, which tensor parallel would split")
-        shares = [
-            _Share(self.prefix, storage, size, input_size_per_partition, rank, ranks)
+            raise UnsupportedError(
+                f"{self.prefix} is a single layer in the checkpoint, tensor parallelism would split it"
+            )
+        shards = [
+            _Shard(self.prefix, storage, size, input_size_per_partition, rank, ranks)
             for storage, size in zip(self.storages, sizes, strict=True)
         ]
-        layer.qcli_shares = nn.ModuleList(shares)
-        for suffix in dict.fromkeys(name for share in shares for name in share.suffixes):
+        layer.qcli_shards = nn.ModuleList(shards)
+        for suffix in dict.fromkeys(name for shard in shards for name in shard.suffixes):
             parameter = nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = _loader(shares, suffix)  # type: ignore[attr-defined]
+            parameter.weight_loader = _loader(shards, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse layers of which something was not read; transformers' and vLLM's loaders only warn."""
-        for share in layer.qcli_shares:
-            share.require_whole()
+        """Refuse layers with tensors that were not read, about which vLLM's loader only warns."""
+        for shard in layer.qcli_shards:
+            shard.require_whole()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x `[..., in]` -> `[..., out]`, of this device's share."""
-        parts = [share(x) for share in layer.qcli_shares]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return found if bias is None else found + bias
+        """x `[..., in]` -> `[..., out]` for this device's shards."""
+        outputs = [shard(x) for shard in layer.qcli_shards]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return output if bias is None else output + bias
 
 
-class _Share(nn.Module):
+class _Shard(nn.Module):
     """The rows and columns of one layer that this device computes."""
 
     codes: Tensor
@@ -139,7 +138,7 @@ class _Share(nn.Module):
         if all_rows % rows or all_columns % columns:
             raise UnsupportedError(f"{prefix}: {storage.shape} cannot be split into parts of {(rows, columns)}")
         self.prefix, self.storage, self.shape = prefix, storage, (rows, columns)
-        # Where there are fewer parts than devices, neighbours have the same one, as vLLM copies heads of k and v.
+        # With fewer shards than devices, neighbours have the same one, as vLLM replicates heads of k and v.
         row = rank * (all_rows // rows) // ranks * rows
         column = rank * (all_columns // columns) // ranks * columns
         self._rows, self._columns = slice(row, row + rows), slice(column, column + columns)
@@ -148,7 +147,7 @@ class _Share(nn.Module):
         self._check(ranks)
 
     def gather(self, suffix: str, tensor: Tensor) -> None:
-        """Take a tensor of the whole layer; with the last one the share is cut out."""
+        """Take a tensor of the whole layer; after the last one, cut out the shard."""
         self._gathered[suffix] = tensor
         if len(self._gathered) < len(self.suffixes):
             return
@@ -178,21 +177,21 @@ class _Share(nn.Module):
         format, columns = self.storage.format, self.shape[1]
         if format.has_output_norm:
             raise UnsupportedError(
-                f"{self.prefix} norms its outputs, which vLLM's layers do not", hint="use transformers"
+                f"{self.prefix} normalizes its outputs, which vLLM's layers cannot", hint="use transformers"
             )
-        split = columns < self.storage.shape[1]
-        if split and isinstance(format, Grouped) and format.group_size > 0 and columns % format.group_size:
+        step = format.column_step
+        if columns < self.storage.shape[1] and (step is None or columns % step):
             raise UnsupportedError(
-                f"{self.prefix}: {columns} inputs a device are no whole groups of {format.group_size}",
-                hint=f"tensor parallel {ranks} needs smaller groups",
+                f"{self.prefix}: {columns} inputs per device are not whole groups of {step}",
+                hint=f"tensor parallel size {ranks} needs smaller groups",
             )
 
 
-def _loader(shares: Sequence[_Share], suffix: str) -> Callable[..., None]:
-    """What vLLM's models call with each tensor: `loader(parameter, tensor)`, with the part's name where it is fused."""
+def _loader(shards: Sequence[_Shard], suffix: str) -> Callable[..., None]:
+    """The `weight_loader` that vLLM's models call with each tensor, and with the part's id if the layer is fused."""
 
     def load(parameter: nn.Parameter, tensor: Tensor, part: str | int | None = None) -> None:
         index = 0 if part is None else _PARTS.get(str(part), part)
-        shares[int(index)].gather(suffix, tensor.to(parameter.device))
+        shards[int(index)].gather(suffix, tensor.to(parameter.device))
 
     return load

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcli.recipe.allocation import AUTO, OWN, Allocation
-from qcli.recipe.plugins import DEFAULT_METHOD, METHODS, TRANSFORMS
+from qcli.recipe.plugins import DEFAULT_METHOD, EXPORTS, METHODS, TRANSFORMS
 from qcli.recipe.recipe import Recipe
 from qcli.utils import registry
 
@@ -32,6 +32,7 @@ def recipe_schema() -> dict[str, Any]:
         "properties": options | {"name": {"enum": names}},
     }
     schema["$defs"]["Override"]["properties"]["method"] = partial
+    _name_exports(schema["$defs"]["Pack"]["properties"])
     return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}
 
 
@@ -42,6 +43,14 @@ def _offer_auto(options: dict[str, Any]) -> None:
             options[name] = {"anyOf": [options[name], {"const": AUTO}], "description": options[name]["description"]}
         own = Allocation.model_json_schema()["properties"]
         options |= {name: own[name] for name in OWN}
+
+
+def _name_exports(options: dict[str, Any]) -> None:
+    """The export targets, and the types that they can requantize to."""
+    names = registry.names(EXPORTS)
+    types = (type for name in names for type in registry.load(EXPORTS, name).requantize_types)
+    options["format"]["enum"] = names
+    options["requantize"]["anyOf"][0]["enum"] = list(dict.fromkeys(types))
 
 
 def _transform_schema(name: str) -> dict[str, Any]:

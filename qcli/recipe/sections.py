@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from pydantic import Field, JsonValue, field_validator, model_validator
-
+from qcli.data.datasets import set_names
 from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
 from qcli.recipe.plugins import EXPORTS
@@ -19,7 +18,7 @@ class Calibration(Options):
     data: str = Field(
         default="wikitext2",
         min_length=1,
-        description="wikitext2, c4, ptb, self (sampled from the model), a .txt, .jsonl or .parquet file, "
+        description=f"{', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet file, "
         "or a folder written by `qcli calibrate`",
     )
     samples: int = Field(default=128, ge=1, description="number of sequences")
@@ -52,16 +51,29 @@ class Pack(Options):
     shard_size: str = Field(
         default="5GB", pattern=r"^[1-9][0-9]*(MB|GB)$", examples=["500MB", "5GB"], description="maximum size of a file"
     )
-    requantize: Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"] | None = Field(
+    requantize: str | None = Field(
         default=None, description="gguf: type for layers that no GGUF type holds exactly; default: refuse them"
     )
 
     @field_validator("format")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _known_format(cls, name: str) -> str:
         if name not in (known := registry.names(EXPORTS)):
             raise ValueError(unknown(f"format {name!r}", name, known))
         return name
+
+    @field_validator("requantize")
+    @classmethod
+    def _known_type(cls, type: str | None, info: ValidationInfo) -> str | None:
+        if type is None or "format" not in info.data:
+            return type
+        format = info.data["format"]
+        types: tuple[str, ...] = registry.load(EXPORTS, format).requantize_types
+        if not types:
+            raise ValueError(f"format {format} cannot requantize layers")
+        if type not in types:
+            raise ValueError(unknown(f"type {type!r}", type, types))
+        return type
 
     @property
     def shard_bytes(self) -> int:

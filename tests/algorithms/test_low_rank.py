@@ -267,17 +267,17 @@ def test_checkpoints_load_evaluate_and_survive(
 def test_checkpoints_are_packed(tmp_path: Path) -> None:
     out = assembled(tmp_path)
     result = pack(out, tmp_path / "packed", format="qcli", shard_size=100_000)
-    assert result["files"] > 1
-    assert result["max_logit_difference"] == 0
-    assert result["bits_per_weight"] == open_source(str(out)).bits_per_weight()
+    assert result.files > 1
+    assert result.max_logit_difference == 0
+    assert result.bits_per_weight == open_source(str(out)).bits_per_weight()
     pack(out, tmp_path / "dense", format="dense", shard_size=10**9)
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(out), rtol=1e-4, atol=1e-4)
 
 
 def test_dense_models_cannot_quantize_activations(tmp_path: Path) -> None:
     out = assembled(tmp_path, activations=Activations())
-    assert pack(out, tmp_path / "packed", format="qcli", shard_size=10**9)["max_logit_difference"] == 0
-    with pytest.raises(UnsupportedError, match="quantizes activations to 8 bits, a dense model cannot"):
+    assert pack(out, tmp_path / "packed", format="qcli", shard_size=10**9).max_logit_difference == 0
+    with pytest.raises(UnsupportedError, match="quantizes activations to 8 bits, which a dense model cannot"):
         pack(out, tmp_path / "dense", format="dense", shard_size=10**9)
     assert not list(tmp_path.glob("dense*"))
 

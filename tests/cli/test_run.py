@@ -130,10 +130,10 @@ def test_other_settings_conflict_with_what_is_there(
         ("eval.baseline=nobody", "nobody"),
         ("distill={data: nowhere.txt, samples: 40, seq_len: 64}", "nowhere.txt: no such file"),
         ("distill={data: short.txt, samples: 40, seq_len: 64}", "short.txt: too short for calibration: 30 tokens"),
-        ("pack.format=gptq", "q_proj is 3 bits asymmetric, gptq holds 4 and 8 bits symmetric"),
+        ("pack.format=gptq", "q_proj is 3 bits asymmetric, gptq stores 4 and 8 bits symmetric"),
         ("distill={teacher_top_k: 400}", "distill.teacher_top_k: 400 is not below the vocabulary of 320"),
         ("eval.gates.max_kl=.inf", "input should be a finite number, not inf"),
-        ("pack.requantize=Q8_0", "qcli rounds nothing to Q8_0"),
+        ("pack.requantize=Q8_0", "pack.requantize=Q8_0: format qcli cannot requantize layers"),
     ],
 )
 def test_what_later_stages_refuse_is_told_before_the_first(
@@ -151,8 +151,8 @@ def test_what_later_stages_refuse_is_told_before_the_first(
 @pytest.mark.parametrize(
     ("layout", "fused", "refusal"),
     [
-        ("gptq", True, "3 bits symmetric, gptq holds 4 and 8 bits"),
-        ("compressed-tensors", False, "engines that load compressed-tensors compute them as one layer"),
+        ("gptq", True, "3 bits symmetric, gptq stores 4 and 8 bits"),
+        ("compressed-tensors", False, "engines that load compressed-tensors fuse them into one layer"),
         ("compressed-tensors", True, None),
     ],
 )

@@ -244,7 +244,7 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
 def test_an_unknown_set_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown data set 'wikitext'") as caught:
         read_text("wikitext", calibration=True)
-    assert caught.value.hint == "did you mean 'wikitext2'? known: wikitext2, c4, ptb, self; or a file"
+    assert caught.value.hint == "did you mean 'wikitext2'? known: c4, ptb, wikitext2, self; or a file"
 
 
 def test_folders_that_are_no_calibration(source: Source, tmp_path: Path) -> None:

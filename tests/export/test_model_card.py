@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from ruamel.yaml import YAML
 
 from qcli.export.model_card import model_card
 from qcli.export.pack import pack
+from qcli.export.result import PackResult
+from qcli.export.targets.dense import Dense
+from qcli.export.targets.gguf import GGUF
 from qcli.export.verify import verify
 from qcli.models.manifest import LayerReport
 from qcli.utils.registry import names
@@ -16,14 +20,27 @@ from tests.manifests import layer_report, manifest_of
 from tests.quantizing import run
 from tests.tiny import tiny_model, with_merge
 
+RESULT = PackResult(
+    out=Path("packed"),
+    format="dense",
+    files=1,
+    bits_per_weight=16.0,
+    model_bits_per_weight=16.0,
+    bytes=1000,
+    rounded=0,
+    max_logit_difference=0.0,
+    kl=0.0,
+    notes={},
+)
+
 
 @pytest.mark.parametrize("format", names("qcli.export.targets"))
 def test_every_layout_is_verified_and_has_a_card(format: str, tmp_path: Path) -> None:
     run(with_merge(tiny_model("llama", tmp_path)), tmp_path / "native", method__name="rtn", method__symmetric=True)
     out = tmp_path / "packed"
     result = pack(tmp_path / "native", out, format=format, shard_size=10**9)
-    assert (result["format"], result["files"]) == (format, 1)
-    assert result["max_logit_difference"] == 0
+    assert (result.format, result.files) == (format, 1)
+    assert result.max_logit_difference == 0
     checked = verify(out)
     assert checked.layers == 14
     assert checked.unlisted == []
@@ -42,15 +59,8 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
         return layer_report(method="gptq-like", spec=spec, bits_per_weight=bits, error=error)
 
     manifest = manifest_of(layer(3, 0.02), layer(3, 0.04), layer(4, 0.0))
-    result = {
-        "format": "gguf",
-        "bits_per_weight": 4.5,
-        "model_bits_per_weight": 5.25,
-        "max_logit_difference": 0.5,
-        "kl": 0.25,
-        "notes": {"exact": "none"},
-    }
-    card = model_card(manifest, result, "Load it.", "bits: 3\n")
+    result = replace(RESULT, format="gguf", bits_per_weight=4.5, max_logit_difference=0.5, notes={"exact": "none"})
+    card = model_card(manifest, result, GGUF(), "bits: 3\n")
     front = YAML(typ="safe", pure=True).load(card.split("---\n")[1])
     assert (front["base_model"], front["library_name"]) == ("org/name", "gguf")
     assert "| method | gptq-like (3 bits, rows): 2 layers, gptq-like (4 bits, rows): 1 layers |" in card
@@ -58,7 +68,7 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
     assert "| exact | none |" in card
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in model_card(manifest, result, "Load it.", "bits: 3\n"), "a folder of that name is here"
+    assert "base_model" not in model_card(manifest, result, GGUF(), "bits: 3\n"), "a folder of that name is here"
 
 
 def test_card_says_what_was_measured() -> None:
@@ -74,16 +84,8 @@ def test_card_says_what_was_measured() -> None:
         },
         "tasks": {"arc_easy": {"metric": "acc", "score": 0.5, "baseline": 0.625, "samples": 40}},
     }
-    result = {
-        "format": "dense",
-        "bits_per_weight": 16,
-        "model_bits_per_weight": 16,
-        "max_logit_difference": 0.0,
-        "kl": 0.0,
-        "notes": {},
-    }
     manifest = manifest_of(layer_report(measure="weight"))
-    card = model_card(manifest, result, "Load it.", "bits: 3\n", evaluation)
+    card = model_card(manifest, RESULT, Dense(), "bits: 3\n", evaluation)
     for row in (
         "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",
         "| measured on text it was fitted to | b.txt: on other text it loses more |",

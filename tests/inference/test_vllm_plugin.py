@@ -215,7 +215,7 @@ def test_what_cannot_be_split_or_fused_is_refused(tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "out"))
     assert isinstance(source, NativeSource)
     assert "some of them are dense" in refused(source, "model.layers.0.self_attn.qkv_proj")
-    assert "16 inputs a device are no whole groups of 32" in refused(source, "model.layers.0.self_attn.o_proj", 4)
+    assert "16 inputs per device are not whole groups of 32" in refused(source, "model.layers.0.self_attn.o_proj", 4)
     assert configured(source).get_quant_method(nn.Embedding(2, 2), "model.embed_tokens") is None
     layer = LinearBase(configured(source), "model.layers.0.mlp.down_proj", 0, 1)
     with pytest.raises(UnsupportedError, match="has no weight_packed"):
@@ -246,6 +246,6 @@ def test_formats_that_are_more_than_their_weights_are_refused(tmp_path: Path) ->
     low, normed, acts = (open_source(str(tmp_path / name)) for name in ("low", "normed", "acts"))
     assert isinstance(low, NativeSource) and isinstance(normed, NativeSource) and isinstance(acts, NativeSource)
     assert "is low-rank" in refused(low, "model.layers.0.mlp.down_proj")
-    assert "norms its outputs" in refused(normed, "model.layers.0.mlp.down_proj")
+    assert "normalizes its outputs" in refused(normed, "model.layers.0.mlp.down_proj")
     with pytest.raises(UnsupportedError, match="activations"):
         configured(acts)

@@ -133,10 +133,10 @@ def test_nothing_runs_behind_the_last_quantized_block(
 def test_dense_export_is_an_ordinary_model(tmp_path: Path) -> None:
     checkpoint = tmp_path / "out"
     run(tiny_model("llama", tmp_path), checkpoint, method__name="rtn")
-    found = pack(checkpoint, tmp_path / "dense", format="dense", shard_size=100_000)
-    assert found["files"] > 1
-    assert found["max_logit_difference"] == 0
-    assert found["bits_per_weight"] == 32
+    result = pack(checkpoint, tmp_path / "dense", format="dense", shard_size=100_000)
+    assert result.files > 1
+    assert result.max_logit_difference == 0
+    assert result.bits_per_weight == 32
     verify(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(checkpoint), rtol=1e-5, atol=1e-5)

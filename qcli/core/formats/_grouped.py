@@ -30,6 +30,10 @@ class Grouped(Format):
         """Group of each column, int64 of the same shape."""
         return columns // self.group_size if self.group_size > 0 else columns * 0
 
+    @property
+    def column_step(self) -> int:
+        return max(1, self.group_size)
+
     def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
         if self.group_size == -1:
             return tables

@@ -83,6 +83,10 @@ class Sign(Format):
     def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
 
+    @property
+    def column_step(self) -> int:
+        return 1
+
     def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
         return {**tables, IN_SCALE: tables[IN_SCALE][columns]}
 

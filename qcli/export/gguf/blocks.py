@@ -1,62 +1,28 @@
-"""GGUF's block types: 32 weights of a row share one scale. A weight is stored only in a type that holds it exactly.
+"""Quantized weights as blocks of GGUF. A weight is stored only in a type that represents it exactly.
 
 A uniform grid `scale * (code - zero_point)` with an integer zero point is a grid of signed integers, so it fits a type
-without an offset as soon as its integers do: 4 asymmetric bits, -15..15, fit the five of `Q5_0`. The types are those of
-ggml (ggml-common.h, `block_q4_0` and following):
-
-    type   bytes of 32   value                 codes
-    Q4_0   18            d * (q - 8)           low nibbles: weights 0..15, high ones: 16..31
-    Q4_1   20            d * q + m             the same
-    Q5_0   22            d * (q - 16)          the same, and the fifth bits in one 32-bit word
-    Q5_1   24            d * q + m             the same
-    Q8_0   34            d * q                 signed bytes
+without an offset as soon as its integers do: 4 asymmetric bits, -15..15, fit the five of `Q5_0`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qcli.core.formats.affine import Affine
 from qcli.core.weight import QuantizedWeight
-
-BLOCK = 32
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """What a type can hold: `bits` wide codes, centred in it or, with an offset, from 0."""
-
-    name: str
-    bits: int
-    offset: bool
-
-    @property
-    def bytes(self) -> int:
-        """Of one block."""
-        return 2 + 2 * self.offset + BLOCK * self.bits // 8
-
-
-TYPES = (
-    BlockType("Q4_0", 4, False),
-    BlockType("Q4_1", 4, True),
-    BlockType("Q5_0", 5, False),
-    BlockType("Q5_1", 5, True),
-    BlockType("Q8_0", 8, False),
-)
+from qcli.export.gguf.types import BLOCK, BLOCK_TYPES, BlockType
 
 
 def exact_type(weight: QuantizedWeight) -> BlockType | None:
-    """The smallest type that holds exactly what the codes stand for; None: there is none."""
+    """The smallest block type that stores the decoded weight exactly; None: there is none."""
     if not _in_blocks(weight):
         return None
-    return next((type for type in TYPES if _holds(type, weight)), None)
+    return next((type for type in BLOCK_TYPES if _holds(type, weight)), None)
 
 
 def encode(weight: QuantizedWeight, type: BlockType) -> Tensor:
-    """The weight's blocks in a type that holds it: uint8 `[out, in / 32 * type.bytes]`."""
+    """The weight as blocks of a type that stores it exactly: uint8 `[out, in / 32 * type.bytes]`."""
     rows = weight.shape[0]
     scale = _scale(weight)
     head = [scale.contiguous().view(torch.uint8).view(rows, -1, 2)]
@@ -75,7 +41,7 @@ def encode(weight: QuantizedWeight, type: BlockType) -> Tensor:
 
 
 def _in_blocks(weight: QuantizedWeight) -> bool:
-    """Whether every block has one scale."""
+    """Whether the weights of every block share one scale."""
     format, columns = weight.format, weight.shape[1]
     if not isinstance(format, Affine) or columns % BLOCK:
         return False
@@ -95,7 +61,7 @@ def _holds(type: BlockType, weight: QuantizedWeight) -> bool:
 
 
 def _signed(weight: QuantizedWeight) -> Tensor:
-    """What the scales are multiplied with, where zero points are integers: int16 `[out, in]`."""
+    """Codes minus zero points, which are integers: int16 `[out, in]`."""
     zero_point = _zero_point(weight).to(torch.int16)
     return weight.codes.to(torch.int16) - _affine(weight).spread(zero_point, weight.shape[1])
 
@@ -113,7 +79,7 @@ def _scale(weight: QuantizedWeight) -> Tensor:
 
 
 def _offset(weight: QuantizedWeight) -> Tensor:
-    """What a code of 0 stands for in every block, float32 `[out, in / 32]`."""
+    """The value of code 0 in every block, float32 `[out, in / 32]`."""
     return _affine(weight).spread(-_zero_point(weight), weight.shape[1])[:, ::BLOCK] * _scale(weight).float()
 
 

@@ -1,16 +1,15 @@
-"""What a GGUF file says of a model besides its weights: llama.cpp's names for families and their settings.
+"""The settings of a model in a GGUF file, under llama.cpp's names.
 
-Facts from llama.cpp (src/models/*.cpp and conversion/, autumn 2026). What its graph for a family cannot compute is
-refused: llama.cpp would load it and be wrong.
+What llama.cpp's graph for a family does not compute is refused: llama.cpp would load the file and be wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import pi
 from typing import TYPE_CHECKING, Any
 
+from qcli.export.gguf.architectures import ARCHITECTURES, Architecture
 from qcli.utils.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -18,37 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp knows a family.
-
-    Attributes:
-        name: `general.architecture`.
-        permuted: rows of q and k stand in the order of Meta's rotary embedding.
-        wide: number of blocks of the model whose attention is scaled by width per head, not by the head's size.
-    """
-
-    name: str
-    permuted: bool = False
-    wide: int | None = None
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", permuted=True),
-    "mistral": Architecture("llama", permuted=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", wide=46),
-    "gemma3_text": Architecture("gemma3", wide=62),
-}
-
-
 def architecture(config: PreTrainedConfig) -> Architecture:
     """llama.cpp's architecture for a model.
 
     Raises:
-        UnsupportedError: the family, or a setting of it, is none that llama.cpp's graph for it computes.
+        UnsupportedError: llama.cpp has no graph for the family, or it does not compute one of the model's settings.
     """
     known = ARCHITECTURES.get(config.model_type)
     if known is None:
@@ -56,7 +29,7 @@ def architecture(config: PreTrainedConfig) -> Architecture:
     for kind, rope in ropes(config).items():
         if rope["rope_type"] not in ("default", "linear", "llama3"):
             raise _unsupported(f"{rope['rope_type']} rotary embedding")
-        if rope["rope_type"] == "llama3" and not known.permuted:
+        if rope["rope_type"] == "llama3" and not known.rope_factors:
             raise _unsupported(f"llama3 rotary embedding of {config.model_type}")
         if kind == "sliding_attention" and rope["rope_type"] != "default":
             raise _unsupported(f"{rope['rope_type']} rotary embedding of sliding layers")
@@ -65,19 +38,24 @@ def architecture(config: PreTrainedConfig) -> Architecture:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None and scalar != _attention_scalar(config, known):
         raise _unsupported(f"query_pre_attn_scalar {scalar}, llama.cpp takes {_attention_scalar(config, known)}")
-    if known.wide is None and _sliding(config) and config.model_type != "mistral":
+    if known.windows is None and _has_sliding_layers(config):
         raise _unsupported(f"sliding windows of {config.model_type}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != ("gelu_pytorch_tanh" if "gemma" in config.model_type else "silu"):
+    if activation != known.activation:
         raise _unsupported(f"{activation} as the MLP's activation")
     return known
 
 
 def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
-    """Write the settings of a model that `architecture` accepts; `writer` is gguf.GGUFWriter."""
-    heads = config.num_attention_heads
+    """Write the settings of a model that `architecture` accepts.
+
+    Args:
+        writer: gguf.GGUFWriter.
+        name: of the model.
+    """
+    known, heads = ARCHITECTURES[config.model_type], config.num_attention_heads
     writer.add_name(name)
-    writer.add_context_length(_context(config))
+    writer.add_context_length(_context(config, known))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -96,7 +74,7 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(main["factor"])
-    if ARCHITECTURES[config.model_type].wide is not None and _sliding(config):
+    if known.windows == "per layer" and _has_sliding_layers(config):
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
         writer.add_rope_freq_base_swa(rope.get("sliding_attention", main)["rope_theta"])
@@ -106,10 +84,10 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by, float32 `[head / 2]`; None: nothing.
+    """The tensor `rope_freqs`, by which llama.cpp divides rotary frequencies: float32 `[head / 2]`; None: not needed.
 
-    Llama 3.1's scaling, as in its reference code: long waves are stretched by `factor`, short ones left alone, and what
-    lies between is interpolated.
+    Llama 3.1's scaling as in its reference code: long waves are stretched by `factor`, short ones are not, and those
+    between are interpolated.
     """
     import torch
 
@@ -125,9 +103,9 @@ def rope_factors(config: PreTrainedConfig) -> Tensor | None:
 
 
 def ropes(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:
-    """Rotary embeddings by kind of layer; one kind is called `full_attention`."""
-    given: dict[str, Any] = config.rope_parameters
-    return {"full_attention": given} if "rope_type" in given else given
+    """Rotary embeddings by kind of layer; a model with one kind has `full_attention`."""
+    parameters: dict[str, Any] = config.rope_parameters
+    return {"full_attention": parameters} if "rope_type" in parameters else parameters
 
 
 def head_size(config: PreTrainedConfig) -> int:
@@ -135,27 +113,26 @@ def head_size(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _context(config: PreTrainedConfig) -> int:
-    """Positions the model is offered with. Mistral's window is not in llama.cpp's graph; up to it nothing differs."""
+def _context(config: PreTrainedConfig, known: Architecture) -> int:
+    """Positions that the file allows."""
     positions = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    window = getattr(config, "sliding_window", None) if known.windows == "context" else None
     return positions if window is None else min(positions, window)
 
 
-def _sliding(config: PreTrainedConfig) -> bool:
-    """Whether some layers see only a window."""
-    if config.model_type == "mistral":
-        return config.sliding_window is not None
+def _has_sliding_layers(config: PreTrainedConfig) -> bool:
+    """Whether the attention of some layers is limited to a window."""
     return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def _attention_scalar(config: PreTrainedConfig, known: Architecture) -> int:
-    if known.wide == config.num_hidden_layers:
+    """What llama.cpp takes for `query_pre_attn_scalar`."""
+    if known.wide_blocks == config.num_hidden_layers:
         return int(config.hidden_size // config.num_attention_heads)
     return head_size(config)
 
 
 def _unsupported(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"gguf: {what}: llama.cpp's graph has no place for it", hint="pack it as qcli, dense or compressed-tensors"
+        f"gguf: {what}: llama.cpp does not compute it", hint="pack it as qcli, dense or compressed-tensors"
     )

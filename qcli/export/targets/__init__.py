@@ -1,1 +1,1 @@
-"""Layouts that `qcli pack` writes: one file a layout, registered under the file's name."""
+"""Export targets: what `qcli pack --format` writes, one file each, registered under the file's name."""

@@ -1,4 +1,4 @@
-"""What layouts for uniform grids share: which layers they can hold, and as what."""
+"""What targets for uniform grids share: which layers their layouts can store, and in which format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
-    """The format of every quantized layer, by name, with groups that engines can hold.
+    """The format in which a layout for uniform grids stores each quantized layer, by name.
 
     Raises:
-        UnsupportedError: another format, a ragged last group, or floating-point zero points.
+        UnsupportedError: a layer of another format, with a ragged last group, or with fractional zero points.
     """
     return {layer: _affine(source, layer, layout) for layer in source.quantized}
 
@@ -27,7 +27,7 @@ def _affine(source: Packable, layer: str, layout: str) -> Affine:
     format, width = storage.format, storage.shape[1]
     if not isinstance(format, Affine):
         raise UnsupportedError(
-            f"{layer} is {format.name}, {layout} holds only uniform grids", hint="pack it as qcli or dense"
+            f"{layer} is {format.name}, {layout} stores only uniform grids", hint="pack it as qcli or dense"
         )
     if width % format.group_width(width):
         raise UnsupportedError(
@@ -36,7 +36,7 @@ def _affine(source: Packable, layer: str, layout: str) -> Affine:
         )
     if format.zero_point == "float" and not _integers(source.read_quantized(layer)):
         raise UnsupportedError(
-            f"{layer} has floating-point zero points, {layout} holds only integers",
+            f"{layer} has floating-point zero points, {layout} stores only integers",
             hint="pack it as qcli or dense, or quantize with `zero_point: integer`",
         )
     size = -1 if format.group_size > width else format.group_size
@@ -44,14 +44,14 @@ def _affine(source: Packable, layer: str, layout: str) -> Affine:
 
 
 def _integers(weight: QuantizedWeight) -> bool:
-    """Whether floating-point zero points are integers that codes could be."""
+    """Whether floating-point zero points are integers in the range of the codes."""
     zero_point = weight.tables["weight_zero_point"].float()
     top = (1 << weight.format.bits) - 1
     return bool(((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)).all())
 
 
 def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
-    """The same weight as `affine_formats` has it."""
+    """The weight in the format that `affine_formats` gives for it."""
     import torch
 
     from qcli.core.weight import QuantizedWeight
@@ -63,14 +63,14 @@ def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
 
 
 def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layout: str) -> None:
-    """Raise UnsupportedError where layers that engines compute as one have different schemes."""
+    """Raise UnsupportedError where layers that engines fuse have different formats."""
     for first, *others in fused(layers):
         for other in others:
             one, two = formats.get(first.name), formats.get(other.name)
             if one != two:
                 raise UnsupportedError(
                     f"{first.name} is {_words(one)}, {other.name} is {_words(two)}: "
-                    f"engines that load {layout} compute them as one layer",
+                    f"engines that load {layout} fuse them into one layer",
                     hint="quantize them alike (--bits auto does with --fused), or pack it as qcli or dense",
                 )
 

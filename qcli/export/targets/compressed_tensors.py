@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
-from qcli.export.targets import _vllm
+from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation, write_layers
+from qcli.export.targets import _vllm_rules
 from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CompressedTensors"]
 
 
-class CompressedTensors(Export):
+class CompressedTensors(ExportTarget):
     """`quant_method: compressed-tensors`, format `pack-quantized`."""
 
     name: ClassVar[str] = layout.NAME
@@ -38,13 +38,13 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIR", dtype="float16")
 ```
 
-Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precision."""
+Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision."""
 
     def check(self, source: Packable) -> None:
-        refuse_what_runs_otherwise(source, self.name)
+        refuse_extra_computation(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
-                f"{source.family.model_type} has no nn.Linear layers, which is all that {self.name} packs",
+                f"{source.family.model_type} has no nn.Linear layers, the only ones that {self.name} packs",
                 hint="pack it as qcli or dense",
             )
         refuse_mixed_fusions(source.linears(), affine_formats(source, self.name), self.name)
@@ -68,7 +68,7 @@ Scales are float16: under `bfloat16` an engine rounds them to 8 bits of precisio
 
     def notes(self, source: NativeSource) -> dict[str, str]:
         formats = affine_formats(source, self.name)
-        notes = {"vLLM": _vllm.describe(source, formats)}
+        notes = {"vLLM": _vllm_rules.describe(source, formats)}
         if not layout.transformers_reads(formats.values()):
             notes["transformers"] = "refuses it: asymmetric layers beside others"
         return notes

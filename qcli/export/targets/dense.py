@@ -1,11 +1,11 @@
-"""Decoded weights in the model's own dtype: loads anywhere, as large as the original."""
+"""Decoded weights in the model's dtype: loads wherever the original does, and is as large."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation, write_layers
 from qcli.models.native import NativeSource
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Dense"]
 
 
-class Dense(Export):
-    """An unquantized model whose weights are those that the codes stand for."""
+class Dense(ExportTarget):
+    """An unquantized model with the decoded weights."""
 
     name: ClassVar[str] = "dense"
     loading: ClassVar[str] = """Loads anywhere; the weights are decoded.
@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 ```"""
 
     def check(self, source: Packable) -> None:
-        refuse_what_runs_otherwise(source, "a dense model")
+        refuse_extra_computation(source, "a dense model")
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         def decoded(name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""GGUF, one file: llama.cpp and all that is built on it load it."""
+"""GGUF: one file that llama.cpp and programs based on it load."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qcli.core.formats.affine import Affine
-from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise
+from qcli.export.gguf.types import BLOCK, REQUANTIZE_TYPES, BlockType
+from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation
 from qcli.models.gguf import GGUFSource
 from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import PACKED_GGUF, Source
 from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
-from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.errors import UnsupportedError
 from qcli.utils.files import disk_problem, write_json
 from qcli.utils.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qcli.export.gguf.blocks import BlockType
-
 __all__ = ["GGUF"]
 
-_NORM_ROUNDING = 1e-6  # Gemma's norms are stored plus one, in float32
-# How far rounding moves a weight, as a fraction of the largest: half a step of the type, a whole one where its grid
-# reaches less far on one side, and 11 bits of precision of what it stores beside the codes.
-_ROUNDING = {
-    "F16": 2**-11,
-    "BF16": 2**-8,
-    "Q8_0": 1 / 254 + 2**-11,
-    "Q5_0": 1 / 16 + 2**-11,
-    "Q5_1": 1 / 31 + 3 * 2**-11,
-    "Q4_0": 1 / 8 + 2**-11,
-    "Q4_1": 1 / 15 + 3 * 2**-11,
-}
+_NORM_ROUNDING = 1e-6  # of norms that are stored with the family's offset added, in float32
 
 
 class _Entry(NamedTuple):
-    """A tensor of the file: type, name and shape there, and the dense model's name for it."""
+    """A tensor of the file: its type, name and shape there, and its name in the dense model."""
 
     type: str
     name: str
@@ -49,16 +37,17 @@ class _Entry(NamedTuple):
     original: str
 
 
-class GGUF(Export):
+class GGUF(ExportTarget):
     """A `.gguf` file, with config and tokenizer beside it for other readers.
 
-    A quantized layer gets the smallest block type that holds it exactly; what is dense keeps its own type, and
-    vectors are float32.
+    A quantized layer is stored in the smallest block type that represents it exactly, a dense matrix in its own dtype,
+    a vector in float32.
     """
 
     name: ClassVar[str] = "gguf"
-    requantizes: ClassVar[bool] = True
-    loading: ClassVar[str] = f"""Loads in llama.cpp and what is built on it.
+    hub_library: ClassVar[str] = "gguf"
+    requantize_types: ClassVar[tuple[str, ...]] = tuple(REQUANTIZE_TYPES)
+    loading: ClassVar[str] = f"""Loads in llama.cpp and programs based on it.
 
 ```console
 $ llama-cli -m DIR/{PACKED_GGUF}
@@ -68,8 +57,6 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         super().__init__(requantize)
         self._types: dict[str, BlockType | None] = {}
         self._shifts_norms = False
-        if requantize is not None and requantize not in _ROUNDING:
-            raise UsageError(f"gguf: cannot round to {requantize}", hint=f"it can to {', '.join(_ROUNDING)}")
 
     def check(self, source: Packable) -> None:
         try:
@@ -80,7 +67,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             ) from None
         from qcli.export.gguf import blocks, metadata, vocabulary
 
-        refuse_what_runs_otherwise(source, self.name)
+        refuse_extra_computation(source, self.name)
         self._shifts_norms = source.family.norm_offset != 0
         config = source.hf_config()
         known = metadata.architecture(config)
@@ -90,12 +77,11 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         for layer in source.quantized:
             self._types[layer] = blocks.exact_type(source.read_quantized(layer))
             if self._types[layer] is None:
-                self._refuse_or_round(source, layer)
-        for _ in self._entries(source, known.name):
-            pass
+                self._require_roundable(source, layer)
+        list(self._entries(source, known.name))  # raises where a tensor has no name in llama.cpp
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
-        """One file whatever `shard_size` says: llama.cpp maps it."""
+        """Write a single file whatever `shard_size` is: llama.cpp maps it into memory."""
         try:
             self._write(source, folder / PACKED_GGUF, progress)
         except OSError as error:
@@ -109,7 +95,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
     def tolerance(self, name: str, tensor: Tensor) -> float:
         layer = name.removesuffix(".weight")
         if self.requantize is not None and layer in self._types and self._types[layer] is None:
-            return _ROUNDING[self.requantize] * float(tensor.abs().max())
+            return REQUANTIZE_TYPES[self.requantize].rounding * float(tensor.abs().max())
         return _NORM_ROUNDING if self._shifts_norms and name.endswith("norm.weight") else 0.0
 
     def rounded(self) -> list[str]:
@@ -118,22 +104,23 @@ $ llama-cli -m DIR/{PACKED_GGUF}
     def notes(self, source: NativeSource) -> dict[str, str]:
         rounded = len(self.rounded())
         types = Counter(type.name for type in self._types.values() if type is not None)
-        kept = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
-        return {"exact": kept or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})
+        exact = ", ".join(f"{count} layers {name}" for name, count in types.most_common())
+        return {"exact": exact or "none"} | ({"rounded": f"{rounded} layers to {self.requantize}"} if rounded else {})
 
-    def _refuse_or_round(self, source: Packable, layer: str) -> None:
-        packed = source.quantized[layer]
+    def _require_roundable(self, source: Packable, layer: str) -> None:
+        """Refuse a layer that no block type stores exactly, unless it can be requantized as requested."""
+        format, columns = source.quantized[layer].format, source.quantized[layer].shape[1]
         if self.requantize is None:
-            grid = isinstance(packed.format, Affine)
+            grid = isinstance(format, Affine)
             raise UnsupportedError(
-                f"{layer} ({packed.format.bits} bits, {packed.format.name}) fits none of gguf's types exactly",
+                f"{layer} ({format.bits} bits, {format.name}) fits none of gguf's types exactly",
                 hint=("quantize in groups that are multiples of 32 with integer zero points, " if grid else "")
                 + "pack it as qcli or dense, or round it: --requantize Q8_0",
             )
-        if self.requantize not in ("F16", "BF16") and packed.shape[1] % 32:
+        if isinstance(REQUANTIZE_TYPES[self.requantize], BlockType) and columns % BLOCK:
             raise UnsupportedError(
-                f"{layer} has {packed.shape[1]} inputs, {self.requantize} takes blocks of 32",
-                hint="--requantize F16 takes any number",
+                f"{layer} has {columns} inputs, which {self.requantize} cannot divide into blocks of {BLOCK}",
+                hint="--requantize F16 takes any number of inputs",
             )
 
     def _write(self, source: NativeSource, file: Path, progress: Progress) -> None:
@@ -152,9 +139,9 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         factors = metadata.rope_factors(config)
         if factors is not None:
-            _announce(writer, _Entry("F32", "rope_freqs.weight", tuple(factors.shape), ""))
+            _index(writer, _Entry("F32", "rope_freqs.weight", tuple(factors.shape), ""))
         for entry in entries:
-            _announce(writer, entry)
+            _index(writer, entry)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -171,7 +158,11 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         progress("write", len(entries), len(entries))
 
     def _entries(self, source: Packable, architecture: str) -> Iterator[_Entry]:
-        """Every tensor under llama.cpp's name."""
+        """Every tensor with its name in llama.cpp.
+
+        Raises:
+            UnsupportedError: llama.cpp has none for it.
+        """
         import gguf
 
         names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -180,7 +171,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             name = table.get_name(original, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise UnsupportedError(
-                    f"gguf: {architecture} has no place for {original}", hint="pack it as qcli or dense"
+                    f"gguf: llama.cpp's {architecture} has no tensor for {original}", hint="pack it as qcli or dense"
                 )
             layer = original.removesuffix(".weight")
             if layer in self._types:
@@ -191,7 +182,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             yield _Entry(kind, name, stored.shape, original)
 
     def _encoded(self, source: NativeSource, entry: _Entry) -> Tensor:
-        """A tensor as it stands in the file: bytes, or float32."""
+        """The tensor as the file stores it: uint8 of its bytes, or float32."""
         import torch
 
         from qcli.export.gguf import blocks
@@ -211,8 +202,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         return torch.from_numpy(quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[entry.type]))
 
 
-def _announce(writer: Any, entry: _Entry) -> None:
-    """Tell the file's index of a tensor that is written later."""
+def _index(writer: Any, entry: _Entry) -> None:
+    """Add a tensor, to be written later, to the file's index."""
     import gguf
     import numpy as np
 
@@ -225,13 +216,13 @@ def _announce(writer: Any, entry: _Entry) -> None:
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """llama.cpp's order of the rows of q and k: the two halves of a head take turns."""
+    """Rows of q or k in llama.cpp's order: those of the two halves of a head alternate."""
     halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _file_type(entries: list[_Entry]) -> int:
-    """gguf's number for a file that is mostly of one type."""
+    """GGUF's `general.file_type`, by the type of most matrices."""
     import gguf
 
     most = Counter(entry.type for entry in entries if len(entry.shape) > 1).most_common(1)[0][0]

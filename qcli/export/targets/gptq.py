@@ -1,4 +1,4 @@
-"""GPTQ's layout, for engines that read nothing newer."""
+"""The original GPTQ layout, for engines that read no newer one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcli.core.formats.affine import Affine
-from qcli.export.target import Export, Packable, dense_config, refuse_what_runs_otherwise, write_layers
+from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation, write_layers
 from qcli.export.targets._affine import affine_formats
 from qcli.models.layouts import gptq as layout
 from qcli.models.native import NativeSource
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["GPTQ"]
 
 _BITS = (4, 8)
-_ELSE = "pack it as compressed-tensors, qcli or dense"
+_HINT = "pack it as compressed-tensors, qcli or dense"
 
 
-class GPTQ(Export):
+class GPTQ(ExportTarget):
     """`quant_method: gptq`: symmetric, 4 or 8 bits, all layers alike."""
 
     name: ClassVar[str] = layout.NAME
@@ -34,7 +34,7 @@ $ vllm serve DIR --dtype float16
 ```"""
 
     def check(self, source: Packable) -> None:
-        refuse_what_runs_otherwise(source, self.name)
+        refuse_extra_computation(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
                 f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
@@ -55,24 +55,24 @@ $ vllm serve DIR --dtype float16
 
 
 def _format(source: Packable) -> Affine:
-    """The one format of all layers.
+    """The single format of all layers.
 
     Raises:
-        UnsupportedError: there are several, or it is not one that the layout holds.
+        UnsupportedError: layers are dense or differ in their formats, or the layout cannot store this one.
     """
     formats = affine_formats(source, layout.NAME)
-    first, one = next(iter(formats.items()))
+    first, common = next(iter(formats.items()))
     for layer in source.linears():
         format, (rows, columns) = formats.get(layer.name), layer.shape
         if format is None:
-            raise UnsupportedError(f"{layer.name} is dense, gptq quantizes every layer of a block", hint=_ELSE)
-        if format != one:
-            raise UnsupportedError(f"{layer.name} has another format than {first}, gptq has one for all", hint=_ELSE)
+            raise UnsupportedError(f"{layer.name} is dense, gptq quantizes every layer of a block", hint=_HINT)
+        if format != common:
+            raise UnsupportedError(f"{layer.name} has another format than {first}, gptq allows only one", hint=_HINT)
         if format.bits not in _BITS or format.zero_point != "none":
             kind = "symmetric" if format.zero_point == "none" else "asymmetric"
             raise UnsupportedError(
-                f"{layer.name} is {format.bits} bits {kind}, gptq holds 4 and 8 bits symmetric", hint=_ELSE
+                f"{layer.name} is {format.bits} bits {kind}, gptq stores 4 and 8 bits symmetric", hint=_HINT
             )
         if rows * format.bits % 32 or columns * format.bits % 32:
-            raise UnsupportedError(f"{layer.name} is {rows} x {columns}, in gptq no whole words", hint=_ELSE)
-    return one
+            raise UnsupportedError(f"{layer.name} is {rows} x {columns}, which does not fill 32-bit words", hint=_HINT)
+    return common

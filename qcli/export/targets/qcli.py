@@ -1,11 +1,11 @@
-"""The native checkpoint again, in files of another size: bytes are copied, nothing is decoded."""
+"""The native layout, in files of another size: tensors are copied byte for byte."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar
 
-from qcli.export.target import Export
+from qcli.export.target import ExportTarget
 from qcli.models.native import NativeSource
 from qcli.utils import shards
 from qcli.utils.files import write_json
@@ -14,14 +14,14 @@ from qcli.utils.progress import Progress
 __all__ = ["Native"]
 
 
-class Native(Export):
+class Native(ExportTarget):
     """`quant_method: qcli`."""
 
     name: ClassVar[str] = "qcli"
-    loading: ClassVar[str] = """Loads in transformers after `import qcli`, and stays packed.
+    loading: ClassVar[str] = """Loads in transformers after `import qcli`; weights stay packed in memory.
 
 ```python
-import qcli  # teaches transformers the format
+import qcli  # registers the format with transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("DIR")

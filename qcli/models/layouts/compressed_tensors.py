@@ -1,7 +1,7 @@
-"""compressed-tensors `pack-quantized`, as that package writes it since 0.18: the affine format under other names.
+"""compressed-tensors `pack-quantized`, as that package writes it since 0.18: the affine format.
 
-Codes and integer zero points lie as ours do. What differs is a `weight_shape` beside each weight, and that layers are
-found by regular expressions: one config group for every distinct scheme.
+Codes and integer zero points are stored as in the native layout. In addition, each weight has a `weight_shape`, and the
+config has one group for each distinct scheme, which finds its layers by regular expressions.
 """
 
 from __future__ import annotations
@@ -29,19 +29,23 @@ NAME, _FORMAT = "compressed-tensors", "pack-quantized"
 
 
 def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors on disk, by full name; `weight` is affine without floating-point zero points."""
+    """A layer's tensors on disk, by full name.
+
+    Args:
+        weight: affine, without floating-point zero points.
+    """
     import torch
 
     return stored_tensors(layer, weight) | {f"{layer}.weight_shape": torch.tensor(weight.shape)}
 
 
 def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[str, Affine | None]) -> dict[str, Any]:
-    """What the checkpoint's `config.json` says.
+    """The checkpoint's `quantization_config`.
 
     Args:
         layers: all quantizable layers of the model.
-        blocks: path of the list of blocks.
-        formats: by layer name; None for those that stay dense.
+        blocks: path of the model's list of blocks.
+        formats: by layer name; None: dense.
     """
     schemes: dict[Affine | None, list[Linear]] = {}
     for layer in layers:
@@ -67,15 +71,15 @@ def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[
         "ignore": ["lm_head", *(layer.name for layer in dense)],
     }
     asymmetric = any(format is not None and format.zero_point != "none" for format in schemes)
-    # Told to decode what it does not read, transformers would decode it wrongly; otherwise it refuses.
+    # Where transformers cannot read it, the flag would make it decode wrongly; without the flag it refuses.
     return config | {"dequantize": True} if asymmetric and transformers_reads(filter(None, schemes)) else config
 
 
 def transformers_reads(formats: Iterable[Affine]) -> bool:
-    """Whether transformers 5.23 can load layers of these formats in one checkpoint.
+    """Whether transformers 5.23 can load a checkpoint with layers of these formats.
 
-    It keeps packed layers only without zero points; decoding while it loads, it takes the first group's scheme for all
-    layers.
+    It keeps layers packed only if they have no zero points. Otherwise it decodes them at load time, and applies the
+    first group's scheme to all of them.
     """
     distinct = set(formats)
     return len(distinct) == 1 or all(format.zero_point == "none" for format in distinct)
@@ -89,7 +93,7 @@ class CompressedTensorsSource(QuantizedSource):
 
 
 class _LayerStorage(LayerStorage):
-    """An affine weight with its `weight_shape`."""
+    """An affine layer with its `weight_shape`."""
 
     def stored(self, layer: str) -> dict[str, StoredTensor]:
         return super().stored(layer) | {f"{layer}.weight_shape": StoredTensor("I64", (2,))}
@@ -120,7 +124,7 @@ class _StorageConfig:
 
 
 def _patterns(members: Sequence[Linear], blocks: str, count: int) -> list[str]:
-    """Regular expressions for layers, one for each kind: the name of an engine's module may begin otherwise."""
+    """Regular expressions that match these layers, one for each kind, whatever prefix an engine gives their names."""
     kinds: dict[str, list[int]] = {}
     for layer in members:
         kinds.setdefault(layer.name.removeprefix(f"{blocks}.{layer.block}."), []).append(layer.block)

@@ -1,7 +1,7 @@
-"""GPTQ's first layout (AutoGPTQ, `checkpoint_format: gptq`) for symmetric weights: packed down the columns.
+"""The original GPTQ layout (AutoGPTQ, `checkpoint_format: gptq`), for symmetric weights.
 
-Words hold 32 / bits consecutive inputs of one output. Zero points are stored one too small, which this version of the
-layout is known for; the columns keep their order, so `g_idx` counts up.
+A 32-bit word holds the codes of consecutive inputs of one output. Zero points are stored minus one, as this version of
+the layout requires; columns are in their original order, so `g_idx` is ascending.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ NAME = "gptq"
 
 
 def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors on disk, by full name; `weight` is symmetric, and its words are whole."""
+    """A layer's tensors on disk, by full name.
+
+    Args:
+        weight: symmetric; its rows and columns of codes fill whole words.
+    """
     import torch
 
     from qcli.core import packing
@@ -45,7 +49,7 @@ def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def quantization_config(format: Affine) -> dict[str, Any]:
-    """What the checkpoint's `config.json` says: one format for all layers."""
+    """The checkpoint's `quantization_config`: one format for all layers."""
     return {
         "quant_method": NAME,
         "checkpoint_format": "gptq",
@@ -83,11 +87,11 @@ class _LayerStorage(LayerStorage):
         from qcli.core.weight import QuantizedWeight
 
         format, scale = _affine(self.format), tensors[f"{layer}.scales"]
-        ordered = format.groups_of(torch.arange(self.shape[1]))
+        groups = format.groups_of(torch.arange(self.shape[1]))
         if not torch.equal(tensors[f"{layer}.qzeros"], _zeros(format, scale.shape)):
-            raise VerificationError(f"{layer}.qzeros is not that of symmetric weights")
-        if not torch.equal(tensors[f"{layer}.g_idx"].long(), ordered):
-            raise VerificationError(f"{layer}.g_idx does not count up")
+            raise VerificationError(f"{layer}.qzeros differs from that of symmetric weights")
+        if not torch.equal(tensors[f"{layer}.g_idx"].long(), groups):
+            raise VerificationError(f"{layer}.g_idx is not that of columns in their original order")
         codes = packing.unpack(tensors[f"{layer}.qweight"].T.contiguous(), format.bits, self.shape[1])
         return QuantizedWeight(format, self.shape, codes, {"weight_scale": scale.T.contiguous()})
 
@@ -115,7 +119,7 @@ class _StorageConfig:
 
 
 def _zeros(format: Affine, shape: tuple[int, ...]) -> Tensor:
-    """The packed zero points of `[groups, out]` scales: all the center, less one."""
+    """Packed zero points for scales `[groups, out]`: the center of the grid, minus one, in every entry."""
     import torch
 
     from qcli.core import packing

@@ -166,8 +166,10 @@ def test_what_cannot_be_done_with_a_norm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"refine: scope linear .* set scope to block"):
         run(model, tmp_path / "linear", text, **PAPER, refine__scope="linear")
     run(model, tmp_path / "out", **PAPER)
-    with pytest.raises(UnsupportedError, match="norms the outputs of 14 layers, .*a dense model cannot") as refused:
+    with pytest.raises(
+        UnsupportedError, match="normalizes the outputs of 14 layers, .* a dense model cannot"
+    ) as refused:
         pack(tmp_path / "out", tmp_path / "dense", format="dense", shard_size=10**9)
     assert refused.value.hint is not None
     assert not list(tmp_path.glob("dense*"))
-    assert pack(tmp_path / "out", tmp_path / "packed", format="qcli", shard_size=10**9)["max_logit_difference"] == 0
+    assert pack(tmp_path / "out", tmp_path / "packed", format="qcli", shard_size=10**9).max_logit_difference == 0

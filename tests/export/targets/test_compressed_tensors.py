@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qcli.core.formats.affine import Affine
 from qcli.core.weight import QuantizedWeight
 from qcli.export.pack import pack
-from qcli.export.targets import _vllm
+from qcli.export.targets import _vllm_rules
 from qcli.export.targets._affine import affine_formats
 from qcli.export.verify import verify
 from qcli.models.families import Linear
@@ -155,7 +155,7 @@ def test_golden_words_of_every_width(bits: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method__name": "lcq", "method__steps": 0}, "is codebook, compressed-tensors holds only uniform grids"),
+        ({"method__name": "lcq", "method__steps": 0}, "is codebook, compressed-tensors stores only uniform grids"),
         ({"low_rank__rank": 2}, "is low-rank"),
         ({"method__zero_point": "float"}, "floating-point zero points"),
         ({"method__group_size": 48, "method__group_tail": "ragged"}, "64 inputs in groups of 48"),
@@ -207,7 +207,7 @@ def test_conv1d_models_are_refused(tmp_path: Path) -> None:
 def test_vllms_rules(
     shape: tuple[int, int], format: Affine, splits_inputs: bool, ranks: int, reason: str | None
 ) -> None:
-    found = _vllm._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
+    found = _vllm_rules._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
     assert found == reason or (found is not None and reason is not None and found.startswith(reason))
 
 
@@ -230,7 +230,7 @@ def test_vllms_tensor_parallel_sizes(flags: dict[str, Any], ranks: str | None, t
     run(model, tmp_path / "native", method__name="rtn", **flags)
     source = open_source(str(tmp_path / "native"))
     assert isinstance(source, NativeSource)
-    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    told = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
     if ranks is None:
         assert told.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
     else:
@@ -240,7 +240,7 @@ def test_vllms_tensor_parallel_sizes(flags: dict[str, Any], ranks: str | None, t
 def test_vllms_rules_are_told_with_the_result(llama: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "native", method__name="rtn", method__symmetric=True)
     result = pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
-    told = result["notes"]["vLLM"]
+    told = result.notes["vLLM"]
     assert told.startswith("by its rules with tensor parallel 1, 2; 4 not: "), told
     assert told.endswith("; outside of what its Marlin kernels take, so slower"), "k_proj has 32 rows"
 
@@ -250,5 +250,5 @@ def test_what_marlin_takes_is_not_called_slow(tmp_path: Path) -> None:
     run(model, tmp_path / "native", method__name="rtn", method__symmetric=True)
     source = open_source(str(tmp_path / "native"))
     assert isinstance(source, NativeSource)
-    told = _vllm.describe(source, affine_formats(source, "compressed-tensors"))
+    told = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
     assert told == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"

@@ -24,8 +24,10 @@ from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.weight import QuantizedWeight
 from qcli.export.gguf import blocks as gguf_blocks
 from qcli.export.gguf import metadata as gguf_metadata
+from qcli.export.gguf import types as gguf_types
 from qcli.export.gguf import vocabulary as gguf_vocabulary
 from qcli.export.pack import pack
+from qcli.export.result import PackResult
 from qcli.export.targets import gguf as gguf_export
 from qcli.export.verify import verify
 from qcli.models.native import NativeSource
@@ -35,7 +37,7 @@ from tests.quantizing import TOKENS, run, streamed
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer, with_merge
 
 
-def packed(folder: Path, model: Path, **flags: Any) -> tuple[Path, dict[str, Any]]:
+def packed(folder: Path, model: Path, **flags: Any) -> tuple[Path, PackResult]:
     given: dict[str, Any] = {"method__name": "rtn", **flags}
     run(with_merge(model), folder / "native", **given)
     return folder / "packed", pack(folder / "native", folder / "packed", format="gguf", shard_size=10**9)
@@ -56,9 +58,9 @@ def theirs(folder: Path) -> Any:
 def test_transformers_reads_the_same_weights(model_type: str, symmetric: bool, tmp_path: Path) -> None:
     config = {"head_dim": 128} if model_type == "qwen3" else {}  # the only size that transformers expects of a file
     out, result = packed(tmp_path, tiny_model(model_type, tmp_path, **config), method__symmetric=symmetric)
-    assert result["max_logit_difference"] < (1e-3 if "gemma" in model_type else 1e-9)
-    assert result["notes"] == {"exact": f"14 layers {'Q4_0' if symmetric else 'Q5_0'}"}
-    assert result["bits_per_weight"] == (4.5 if symmetric else 5.5)
+    assert result.max_logit_difference < (1e-3 if "gemma" in model_type else 1e-9)
+    assert result.notes == {"exact": f"14 layers {'Q4_0' if symmetric else 'Q5_0'}"}
+    assert result.bits_per_weight == (4.5 if symmetric else 5.5)
     source = open_source(str(tmp_path / "native"))
     model = theirs(out)
     found = model.state_dict()
@@ -78,7 +80,7 @@ def test_what_is_dense_keeps_its_type(dtype: torch.dtype, name: str, tmp_path: P
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(model / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     out, result = packed(tmp_path, model, overrides=[{"match": "*.down_proj", "dense": True}])
-    assert result["max_logit_difference"] == 0
+    assert result.max_logit_difference == 0
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     assert {types[key] for key in ("token_embd.weight", "output.weight", "blk.1.ffn_down.weight")} == {name}
     assert {types[key] for key in ("blk.0.attn_norm.weight", "blk.0.attn_q.bias")} == {"F32"}
@@ -91,7 +93,7 @@ def test_what_is_dense_keeps_its_type(dtype: torch.dtype, name: str, tmp_path: P
 def test_gemma_one_is_read_back_by_qcli_alone(tmp_path: Path) -> None:
     """transformers has no converter for it."""
     _, result = packed(tmp_path, tiny_model("gemma", tmp_path))
-    assert result["max_logit_difference"] < 1e-3
+    assert result.max_logit_difference < 1e-3
 
 
 def test_folder_is_a_model_for_qcli_too(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_a_gguf_file_beside_a_checkpoint_is_not_opened_in_its_place(tmp_path: Pa
     native = tmp_path / "native"
     (native / "model.gguf").write_bytes((out / "model.gguf").read_bytes())
     assert isinstance(open_source(str(native)), NativeSource)
-    with pytest.raises(VerificationError, match=r"model\.gguf holds weights, the manifest does not list it"):
+    with pytest.raises(VerificationError, match=r"model\.gguf holds weights but is not listed in the manifest"):
         verify(native)
 
 
@@ -140,7 +142,7 @@ def test_blocks_hold_exactly_what_codes_stand_for(
         assert blocks.shape == (3, columns // 32 * type.bytes)
         found = dequantize(blocks.numpy(), gguf.GGMLQuantizationType[type.name])
         assert np.array_equal(found, weight.dense().numpy())
-        smaller = [t for t in gguf_blocks.TYPES if t.bytes < type.bytes and t.offset == type.offset]
+        smaller = [t for t in gguf_types.BLOCK_TYPES if t.bytes < type.bytes and t.offset == type.offset]
         assert not any(gguf_blocks._holds(t, weight) for t in smaller)
 
 
@@ -168,9 +170,9 @@ def test_what_does_not_fit_is_refused_and_rounded_on_request(tmp_path: Path) -> 
     assert raised.value.hint is not None and "--requantize" in raised.value.hint
     assert not (tmp_path / "packed").exists()
     result = pack(tmp_path / "native", tmp_path / "packed", format="gguf", shard_size=10**9, requantize="Q8_0")
-    assert result["notes"] == {"exact": "none", "rounded": "14 layers to Q8_0"}
-    assert 0 < result["kl"] < 0.01
-    with pytest.raises(UsageError, match="rounds nothing"):
+    assert result.notes == {"exact": "none", "rounded": "14 layers to Q8_0"}
+    assert 0 < result.kl < 0.01
+    with pytest.raises(UsageError, match="format dense cannot requantize layers"):
         pack(tmp_path / "native", tmp_path / "dense", format="dense", shard_size=10**9, requantize="Q8_0")
 
 
@@ -183,10 +185,10 @@ def fits_no_type(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
+@pytest.mark.parametrize("type", gguf_types.REQUANTIZE_TYPES)
 def test_what_was_rounded_is_near(type: str, fits_no_type: Path, tmp_path: Path) -> None:
     result = pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
-    assert result["rounded"] == 14
+    assert result.rounded == 14
     assert verify(tmp_path / "packed").layers == 14
 
 
@@ -249,7 +251,7 @@ def test_llama_3_rotary_factors_are_those_of_transformers(tmp_path: Path) -> Non
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     assert torch.allclose(plain / factors, expected, rtol=1e-5)
     _, result = packed(tmp_path, tiny_model("llama", tmp_path, rope_scaling=rope))
-    assert result["max_logit_difference"] == 0
+    assert result.max_logit_difference == 0
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "packed" / "model.gguf").tensors]
     assert names[0] == "rope_freqs.weight"
 

@@ -66,7 +66,7 @@ def test_layout_by_hand() -> None:
     assert tensors["layer.scales"].shape == (1, 8)
 
 
-@pytest.mark.parametrize(("name", "message"), [("qzeros", "symmetric"), ("g_idx", "count up")])
+@pytest.mark.parametrize(("name", "message"), [("qzeros", "symmetric"), ("g_idx", "original order")])
 def test_other_zero_points_and_orders_are_not_misread(name: str, message: str, tmp_path: Path) -> None:
     _, out = packed(tmp_path)
     file = out / "model.safetensors"

@@ -1,4 +1,4 @@
-"""What vLLM accepts of a compressed-tensors checkpoint: its rules as data, for nothing here can run it.
+"""Which compressed-tensors checkpoints vLLM accepts: its rules, copied, since tests here cannot run vLLM.
 
 From vllm-project/vllm, main of 2026: widths and the split of packed tensors from model_executor/layers/quantization/
 compressed_tensors/schemes/compressed_tensors_wNaM.py (at c3b9c01) and compressed_tensors_wNa16.py beside it, Marlin's
@@ -21,7 +21,7 @@ RANKS = (1, 2, 4, 8)
 
 
 def describe(source: QuantizedSource, formats: Mapping[str, Affine]) -> str:
-    """In words: the tensor parallel sizes at which vLLM's rules are kept, and what stands in the way of others."""
+    """The tensor-parallel sizes that vLLM's rules allow, and why not others: a line for a person."""
     refusals = {ranks: _refusal(source, formats, ranks) for ranks in RANKS}
     fits = [str(ranks) for ranks, reason in refusals.items() if reason is None]
     reason = next((f"; {ranks} not: {reason}" for ranks, reason in refusals.items() if reason), "")
@@ -32,13 +32,13 @@ def describe(source: QuantizedSource, formats: Mapping[str, Affine]) -> str:
 
 
 def _refusal(source: QuantizedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:
-    """Why vLLM cannot load this split over so many devices; None: no rule is broken."""
+    """The rule that forbids this number of devices; None: no rule does."""
     heads, kv_heads = _heads(source.config)
     if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
         return f"{heads} heads, {kv_heads} of them for keys and values"
     for layer in source.linears():
         format = formats.get(layer.name)
-        # Where there are more devices than heads of keys and values, several hold the same one.
+        # With more devices than key/value heads, several devices hold the same head.
         parts = min(ranks, kv_heads) if layer.name.endswith((".k_proj", ".v_proj")) else ranks
         if format is not None and (reason := _misfit(layer, format, _splits_inputs(source, layer), parts)):
             return f"{layer.name}: {reason}"
@@ -46,7 +46,7 @@ def _refusal(source: QuantizedSource, formats: Mapping[str, Affine], ranks: int)
 
 
 def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> str | None:
-    """Why a layer cannot be loaded in so many parts; None: no rule is broken."""
+    """The rule that forbids splitting a layer into this many shards; None: no rule does."""
     symmetric = format.zero_point == "none"
     if format.bits not in (SYMMETRIC_BITS if symmetric else ASYMMETRIC_BITS):
         return f"{format.bits} bits {'symmetric' if symmetric else 'asymmetric'}"
@@ -65,7 +65,7 @@ def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> s
 
 
 def _splits_inputs(source: QuantizedSource, layer: Linear) -> bool:
-    """Whether devices share a layer's inputs (output and down projections) instead of its outputs."""
+    """Whether the layer is split by inputs (output and down projections) and not by outputs."""
     return source.family.groups[layer.group].leads_out
 
 
