@@ -148,6 +148,7 @@ def test_what_later_stages_refuse_is_told_before_the_first(
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "fused", "refusal"),
     [
@@ -176,6 +177,7 @@ def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
         assert len({layer["spec"]["bits"] for layer in layers}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["model", "calibration", "text"])
 def test_what_was_read_may_not_have_changed(
     invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path, changed: str

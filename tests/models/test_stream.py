@@ -55,6 +55,7 @@ def test_streamed_forward_is_the_whole_models(model_type: str, tied: bool, tmp_p
     assert torch.equal(logits, whole(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [

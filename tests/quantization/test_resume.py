@@ -38,6 +38,7 @@ def test_same_recipe_same_bytes(tmp_path: Path, text: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is nobody's to touch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq-like"])
 def test_interrupted_anywhere_and_resumed_gives_the_same_bytes(
     method: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch

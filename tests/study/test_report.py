@@ -106,6 +106,7 @@ def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "recipe-9bpw.yaml").exists()
 
 
+@pytest.mark.slow
 def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"version": 1}')
     others = [row(4.0, 0.05, 11.0, method={"name": "lcq<b>"}), row(4.0, 0.2, 11.0, method={"name": "rtn"})]

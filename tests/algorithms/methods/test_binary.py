@@ -68,6 +68,7 @@ def test_packed_is_streamed_and_refinement_helps(method: str, model_type: str, t
     assert after < 0.98 * before
 
 
+@pytest.mark.slow
 def test_planes_are_told_as_they_are_stored(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(tiny_model("llama", tmp_path), out, write_text(tmp_path), method__name="dbllm", refine__steps=4)

@@ -111,6 +111,7 @@ def test_same_recipe_same_bytes_and_steps_help(tmp_path: Path) -> None:
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_sizes_are_planned_to_the_byte(tmp_path: Path) -> None:
     flags: dict[str, Any] = {"model": str(tiny_model("llama", tmp_path)), "method.name": "lcq"}
     flags |= {"method.group_size": 32, "method.basis_rows": 24, "method.steps": 0}

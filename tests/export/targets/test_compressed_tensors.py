@@ -54,6 +54,7 @@ def assert_same_weights(native: Path, model: Any, dtype: torch.dtype) -> None:
         assert torch.equal(model.get_submodule(name).weight.float(), expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_symmetric_weights_and_logits_are_the_same(bits: int, llama: Path, tmp_path: Path) -> None:
     native, out = packed(llama, tmp_path, method__bits=bits, method__symmetric=True)
@@ -62,6 +63,7 @@ def test_symmetric_weights_and_logits_are_the_same(bits: int, llama: Path, tmp_p
     assert torch.equal(found, logits(native))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_asymmetric_weights_are_the_same_rounded_once(bits: int, llama: Path, tmp_path: Path) -> None:
     """transformers decodes in the dtype of the scales, float16."""

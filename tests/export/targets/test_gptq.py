@@ -41,6 +41,7 @@ def packed(folder: Path, model_type: str = "llama", **flags: Any) -> tuple[Path,
     return folder / "native", folder / "packed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, -1)])
 def test_a_second_reader_finds_the_same_weights(bits: int, group: int, tmp_path: Path) -> None:
     native, out = packed(tmp_path, method__bits=bits, method__group_size=group)
