@@ -20,6 +20,7 @@ from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_weight import parameter_groups
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.student import StoredTensors, load_student_block
+from qcli.distillation.token_losses import hidden_losses, token_losses
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
 from qcli.utils.run_folder import RunFolder
@@ -98,8 +99,8 @@ def _train_block(
         output, target = block(gather_samples(inputs, samples), False), gather_samples(targets, samples)
         hidden = [target.flatten(0, 1)], [output.flatten(0, 1)]
         if last:
-            return options.token_losses(_logits(job, teacher, target), _logits(job, student, output), *hidden)
-        return options.hidden_losses(*hidden) if options.needs_hidden else relative_token_error(output, target, median)
+            return token_losses(options, _logits(job, teacher, target), _logits(job, student, output), *hidden)
+        return hidden_losses(options, *hidden) if options.needs_hidden else relative_token_error(output, target, median)
 
     def backward(step: int) -> float:
         total = 0.0

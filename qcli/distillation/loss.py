@@ -8,6 +8,7 @@ from qcli.distillation.job import DistillationJob
 from qcli.distillation.predictions import Predictions
 from qcli.distillation.student import Student
 from qcli.distillation.teacher import TeacherFn
+from qcli.distillation.token_losses import token_losses
 from qcli.utils.distributed import Processes
 
 
@@ -32,7 +33,7 @@ class DistillationLoss:
             teacher = self.teacher(rows, hidden=hidden)
             student: Predictions = self.student(self.job.tokens[rows], final=False, hidden=hidden)
             logits = student.over(teacher.classes)
-            loss = options.token_losses(teacher.logits, logits, teacher.hidden, student.hidden).mean() / passes
+            loss = token_losses(options, teacher.logits, logits, teacher.hidden, student.hidden).mean() / passes
             (loss * processes.world_size).backward()  # FSDP averages gradients
             total += float(loss.detach())
         return processes.sum(total)

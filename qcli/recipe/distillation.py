@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from qcli.utils.options import Options
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Distillation(Options):
@@ -96,46 +92,3 @@ class Distillation(Options):
     def needs_hidden(self) -> bool:
         """Whether the loss reads hidden states."""
         return self.hidden_weight > 0 or self.hidden_mse > 0
-
-    def token_losses(
-        self,
-        teacher: Tensor,
-        student: Tensor,
-        teacher_hidden: Sequence[Tensor] = (),
-        student_hidden: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """One number a token.
-
-        Args:
-            teacher, student: logits `[tokens, vocabulary]`.
-            teacher_hidden, student_hidden: `[tokens, hidden]` after each block; only if `needs_hidden`.
-        """
-        from qcli.algorithms.training import losses
-
-        if self.loss == "kl":
-            found = losses.kl_divergence(teacher, student, self.temperature)
-        elif self.loss == "onebit":
-            found = losses.soft_cross_entropy(teacher, student)
-        else:
-            found = losses.deviation_aware(
-                teacher,
-                student,
-                gamma=self.gamma,
-                plain=self.plain,
-                ambiguity=self.ambiguity,
-                detached=self.detached,
-            )
-        return found + self.hidden_losses(teacher_hidden, student_hidden) if self.needs_hidden else found
-
-    def hidden_losses(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-        """What hidden states add to each token's loss; only if `needs_hidden`."""
-        import torch
-
-        from qcli.algorithms.training import losses
-
-        found = torch.zeros(len(student[0]), device=student[0].device)
-        if self.hidden_weight:
-            found = found + self.hidden_weight * losses.normalized_hidden_error(teacher, student)
-        if self.hidden_mse:
-            found = found + self.hidden_mse * losses.relative_hidden_error(teacher, student)
-        return found

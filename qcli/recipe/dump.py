@@ -1,9 +1,8 @@
-"""Recipes as YAML text: the resolved recipe, each value with its origin."""
+"""Plain data as YAML text, each value with its origin as a comment."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*")
 
 
 def to_yaml(data: Mapping[str, Any], origins: Origins | None = None) -> str:
-    """Plain data (dicts, lists, scalars) as YAML; with `origins`, each value's as a comment."""
+    """Dicts, lists and finite scalars as YAML; with `origins`, each value's as a comment."""
     lines = list(_lines(data, (), origins))
     width = max((len(text) for text, comment in lines if comment), default=0)
     return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
@@ -47,8 +46,6 @@ def _flow(value: Any) -> str:
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str) and _PLAIN.fullmatch(value) and scalar(value) == value:
         return value
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[str(value)]
     return _quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
