@@ -1,4 +1,4 @@
-"""What a method is given: linear layers that read one input, and the statistics of that input."""
+"""The input of a method: linear layers that read the same input, and the statistics of that input."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ HESSIAN, CROSS, RESIDUAL_CROSS = "hessian", "cross", "residual_cross"
 
 @dataclass
 class LinearGroup:
-    """Linear layers that read one input, and the moments of that input.
+    """Linear layers that read the same input, and statistics of that input: float32 means over tokens.
 
-    `x` is the input in the full-precision model, `x~` what the quantized part of the model really gives;
-    `r`, `r~` the residual streams that the output joins. All moments are float32 means over tokens.
+    `x` is the input in the full-precision model and `x~` in the model as quantized so far, both `[tokens, in]`; `r` and
+    `r~` are the residual streams that the outputs are added to, `[tokens, out]`. Statistics that nobody needs are None.
 
     Attributes:
-        weights: float32 `[out, in]` by layer name, original values.
+        weights: full-precision weights by layer name, float32 `[out, in]`.
         hessian: `E[x~^T x~]`, `[in, in]`.
         cross: `E[x^T x~]`, `[in, in]`.
-        residual_cross: `E[(r - r~)^T x~]`, `[out, in]`; None where the output does not join the stream directly.
+        residual_cross: `E[(r - r~)^T x~]`, `[out, in]`; None also where the outputs do not join the residual stream
+            directly.
     """
 
     weights: dict[str, Tensor]

@@ -1,8 +1,8 @@
-"""Low-rank compensation (LoRC): the error that codes leave, repaired by a small product of two thin matrices.
+"""Low-rank compensation (LoRC): the quantization error, approximated by a product of two thin matrices.
 
-The paper (ZeroQuant-V2, arXiv 2303.08302, section 5) takes the SVD of `W - W_hat`. Ours, each an option: the SVD is
-weighted by the layer's inputs, it is fitted to what the codes were asked to give (`of: target`), and codes and
-factors may take turns (`rounds`).
+ZeroQuant-V2 (arXiv 2303.08302, section 5) takes the SVD of `W - W_hat`. Ours, each an option: the error is weighted by
+the layer's inputs (`weighted`), it is measured against the method's target (`of`), and codes and factors are fitted
+alternately (`rounds`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ if TYPE_CHECKING:
 
 
 class LowRankCompensation(Options):
-    """Adds a product of rank `rank` to every quantized weight, after any method."""
+    """Adds a low-rank term to every quantized weight, after any method."""
 
-    rank: int = Field(default=8, ge=1, description="directions of the error that are repaired")
-    bits: Literal[8, 16] = Field(default=8, description="of a number in the two factors")
-    weighted: bool = Field(default=True, description="errors count as the layer's inputs see them; false: plain SVD")
-    rounds: int = Field(default=1, ge=1, description="turns of codes and factors; the best is kept")
+    rank: int = Field(default=8, ge=1, description="rank of the term")
+    bits: Literal[8, 16] = Field(default=8, description="bits per entry of the two factors")
+    weighted: bool = Field(
+        default=True,
+        description="minimize the output error on the layer's inputs; false: that of the weight, plain SVD",
+    )
+    rounds: int = Field(default=1, ge=1, description="alternations of codes and factors; the best one is kept")
     of: Literal["target", "weight"] = Field(
-        default="target", description="repair what the codes were asked to give, or the original weight"
+        default="target", description="measure the error against the method's target, or the original weight"
     )
 
     @property
     def needs(self) -> frozenset[str]:
-        """The moments of `LinearGroup` that are read."""
+        """The statistics of `LinearGroup` that are read."""
         return frozenset({HESSIAN}) if self.weighted else frozenset()
 
     def format(self, base: Format) -> LowRank:
@@ -45,57 +48,63 @@ class LowRankCompensation(Options):
         return LowRank.around(base, self.rank, self.bits)
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        """Why a layer of `shape` cannot be compensated; None when it can."""
+        """The reason why a weight of `shape` `(out, in)` cannot be compensated; None if it can."""
         if self.rank >= min(shape):
             return f"low_rank.rank {self.rank} must be below {min(shape)}, the shorter side of {list(shape)}"
         return None
 
     def compensate(self, method: Method, group: LinearGroup, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
-        """The same solutions with factors, in the format that `format` announces.
+        """Add factors to the solutions of a method.
 
-        From the second round on, the method quantizes what the factors leave, `T - A B`, and the factors are fitted
-        again. `cross = hessian` makes a target refit the identity there: `T` has been refitted already.
+        From the second round on, the method quantizes `T - A B`, the target without the factors, and the factors are
+        fitted again. There `cross = hessian` makes a target refit the identity: `T` has been refitted already.
 
         Args:
-            method: which made `solutions`.
-            group: what it made them of.
+            method: the method that made `solutions`.
+            group: the layers it quantized, with the statistics of `needs` and of the method.
+            solutions: by layer name.
+
+        Returns:
+            The solutions in the formats of `format`, same targets; fallbacks of further rounds are added.
 
         Raises:
             VerificationError: a quantized weight is not finite.
         """
-        from qcli.algorithms.solvers.low_rank import weighted_error
+        from qcli.algorithms.solvers.output_error import output_error
 
         hessian = group.hessian if self.weighted else None
         assert hessian is not None or not self.weighted
-        aims = {
+        targets = {
             name: group.weights[name] if self.of == "weight" or solution.target is None else solution.target
             for name, solution in solutions.items()
         }
-        latest = {name: self._fit(name, aim, solutions[name], hessian) for name, aim in aims.items()}
+        latest = {name: self._fit(name, target, solutions[name], hessian) for name, target in targets.items()}
         best = dict(latest)
         for _ in range(1, self.rounds):
-            rest = {name: aim - self._product(latest[name]) for name, aim in aims.items()}
-            again = method.quantize(LinearGroup(rest, hessian=group.hessian, cross=group.hessian))
-            for name, aim in aims.items():
-                fitted = self._fit(name, aim, again[name], hessian)
+            remainders = {name: target - self._product(latest[name]) for name, target in targets.items()}
+            requantized = method.quantize(LinearGroup(remainders, hessian=group.hessian, cross=group.hessian))
+            for name, target in targets.items():
+                fitted = self._fit(name, target, requantized[name], hessian)
                 latest[name] = replace(
                     fitted,
                     target=solutions[name].target,
                     fallbacks=[*solutions[name].fallbacks, *fitted.fallbacks],
                 )
                 best[name] = min(
-                    best[name], latest[name], key=lambda found: weighted_error(aim - found.weight.dense(), hessian)
+                    best[name],
+                    latest[name],
+                    key=lambda choice: output_error(target - choice.weight.dense(), hessian),
                 )
         return best
 
-    def _fit(self, name: str, aim: Tensor, solution: Solution, hessian: Tensor | None) -> Solution:
-        """`solution` with the factors that bring its weight closest to `aim`."""
-        from qcli.algorithms.solvers.low_rank import factors
+    def _fit(self, name: str, target: Tensor, solution: Solution, hessian: Tensor | None) -> Solution:
+        """`solution` with the factors that bring its weight closest to `target`."""
+        from qcli.algorithms.solvers.low_rank import fit_factors
 
-        format, error = self.format(solution.weight.format), aim - solution.weight.dense()
+        format, error = self.format(solution.weight.format), target - solution.weight.dense()
         if not bool(error.isfinite().all()):
             raise VerificationError(f"{name}: the quantized weight holds NaN or infinity")
-        tables = factors(error, hessian, format)
+        tables = fit_factors(error, hessian, format)
         return replace(solution, weight=format.wrap(solution.weight, tables))
 
     def _product(self, solution: Solution) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a method is given and what it returns: the base class of `methods/`.
+"""The base class of methods, and what they return.
 
-A method's validated options are the method. This module and the method files import no torch at the top,
-so that recipes are checked in milliseconds; the numerics they call live in `solvers/`.
+A method is the record of its options. This module and the method files import no torch at the top, so that recipes are
+validated in milliseconds; the numerics they call are in `solvers/`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Solution:
-    """What a method chose for one layer.
+    """One layer as a method quantized it.
 
     Attributes:
         weight: codes and tables.
-        target: float32 `[out, in]`: what the codes were fitted to, if not the original weight.
+        target: float32 `[out, in]`, the weight that the codes were fitted to; None: the full-precision weight.
         fallbacks: every step that did not go as configured, in words.
     """
 
@@ -36,34 +36,34 @@ class Solution:
 
 
 class Method(Options):
-    """Chooses codes and tables for linear layers that share an input."""
+    """Quantizes linear layers that share an input: chooses codes and tables of one format."""
 
     name: ClassVar[str]
 
     @property
     def needs(self) -> frozenset[str]:
-        """The moments of `LinearGroup` this method reads; the model stream collects only these."""
+        """The statistics of `LinearGroup` that the method reads; only these are collected."""
         return frozenset()
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """Rewrites of each block that belong to the method and come first."""
+        """Transforms that belong to the method, applied to each block before it."""
         return ()
 
     @property
     def refine(self) -> Refine | None:
-        """The reconstruction that belongs to the method and comes last, unless the recipe names another."""
+        """Reconstruction that belongs to the method and follows it, unless the recipe has its own."""
         return None
 
     @property
     def format(self) -> Format:
-        """The format of the layers this method writes."""
+        """The format of the quantized layers."""
         raise NotImplementedError
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        """Why a layer of `shape` cannot be quantized with these options; None when it can."""
+        """The reason why a weight of `shape` `(out, in)` cannot be quantized with these options; None if it can."""
         return None
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
-        """One solution for each of `group.weights`."""
+        """Quantize every layer of `group.weights`; the solutions are in the same order."""
         raise NotImplementedError

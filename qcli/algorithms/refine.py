@@ -1,11 +1,11 @@
-"""Reconstruction: tune codes and tables so that a linear's or a block's output comes back.
+"""Reconstruction: jointly optimizes codes and tables to reconstruct the output of a linear or a block.
 
-Block-wise with latent weights it is ZeroQuant-V2's ZQ-Global (arXiv 2303.08302, section 4) and EfficientQAT's first
-phase (arXiv 2407.11062, section 3.2); linear by linear it is ZQ-Local, except that ours asks for the full-precision
-outputs on quantized inputs and, where a linear writes to the residual stream, for what that has lost. Written over
-`encode` and `decode`, it serves every format. Ours: latents in units of the quantization step and tables relative to
-themselves, so that one rate fits every layer; a start exactly at the codes the method chose; the best step chosen on
-samples that nothing was fitted to.
+By block with latent weights it is ZQ-Global of ZeroQuant-V2 (arXiv 2303.08302, section 4) and the first phase of
+EfficientQAT (arXiv 2407.11062, section 3.2). By linear it is ZQ-Local; ours reconstructs the full-precision outputs on
+quantized inputs and, in linears that write to the residual stream, the error that the stream carries. Written over
+`encode` and `decode`, it serves every format. Ours: latents in units of the quantization step and tables in units of
+their own size, so that one learning rate fits every layer; a start exactly at the method's codes; the best step
+selected on held-out samples.
 """
 
 from __future__ import annotations
@@ -32,33 +32,36 @@ class Refine(Options):
     """Options of the reconstruction that follows the method."""
 
     scope: Literal["block", "linear"] = Field(
-        default="block", description="whose output is reconstructed: each transformer block's, or each linear's"
+        default="block", description="reconstruct the output of each transformer block, or of each linear"
     )
-    steps: int = Field(default=200, ge=1, description="of the optimizer, for each block or group of linears")
+    steps: int = Field(default=200, ge=1, description="optimizer steps for each block or group of linears")
     train: tuple[Literal["tables", "weights"], ...] = Field(
         default=("tables", "weights"),
         strict=False,
-        description="scales and zero points, and the weights behind the codes",
+        description="what is trained: scales and zero points, the latent weights behind the codes, or both",
     )
     tables_lr: float = Field(default=1e-3, gt=0, description="learning rate of tables, relative to their size")
-    weights_lr: float = Field(default=1e-2, gt=0, description="learning rate of weights, in quantization steps")
-    batch_tokens: int = Field(default=1024, ge=1, description="tokens of a step, at least one sample")
+    weights_lr: float = Field(default=1e-2, gt=0, description="learning rate of latent weights, in quantization steps")
+    batch_tokens: int = Field(default=1024, ge=1, description="tokens per step; at least one sample")
 
     @model_validator(mode="after")
-    def _something(self) -> Refine:
+    def _trains_something(self) -> Refine:
         if not self.train:
             raise ValueError("train must name tables, weights or both")
         return self
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments that reconstruction reads besides the method's."""
+        """The statistics of `LinearGroup` that are read, besides the method's."""
         return frozenset({HESSIAN, CROSS, RESIDUAL_CROSS}) if self.scope == "linear" else frozenset()
 
     def misfit(self, format: Format) -> str | None:
-        """Why layers of `format` cannot be tuned; None when they can."""
+        """The reason why layers of `format` cannot be reconstructed; None if they can."""
         if self.scope == "linear" and format.has_output_norm:
-            return "scope linear compares what weights give, but a norm follows these layers: set scope to block"
+            return (
+                "scope linear compares outputs before the norm that follows these layers, which the model never sees: "
+                "set scope to block"
+            )
         return None
 
     def refine(
@@ -68,16 +71,17 @@ class Refine(Options):
         objective: Objective,
         progress: Progress = silent,
     ) -> tuple[dict[str, QuantizedWeight], Outcome]:
-        """Train the weights of one objective together.
+        """Train the weights of one objective jointly.
 
         Args:
-            weights: as the method left them, by path.
-            targets: float32 `[out, in]`: what each one's codes were fitted to; latents start as near to it as the
-                codes allow.
-            objective: judges dense weights by the same paths.
+            weights: as the method quantized them, by path.
+            targets: float32 `[out, in]`, by path: the weights the codes were fitted to; latents start as near to them
+                as the codes allow.
+            objective: scores dense weights under the same paths.
+            progress: called at the start and after each step.
 
         Returns:
-            New weights of the same formats, or the given ones where nothing better was found; and how it went.
+            Weights in the same formats, the given ones if no step improved on them; and the outcome of the training.
         """
         from qcli.algorithms.training.loop import Schedule, train
         from qcli.algorithms.training.trainable_weight import TrainableWeight, parameter_groups

@@ -1,7 +1,7 @@
-"""What a transform is: a rewrite of a block that leaves its function as it is and its weights easier to quantize.
+"""The base class of transforms: rewrites of a block that keep its function and make its weights easier to quantize.
 
-A transform's validated options are the transform. This module and the files of `transforms/` import no torch at the
-top, so that recipes are checked in milliseconds.
+A transform is the record of its options. This module and the files of `transforms/` import no torch at the top, so that
+recipes are validated in milliseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Transform(Options):
-    """Chooses numbers that can be folded into the weights before any method quantizes them."""
+    """Trains channel scales that are folded into the weights before they are quantized, at no cost at inference."""
 
     name: ClassVar[str]
 
@@ -30,11 +30,11 @@ class Transform(Options):
 
     @property
     def whole_model(self) -> bool:
-        """Whether it is trained for what the model predicts, all blocks together."""
+        """Whether the loss is one of the model's predictions, so that all blocks are trained together."""
         return self.loss != "block"
 
     def misfit(self, format: Format) -> str | None:
-        """Why layers of `format` cannot be prepared; None when they can."""
+        """The reason why layers of `format` cannot be prepared; None if they can."""
         return None
 
     def fit(
@@ -45,21 +45,33 @@ class Transform(Options):
         objective: Objective,
         progress: Progress = silent,
     ) -> tuple[list[Tensor], Outcome]:
-        """Numbers to fold, one tensor for each of `scales`, and how their training went."""
+        """Train the values of `scales`; nothing is folded yet.
+
+        Args:
+            weights: full-precision weights by path, float32 `[out, in]`.
+            formats: the format that each will have, by path; None or missing: it stays dense.
+            scales: where channels may be scaled, with index maps on the device of the weights.
+            objective: scores effective weights under the paths of `weights`.
+            progress: called at the start and after each step.
+
+        Returns:
+            `alpha` of each scale, float32 `[size]`, and the outcome of the training.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """Channels between two modules: the producer's are divided by `alpha`, the readers' columns multiplied by it.
+    """A scale `alpha` between two modules: the producer's output channels are divided by it and the readers' input
+    columns multiplied, which keeps the function.
 
     Attributes:
-        producer: path of a norm or linear in the block.
-        readers: paths of all linears that read the channels.
-        outputs: int64 `[outputs of the producer]`: the alpha of each; -1 where it has none.
-        inputs: int64 `[inputs of a reader]`: the alpha of each.
+        producer: path in the block of a norm or linear.
+        readers: paths of all linears that read the producer's outputs.
+        outputs: int64 `[producer's outputs]`: index of the alpha of each output channel; -1: it has none.
+        inputs: int64 `[readers' inputs]`: index of the alpha of each input column.
         size: number of alphas.
-        norm_offset: what the producer, if it is a norm, adds to its weight.
+        norm_offset: what a norm as the producer adds to its weight (Gemma: 1).
     """
 
     producer: str
@@ -70,16 +82,16 @@ class ChannelScale:
     norm_offset: float = 0.0
 
     def within(self, prefix: str) -> ChannelScale:
-        """The same, with `prefix` before every path."""
+        """The same scale with `prefix` before every path."""
         readers = tuple(prefix + reader for reader in self.readers)
         return replace(self, producer=prefix + self.producer, readers=readers)
 
-    def of_outputs(self, alpha: Tensor, without: float = 1.0) -> Tensor:
-        """What each output of the producer is divided by; `without` where it has no alpha."""
+    def per_output(self, alpha: Tensor, default: float = 1.0) -> Tensor:
+        """Spread `alpha` `[size]` over the producer's outputs, with `default` where there is none."""
         import torch
 
-        return torch.cat([alpha, alpha.new_full((1,), without)])[self.outputs]
+        return torch.cat([alpha, alpha.new_full((1,), default)])[self.outputs]
 
-    def of_inputs(self, alpha: Tensor) -> Tensor:
-        """What each column of a reader is multiplied by."""
+    def per_input(self, alpha: Tensor) -> Tensor:
+        """Spread `alpha` `[size]` over the readers' inputs."""
         return alpha[self.inputs]

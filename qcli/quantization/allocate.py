@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qcli.algorithms.solvers.knapsack import cheapest_loss
+from qcli.algorithms.solvers.knapsack import minimize_loss
 from qcli.data.datasets import is_folder
 from qcli.evaluation.evaluate import compare
 from qcli.evaluation.options import EvalOptions
@@ -136,7 +136,7 @@ def _trials(space: SearchSpace, losses: Losses, calibration: Calibration) -> dic
     """The assignment with the lowest predicted loss, and the uniform one with the lowest, where one fits."""
     names = [layer.name for layer in space.layers]
     sizes = {name: [size or 0 for size in space.sizes[name]] for name in names}
-    best = cheapest_loss(
+    best = minimize_loss(
         [[sum(each) for each in zip(*(losses[name] for name in tied), strict=True)] for tied in space.tied],
         [[sum(each) for each in zip(*(sizes[name] for name in tied), strict=True)] for tied in space.tied],
         space.budget,

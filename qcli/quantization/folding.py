@@ -56,16 +56,16 @@ def fold(
             alpha = _divide_norm(producer.get_parameter("weight"), alpha, scale.norm_offset, stored.get(name))
         else:
             weight = ModelStream.weight_of(producer)
-            weight.copy_(weight / scale.of_outputs(alpha)[:, None])
+            weight.copy_(weight / scale.per_output(alpha)[:, None])
         changed[name] = None
         bias = producer._parameters.get("bias")
         if bias is not None:
             name = f"{scale.producer}.bias"
-            bias.copy_(_rounded(bias / scale.of_outputs(alpha), stored.get(name)))
+            bias.copy_(_rounded(bias / scale.per_output(alpha), stored.get(name)))
             changed[name] = None
         for reader in scale.readers:
             weight = ModelStream.weight_of(block.get_submodule(reader))
-            weight.copy_(weight * scale.of_inputs(alpha))
+            weight.copy_(weight * scale.per_input(alpha))
             changed[f"{reader}.weight"] = None
     return list(changed)
 

@@ -199,7 +199,7 @@ def _stop(*_: Any, **__: Any) -> Any:
 def test_a_bad_allocation_is_not_shipped(
     ready: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcli.quantization.allocate.cheapest_loss", lambda losses, costs, budget: [0] * len(losses))
+    monkeypatch.setattr("qcli.quantization.allocate.minimize_loss", lambda losses, costs, budget: [0] * len(losses))
     result = quantize(recipe(**ready), tmp_path / "out")
     assert result.allocation is not None and result.allocation["shipped"] == "uniform"
     assert make_plan(result.plan.recipe).bits_per_weight == pytest.approx(3.59, abs=0.05)

@@ -1,1 +1,1 @@
-"""How codes are chosen: one file a method, registered under the file's name."""
+"""Quantization methods: how codes and tables are chosen. One file per method, registered under the file's name."""

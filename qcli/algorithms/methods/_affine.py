@@ -1,4 +1,4 @@
-"""Options that every method with a uniform grid shares."""
+"""Options of every method with uniform grids."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 class AffineMethod(GroupedMethod):
-    """A method that writes the affine format."""
+    """A method whose format is affine."""
 
-    symmetric: bool = Field(default=False, description="no zero point; the longer side gets the extra code")
+    symmetric: bool = Field(
+        default=False, description="no zero point; the side of the range with the larger magnitude gets the extra code"
+    )
     zero_point: Literal["integer", "float"] = Field(
-        default="integer",
-        description="how the zero point of asymmetric groups is stored: bits wide, or float16",
+        default="integer", description="zero point of asymmetric groups: an integer as wide as a code, or float16"
     )
 
     @property
@@ -34,7 +35,7 @@ class AffineMethod(GroupedMethod):
         )
 
     def solution(self, weight: QuantizedWeight, target: Tensor | None, fallbacks: list[str]) -> Solution:
-        """A solution that also reports scales below float16's full precision."""
+        """A `Solution` whose fallbacks also count the scales that are subnormal in float16."""
         from qcli.algorithms.solvers.grid import SMALLEST_NORMAL_SCALE
 
         tiny = int((weight.tables["weight_scale"].float().abs() < SMALLEST_NORMAL_SCALE).sum())

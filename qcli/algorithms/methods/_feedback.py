@@ -1,4 +1,4 @@
-"""Options and first steps that every method with error feedback shares: what to aim at, and under which Hessian."""
+"""Options and first steps of every method with error feedback: the target, the Hessian and its factor."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Problem:
-    """Linears that read one input as one matrix, rows stacked.
+    """The layers of a group as one matrix, rows stacked, with what error feedback needs.
 
     Attributes:
-        target: float32 `[rows, in]`, what the codes should stand for.
-        hessian: `[in, in]`, zeros where inputs are always 0.
-        order: columns in the order of their quantization, int64 `[in]`.
-        factor: `U` of the Hessian in this order (`solvers.feedback.inverse_factor`); None: no damping helped.
+        target: float32 `[rows, in]`, the weight to quantize; dead columns are 0.
+        hessian: `[in, in]`, as collected.
+        order: int64 `[in]`, the columns in the order of their quantization.
+        factor: `U` of the Hessian in this order (see `solvers.feedback.inverse_factor`); None: no damping sufficed.
         fallbacks: every step that did not go as configured.
     """
 
@@ -38,24 +38,29 @@ class Problem:
 
 
 class ErrorFeedback(Method):
-    """A method that quantizes column by column under the Hessian of the layer's inputs."""
+    """A method that quantizes column by column with error feedback under the Hessian of the layer's inputs."""
 
-    refit_target: bool = Field(default=True, description="aim at the full-precision outputs on quantized inputs")
-    residual: bool | Literal["auto"] = Field(
-        default="auto", description="layers that write to the residual stream repair its error; auto: with refit_target"
+    refit_target: bool = Field(
+        default=True, description="fit the full-precision outputs on the quantized model's inputs, not the weight"
     )
-    damping: float = Field(default=0.1, gt=0, le=1, description="relative to the Hessian's mean diagonal")
-    ridge: float = Field(default=0.4, gt=0, description="of the target refit, relative to the mean diagonal")
+    residual: bool | Literal["auto"] = Field(
+        default="auto",
+        description="layers that write to the residual stream also correct its error; auto: as refit_target",
+    )
+    damping: float = Field(default=0.1, gt=0, le=1, description="damping, relative to the Hessian's mean diagonal")
+    ridge: float = Field(
+        default=0.4, gt=0, description="ridge of the target refit, relative to the Hessian's mean diagonal"
+    )
 
     @model_validator(mode="after")
-    def _residual_needs_a_target(self) -> Self:
+    def _residual_needs_target_refit(self) -> Self:
         if self.residual is True and not self.refit_target:
             raise ValueError("residual is a part of refit_target: leave residual at auto, or set refit_target to true")
         return self
 
     @property
-    def repairs_residual(self) -> bool:
-        """What `residual` comes to."""
+    def corrects_residual(self) -> bool:
+        """The value of `residual` with `auto` resolved."""
         return self.refit_target and self.residual is not False
 
     @property
@@ -63,21 +68,22 @@ class ErrorFeedback(Method):
         needs = {HESSIAN}
         if self.refit_target:
             needs.add(CROSS)
-        if self.repairs_residual:
+        if self.corrects_residual:
             needs.add(RESIDUAL_CROSS)
         return frozenset(needs)
 
-    def problem(self, group: LinearGroup, column_order: str, group_width: int) -> Problem:
-        """What error feedback starts from.
+    def prepare(self, group: LinearGroup, column_order: str, group_width: int) -> Problem:
+        """Stack the layers, refit their target, and factor the damped Hessian.
 
         Args:
-            column_order: as for `solvers.feedback.column_order`.
-            group_width: likewise.
+            group: with the statistics of `needs`.
+            column_order: `kind` of `solvers.feedback.column_order`.
+            group_width: columns per group, for `group-aware`.
         """
         import torch
 
         from qcli.algorithms.solvers import feedback
-        from qcli.algorithms.solvers.target import refit
+        from qcli.algorithms.solvers.target import refit_target
 
         assert group.hessian is not None
         stacked = torch.cat(list(group.weights.values()))
@@ -85,8 +91,8 @@ class ErrorFeedback(Method):
         fallbacks = []
         if self.refit_target:
             assert group.cross is not None
-            residual = group.residual_cross if self.repairs_residual else None
-            target, ridge = refit(target, group.hessian, group.cross, residual, self.ridge)
+            residual = group.residual_cross if self.corrects_residual else None
+            target, ridge = refit_target(target, group.hessian, group.cross, residual, self.ridge)
             _, target = feedback.without_dead_inputs(group.hessian, target)
             if ridge != self.ridge:
                 fallbacks.append(f"ridge raised to {ridge:g}")
@@ -99,13 +105,16 @@ class ErrorFeedback(Method):
         return Problem(target, group.hessian, order, factor, fallbacks)
 
 
-class LayerByLayer(ErrorFeedback):
-    """A method with error feedback whose layers have tables of their own."""
+class PerLayerFeedback(ErrorFeedback):
+    """A method with error feedback that fits tables to each layer of a group on its own."""
 
-    error_feedback: bool = Field(default=True, description="columns to come absorb each column's error")
+    error_feedback: bool = Field(
+        default=True,
+        description="columns still to be quantized compensate each column's error; false: round to nearest",
+    )
 
-    def start(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        """Tables of `format` that the codes of one layer are chosen on.
+    def fit_tables(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Tables of `format` that the codes of one layer are chosen with.
 
         Args:
             target: float32 `[out, in]`.
@@ -113,32 +122,34 @@ class LayerByLayer(ErrorFeedback):
         """
         raise NotImplementedError
 
-    def finish(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
-        """The layer once its codes are fixed, and what did not go as configured.
+    def refit(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
+        """The layer with its tables refitted to its codes, and the fallbacks of this step.
 
         Args:
             target: float32 `[out, in]`.
+            weight: with final codes.
             hessian: `[in, in]`.
         """
         raise NotImplementedError
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
-        """All layers of the group share one factor; each is solved on its own."""
+        """All layers share the factored Hessian; each is quantized on its own."""
         from qcli.algorithms.solvers import feedback
         from qcli.core.weight import QuantizedWeight
 
-        problem = self.problem(group, "static", 0)
+        problem = self.prepare(group, "static", 0)
         solutions, first = {}, 0
         for name, weight in group.weights.items():
             target = problem.target[first : first + len(weight)]
             first += len(weight)
-            tables = self.start(target, problem.hessian.diagonal())
+            tables = self.fit_tables(target, problem.hessian.diagonal())
             if self.error_feedback and problem.factor is not None:
                 codes, _ = feedback.quantize_columns(target, problem.factor, problem.order, self.format, tables)
             else:
                 codes = self.format.encode(target, tables)
-            found = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
-            found, notes = self.finish(target, found, problem.hessian)
-            fallbacks = [*problem.fallbacks, *notes]
-            solutions[name] = Solution(found, target if self.refit_target else None, fallbacks)
+            quantized = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
+            quantized, fallbacks = self.refit(target, quantized, problem.hessian)
+            solutions[name] = Solution(
+                quantized, target if self.refit_target else None, [*problem.fallbacks, *fallbacks]
+            )
         return solutions

@@ -1,4 +1,4 @@
-"""Options that every method with groups of weights shares."""
+"""Options of every method whose format has groups of weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from qcli.algorithms.method import Method
 
 
 class GroupedMethod(Method):
-    """A method whose format has numbers for each group of a row."""
+    """A method whose format has table entries for each group of weights in a row."""
 
-    bits: int = Field(default=4, ge=2, le=8, description="bits of a weight's code")
+    bits: int = Field(default=4, ge=2, le=8, description="bits per weight's code")
     group_size: int = Field(default=64, ge=-1, description="weights of a row that share a scale; -1: the whole row")
     group_tail: Literal["error", "ragged"] = Field(
-        default="error", description="rows that group_size does not divide: refuse, or a shorter last group"
+        default="error", description="if group_size does not divide a row: an error, or a shorter last group"
     )
 
     def misfit(self, shape: tuple[int, int]) -> str | None:

@@ -1,9 +1,9 @@
-"""LCQ: low-rank codebooks (arXiv 2405.20973).
+"""LCQ: low-rank codebooks (arXiv 2405.20973), a codebook for each group, all combined from a few basis vectors.
 
-Groups with codebooks of their own, all made of a few shapes. The paper learns them by gradient on the block's output;
-here that is the last of five steps: codebooks are fitted by alternating least squares under `diag(H)`, columns are
-quantized with error feedback on them, scales and offsets are solved for once the codes are fixed, and the block's
-reconstruction (`steps`) trains codes and tables together, rounded as they will be stored.
+The paper trains codebooks by gradient on the block's output. Here that is the last of five steps, the first four are
+ours: codebooks are fitted by alternating least squares under `diag(H)`, columns are quantized with error feedback, all
+scales and offsets of a row are refitted at fixed codes, and the block reconstruction (`steps`) trains codes and tables
+jointly, with tables rounded as they will be stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.methods._feedback import LayerByLayer
+from qcli.algorithms.methods._feedback import PerLayerFeedback
 from qcli.algorithms.methods._grouped import GroupedMethod
 from qcli.algorithms.refine import Refine
 from qcli.core.formats.codebook import Codebook
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
 __all__ = ["LCQ"]
 
 
-class LCQ(GroupedMethod, LayerByLayer):
+class LCQ(GroupedMethod, PerLayerFeedback):
     """Codebooks `C = S^T V - B` of rank `rank`, one row for each group."""
 
     name: ClassVar[str] = "lcq"
 
-    rank: int = Field(default=1, ge=1, le=16, description="shapes that the codebooks of a layer are made of")
+    rank: int = Field(default=1, ge=1, le=16, description="basis vectors that a layer's codebooks are combined from")
     table_bits: Literal[8, 16] = Field(
-        default=8, description="of a group's scales and offset; 8: with one float16 scale for 256 of them"
+        default=8, description="bits of a group's scales and offset; 8: with a float16 scale for every 256 of them"
     )
     basis_rows: int = Field(default=0, ge=0, description="rows of a weight that share a basis; 0: all")
-    refit_tables: bool = Field(default=True, description="least squares of all scales of a row at fixed codes")
+    refit_tables: bool = Field(
+        default=True, description="least squares of all scales and offsets of a row at fixed codes"
+    )
     steps: int = Field(
-        default=200, ge=0, description="of the block reconstruction that ends the method, if the recipe names no other"
+        default=200, ge=0, description="steps of the block reconstruction, unless the recipe has a refine section"
     )
 
     @model_validator(mode="after")
-    def _rank_means_something(self) -> LCQ:
+    def _rank_below_entries(self) -> LCQ:
         if self.rank >= 1 << self.bits:
             raise ValueError(f"rank {self.rank} must be below the 2**bits = {1 << self.bits} entries of a codebook")
         return self
@@ -60,16 +62,16 @@ class LCQ(GroupedMethod, LayerByLayer):
     def refine(self) -> Refine | None:
         return Refine(steps=self.steps) if self.steps else None
 
-    def start(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
+    def fit_tables(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
         from qcli.algorithms.solvers import codebook
 
         return codebook.fit(target, self.format, importance)
 
-    def finish(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
+    def refit(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
         from qcli.algorithms.solvers import codebook
 
         if not self.refit_tables:
             return weight, []
-        weight, kept = codebook.refit(target, weight, self.format, hessian)
-        note = f"scale refit unusable in {kept} of {len(target)} rows: kept the fitted scales"
-        return weight, [note] if kept else []
+        weight, unusable = codebook.refit(target, weight, self.format, hessian)
+        note = f"scale refit unusable in {unusable} of {len(target)} rows: kept the fitted scales"
+        return weight, [note] if unusable else []

@@ -1,8 +1,8 @@
-"""OneBit: signs, and one scale for each input and each output (arXiv 2402.11295).
+"""OneBit: signs, with a scale for each input and each output channel (arXiv 2402.11295).
 
-The paper's start is the sign-value decomposition of the weight, and a LayerNorm follows every linear (`paper`). Ours
-before any distillation: it is made of the target that quantized inputs ask for, weighted by their energy, signs are
-chosen with error feedback, and both scales are solved for once the signs are fixed; nothing follows the linears.
+The paper starts from the sign-value decomposition of the weight and puts a LayerNorm after every linear (`paper`).
+Ours, before any training: the decomposition is that of the refitted target, weighted by `diag(H)`; signs are chosen
+with error feedback and both scales refitted at fixed signs; nothing follows the linears.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Solution
-from qcli.algorithms.methods._feedback import LayerByLayer
+from qcli.algorithms.methods._feedback import PerLayerFeedback
 from qcli.core.formats.sign import Sign
 
 if TYPE_CHECKING:
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 
 __all__ = ["OneBit"]
 
-_OURS = ("refit_target", "error_feedback", "refit_scales")
+_NOT_IN_PAPER = ("refit_target", "error_feedback", "refit_scales")
 
 
-class OneBit(LayerByLayer):
-    """One bit a weight, for block reconstruction and distillation to start from."""
+class OneBit(PerLayerFeedback):
+    """One bit per weight; a start for block reconstruction and distillation."""
 
     name: ClassVar[str] = "onebit"
 
-    bits: Literal[1] = Field(default=1, description="of a weight's code")
+    bits: Literal[1] = Field(default=1, description="bits per weight's code")
     svid: Literal["power", "svd", "nmf"] = Field(
-        default="power", description="how the magnitudes are decomposed; svd and nmf as the paper, to the same optimum"
+        default="power",
+        description="how magnitudes are decomposed: power iteration, or svd or nmf as in the paper; same optimum",
     )
     refit_scales: bool = Field(default=True, description="least squares of both scales at fixed signs")
     paper: bool = Field(
@@ -44,14 +45,15 @@ class OneBit(LayerByLayer):
 
     @model_validator(mode="before")
     @classmethod
-    def _plain_unless_told(cls, given: Any) -> Any:
-        plain = isinstance(given, dict) and given.get("paper") is True
-        return dict.fromkeys(_OURS, False) | given if plain else given
+    def _paper_defaults(cls, options: Any) -> Any:
+        paper = isinstance(options, dict) and options.get("paper") is True
+        return dict.fromkeys(_NOT_IN_PAPER, False) | options if paper else options
 
     @model_validator(mode="after")
     def _paper_is_plain(self) -> Self:
-        if self.paper and any(getattr(self, step) for step in _OURS):
-            raise ValueError(f"paper starts from the weight alone: leave out {', '.join(_OURS)}, or set them to false")
+        if self.paper and any(getattr(self, step) for step in _NOT_IN_PAPER):
+            steps = ", ".join(_NOT_IN_PAPER)
+            raise ValueError(f"paper starts from the weight alone: leave out {steps}, or set them to false")
         return self
 
     @property
@@ -64,23 +66,23 @@ class OneBit(LayerByLayer):
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         if self.paper:
-            return {name: self._decomposed(weight) for name, weight in group.weights.items()}
+            return {name: self._decompose(weight) for name, weight in group.weights.items()}
         return super().quantize(group)
 
-    def start(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        from qcli.algorithms.solvers import binary
+    def fit_tables(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        from qcli.algorithms.solvers import sign_value
 
-        return binary.sign_value(target, importance, self.svid)
+        return sign_value.decompose(target, importance, self.svid)
 
-    def finish(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
-        from qcli.algorithms.solvers import binary
+    def refit(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
+        from qcli.algorithms.solvers import sign_value
 
-        return binary.refit_signs(target, weight, self.format, hessian) if self.refit_scales else weight, []
+        return sign_value.refit(target, weight, self.format, hessian) if self.refit_scales else weight, []
 
-    def _decomposed(self, weight: Tensor) -> Solution:
-        from qcli.algorithms.solvers import binary
+    def _decompose(self, weight: Tensor) -> Solution:
+        from qcli.algorithms.solvers import sign_value
         from qcli.core.weight import QuantizedWeight
 
-        tables = binary.sign_value(weight, kind=self.svid)
+        tables = sign_value.decompose(weight, kind=self.svid)
         codes = self.format.encode(weight, tables)
         return Solution(QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables))

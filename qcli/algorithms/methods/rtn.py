@@ -1,4 +1,4 @@
-"""Round to nearest: each group on its own grid, no calibration data needed."""
+"""Round to nearest: each group on a grid of its own; needs no calibration data by default."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["RTN"]
 
 
 class RTN(AffineMethod):
-    """Nearest codes on a grid that spans each group's range, or on a searched one."""
+    """Nearest codes on grids that cover each group's range, or on searched ones."""
 
     name: ClassVar[str] = "rtn"
 
     grid: Literal["minmax", "search", "hessian"] = Field(
         default="minmax",
-        description="range of each group; clip search for |error|^2.4; search weighted by calibrated input energy",
+        description="grids that cover each group's range; searched for the least |error|^2.4; or for the least squared "
+        "error weighted by the calibrated input energy",
     )
 
     @property
@@ -42,6 +43,6 @@ class RTN(AffineMethod):
                     assert group.hessian is not None
                     tables = grid.search(weight, self.format, group.hessian.diagonal())
                 codes = self.format.encode(weight, tables)
-            weight_codes = QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables)
-            solutions[name] = self.solution(weight_codes, None, [])
+            quantized = QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables)
+            solutions[name] = self.solution(quantized, None, [])
         return solutions

@@ -1,4 +1,4 @@
-"""TEQ as a method: the trained transformation, then rounding to nearest."""
+"""TEQ as a method: the trained equivalent transformation, then rounding to nearest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TEQThenRTN(RTN):
 
     loss: Literal["block", "kl", "cross-entropy"] = Field(default=_DEFAULT.loss, description="as of the transform")
     gradient: Literal["range", "straight-through"] = Field(default=_DEFAULT.gradient, description="as of the transform")
-    steps: int = Field(default=_DEFAULT.steps, ge=0, description="of the transform's optimizer")
+    steps: int = Field(default=_DEFAULT.steps, ge=0, description="steps of the transform's optimizer")
     lr: float = Field(default=_DEFAULT.lr, gt=0, description="learning rate of the transform")
 
     @property

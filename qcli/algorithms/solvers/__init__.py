@@ -1,1 +1,1 @@
-"""Numerics that methods share: tensors in, tensors out; no files, no options, no printing."""
+"""Numerics of the methods: tensors in, tensors out; no files, no printing."""

@@ -1,7 +1,7 @@
-"""Low-rank codebooks by clustering, truncated SVD and alternating least squares (LCQ, arXiv 2405.20973; details ours).
+"""Fitting low-rank codebooks (LCQ, arXiv 2405.20973; the paper gives no algorithm, these steps are ours).
 
-Every group's weights are clustered on their own; the SVD of all cluster centres gives the shapes V that a rank allows;
-then codes, the scales and offsets of each group, and V take turns, each the best answer to the others.
+The weights of each group are clustered on their own; the leading eigenvectors of the centroids' second moment are the
+first basis V; then codes, scales and offsets, and V are updated in turn, each by exact minimization.
 """
 
 from __future__ import annotations
@@ -12,46 +12,73 @@ import torch
 from torch import Tensor
 
 from qcli.algorithms.solvers import grid
-from qcli.algorithms.solvers.tables import least_squares
+from qcli.algorithms.solvers.least_squares import fit_factors
+from qcli.algorithms.solvers.output_error import output_error
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, Codebook, nearest
 from qcli.core.weight import QuantizedWeight
 
-ROUNDS = 6  # ours: of the alternation; more change the error by less than .1 %
-_CLUSTERING = 4  # ours: rounds of k-means, from the best uniform grid
-_TILE = 1 << 20  # weights at a time
-_RIDGE = 1e-6  # of the small systems, relative to their diagonal
-_FAINT = 1e-6  # importance that unused inputs keep, relative to the mean
+ROUNDS = 6  # ours: alternations; more change the error by less than 0.1 %
+_KMEANS_ROUNDS = 4  # ours: from the best uniform grid
+_TILE = 1 << 20  # weights per tile
+_RIDGE = 1e-6  # of small normal equations, relative to their diagonal
+_MIN_IMPORTANCE = 1e-6  # relative to the mean: every column keeps some weight
+_TINY = 1e-30
 
 
 def fit(weight: Tensor, format: Codebook, importance: Tensor | None = None, rounds: int = ROUNDS) -> dict[str, Tensor]:
-    """Tables with a small `sum importance * (w - w_hat)^2`; those of the searched uniform grid where they are better.
+    """Tables with a small `sum importance * (w - w_hat)^2`; never worse than the searched uniform grid.
 
     Args:
         weight: float32 `[out, in]`.
         importance: float32 `[in]`, such as `diag(H)`; None: all ones.
+        rounds: alternations of codes, scales and basis.
 
     Returns:
-        Tables of `format`, as they are stored.
+        Tables of `format`, in their stored dtypes.
     """
     weights = weight.new_ones(weight.shape[1]) if importance is None else importance
-    weights = weights.clamp(min=_FAINT * float(weights.mean()))
+    weights = weights.clamp(min=_MIN_IMPORTANCE * float(weights.mean()))
     rows = format.basis_rows or len(weight)
     blocks = [
         _fit_block(weight[start : start + rows], format, weights, rounds) for start in range(0, len(weight), rows)
     ]
-    relaxed = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
-    return stored(relaxed, format)
+    tables = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    return _stored(tables, format)
 
 
-def stored(relaxed: dict[str, Tensor], format: Codebook) -> dict[str, Tensor]:
-    """Relaxed tables in the precision of `format`, the shapes of the basis scaled to a largest entry of 1."""
-    size = relaxed[BASIS].abs().amax(-1).clamp(min=1e-30)
-    per_row = format.spread(size, len(relaxed[SCALE]))
+def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Tensor) -> tuple[QuantizedWeight, int]:
+    """Exact least squares of all scales and offsets of a row under H at fixed codes and basis, then rounded (ours).
+
+    Args:
+        target: float32 `[out, in]`.
+        weight: the weight whose tables are refitted.
+        hessian: `[in, in]`.
+
+    Returns:
+        The new weight, or `weight` itself if its error is not larger, and the number of rows whose solution was
+        unusable; these keep their tables.
+    """
+    tables = format.float_tables(weight.tables)
+    basis = format.spread(tables[BASIS], len(target)).expand(len(target), -1, -1)
+    decoded = basis.gather(2, weight.codes.long()[:, None].expand(-1, format.rank, -1))
+    current = [*tables[SCALE].unbind(-1), -tables[OFFSET]]
+    solution, usable = fit_factors(target, list(decoded.unbind(1)), current, hessian, format)
+    factors = [new.where(usable[:, None], old) for new, old in zip(solution, current, strict=True)]
+    rounded = _stored(tables | {SCALE: torch.stack(factors[:-1], -1), OFFSET: -factors[-1]}, format)
+    refitted = QuantizedWeight(format, weight.shape, weight.codes, rounded)
+    best = min(weight, refitted, key=lambda choice: output_error(target - choice.dense(), hessian))
+    return best, int((~usable).sum())
+
+
+def _stored(tables: dict[str, Tensor], format: Codebook) -> dict[str, Tensor]:
+    """Round float tables to those that `format` stores; each basis vector is scaled to a largest magnitude of 1."""
+    size = tables[BASIS].abs().amax(-1).clamp(min=_TINY)
+    size_by_row = format.spread(size, len(tables[SCALE]))
     scaled = {
-        BASIS: relaxed[BASIS] / size[..., None],
-        SCALE: relaxed[SCALE] * per_row[:, None],
-        OFFSET: relaxed[OFFSET],
+        BASIS: tables[BASIS] / size[..., None],
+        SCALE: tables[SCALE] * size_by_row[:, None],
+        OFFSET: tables[OFFSET],
     }
     if format.table_bits == 16:
         return {name: table.half() for name, table in scaled.items()}
@@ -59,130 +86,116 @@ def stored(relaxed: dict[str, Tensor], format: Codebook) -> dict[str, Tensor]:
     return {BASIS: scaled[BASIS].half(), **scales, **offsets}
 
 
-def refit(target: Tensor, weight: QuantizedWeight, format: Codebook, hessian: Tensor) -> tuple[QuantizedWeight, int]:
-    """Exact least squares of all scales and offsets of a row under H at fixed codes and basis, then rounded.
-
-    Args:
-        target: float32 `[out, in]`, what `weight` stands for.
-        hessian: `[in, in]`.
-
-    Returns:
-        The better of both, and how many rows could not be solved for and keep their tables.
-    """
-    relaxed = format.float_tables(weight.tables)
-    basis = format.spread(relaxed[BASIS], len(target)).expand(len(target), -1, -1)
-    looked_up = basis.gather(2, weight.codes.long()[:, None].expand(-1, format.rank, -1))
-    current = [*relaxed[SCALE].unbind(-1), -relaxed[OFFSET]]
-    solved, usable = least_squares(target, list(looked_up.unbind(1)), current, hessian, format)
-    found = [table.where(usable[:, None], old) for table, old in zip(solved, current, strict=True)]
-    tables = stored(relaxed | {SCALE: torch.stack(found[:-1], -1), OFFSET: -found[-1]}, format)
-    refitted = QuantizedWeight(format, weight.shape, weight.codes, tables)
-
-    def error(candidate: QuantizedWeight) -> float:
-        difference = target - candidate.dense()
-        return float((difference @ hessian * difference).sum(dtype=torch.float64))
-
-    return min(weight, refitted, key=error), int((~usable).sum())
-
-
 def _fit_block(weight: Tensor, format: Codebook, importance: Tensor, rounds: int) -> dict[str, Tensor]:
-    """Relaxed tables of rows that share one basis."""
-    ramp = _uniform(weight, format, importance)
+    """Float tables of rows that share a basis."""
+    uniform = _uniform(weight, format, importance)
     clusters = [
-        _cluster(tile, format.entries(format.slice_rows(ramp, rows)), format, importance)
+        _cluster(tile, format.entries(format.slice_rows(uniform, rows)), format, importance)
         for rows, tile in _tiles(weight)
     ]
     codes = torch.cat([codes for codes, _ in clusters])
     moment: Tensor = torch.stack([moment for _, moment in clusters]).sum(0)
-    shapes = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : format.rank].T
-    tables = _alternate(weight, shapes.float(), codes, format, importance, rounds)
-    ramp[BASIS][0, 1:] = shapes[1:]  # unused so far; with 0 on both sides training could never use them
-    return min(tables, ramp, key=lambda candidate: _error(weight, candidate, format, importance))
+    basis = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : format.rank].T
+    fitted = _alternate(weight, basis.float(), codes, format, importance, rounds)
+    uniform[BASIS][0, 1:] = basis[1:]  # their scales are 0; were they 0 as well, training could never use them
+    return min(fitted, uniform, key=lambda tables: _stored_error(weight, tables, format, importance))
 
 
 def _uniform(weight: Tensor, format: Codebook, importance: Tensor) -> dict[str, Tensor]:
-    """The searched uniform grid as a codebook: a ramp, and shapes that are not used."""
-    uniform = Affine(bits=format.bits, group_size=format.group_size, zero_point="float")
-    found = grid.search(weight, uniform, importance)
-    scale, zero_point = found["weight_scale"].float(), found["weight_zero_point"].float()
+    """The searched uniform grid as a codebook: a ramp, and further basis vectors of zeros with scales of 0."""
+    affine = Affine(bits=format.bits, group_size=format.group_size, zero_point="float")
+    tables = grid.search(weight, affine, importance)
+    scale, zero_point = tables["weight_scale"].float(), tables["weight_zero_point"].float()
     ramp = torch.arange(1 << format.bits, device=weight.device).float()
     basis, scales = ramp.new_zeros(1, format.rank, len(ramp)), scale.new_zeros(*scale.shape, format.rank)
     basis[0, 0], scales[..., 0] = ramp, scale
     return {BASIS: basis, SCALE: scales, OFFSET: scale * zero_point}
 
 
-def _cluster(weight: Tensor, centres: Tensor, format: Codebook, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """k-means of each group from `centres` `[rows, groups, K]`: codes `[rows, groups, n]`, and the second moment of the
-    centres about their group's mean, weighted by the group's importance, float64 `[K, K]`."""
+def _cluster(weight: Tensor, centroids: Tensor, format: Codebook, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted k-means of each group on its own, from `centroids` `[rows, groups, K]`.
+
+    Returns:
+        Codes uint8 `[rows, groups, n]`, and the second moment of the centroids about their group's mean, weighted by
+        the group's importance, float64 `[K, K]`.
+    """
     groups, weights = format.grouped(weight), format.grouped(importance[None])
-    for _ in range(_CLUSTERING):
-        count, total = _sums(groups, weights, nearest(groups, centres), centres.shape[-1])
-        centres = torch.where(count > 0, total / count.clamp(min=1e-30), centres)
-        centres = centres.sort(dim=-1).values
-    codes = nearest(groups, centres)
-    heavy = weights.sum(-1).double().sqrt()[..., None]
-    centred = ((centres - centres.mean(-1, keepdim=True)).double() * heavy).flatten(0, 1)
-    return codes, centred.T @ centred
+    for _ in range(_KMEANS_ROUNDS):
+        count, total = _sums_by_code(groups, weights, nearest(groups, centroids), centroids.shape[-1])
+        centroids = torch.where(count > 0, total / count.clamp(min=_TINY), centroids)
+        centroids = centroids.sort(dim=-1).values
+    codes = nearest(groups, centroids)
+    root = weights.sum(-1).double().sqrt()[..., None]
+    centered = ((centroids - centroids.mean(-1, keepdim=True)).double() * root).flatten(0, 1)
+    return codes, centered.T @ centered
 
 
 def _alternate(
-    weight: Tensor, shapes: Tensor, codes: Tensor, format: Codebook, importance: Tensor, rounds: int
+    weight: Tensor, basis: Tensor, codes: Tensor, format: Codebook, importance: Tensor, rounds: int
 ) -> dict[str, Tensor]:
-    """Turns of (scales, offsets), basis and codes, from `shapes` `[rank, K]` and `codes` `[rows, groups, n]`."""
-    rank, entries = shapes.shape
+    """Alternate codes, scales and offsets, and basis, each the exact minimizer given the others.
+
+    Args:
+        basis: initial V, float32 `[rank, K]`.
+        codes: initial codes, uint8 `[rows, groups, n]`; overwritten.
+
+    Returns:
+        Float tables.
+    """
+    rank, entries = basis.shape
     scale = weight.new_empty(*codes.shape[:2], rank)
     offset = weight.new_empty(*codes.shape[:2])
     weights = format.grouped(importance[None])
-    for turn in range(rounds):
+    for number in range(rounds):
         normal, right = weight.new_zeros(entries, rank, rank).double(), weight.new_zeros(entries, rank).double()
         for rows, tile in _tiles(weight):
             groups = format.grouped(tile)
-            if turn:
-                tables = {BASIS: shapes[None], SCALE: scale[rows], OFFSET: offset[rows]}
+            if number:
+                tables = {BASIS: basis[None], SCALE: scale[rows], OFFSET: offset[rows]}
                 codes[rows] = nearest(groups, format.entries(tables))
-            count, total = _sums(groups, weights, codes[rows], entries)
-            scale[rows], offset[rows] = _scales(count, total, shapes)
-            own = scale[rows].double().flatten(0, 1)
-            wanted = (total + count * offset[rows][..., None]).double().flatten(0, 1)
-            weighted = count.double().flatten(0, 1)
-            normal += torch.einsum("nk,nr,ns->krs", weighted, own, own)
-            right += torch.einsum("nk,nr->kr", wanted, own)
-        ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(0).clamp(min=1e-30)
+            count, total = _sums_by_code(groups, weights, codes[rows], entries)
+            scale[rows], offset[rows] = _fit_scales(count, total, basis)
+            factors = scale[rows].double().flatten(0, 1)
+            targets = (total + count * offset[rows][..., None]).double().flatten(0, 1)
+            counts = count.double().flatten(0, 1)
+            normal += torch.einsum("nk,nr,ns->krs", counts, factors, factors)
+            right += torch.einsum("nk,nr->kr", targets, factors)
+        ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(0).clamp(min=_TINY)
         normal += torch.diag(ridge)
-        right += ridge * shapes.T.double()
-        shapes = torch.linalg.solve(normal, right[..., None])[..., 0].T.float().contiguous()
-    return {BASIS: shapes[None], SCALE: scale, OFFSET: offset}
+        right += ridge * basis.T.double()
+        basis = torch.linalg.solve(normal, right[..., None])[..., 0].T.float().contiguous()
+    return {BASIS: basis[None], SCALE: scale, OFFSET: offset}
 
 
-def _scales(count: Tensor, total: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    """The best `S [rows, groups, rank]` and `beta [rows, groups]` for the weights summed up by code.
+def _fit_scales(count: Tensor, total: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of each group's `S [rows, groups, rank]` and `beta [rows, groups]` at fixed codes and basis.
 
     Args:
-        count: `[rows, groups, K]`, importance by code.
-        total: likewise, importance times weight.
-        shapes: `[rank, K]`.
+        count: `[rows, groups, K]`, importance summed by code.
+        total: `[rows, groups, K]`, importance times weight summed by code.
+        basis: `[rank, K]`.
     """
-    design = torch.cat([shapes, -torch.ones_like(shapes[:1])]).double()
+    design = torch.cat([basis, -torch.ones_like(basis[:1])]).double()
     normal = torch.einsum("rk,ogk,sk->ogrs", design, count.double(), design)
     right = torch.einsum("rk,ogk->ogr", design, total.double())
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    normal = normal + torch.diag_embed(_RIDGE * diagonal + 1e-12 * diagonal.amax(-1, keepdim=True).clamp(min=1e-30))
-    solved = torch.linalg.solve(normal, right[..., None])[..., 0].float()
-    return solved[..., :-1], solved[..., -1]
+    normal = normal + torch.diag_embed(_RIDGE * diagonal + 1e-12 * diagonal.amax(-1, keepdim=True).clamp(min=_TINY))
+    solution = torch.linalg.solve(normal, right[..., None])[..., 0].float()
+    return solution[..., :-1], solution[..., -1]
 
 
-def _sums(groups: Tensor, weights: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Importance, and importance times weight, by group and code: `[rows, groups, K]` each."""
-    places, weights = codes.long(), weights.expand_as(groups)
-    empty = groups.new_zeros(*groups.shape[:2], entries)
-    return empty.scatter_add(2, places, weights), empty.scatter_add(2, places, weights * groups)
+def _sums_by_code(groups: Tensor, weights: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """Importance, and importance times weight, summed by group and code: `[rows, groups, K]` each."""
+    indices, weights = codes.long(), weights.expand_as(groups)
+    zeros = groups.new_zeros(*groups.shape[:2], entries)
+    return zeros.scatter_add(2, indices, weights), zeros.scatter_add(2, indices, weights * groups)
 
 
-def _error(weight: Tensor, relaxed: dict[str, Tensor], format: Codebook, importance: Tensor) -> float:
-    """Of the tables as they will be stored."""
-    tables, total = stored(relaxed, format), 0.0
+def _stored_error(weight: Tensor, tables: dict[str, Tensor], format: Codebook, importance: Tensor) -> float:
+    """Weighted squared error with float tables rounded as they will be stored."""
+    rounded, total = _stored(tables, format), 0.0
     for rows, tile in _tiles(weight):
-        own = format.slice_rows(tables, rows)
+        own = format.slice_rows(rounded, rows)
         difference = format.decode(format.encode(tile, own), own) - tile
         total += float((difference.square() * importance).sum(dtype=torch.float64))
     return total

@@ -1,12 +1,14 @@
-"""Error feedback: quantize column by column and let the columns to come absorb each column's error.
+"""Error feedback: quantize column by column; the columns still to come compensate each column's error.
 
-GPTQ (arXiv 2210.17323, section 3) and GPTAQ's asymmetric term (arXiv 2504.02692, eq. 14), for any format.
-The factor comes from one Cholesky of the flipped Hessian and one triangular inverse in place (ours), in float64.
+GPTQ (arXiv 2210.17323, section 3) and GPTAQ's asymmetric term (arXiv 2504.02692, eq. 14), for every format. Ours: the
+Cholesky factor of the inverse Hessian comes from one Cholesky of the flipped Hessian and one triangular inverse in
+place, in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,17 +16,35 @@ from torch import Tensor
 from qcli.core.weight import Format
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)
-_DIRECT = 256  # rows of a triangle that is inverted in one piece
-_LAZY = 64  # columns whose errors are applied to the rest of the matrix in one product
+_DIRECT = 256  # rows of a triangle that is inverted in one call
+_LAZY = 64  # columns per lazy block: the rest of the matrix gets their errors in one product
+
+
+@dataclass(frozen=True)
+class DynamicTables:
+    """Tables of each group fitted when error feedback reaches the group, as in GPTQ, instead of beforehand.
+
+    Attributes:
+        ends: positions in the column order at which groups end, ascending; each group is contiguous in the order.
+        fit: (columns of a group, int64 `[n]`; their values after the feedback so far, `[out, n]`) -> tables of the
+            whole weight with the entries of that group refitted.
+    """
+
+    ends: Sequence[int]
+    fit: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """Upper triangular `U` with `U^T U = (H + damping * mean(diag H) * I)^-1`, and the damping that was used.
+    """Upper triangular `U` with `U^T U = (H + damping * mean(diag H) * I)^-1`.
 
-    Climbs `DAMPINGS` while the Hessian is not positive definite; `None` when even the last does not help.
+    The damping is raised along `DAMPINGS` while the damped Hessian is not positive definite.
 
     Args:
-        hessian: `[in, in]`; dead inputs must have a non-zero diagonal (see `without_dead_inputs`).
+        hessian: `[in, in]`; dead inputs need a nonzero diagonal (see `without_dead_inputs`).
+        damping: the first one tried.
+
+    Returns:
+        float32 `[in, in]`, None if no damping suffices; and the damping used.
     """
     for strength in (damping, *(step for step in DAMPINGS if step > damping)):
         damped = hessian.flip(0, 1).double()
@@ -52,9 +72,9 @@ def _invert_lower(matrix: Tensor) -> None:
 
 
 def without_dead_inputs(hessian: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs that are always 0 get the others' mean for `H_jj`, and `w_j = 0`, in copies.
+    """Copies with `w_j = 0` and `H_jj` the mean of the live inputs', for inputs j that are always 0.
 
-    Without such inputs nothing is copied. The new `H_jj` lets H be inverted, and says nothing of an input's importance.
+    This `H_jj` makes H invertible; it says nothing about importance. Without dead inputs the arguments are returned.
     """
     dead = hessian.diagonal() <= 0
     if not bool(dead.any()):
@@ -67,18 +87,25 @@ def without_dead_inputs(hessian: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 
 
 def asymmetric_term(hessian: Tensor, cross: Tensor, factor: Tensor, alpha: float) -> Tensor:
-    """GPTAQ's `P = alpha * triu(D U^T, 1) U` with `D = E[(x - x~)^T x~] = G - H`; `[in, in]`.
+    """GPTAQ's `P = alpha * triu(D U^T, 1) U`, `D = E[(x - x~)^T x~] = G - H`; `[in, in]`.
 
-    `alpha` is 1 in the paper and 0.25 as GPTQModel ships it.
+    Args:
+        hessian: `H`, `[in, in]`.
+        cross: `G`, `[in, in]`.
+        factor: `U` (see `inverse_factor`).
+        alpha: 1 in the paper, 0.25 as GPTQModel ships it.
     """
     return alpha * torch.triu((cross - hessian) @ factor.T, diagonal=1) @ factor
 
 
 def column_order(hessian: Tensor, group_width: int, kind: str) -> Tensor:
-    """The order in which columns are quantized, `[in]`.
+    """The order in which columns are quantized, int64 `[in]`.
 
-    `static`: by falling `diag(H)` over the whole row. `group-aware`: groups by the falling maximum of their
-    diagonal, and by falling diagonal inside a group. `none`: as stored.
+    Args:
+        hessian: `[in, in]`.
+        group_width: columns per group, for `group-aware`.
+        kind: `static`: by falling `diag(H)`. `group-aware`: groups by the falling maximum of their diagonal, columns in
+            a group by falling diagonal. `none`: as stored.
     """
     importance = hessian.diagonal()
     if kind == "none":
@@ -99,46 +126,46 @@ def quantize_columns(
     order: Tensor,
     format: Format,
     tables: Mapping[str, Tensor],
+    *,
     asymmetry: Tensor | None = None,
-    grid_of: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None,
-    spans: Sequence[int] | None = None,
+    dynamic: DynamicTables | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Codes of `weight` with error feedback.
+    """Quantize a weight with error feedback.
 
     Args:
         weight: float32 `[out, in]`.
-        factor: `U` of the Hessian whose rows and columns are already in `order`, `[in, in]`.
-        order: columns of `weight` in the order of their quantization, `[in]`.
-        tables: the grid, fixed beforehand; with `grid_of` only a start.
-        asymmetry: `asymmetric_term` in `order`, or None.
-        grid_of: fits the grid of one group when the loop reaches it: (columns, their current values
-            `[out, n]`) -> tables of the whole weight with that group's entries replaced.
-        spans: with `grid_of`: where the groups end, in `order`.
+        factor: `U` of the Hessian with rows and columns in `order`, `[in, in]`.
+        order: the columns in the order of their quantization, int64 `[in]`.
+        format: of the codes.
+        tables: of the whole weight; with `dynamic`, their initial values.
+        asymmetry: `asymmetric_term` in `order`; None: 0.
+        dynamic: fits tables on the way; None: `tables` are final.
 
     Returns:
-        uint8 codes `[out, in]` in the stored column order, and the tables they refer to.
+        Codes uint8 `[out, in]` in the weight's own column order, and the tables they were chosen with.
     """
-    columns = weight.T[order].contiguous()  # one row a column: the loop then works on contiguous memory
+    columns = weight.T[order].contiguous()  # one row per column: the loop then reads contiguous memory
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    for start, stop in _lazy_blocks(len(order), spans):
+    ends = None if dynamic is None else dynamic.ends
+    for start, stop in _lazy_blocks(len(order), ends):
         block = columns[start:stop]
         errors, factor_block = torch.empty_like(block), factor[start:stop, start:stop]
         diagonal = factor_block.diagonal().tolist()
         nearest = format.rounder(tables, order[start:stop])
         for column in range(stop - start):
-            if grid_of is not None and spans is not None and (start + column == 0 or start + column in spans):
-                end = next(span for span in spans if span > start + column)
-                members = slice(start + column, end)
-                tables = grid_of(order[members], columns[members].T)
+            position = start + column
+            if dynamic is not None and (position == 0 or position in dynamic.ends):
+                members = slice(position, next(end for end in dynamic.ends if end > position))
+                tables = dynamic.fit(order[members], columns[members].T)
                 nearest = format.rounder(tables, order[start:stop])
             values = block[column]
             code, value = nearest(column, values)
-            codes[start + column] = code
+            codes[position] = code
             torch.sub(values, value, out=errors[column]).div_(diagonal[column])
             rest = block[column + 1 :]
             rest.addr_(factor_block[column, column + 1 :], errors[column], alpha=-1)
             if asymmetry is not None:
-                rest.addr_(asymmetry[start + column, start + column + 1 : stop], values)
+                rest.addr_(asymmetry[position, position + 1 : stop], values)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         if asymmetry is not None:
             columns[stop:].addmm_(asymmetry[start:stop, stop:].T, block)
@@ -147,11 +174,11 @@ def quantize_columns(
     return stored.T.contiguous(), tables
 
 
-def _lazy_blocks(columns: int, spans: Sequence[int] | None) -> list[tuple[int, int]]:
-    """Blocks of about `_LAZY` columns; with `spans`, of whole groups, so that a grid sees every earlier error."""
-    ends = [*list(range(_LAZY, columns, _LAZY)), columns] if spans is None else []
-    if spans is not None:
-        for span in spans:
-            if span == columns or span - (ends[-1] if ends else 0) >= _LAZY:
-                ends.append(span)
+def _lazy_blocks(columns: int, group_ends: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of `_LAZY` columns; with `group_ends`, of whole groups and at least as many, so that a
+    group's tables see the errors of all columns before it."""
+    ends = [*range(_LAZY, columns, _LAZY), columns] if group_ends is None else []
+    for end in group_ends or ():
+        if end == columns or end - (ends[-1] if ends else 0) >= _LAZY:
+            ends.append(end)
     return list(zip([0, *ends[:-1]], ends, strict=True))

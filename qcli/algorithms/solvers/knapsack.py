@@ -1,55 +1,69 @@
-"""One option for each item, the least loss within a budget: the multiple-choice knapsack, solved exactly.
+"""The multiple-choice knapsack, solved exactly: one option per item, the least total loss within a budget.
 
-States are built item by item. A Lagrange multiplier bounds what any completion of a state can reach; states that
-cannot beat a solution already known, or that another beats in both cost and loss, are dropped. With many items the
-gap between the two bounds is as small as one item's, so few states survive.
+Dynamic programming over the items. A Lagrange multiplier gives a lower bound on the loss of every completion of a
+state; states whose bound is above a known solution, and states dominated in both cost and loss, are pruned. With many
+items the gap between the bounds is about one item's loss, so few states survive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
+from typing import NamedTuple
 
-_HALVINGS = 100  # of the multiplier's interval
+_BISECTIONS = 100  # of the multiplier
 
 
-def cheapest_loss(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """The option of each item whose losses sum to the least while their costs stay within `budget`.
+class _Option(NamedTuple):
+    loss: float
+    cost: int
+    number: int
 
-    Of solutions alike, one is taken always the same way.
+
+_Item = list[_Option]
+
+
+def minimize_loss(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Choose one option per item with the least sum of losses such that the sum of costs is at most `budget`.
+
+    Among equal solutions the choice is deterministic.
 
     Args:
-        losses: by item and option; infinite: not to be taken.
-        costs: likewise.
+        losses: by item and option; infinite: not to be chosen.
+        costs: by item and option.
+        budget: in the unit of the costs.
+
+    Returns:
+        The number of each item's option.
 
     Raises:
-        ValueError: the cheapest options cost more than the budget.
+        ValueError: the cheapest options together exceed the budget.
     """
     items = [
-        [(loss, cost, option) for option, (loss, cost) in enumerate(zip(*both, strict=True)) if loss < inf]
+        [_Option(loss, cost, number) for number, (loss, cost) in enumerate(zip(*both, strict=True)) if loss < inf]
         for both in zip(losses, costs, strict=True)
     ]
-    if any(not item for item in items) or sum(min(cost for _, cost, _ in item) for item in items) > budget:
+    if any(not item for item in items) or sum(min(option.cost for option in item) for item in items) > budget:
         raise ValueError("the cheapest options cost more than the budget")
-    price = _price(items, budget)
-    known = _within(items, price, budget)
+    price = _multiplier(items, budget)
+    known = _greedy_loss(items, price, budget)
     slack = 1e-9 * (1 + abs(known))
     rest = [0.0]  # least priced loss of the items to come
     for item in reversed(items):
-        rest.append(rest[-1] + min(loss + price * cost for loss, cost, _ in item))
+        rest.append(rest[-1] + min(option.loss + price * option.cost for option in item))
     rest.reverse()
 
-    states: list[tuple[int, float, tuple[object, ...]]] = [(0, 0.0, ())]  # cost, loss, options so far as nested pairs
+    states: list[tuple[int, float, tuple[object, ...]]] = [(0, 0.0, ())]  # cost, loss, options as nested pairs
     for number, item in enumerate(items, start=1):
-        grown = [
-            (cost + more, loss + added, (chosen, option))
+        extended = [
+            (cost + option.cost, loss + option.loss, (chosen, option.number))
             for cost, loss, chosen in states
-            for added, more, option in item
-            if loss + added + price * (cost + more) + rest[number] - price * budget <= known + slack
+            for option in item
+            if loss + option.loss + price * (cost + option.cost) + rest[number] - price * budget <= known + slack
         ]
-        grown.sort(key=lambda state: state[:2])
+        extended.sort(key=lambda state: state[:2])
         states, least = [], inf
-        for state in grown:
+        for state in extended:
             if state[0] <= budget and state[1] < least:
                 states.append(state)
                 least = state[1]
@@ -61,38 +75,35 @@ def cheapest_loss(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[in
     return options[::-1]
 
 
-_Item = list[tuple[float, int, int]]
-
-
-def _price(items: Sequence[_Item], budget: int) -> float:
-    """The least multiplier, loss per cost, at which the best priced options keep within the budget."""
+def _multiplier(items: Sequence[_Item], budget: int) -> float:
+    """The least price, in loss per unit of cost, at which the options with the least priced loss fit the budget."""
     low, high = 0.0, 1.0
-    while _taken(items, high)[1] > budget:
+    while sum(option.cost for option in _relaxed(items, high)) > budget:
         low, high = high, 2 * high
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _taken(items, middle)[1] <= budget else (middle, high)
+        fits = sum(option.cost for option in _relaxed(items, middle)) <= budget
+        low, high = (low, middle) if fits else (middle, high)
     return high
 
 
-def _taken(items: Sequence[_Item], price: float) -> tuple[float, int]:
-    """Loss and cost of the best priced options, the cheaper one of two alike."""
-    best = [min(item, key=lambda option: (option[0] + price * option[1], option[1])) for item in items]
-    return sum(loss for loss, _, _ in best), sum(cost for _, cost, _ in best)
+def _relaxed(items: Sequence[_Item], price: float) -> list[_Option]:
+    """The option of each item with the least loss plus priced cost, the cheaper of equal ones."""
+    return [min(item, key=lambda option: (option.loss + price * option.cost, option.cost)) for item in items]
 
 
-def _within(items: Sequence[_Item], price: float, budget: int) -> float:
-    """The loss of a good solution: the best priced options, and what else the budget leaves room for."""
-    best = [min(item, key=lambda option: (option[0] + price * option[1], option[1])) for item in items]
-    loss, cost = sum(option[0] for option in best), sum(option[1] for option in best)
+def _greedy_loss(items: Sequence[_Item], price: float, budget: int) -> float:
+    """The loss of a good solution: the options of `_relaxed`, improved one by one while the budget lasts."""
+    best = _relaxed(items, price)
+    loss, cost = sum(option.loss for option in best), sum(option.cost for option in best)
     while True:
         better = [
-            (option[0] - best[number][0], number, option)
+            (option.loss - best[number].loss, number, option)
             for number, item in enumerate(items)
             for option in item
-            if option[0] < best[number][0] and cost + option[1] - best[number][1] <= budget
+            if option.loss < best[number].loss and cost + option.cost - best[number].cost <= budget
         ]
         if not better:
             return loss
         gain, number, option = min(better)
-        loss, cost, best[number] = loss + gain, cost + option[1] - best[number][1], option
+        loss, cost, best[number] = loss + gain, cost + option.cost - best[number].cost, option

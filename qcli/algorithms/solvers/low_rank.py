@@ -1,9 +1,9 @@
-"""The low-rank matrix that repairs most of a quantization error, seen by the layer's inputs.
+"""Low-rank factors that correct a quantization error, optionally as the layer's inputs see it.
 
-`A B` minimises `tr((E - A B) H (E - A B)^T)`. With `H = L L^T` that is the truncated SVD of `E L` mapped back by
-`L^-1`; its left vectors `U` are the leading eigenvectors of `E H E^T`, and since `U U^T E L = U S V^T`, the optimum is
-`A = U`, `B = U^T E`: no factor of H, hence no damping, and a singular H does no harm (ours). `H = I` gives the plain
-SVD of LoRC (arXiv 2303.08302, section 5).
+`A B` minimizes `tr((E - A B) H (E - A B)^T)`. With `H = L L^T` that is the truncated SVD of `E L` times `L^-1`. Its
+left singular vectors `U` are the leading eigenvectors of `E H E^T`, and as `U U^T E L = U S V^T`, the optimum is `A =
+U`, `B = U^T E` (ours): H is never factored, so it needs no damping and may be singular. `H = I` is the plain SVD of
+LoRC (arXiv 2303.08302, section 5).
 """
 
 from __future__ import annotations
@@ -14,35 +14,29 @@ from torch import Tensor
 from qcli.core.formats.low_rank import LowRank
 
 _OVERSAMPLING = 8  # columns of a Krylov block beyond the rank
-_DEPTH = 8  # blocks: matrices of up to 128 rows are solved exactly at rank 8, larger ones to .1 % of the error
-
-
-def weighted_error(error: Tensor, hessian: Tensor | None) -> float:
-    """`tr(E H E^T)`: the mean squared error of the output, summed over its channels; without H `||E||^2`.
-
-    Args:
-        error: `[out, in]`.
-        hessian: `[in, in]`.
-    """
-    return float(((error if hessian is None else error @ hessian) * error).sum(dtype=torch.float64))
+_DEPTH = 8  # Krylov blocks: exact for up to 128 rows at rank 8, within 0.1 % of the error above
 
 
 def leading_directions(error: Tensor, hessian: Tensor | None, rank: int) -> Tensor:
-    """Orthonormal leading eigenvectors of `E H E^T`, float64 `[out, rank]`, by block Krylov iteration.
+    """Leading eigenvectors of `E H E^T`, orthonormal, by block Krylov iteration.
 
-    (Musco and Musco, arXiv 1504.05477, algorithm 2: accurate even where the spectrum is flat, as that of a rounding
-    error is.) The start is drawn by a private generator, so the result is the same every time.
+    Musco and Musco (arXiv 1504.05477, algorithm 2): accurate for flat spectra too, such as those of rounding errors.
+    The start is drawn from a generator of its own, so the result is deterministic.
 
     Args:
         error: `[out, in]`.
         hessian: `[in, in]`; None: the identity.
+        rank: how many.
+
+    Returns:
+        float64 `[out, rank]`, by falling eigenvalue.
     """
     wide = error.double()
     moment = None if hessian is None else hessian.double()
 
     def apply(vectors: Tensor) -> Tensor:
-        seen = wide.T @ vectors
-        return wide @ (seen if moment is None else moment @ seen)
+        projected = wide.T @ vectors
+        return wide @ (projected if moment is None else moment @ projected)
 
     width = min(rank + _OVERSAMPLING, len(wide))
     start = torch.randn(len(wide), width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -55,20 +49,23 @@ def leading_directions(error: Tensor, hessian: Tensor | None, rank: int) -> Tens
     return basis @ leading
 
 
-def factors(error: Tensor, hessian: Tensor | None, format: LowRank) -> dict[str, Tensor]:
-    """The tables of `format` whose product is closest to `error` under H.
+def fit_factors(error: Tensor, hessian: Tensor | None, format: LowRank) -> dict[str, Tensor]:
+    """Factors whose product is closest to `error` under H, rounded as stored.
 
-    A is rounded first; B is the least-squares answer to the rounded A, `B = A^+ E` whatever H is, then rounded. Each
-    direction is shared out so that both factors reach the same size, the best for float16's range.
+    A is rounded first; B is the least-squares answer to the rounded A, `B = A^+ E` whatever H is, and rounded last. The
+    size of each direction is shared equally between both factors, which suits float16's range.
 
     Args:
         error: `[out, in]`.
         hessian: `[in, in]`; None: the identity.
+
+    Returns:
+        The factor tables of `format`.
     """
     directions = leading_directions(error, hessian, format.rank)
     wide = error.double()
-    reach = directions.abs().amax(0)
-    balance = ((directions.T @ wide).abs().amax(1) / reach).sqrt()
+    magnitude = directions.abs().amax(0)
+    balance = ((directions.T @ wide).abs().amax(1) / magnitude).sqrt()
     tables = format.round_factor("a", directions * balance)
     rounded = format.factor("a", tables).double()
     return tables | format.round_factor("b", torch.linalg.pinv(rounded) @ wide)

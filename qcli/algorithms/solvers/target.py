@@ -1,4 +1,4 @@
-"""What a layer's codes should aim at, given the inputs it will really get."""
+"""Target refit: the weight to quantize, given the inputs the layer will get in the quantized model."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import torch
 from torch import Tensor
 
 
-def refit(
+def refit_target(
     weight: Tensor, hessian: Tensor, cross: Tensor, residual_cross: Tensor | None, ridge: float
 ) -> tuple[Tensor, float]:
     """The weight whose outputs on quantized inputs are closest to the full-precision layer's outputs.
 
-    `W* = (W G + R + lambda W) (H + lambda I)^-1`, `lambda = ridge * mean(diag H)`; ridge regression towards `W`
-    (the idea of Qronos; the ridge, and `R` for layers that write to the residual stream, are ours).
+    `W* = (W G + R + lambda W) (H + lambda I)^-1`, `lambda = ridge * mean(diag H)`: ridge regression towards `W`. The
+    idea is that of Qronos; the ridge, and `R`, by which layers that write to the residual stream correct its error, are
+    ours.
 
     Args:
         weight: float32 `[out, in]`, `W`.
         hessian: `H = E[x~^T x~]`, `[in, in]`.
         cross: `G = E[x^T x~]`, `[in, in]`.
-        residual_cross: `R = E[(r - r~)^T x~]`, `[out, in]`, or None.
-        ridge: relative to the mean diagonal of `H`; raised tenfold as often as it takes to factor `H`.
+        residual_cross: `R = E[(r - r~)^T x~]`, `[out, in]`; None: 0.
+        ridge: relative to the mean diagonal of `H`; multiplied by 10 until `H + lambda I` is positive definite.
 
     Returns:
-        float32 `[out, in]`, and the ridge that was used.
+        float32 `[out, in]`, and the ridge used.
     """
     mean = hessian.double().diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        wide = hessian.double()
-        wide.diagonal().add_(ridge * mean)
-        factor, failed = torch.linalg.cholesky_ex(wide)
+        damped = hessian.double()
+        damped.diagonal().add_(ridge * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             break
         ridge *= 10

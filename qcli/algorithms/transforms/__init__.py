@@ -1,1 +1,1 @@
-"""Rewrites before any method: one file a transform, registered under the file's name."""
+"""Transforms that come before the method. One file per transform, registered under the file's name."""

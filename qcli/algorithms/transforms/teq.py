@@ -1,7 +1,8 @@
-"""TEQ: train how much of each channel's size lies in a weight's columns and how much in what produces its inputs.
+"""TEQ: trainable equivalent transformation (arXiv 2310.10944).
 
-arXiv 2310.10944: `y = (x / alpha) Q(W * alpha)^T + b` with one `alpha` per input channel, shared by all linears that
-read it; the module before is divided by it, so nothing is left at inference.
+`y = (x / alpha) Q(W * alpha)^T + b` with one trained `alpha` per input channel, shared by all linears that read it.
+Division by alpha is folded into the module that produces the channel, multiplication into the weights: no cost at
+inference.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ __all__ = ["TEQ"]
 class TEQ(Transform):
     """Trainable equivalent transformation.
 
-    The paper's: rounding to nearest on min-max grids, the number of steps, Adam's betas. Ours: `alpha = exp(theta)`
-    stays positive, the rate falls by a cosine, the best step on held-out samples is kept and the untransformed block
-    is one of them, and gradients that know that an alpha widens the grid of its whole group. The paper's
-    straight-through ones take all other errors as given: they pull even at one factor for all columns of a group,
-    which changes nothing. Codebooks are stood in for by min-max grids of the same groups.
+    The paper's: rounding to nearest on min-max grids in the forward pass, the number of steps, Adam's betas. Ours:
+    `alpha = exp(theta)`, which stays positive; cosine decay of the learning rate; the best held-out step is kept, the
+    start included; and gradients through the range of each group (`gradient`). The paper's straight-through gradients
+    take rounding errors as constants, so they also pull along a common factor of all columns of a group, which changes
+    nothing. Codebooks are represented by min-max grids of the same groups.
     """
 
     name: ClassVar[str] = "teq"
 
     loss: Literal["block", "kl", "cross-entropy"] = Field(
         default="block",
-        description="what is trained for: each block's output, or the whole model's predictions against the "
-        "full-precision model's (kl) or the text (cross-entropy, the paper's)",
+        description="what is minimized: the error of each block's output; or the whole model's KL divergence from the "
+        "full-precision model, or its cross-entropy on the text (the paper's)",
     )
     gradient: Literal["range", "straight-through"] = Field(
         default="range",
-        description="how rounding errors depend on alpha: through the range of their group too, or not (the paper's)",
+        description="rounding errors scale with the range of their group, or are constants (the paper's)",
     )
     steps: int = Field(default=1000, ge=0, description="optimizer steps")
-    lr: float = Field(default=1e-2, gt=0, description="learning rate of log(alpha); the paper's is 0.001")
+    lr: float = Field(default=1e-2, gt=0, description="learning rate of log(alpha); 0.001 in the paper")
 
     def misfit(self, format: Format) -> str | None:
         if _uniform(format) is None:
@@ -63,40 +64,35 @@ class TEQ(Transform):
         objective: Objective,
         progress: Progress = silent,
     ) -> tuple[list[Tensor], Outcome]:
-        """Train the alphas of `scales`, in the basis of the original weights; nothing is folded yet.
+        """Train the alphas in the basis of the original weights (see `Transform.fit`).
 
-        What the rest of the model sees of a transformed linear is
-        `Q(W * alpha_in / alpha_out) * alpha_out / alpha_in`, whatever is done to the modules between.
-
-        Args:
-            weights: float32 `[out, in]` by path, original values.
-            formats: by path; None: the layer stays dense. Layers that are missing count as dense.
-            scales: index maps on the device of the weights.
-            objective: judges effective weights of all of `weights`.
-
-        Returns:
-            float32 `[size]` alphas, one tensor a scale, and how the training went. Scales that touch no quantized
-            layer's columns stay 1.
+        To the rest of the model a transformed linear is `Q(W * alpha_in / alpha_out) * alpha_out / alpha_in`, whatever
+        is folded into the modules between. Scales whose readers all stay dense keep alpha = 1.
         """
         import torch
 
         from qcli.algorithms.training.loop import Schedule, train
         from qcli.algorithms.training.outcome import Outcome
 
-        block = _Transformed(weights, formats, scales, through_range=self.gradient == "range")
-        if block.trained:
+        transformed = _Transformed(weights, formats, scales, through_range=self.gradient == "range")
+        if transformed.trained:
             schedule = Schedule(self.steps, betas=(0.9, 0.9), floor=0.0)
-            group = {"params": block.trained, "lr": self.lr}
-            outcome = train([group], block.effective, objective, schedule, progress=progress)
+            group = {"params": transformed.trained, "lr": self.lr}
+            outcome = train([group], transformed.effective, objective, schedule, progress=progress)
         else:
             with torch.no_grad():
-                loss = objective.held_out(block.effective(True))
+                loss = objective.held_out(transformed.effective(True))
             outcome = Outcome(loss, loss, best_step=0, steps=0)
-        return [theta.detach().exp() for theta in block.thetas], outcome
+        return [theta.detach().exp() for theta in transformed.thetas], outcome
 
 
 class _Transformed:
-    """Effective weights of linears as functions of `theta = log(alpha)`."""
+    """Effective weights of linears as functions of `theta = log(alpha)`.
+
+    Args:
+        weights, formats, scales: as for `Transform.fit`.
+        through_range: whether gradients pass through the range of each group.
+    """
 
     def __init__(
         self,
@@ -110,56 +106,56 @@ class _Transformed:
 
         self.weights, self.scales, self.through_range = weights, scales, through_range
         grids = {path: _uniform(format) for path, format in formats.items() if format is not None}
-        self.formats = {path: grid for path, grid in grids.items() if grid is not None}
+        self.grids = {path: grid for path, grid in grids.items() if grid is not None}
         device = next(iter(weights.values())).device
         self.thetas = [torch.zeros(scale.size, device=device, requires_grad=True) for scale in scales]
         self.trained = [
             theta
             for theta, scale in zip(self.thetas, scales, strict=True)
-            if any(reader in self.formats for reader in scale.readers)
+            if any(reader in self.grids for reader in scale.readers)
         ]
 
     def effective(self, as_stored: bool) -> dict[str, Tensor]:
-        """By path; `as_stored` makes no difference, since rounding is what is trained through."""
+        """All weights by path, quantized ones rounded; `as_stored` makes no difference."""
         return {
-            path: self._rounded(path, self.formats[path]) if path in self.formats else weight
+            path: self._rounded(path, self.grids[path]) if path in self.grids else weight
             for path, weight in self.weights.items()
         }
 
     def _rounded(self, path: str, format: Affine) -> Tensor:
         """`Q(V) * alpha_out / alpha_in` with `V = W * alpha_in / alpha_out`.
 
-        With `Q(V) = V + error` this is `W + error * alpha_out / alpha_in`: straight through means that the error has
-        no gradient. But an error is a share of its grid's step, which is a share of its group's range.
+        With `Q(V) = V + error` this is `W + error * alpha_out / alpha_in`. Straight through, the error is a constant;
+        through the range, it is proportional to the step of its grid, hence to the range of its group.
         """
         import torch
 
         from qcli.algorithms.solvers import grid
 
         weight = self.weights[path]
-        columns, rows = self._log_scales(path)
-        scaled = weight * (columns - rows[:, None]).exp()
+        log_in, log_out = self._log_alphas(path)
+        scaled = weight * (log_in - log_out[:, None]).exp()
         with torch.no_grad():
             error = format.decode(*grid.round_to_minmax(scaled, format)) - scaled
         if self.through_range:
-            span = _range(scaled, format)
+            span = _group_range(scaled, format)
             error = error * format.spread(span / span.detach(), weight.shape[1])
-        return torch.addcmul(weight, error, (rows[:, None] - columns).exp())
+        return torch.addcmul(weight, error, (log_out[:, None] - log_in).exp())
 
-    def _log_scales(self, path: str) -> tuple[Tensor, Tensor]:
+    def _log_alphas(self, path: str) -> tuple[Tensor, Tensor]:
         """`log(alpha_in)` `[in]` and `log(alpha_out)` `[out]` of a linear."""
         weight = self.weights[path]
-        columns, rows = weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])
+        log_in, log_out = weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])
         for theta, scale in zip(self.thetas, self.scales, strict=True):
             if path in scale.readers:
-                columns = scale.of_inputs(theta)
+                log_in = scale.per_input(theta)
             if path == scale.producer:
-                rows = scale.of_outputs(theta, without=0.0)
-        return columns, rows
+                log_out = scale.per_output(theta, default=0.0)
+        return log_in, log_out
 
 
-def _range(weight: Tensor, format: Affine) -> Tensor:
-    """What each group's step is proportional to, `[out, groups]`; 1 for groups of zeros."""
+def _group_range(weight: Tensor, format: Affine) -> Tensor:
+    """The range of each group, to which its grid's step is proportional, `[out, groups]`; 1 for groups of zeros."""
     groups = format.grouped(weight)
     if format.zero_point == "none":
         span = groups.abs().amax(-1)
@@ -169,7 +165,7 @@ def _range(weight: Tensor, format: Affine) -> Tensor:
 
 
 def _uniform(format: Format) -> Affine | None:
-    """The grids that stand in for a format with tables for each group; None for other formats."""
+    """The uniform grids that represent a format with groups; None for other formats."""
     if isinstance(format, Affine):
         return format
     if isinstance(format, Grouped):

@@ -1,4 +1,4 @@
-"""The exact solver against every combination there is."""
+"""The exact solver against brute force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcli.algorithms.solvers.knapsack import cheapest_loss
+from qcli.algorithms.solvers.knapsack import minimize_loss
 
 OPTION = st.tuples(st.one_of(st.just(inf), st.integers(0, 20).map(lambda n: n / 8)), st.integers(0, 9))
 
@@ -26,15 +26,15 @@ def test_no_combination_within_the_budget_is_better(items: list[list[tuple[float
     ]
     if not reachable:
         with pytest.raises(ValueError, match="more than the budget"):
-            cheapest_loss(losses, costs, budget)
+            minimize_loss(losses, costs, budget)
         return
-    chosen = cheapest_loss(losses, costs, budget)
+    chosen = minimize_loss(losses, costs, budget)
     assert sum(item[option][1] for item, option in zip(items, chosen, strict=True)) <= budget
     assert sum(item[option][0] for item, option in zip(items, chosen, strict=True)) == pytest.approx(min(reachable))
 
 
-def test_large_models_take_no_time() -> None:
-    """Costs in few sizes and losses that halve or better with each bit, as layers have them."""
+def test_large_models_are_fast() -> None:
+    """900 layers of few sizes, the losses of which fall fourfold with each bit."""
     draw = random.Random(0)
     losses, costs = [], []
     for _ in range(900):
@@ -42,6 +42,6 @@ def test_large_models_take_no_time() -> None:
         losses.append([loss * 4**-n * draw.uniform(0.8, 1.2) for n in range(4)])
         costs.append([size * (2 + n) + size // 64 * (18 + n) for n in range(4)])
     budget = round(sum(cost[1] for cost in costs) * 1.01)
-    chosen = cheapest_loss(losses, costs, budget)
+    chosen = minimize_loss(losses, costs, budget)
     assert sum(cost[option] for cost, option in zip(costs, chosen, strict=True)) <= budget
     assert set(chosen) == {0, 1, 2, 3}

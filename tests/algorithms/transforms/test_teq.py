@@ -216,8 +216,8 @@ def test_rows_without_a_scale_and_shared_channels() -> None:
     """A fused producer of which the last two rows, read twice each, have alphas."""
     scale = ChannelScale("qkv", ("o",), torch.tensor([-1, -1, 0, 1]), torch.tensor([0, 1, 0, 1]), 2)
     alpha = torch.tensor([2.0, 3.0])
-    assert scale.of_outputs(alpha).tolist() == [1, 1, 2, 3]
-    assert scale.of_inputs(alpha).tolist() == [2, 3, 2, 3]
+    assert scale.per_output(alpha).tolist() == [1, 1, 2, 3]
+    assert scale.per_input(alpha).tolist() == [2, 3, 2, 3]
 
 
 def test_formats_without_a_uniform_grid_are_a_misfit() -> None:
