@@ -98,3 +98,12 @@ def test_the_recipe_reference_is_that_of_the_code() -> None:
     script = ROOT / "docs" / "reference.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout == (ROOT / "docs" / "recipes.md").read_text(), "make reference"
+
+
+@each_page
+def test_python_examples_are_those_of_the_files_they_name(page: Path) -> None:
+    """A block that starts with `# path` is a part of that file."""
+    for block in blocks(page, "python"):
+        name, _, code = block.partition("\n")
+        if name.startswith("# "):
+            assert code in (ROOT / name.removeprefix("# ")).read_text(), name
