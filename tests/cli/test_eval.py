@@ -17,8 +17,8 @@ def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, tex
     flags = ("--data", text, "--window", 64, "--max-windows", 4)
     code, out, _ = invoke("eval", small, "--baseline", model, *flags, "--json")
     assert code == 0
-    found = json.loads(out)
-    score = found["perplexity"][str(text)]
+    result = json.loads(out)
+    score = result["perplexity"][str(text)]
     assert {key: score[key] for key in ("window", "stride", "bos", "windows", "tokens")} == {
         "window": 64,
         "stride": 64,
@@ -26,10 +26,10 @@ def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, tex
         "windows": 4,
         "tokens": 4 * 63,
     }
-    assert 0 <= found["kl"] < 1e-3
-    assert found["top1_agreement"] > 0.9
-    assert 8 < found["bits_per_weight"] < 9 < found["model_bits_per_weight"]
-    assert found["bytes"] == sum(file.stat().st_size for file in small.glob("*.safetensors"))
+    assert 0 <= result["kl"] < 1e-3
+    assert result["top1_agreement"] > 0.9
+    assert 8 < result["bits_per_weight"] < 9 < result["model_bits_per_weight"]
+    assert result["bytes"] == sum(file.stat().st_size for file in small.glob("*.safetensors"))
 
 
 def test_table_and_errors(invoke: Invoke, model: Path, text: Path) -> None:
@@ -46,13 +46,13 @@ def test_table_and_errors(invoke: Invoke, model: Path, text: Path) -> None:
 def test_the_table_tells_of_text_that_a_model_was_calibrated_on(
     invoke: Invoke, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    small, told = tmp_path / "small", f"{text}: on other text it loses more"
+    small, warning = tmp_path / "small", f"{text}: on other text it loses more"
     fit = ("--method", "gptq-like", "--bits", 4, "--group-size", 32, "--data", text, "--samples", 2, "--seq-len", 32)
     assert invoke("quantize", model, *fit, "--out", small).code == 0
     flags = ("--data", text, "--window", 64, "--max-windows", 2)
-    assert re.search(rf"^fitted to +{re.escape(told)}$", invoke("eval", small, *flags).out, re.MULTILINE)
+    assert re.search(rf"^fitted to +{re.escape(warning)}$", invoke("eval", small, *flags).out, re.MULTILINE)
     both = invoke("eval", model, small, *flags).out
-    assert f"{small} was fitted to {told}" in both and f"{model} was fitted" not in both
+    assert f"{small} was fitted to {warning}" in both and f"{model} was fitted" not in both
 
 
 def test_several_models_are_compared_and_gates_name_what_fails(
@@ -65,18 +65,18 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     flags = ("--baseline", model, "--data", text, "--window", 64, "--max-windows", 2)
     code, out, err = invoke("eval", eight, two, *flags, "--max-kl", 0.001, "--json")
     assert code == 4
-    found = json.loads(out)["models"]
-    assert [entry["model"] for entry in found] == [str(eight), str(two)]
-    assert found[0]["kl"] < 0.001 < found[1]["kl"]
+    models = json.loads(out)["models"]
+    assert [entry["model"] for entry in models] == [str(eight), str(two)]
+    assert models[0]["kl"] < 0.001 < models[1]["kl"]
     assert err.splitlines()[-2].startswith(f"error: {two}: gate max_kl 0.001: KL is ")
-    worst = found[1]["perplexity"][str(text)]["worst_window"]
-    code, out, err = invoke("eval", two, *flags, "--max-window-kl", found[1]["kl"])
+    worst = models[1]["perplexity"][str(text)]["worst_window"]
+    code, out, err = invoke("eval", two, *flags, "--max-window-kl", models[1]["kl"])
     assert code == 4, "one of two windows is above their mean"
     assert f"window {worst} of {text}" in out
-    assert f"gate max_window_kl {found[1]['kl']:g}: KL is " in err and f"in window {worst} of {text}" in err
+    assert f"gate max_window_kl {models[1]['kl']:g}: KL is " in err and f"in window {worst} of {text}" in err
     assert str(eight) not in "".join(line for line in err.splitlines() if line.startswith("error"))
     alone = invoke("eval", two, *flags, "--json")
-    assert json.loads(alone.out)["kl"] == found[1]["kl"]
+    assert json.loads(alone.out)["kl"] == models[1]["kl"]
     code, out, _ = invoke("eval", eight, two, *flags, "--max-kl", 10, "--max-ppl-ratio", 10)
     assert code == 0
     assert out.count("\n") >= 5 and "bits/weight" in out
@@ -89,7 +89,7 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 
-def test_gates_that_cannot_be_judged_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
+def test_gates_that_cannot_apply_are_refused(invoke: Invoke, model: Path, text: Path) -> None:
     for flags, problem in (
         (("--max-kl", 1), "--max-kl needs a baseline"),
         (("--limit", 5), "--limit needs --tasks"),

@@ -136,8 +136,8 @@ def test_a_calibration_folder_gives_its_tokens_verbatim(source: Source, tmp_path
     save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
     tokens = calibration_tokens(TokenRequest(str(tmp_path / "calibration"), samples=9, seq_len=99, seed=5), source)
     assert torch.equal(tokens.ids, ids)
-    found = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
-    assert torch.equal(found.ids, ids[:3])
+    cut = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
+    assert torch.equal(cut.ids, ids[:3])
     assert torch.equal(evaluation_tokens(str(tmp_path / "calibration"), source, window=8).ids, ids[:, :8])
 
 

@@ -66,8 +66,8 @@ def perturbed(folder: Path, tmp_path: Path) -> Path:
 def logits(folder: Path, windows: Tensor) -> Tensor:
     """Of the whole model, for every position that predicts a token of the window: float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # in evaluation mode
-    found: Tensor = model(input_ids=windows, use_cache=False).logits
-    return found[:, :-1].double()
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    return logits[:, :-1].double()
 
 
 def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
@@ -92,40 +92,40 @@ def expected(folder: Path, baseline: Path, window: int) -> dict[str, float]:
 def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
     baseline = tiny_model(family, tmp_path)
     model = perturbed(baseline, tmp_path)
-    found = evaluate(str(model), EvalOptions([text], window=50, device="cpu"), baseline=str(baseline)).to_json()
+    result = evaluate(str(model), EvalOptions([text], window=50, device="cpu"), baseline=str(baseline)).to_json()
     direct = expected(model, baseline, 50)
-    score = found["perplexity"][text]
+    score = result["perplexity"][text]
     assert score["value"] == pytest.approx(direct["value"], rel=1e-5)
-    assert found["baseline"]["perplexity"][text] == pytest.approx(direct["baseline"], rel=1e-5)
-    assert found["kl"] == pytest.approx(direct["kl"], rel=1e-5)
-    assert found["kl"] > 1e-3
+    assert result["baseline"]["perplexity"][text] == pytest.approx(direct["baseline"], rel=1e-5)
+    assert result["kl"] == pytest.approx(direct["kl"], rel=1e-5)
+    assert result["kl"] > 1e-3
     assert score["worst_window"] == direct["worst"]
-    assert found["worst_window_kl"] == score["worst_window_kl"] == pytest.approx(direct["worst_kl"], rel=1e-5)
-    assert found["top1_agreement"] == pytest.approx(direct["top1"], abs=1e-9)
+    assert result["worst_window_kl"] == score["worst_window_kl"] == pytest.approx(direct["worst_kl"], rel=1e-5)
+    assert result["top1_agreement"] == pytest.approx(direct["top1"], abs=1e-9)
     assert (score["window"], score["stride"], score["bos"]) == (50, 50, False)
     assert (score["windows"], score["tokens"]) == (direct["windows"], direct["windows"] * 49)
 
 
 def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None:
     model = str(tiny_model("llama", tmp_path))
-    found = evaluate(model, EvalOptions([text], window=64, device="cpu"), baseline=model)
-    assert found.kl == 0.0
-    assert found.top1_agreement == 1.0
-    (score,) = found.scores.values()
+    result = evaluate(model, EvalOptions([text], window=64, device="cpu"), baseline=model)
+    assert result.kl == 0.0
+    assert result.top1_agreement == 1.0
+    (score,) = result.scores.values()
     assert score.perplexity == score.baseline_perplexity
 
 
 def test_without_a_baseline_only_perplexity(tmp_path: Path, text: str) -> None:
     model = tiny_model("llama", tmp_path)
-    found = evaluate(str(model), EvalOptions([text], max_windows=2, device="cpu")).to_json()
-    assert found["kl"] is found["worst_window_kl"] is found["top1_agreement"] is found["baseline"] is None
-    assert found["perplexity"][text]["window"] == 256  # the model's context
-    assert found["perplexity"][text]["windows"] == 2
-    assert found["bits_per_weight"] == found["linear_bits_per_weight"] == found["model_bits_per_weight"] == 32
-    assert found["bytes"] == (model / "model.safetensors").stat().st_size
-    assert (found["device"], found["dtype"]) == ("cpu", "float32")
-    assert set(found["versions"]) == {"qcli", "torch", "transformers"}
-    json.dumps(found, allow_nan=False)
+    result = evaluate(str(model), EvalOptions([text], max_windows=2, device="cpu")).to_json()
+    assert result["kl"] is result["worst_window_kl"] is result["top1_agreement"] is result["baseline"] is None
+    assert result["perplexity"][text]["window"] == 256  # the model's context
+    assert result["perplexity"][text]["windows"] == 2
+    assert result["bits_per_weight"] == result["linear_bits_per_weight"] == result["model_bits_per_weight"] == 32
+    assert result["bytes"] == (model / "model.safetensors").stat().st_size
+    assert (result["device"], result["dtype"]) == ("cpu", "float32")
+    assert set(result["versions"]) == {"qcli", "torch", "transformers"}
+    json.dumps(result, allow_nan=False)
 
 
 def test_several_texts_are_averaged_by_token(tmp_path: Path, text: str) -> None:
@@ -156,7 +156,7 @@ def test_self_is_sampled_from_the_baseline(tmp_path: Path) -> None:
     assert against.scores["self"].baseline_perplexity == alone.scores["self"].perplexity
 
 
-def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Path, text: str) -> None:
+def test_a_model_is_not_evaluated_on_its_calibration_folder(tmp_path: Path, text: str) -> None:
     model = str(tiny_model("llama", tmp_path))
     folders = [tmp_path / name for name in ("seen", "unseen")]
     for seed, folder in enumerate(folders):
@@ -164,8 +164,8 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
         calibrate(load_recipe(None, flags | {"seed": seed}), folder)
     flags = {"model": model, "calibration.data": str(folders[0]), "method.group_size": 32}
     quantize(load_recipe(None, flags), tmp_path / "out")
-    found = evaluate(str(tmp_path / "out"), EvalOptions([str(folders[1])], device="cpu"), baseline=model)
-    (score,) = found.scores.values()
+    result = evaluate(str(tmp_path / "out"), EvalOptions([str(folders[1])], device="cpu"), baseline=model)
+    (score,) = result.scores.values()
     assert (score.windows, score.window) == (4, 32)
     with pytest.raises(UsageError, match="was calibrated on .*seen"):
         evaluate(str(tmp_path / "out"), EvalOptions([str(folders[0])], max_windows=2, device="cpu"))
@@ -173,7 +173,7 @@ def test_a_calibration_folder_is_text_unless_the_model_has_seen_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("through_folder", [False, True])
-def test_it_is_told_when_a_model_was_calibrated_on_the_text(tmp_path: Path, text: str, through_folder: bool) -> None:
+def test_text_a_model_was_calibrated_on_is_flagged(tmp_path: Path, text: str, through_folder: bool) -> None:
     model, data, other = str(tiny_model("llama", tmp_path)), text, tmp_path / "other.txt"
     other.write_text(Path(text).read_text() + ".")
     flags = {"model": model, "calibration.samples": 4, "calibration.seq_len": 32}
@@ -222,8 +222,8 @@ def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pyt
 def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> None:
     baseline = tiny_model("llama", tmp_path)
     other = perturbed(baseline, tmp_path)
-    (found,) = compare([str(other)], EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline))
-    assert found.blocks is not None
+    (result,) = compare([str(other)], EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline))
+    assert result.blocks is not None
     ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
     models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (other, baseline)]
@@ -233,10 +233,12 @@ def test_errors_by_layer_are_those_of_the_modules(tmp_path: Path, text: str) -> 
     linears[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     states = [model(windows, output_hidden_states=True).hidden_states for model in models]
     own, exact = (linear(seen[0]) for linear in linears)
-    assert found.blocks[1].layers[path] == pytest.approx(float((own - exact).norm() ** 2 / exact.norm() ** 2), rel=1e-4)
+    assert result.blocks[1].layers[path] == pytest.approx(
+        float((own - exact).norm() ** 2 / exact.norm() ** 2), rel=1e-4
+    )
     difference = (states[0][1] - states[1][1]).norm() ** 2 / states[1][1].norm() ** 2
-    assert found.blocks[0].accumulated == pytest.approx(float(difference), rel=1e-4)
-    assert set(found.blocks[0].layers) == {name for group in LLAMA for name in group}
+    assert result.blocks[0].accumulated == pytest.approx(float(difference), rel=1e-4)
+    assert set(result.blocks[0].layers) == {name for group in LLAMA for name in group}
     (same,) = compare(
         [str(baseline)], EvalOptions([text], window=32, layers=True, device="cpu"), baseline=str(baseline)
     )
@@ -270,13 +272,13 @@ def test_layers_that_stay_dense_count(tmp_path: Path, text: str) -> None:
     dense = [{"match": "*.mlp.*", "dense": True}]
     flags = {"model": str(model), "method.name": "rtn", "method.bits": 2, "method.group_size": 32, "overrides": dense}
     quantize(load_recipe(None, flags), tmp_path / "out")
-    found = evaluate(str(tmp_path / "out"), EvalOptions([text], window=32, max_windows=1, device="cpu"))
+    result = evaluate(str(tmp_path / "out"), EvalOptions([text], window=32, max_windows=1, device="cpu"))
     shapes = {layer.name: math.prod(layer.shape) for layer in open_source(str(model)).linears()}
     left = sum(size for name, size in shapes.items() if ".mlp." in name)
     quantized = sum(shapes.values()) - left
-    assert found.bits_per_weight < 3
-    expected = (found.bits_per_weight * quantized + 32 * left) / sum(shapes.values())
-    assert found.linear_bits_per_weight == pytest.approx(expected)
+    assert result.bits_per_weight < 3
+    expected = (result.bits_per_weight * quantized + 32 * left) / sum(shapes.values())
+    assert result.linear_bits_per_weight == pytest.approx(expected)
 
 
 def test_a_different_vocabulary_is_refused(tmp_path: Path, text: str) -> None:
@@ -303,10 +305,10 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, text: str) -> N
 
 def test_perplexity_beyond_floats_is_null_in_json() -> None:
     score = Score(math.inf, math.inf, 0, math.inf, 0.5, math.inf, 1, 8, "")
-    found = Evaluation("m", "b", {"a": score}, {}, {}, None, [], 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
-    assert found["perplexity"]["a"]["value"] is found["baseline"]["perplexity"]["a"] is None
-    assert found["kl"] is found["worst_window_kl"] is found["perplexity"]["a"]["worst_window_kl"] is None
-    json.dumps(found, allow_nan=False)
+    result = Evaluation("m", "b", {"a": score}, {}, {}, None, [], 2.5, 2.5, 3.0, 10, "cpu", "float32").to_json()
+    assert result["perplexity"]["a"]["value"] is result["baseline"]["perplexity"]["a"] is None
+    assert result["kl"] is result["worst_window_kl"] is result["perplexity"]["a"]["worst_window_kl"] is None
+    json.dumps(result, allow_nan=False)
 
 
 def test_no_data_and_no_such_model(tmp_path: Path, text: str) -> None:

@@ -76,14 +76,14 @@ def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> 
     small = tmp_path / "small"
     run(model, small, method__name="rtn", method__bits=2)
     tasks = Tasks(["our_times"], str(folder), limit=10)
-    (found,) = compare([str(small)], EvalOptions([], tasks=tasks, device="cpu"), baseline=str(model))
-    told = found.to_json()
-    result = told["tasks"]["our_times"]
+    (evaluation,) = compare([str(small)], EvalOptions([], tasks=tasks, device="cpu"), baseline=str(model))
+    output = evaluation.to_json()
+    result = output["tasks"]["our_times"]
     assert (result["metric"], result["samples"], result["version"]) == ("acc", 10, "3")
     assert result["score"] == pytest.approx(accuracy(small, 10))
     assert result["baseline"] == pytest.approx(accuracy(model, 10))
     assert result["stderr"] > 0 or result["score"] in (0, 1)
-    assert told["kl"] is None and told["perplexity"] == {}
+    assert output["kl"] is None and output["perplexity"] == {}
 
 
 def test_unknown_tasks_offer_the_nearest(folder: Path) -> None:
@@ -162,10 +162,10 @@ def test_a_change_in_any_file_of_a_member_is_another_definition(group: Path, tmp
 def test_a_group_has_the_score_of_its_members(group: Path, tmp_path: Path) -> None:
     tasks = Tasks(["our_group"], str(group), limit=4)
     tasks.require_scores(["our_group"])
-    found = tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
-    assert set(found) == {"our_times", "our_more", "our_group"}
-    assert (found["our_group"].samples, found["our_group"].metric) == (8, "acc")
-    assert found["our_group"].score == pytest.approx((found["our_times"].score + found["our_more"].score) / 2)
+    results = tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+    assert set(results) == {"our_times", "our_more", "our_group"}
+    assert (results["our_group"].samples, results["our_group"].metric) == (8, "acc")
+    assert results["our_group"].score == pytest.approx((results["our_times"].score + results["our_more"].score) / 2)
     with pytest.raises(UsageError, match="bare is a group of tasks without a score of its own"):
         Tasks(["bare"], str(group)).require_scores(["bare"])
 
@@ -204,7 +204,7 @@ def test_tasks_that_cannot_be_loaded_are_named(folder: Path, old: str, new: str,
         Tasks(["our_times"], str(folder)).require_data()
 
 
-def test_data_that_is_missing_is_told_without_a_model(folder: Path) -> None:
+def test_missing_data_is_reported_before_a_model_is_loaded(folder: Path) -> None:
     Tasks(["our_times"], str(folder)).require_data()
     (folder / "times.jsonl").unlink()
     with pytest.raises(UsageError, match="the data of task our_times cannot be loaded: .*times.jsonl"):
