@@ -1,4 +1,4 @@
-"""Flags that several commands have, and how they become recipe fields."""
+"""Flags that several commands share, and the recipe fields they set."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,40 +10,48 @@ from qcli.data.datasets import set_names
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")]
 OptionalModel = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Hub id, folder or .gguf file; may come from --recipe."),
+    typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file. Default: the recipe's."),
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="Start from a YAML recipe.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe to start from.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, as method.ridge=0.05; may be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any recipe field, as in method.ridge=0.05; repeatable."),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         metavar="SRC",
         help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet "
-        "file, or a folder of `qcli calibrate`. Default: wikitext2.",
+        "file, or a folder written by `qcli calibrate`. Default: wikitext2.",
     ),
 ]
-Samples = Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences. Default: 128.")]
-SeqLen = Annotated[int | None, typer.Option(metavar="L", help="Tokens of a sequence. Default: 2048.")]
-Seed = Annotated[int | None, typer.Option(metavar="S", help="Of every random choice. Default: 0.")]
-Device = Annotated[str | None, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N. Default: auto.")]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="Number of sequences. Default: 128.")]
+SeqLen = Annotated[int | None, typer.Option(metavar="L", help="Tokens per sequence. Default: 2048.")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Random seed. Default: 0.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N. Default: auto.")
+]
 DType = Annotated[
     str | None,
-    typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or float16, while computing. Default: auto."),
+    typer.Option(metavar="TYPE", help="Compute dtype: auto, float32, bfloat16 or float16. Default: auto."),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the result; must not exist.")]
-OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the result; must not exist.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Output folder; must not exist.")]
+OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist.")]
 Resume = Annotated[
     str | None,
-    typer.Option(metavar="WHEN", help="Continue an interrupted run: auto, required or never. Default: auto."),
+    typer.Option(
+        metavar="WHEN",
+        help="An interrupted run: auto (resume it if there is one), required (fail without one) or never (start "
+        "over). Default: auto.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as a JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[
     int,
-    typer.Option("--verbose", "-v", count=True, metavar="", help="Tell more; -vv adds tracebacks.", show_default=False),
+    typer.Option(
+        "--verbose", "-v", count=True, metavar="", help="Show more detail; -vv adds tracebacks.", show_default=False
+    ),
 ]
 
 
@@ -58,7 +66,7 @@ def recipe_fields(
     dtype: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """The shared flags by the path of the recipe field they set."""
+    """The values of shared flags by the dotted path of the recipe field they set; None where a flag was not given."""
     return {
         "model": model,
         "seed": seed,

@@ -19,7 +19,9 @@ def calibrate(
     data: flags.Data = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
-    hessians: Annotated[bool, typer.Option("--hessians", help="Write the Hessian of every input as well.")] = False,
+    hessians: Annotated[
+        bool, typer.Option("--hessians", help="Also write the Hessian of every layer's inputs.")
+    ] = False,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
@@ -31,8 +33,8 @@ def calibrate(
 ) -> None:
     """Prepare calibration data and find sensitive layers.
 
-    Writes tokens and statistics of every layer's inputs. The folder is calibration data for other commands:
-    --data DIR.
+    Writes the tokens and the input statistics of every layer, and lists the layers that are most sensitive to rounding.
+    Other commands take the folder as calibration data: --data DIR.
     """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.recipe.load import load_recipe
@@ -52,16 +54,16 @@ def calibrate(
             set_ or (),
         )
         if resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result")
+            raise UsageError("--out: required", hint="name the output folder")
         from qcli.quantization.calibrate import calibrate as run
 
         result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress)
         session.result(result.to_json(), show_calibration)
 
 
-def show_calibration(tables: Tables, found: dict[str, Any]) -> None:
-    """What was written, and the layers that suffer most from rounding."""
-    layers = found["layers"]
+def show_calibration(tables: Tables, result: dict[str, Any]) -> None:
+    """The layers with the largest rounding errors, and what was written."""
+    layers = result["layers"]
     worst = sorted(layers, key=lambda name: layers[name]["sensitivity"][3], reverse=True)[:SHOWN]
     tables.table(
         ("most sensitive layers", "error at 2 bits", "3 bits", "4 bits", "largest input", "dead inputs"),
@@ -77,8 +79,8 @@ def show_calibration(tables: Tables, found: dict[str, Any]) -> None:
     )
     tables.pairs(
         {
-            "written": found["out"],
-            "tokens": f"{found['samples']} x {found['seq_len']} of {found['data']}",
+            "written": result["out"],
+            "tokens": f"{result['samples']} x {result['seq_len']} of {result['data']}",
             "dead inputs": sum(layer["dead_channels"] for layer in layers.values()),
         }
     )

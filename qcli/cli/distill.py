@@ -28,9 +28,16 @@ def distill(
         typer.Option(metavar="SCOPE", help="model (all blocks together) or block (one at a time). Default: model."),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
-    data: flags.Data = None,
-    samples: flags.Samples = None,
-    seq_len: flags.SeqLen = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Training text, as in `qcli quantize --data`. Default: the calibration text."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of sequences. Default: as for calibration, 128.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="L", help="Tokens per sequence. Default: as for calibration, 2048.")
+    ] = None,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
@@ -43,9 +50,10 @@ def distill(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Train a quantized model to match the predictions of the original (knowledge distillation).
+    """Distill the original model into a quantized one.
 
-    Options without a flag: --set distill.NAME=VALUE; `qcli recipe schema` lists them. On several GPUs:
+    Trains the quantized model to match the predictions of the original. Options without a flag:
+    --set distill.NAME=VALUE; `qcli recipe schema` lists them. On several GPUs:
     torchrun --nproc-per-node N -m qcli distill ...
     """
     with Session(

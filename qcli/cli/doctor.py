@@ -10,7 +10,7 @@ from qcli.cli.ui.tables import Tables, size
 def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.Verbose = 0) -> None:
     """Describe this machine and installation.
 
-    Versions, devices, memory, disk, and what is missing."""
+    Versions, devices, memory, disk and missing packages."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.utils.environment import examine
 

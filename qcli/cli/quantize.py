@@ -14,7 +14,7 @@ from qcli.utils.registry import names
 
 
 def number_or_auto(text: str) -> Any:
-    """What `--bits` takes."""
+    """The value of `--bits` or `--group-size`."""
     return text if text == "auto" else int(text)
 
 
@@ -22,37 +22,45 @@ def quantize(
     model: flags.OptionalModel = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"{', '.join(names('qcli.algorithms.methods'))}. Default: gptq-like."),
+        typer.Option(metavar="NAME", help=f"One of {', '.join(names('qcli.algorithms.methods'))}. Default: gptq-like."),
     ] = None,
     bits: Annotated[
         str | None,
         typer.Option(
-            metavar="B", parser=number_or_auto, help="Bits of a weight's code; auto: by --target-bpw. Default: 4."
+            metavar="B",
+            parser=number_or_auto,
+            help="Bits per code, or auto: chosen for each layer within --target-bpw. Default: 4.",
         ),
     ] = None,
     target_bpw: Annotated[
         float | None,
-        typer.Option(metavar="X", help="With --bits auto: bits per weight at most, tables counted; measured by layer."),
+        typer.Option(metavar="X", help="With --bits auto: upper bound on bits per weight, tables included."),
     ] = None,
     fused: Annotated[
         bool | None,
-        typer.Option("--fused", help="With --bits auto: q, k and v alike, gate and up too; for compressed-tensors."),
+        typer.Option(
+            "--fused",
+            help="With --bits auto: one width for q, k, v and one for gate, up, as compressed-tensors requires.",
+        ),
     ] = None,
     group_size: Annotated[
         str | None,
         typer.Option(
             metavar="G",
             parser=number_or_auto,
-            help="Weights that share a scale; -1: the whole row; auto: with --bits auto. Default: 64.",
+            help="Weights per scale; -1: whole rows; auto: chosen along with --bits auto. Default: 64.",
         ),
     ] = None,
     symmetric: Annotated[
         bool | None,
-        typer.Option("--symmetric/--asymmetric", help="Without or with zero points. Default: asymmetric."),
+        typer.Option("--symmetric/--asymmetric", help="Grids without or with zero points. Default: asymmetric."),
     ] = None,
     group_tail: Annotated[
         str | None,
-        typer.Option(metavar="HOW", help="Rows that the group size does not divide: error or ragged. Default: error."),
+        typer.Option(
+            metavar="HOW",
+            help="Where the group size does not divide a row: error, or ragged (a shorter last group). Default: error.",
+        ),
     ] = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
@@ -65,16 +73,16 @@ def quantize(
     set_: flags.Sets = None,
     resume: flags.Resume = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, from the model's headers.")
+        bool, typer.Option("--dry-run", help="Show layers, sizes and memory from the model's headers alone.")
     ] = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Quantize a model block by block; the result loads at once.
+    """Quantize a model block by block.
 
-    Flags win over --set, --set wins over --recipe. Options that only one method has are set as
-    --set method.NAME=VALUE; `qcli recipe schema` lists them.
+    The result is a checkpoint that transformers loads. Flags override --set, --set overrides --recipe. Options of a
+    single method: --set method.NAME=VALUE; `qcli recipe schema` lists them.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe.load import load_recipe
@@ -105,36 +113,36 @@ def quantize(
             session.result(make_plan(resolved).to_json(), show_plan)
             return
         if resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the result, or look first with --dry-run")
+            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.quantization.quantize import quantize as run
 
         session.result(run(resolved, resolved.out, session.progress).to_json(), show_result)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
-    """What `--dry-run` found."""
+    """The plan of `--dry-run`."""
     show_layers(tables, plan["layers"])
     tables.pairs(
         {
             "bits per weight": bits(plan),
-            "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; now {size(plan['source_bytes'])})",
+            "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; source {size(plan['source_bytes'])})",
             "peak memory": f"about {size(plan['peak_memory_estimate'])}",
-            "calibration": "yes" if plan["calibrated"] else "not needed",
+            "calibration": "required" if plan["calibrated"] else "not needed",
             "not transformed": _unscaled(plan["unscaled"]),
-            "outside blocks": f"{len(plan['outside'])} tensors stay as they are",
+            "outside blocks": f"{len(plan['outside'])} tensors, unchanged",
         }
     )
 
 
 def show_result(tables: Tables, result: dict[str, Any]) -> None:
-    """What was written, and how well it fits."""
+    """Layers and their errors, sizes, and what did not go as configured."""
     show_layers(tables, [{**layer, **layer["spec"], **layer["facts"]} for layer in result["layers"]])
     peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()) or None
     tables.pairs(
         {
             "written": result["out"],
             "bits per weight": bits(result),
-            **allocated(result["allocation"]),
+            **_allocation(result["allocation"]),
             "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
             "time": duration(result["seconds"]),
             "peak memory": peak,
@@ -143,44 +151,44 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             "not transformed": _unscaled(result["unscaled"]),
             "fallbacks": len(result["fallbacks"]) or "none",
         }
-        | trained(result["training"])
+        | _training(result["training"])
     )
     for name, steps in result["fallbacks"].items():
         tables.line(f"  {name}: {'; '.join(steps)}")
 
 
 def _unscaled(paths: Sequence[str]) -> str | None:
-    """Layers that transforms cannot reach."""
-    return f"{', '.join(paths)}: nothing before them can take the inverse of a scale" if paths else None
+    """Layers that no transform can scale."""
+    return f"{', '.join(paths)}: no layer before them can absorb the inverse scale" if paths else None
 
 
-def allocated(story: Mapping[str, Any] | None) -> dict[str, str]:
-    """What was measured where bits were chosen automatically."""
-    if story is None:
+def _allocation(report: Mapping[str, Any] | None) -> dict[str, str]:
+    """The target and the measured trials of `bits: auto`."""
+    if report is None:
         return {}
     lines = {
-        f"{name}{', shipped' if name == story['shipped'] else ''}": f"KL {_kl(trial['measured_kl'])} on "
-        f"{story['held_out_samples']} held-out samples (predicted {_kl(trial['predicted_kl'])}), "
+        f"{name}{', shipped' if name == report['shipped'] else ''}": f"KL {_kl(trial['measured_kl'])} on "
+        f"{report['held_out_samples']} held-out samples (predicted {_kl(trial['predicted_kl'])}), "
         f"{trial['bits_per_weight']:.4g} bits per weight"
-        for name, trial in story["trials"].items()
+        for name, trial in report["trials"].items()
     }
-    return {"target": f"{story['target_bpw']:g} bits per weight", **lines}
+    return {"target": f"{report['target_bpw']:g} bits per weight", **lines}
 
 
 def _kl(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def trained(training: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _training(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A line for each kind of training: held-out losses, averaged over blocks."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for what, outcome in training.items():
-        kinds.setdefault(what.split()[2], []).append(outcome)
+    for name, outcome in outcomes.items():  # named `block 3 refine`
+        kinds.setdefault(name.split()[2], []).append(outcome)
     lines = {}
-    for kind, outcomes in kinds.items():
-        before, after = (sum(outcome[key] for outcome in outcomes) / len(outcomes) for key in ("before", "after"))
-        kept = sum(outcome["best_step"] == 0 for outcome in outcomes)
+    for kind, members in kinds.items():
+        before, after = (sum(outcome[key] for outcome in members) / len(members) for key in ("before", "after"))
+        unchanged = sum(outcome["best_step"] == 0 for outcome in members)
         lines[kind] = f"held-out loss {before:.3g} -> {after:.3g}" + (
-            f"; {kept} of {len(outcomes)} kept as they were" if kept else ""
+            f"; {unchanged} of {len(members)} kept their initial weights" if unchanged else ""
         )
     return lines

@@ -14,7 +14,7 @@ app = typer.Typer()
 
 @app.callback(invoke_without_command=True)
 def recipe(context: typer.Context) -> None:
-    """Check, show and explain recipes."""
+    """Validate and show recipes, and print their JSON schema."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -26,7 +26,7 @@ def validate(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Check recipes: every error of every file, with its place."""
+    """Report every error of every recipe, with its place."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.recipe.load import load_recipe
         from qcli.utils.errors import UsageError
@@ -43,21 +43,21 @@ def validate(
         session.result({"valid": [str(recipe) for recipe in recipes]}, show_valid)
 
 
-def show_valid(tables: Tables, found: dict[str, Any]) -> None:
-    """One line a file."""
-    for file in found["valid"]:
+def show_valid(tables: Tables, result: dict[str, Any]) -> None:
+    """One line per file."""
+    for file in result["valid"]:
         tables.line(f"{file}: valid")
 
 
 @app.command()
 def show(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="YAML recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="YAML recipe.")] = None,
     set_: flags.Sets = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Print the resolved recipe; comments tell where each value comes from."""
+    """Print a resolved recipe with the origin of each value."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.recipe.load import load_recipe
 
@@ -70,7 +70,7 @@ def show(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, with the options of every method."""
+    """Print the JSON schema of recipes, for editors."""
     with Session() as session:
         from qcli.recipe.schema import recipe_schema
 

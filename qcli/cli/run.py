@@ -17,19 +17,21 @@ from qcli.utils.errors import UsageError
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
-    out: flags.OptionalOut = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
+    ] = None,
     device: flags.Device = None,
     set_: flags.Sets = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Run every stage that a recipe names.
+    """Run all stages of a recipe.
 
-    Quantizes, then distills, evaluates and packs where the recipe says so. Results are DIR/quantized,
-    DIR/distilled, DIR/eval.json and DIR/packed. What is done already is skipped. A text that is missing or too
-    short, and a method that the packed layout cannot hold, are told before anything is quantized. Where a gate fails
-    nothing is packed, and the exit code is 4.
+    Quantizes, then distills, evaluates and packs if the recipe has these sections. Results are DIR/quantized,
+    DIR/distilled, DIR/eval.json and DIR/packed; finished stages are skipped. Texts that are missing or too short, and
+    methods that the packed layout cannot hold, are reported before anything is quantized. If a quality gate fails,
+    nothing is packed and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe.gates import require
@@ -38,7 +40,7 @@ def run(
 
         resolved = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
         if resolved.out is None:
-            raise UsageError("--out: required", hint="name the folder of the results")
+            raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline
 
         pipeline = Pipeline(

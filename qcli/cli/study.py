@@ -26,36 +26,42 @@ class RunOrReport(TyperGroup):
 app = typer.Typer(
     cls=RunOrReport,
     no_args_is_help=True,
-    help="Run grids of recipes, and report on them.",
+    help="Run grids of recipes and report on them.",
 )
 
 
 @app.command("run")
 def run(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="File with base, grid, include and exclude.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY.yaml", help="Study file with base, names, grid, include and exclude.")
+    ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Field of the base recipe, as model=PATH; may be repeated."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set a field of the base recipe, as in model=PATH; repeatable."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of rows; taken up again.")] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")] = 1,
-    executor: Annotated[str, typer.Option(metavar="WHERE", help="local, or ray.")] = "local",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the rows; an existing one is continued.")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Number of parallel runs.")] = 1,
+    executor: Annotated[str, typer.Option(metavar="WHERE", help="Where runs execute: local or ray.")] = "local",
     address: Annotated[
-        str | None, typer.Option(metavar="ADDR", help="Of a Ray cluster; default: this machine.")
+        str | None, typer.Option(metavar="ADDR", help="Address of a Ray cluster. Default: start one on this machine.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MOST} runs.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Retry failed runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Allow more than {MOST} runs.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the runs, what they would take, and with --out what is missing.")
+        bool, typer.Option("--dry-run", help="Show the runs and their cost, and with --out which are missing.")
     ] = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Run what is missing of a study.
+    """Run whatever a study is missing.
 
-    Rows are appended to DIR/results.jsonl as runs end. Interrupted or extended, the same command goes on; runs that
-    fail are rows too, and only where all have failed is the exit code theirs.
+    Each finished run appends a row to DIR/results.jsonl. The same command continues an interrupted or extended study.
+    A failed run is a row too; only if all runs fail is the exit code theirs.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.study.grid import load_study
@@ -68,7 +74,7 @@ def run(
             session.result(_costs(found, out, retry), show_costs)
             return
         if out is None:
-            raise UsageError("--out: required", hint="name the folder of the rows, or look first with --dry-run")
+            raise UsageError("--out: required", hint="name the folder of the rows, or check first with --dry-run")
         require_size(found, MOST, yes)
         result = run_study(
             found,
@@ -85,12 +91,15 @@ def run(
 
 @app.command("report")
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study's rows.")],
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Write DIR/report: tables, plots and recommended recipes, as HTML and Markdown."""
+    """Write the report of a study.
+
+    DIR/report gets tables, plots and recommended recipes, as HTML and Markdown.
+    """
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.study.report import write_report
 

@@ -39,6 +39,11 @@ def test_every_flag_of_every_command_is_explained() -> None:
         assert not unexplained, command.name
 
 
+@pytest.mark.parametrize("group", ["recipe", "study"])
+def test_help_of_groups_is_not_cut(invoke: Invoke, group: str) -> None:
+    assert "..." not in invoke(group, "--help").out.partition("Commands:\n")[2]
+
+
 def test_recipe_alone_shows_its_help(invoke: Invoke) -> None:
     code, out, err = invoke("recipe")
     assert (code, err) == (0, "")

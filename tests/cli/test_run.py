@@ -132,7 +132,7 @@ def test_other_settings_conflict_with_what_is_there(
         ("distill={data: short.txt, samples: 40, seq_len: 64}", "short.txt: too short for calibration: 30 tokens"),
         ("pack.format=gptq", "q_proj is 3 bits asymmetric, gptq stores 4 and 8 bits symmetric"),
         ("distill={teacher_top_k: 400}", "distill.teacher_top_k: 400 is not below the vocabulary of 320"),
-        ("eval.gates.max_kl=.inf", "input should be a finite number, not inf"),
+        ("eval.gates.max_kl=.inf", "must be a finite number, not inf"),
         ("pack.requantize=Q8_0", "pack.requantize=Q8_0: format qcli cannot requantize layers"),
     ],
 )
