@@ -47,7 +47,7 @@ class LowRankCompensation(Options):
         """The format of a layer that its method stores as `base`."""
         return LowRank.around(base, self.rank, self.bits)
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def unsupported_reason(self, shape: tuple[int, int]) -> str | None:
         """The reason why a weight of `shape` `(out, in)` cannot be compensated; None if it can."""
         if self.rank >= min(shape):
             return f"low_rank.rank {self.rank} must be below {min(shape)}, the shorter side of {list(shape)}"

@@ -60,7 +60,7 @@ class Method(Options):
         """The format of the quantized layers."""
         raise NotImplementedError
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def unsupported_reason(self, shape: tuple[int, int]) -> str | None:
         """The reason why a weight of `shape` `(out, in)` cannot be quantized with these options; None if it can."""
         return None
 

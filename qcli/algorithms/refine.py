@@ -55,7 +55,7 @@ class Refine(Options):
         """The statistics of `LinearGroup` that are read, besides the method's."""
         return frozenset({HESSIAN, CROSS, RESIDUAL_CROSS}) if self.scope == "linear" else frozenset()
 
-    def misfit(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         """The reason why layers of `format` cannot be reconstructed; None if they can."""
         if self.scope == "linear" and format.has_output_norm:
             return (

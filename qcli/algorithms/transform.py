@@ -33,7 +33,7 @@ class Transform(Options):
         """Whether the loss is one of the model's predictions, so that all blocks are trained together."""
         return self.loss != "block"
 
-    def misfit(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         """The reason why layers of `format` cannot be prepared; None if they can."""
         return None
 

@@ -220,4 +220,4 @@ def _divides(layer: Linear, method: Method, ranks: int) -> bool:
     rows, columns = layer.shape
     if rows % ranks or columns % ranks:
         return False
-    return method.misfit((rows, columns // ranks)) is None
+    return method.unsupported_reason((rows, columns // ranks)) is None

@@ -202,7 +202,9 @@ def _size(recipe: Recipe, method: Method, layer: Linear) -> int | None:
 
 
 def _misfit(recipe: Recipe, method: Method, layer: Linear) -> str | None:
-    return method.misfit(layer.shape) or (recipe.low_rank.misfit(layer.shape) if recipe.low_rank else None)
+    return method.unsupported_reason(layer.shape) or (
+        recipe.low_rank.unsupported_reason(layer.shape) if recipe.low_rank else None
+    )
 
 
 def _require_reachable(space: SearchSpace) -> None:

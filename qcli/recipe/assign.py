@@ -64,9 +64,9 @@ def _misfits(recipe: Recipe, layers: Sequence[Linear], assigned: Mapping[str, Me
         if method is None:
             continue
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
-        if reason := method.misfit(layer.shape):
+        if reason := method.unsupported_reason(layer.shape):
             counts[kind, ("method",), reason] += 1
-        if recipe.low_rank is not None and (reason := recipe.low_rank.misfit(layer.shape)):
+        if recipe.low_rank is not None and (reason := recipe.low_rank.unsupported_reason(layer.shape)):
             counts[kind, ("low_rank", "rank"), reason] += 1
     return [
         Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
@@ -80,7 +80,9 @@ def _unfit_formats(recipe: Recipe, assigned: Mapping[str, Method | None]) -> lis
     steps: list[tuple[KeyPath, Transform | Refine]] = [*recipe.transforms_by_path()]
     if recipe.refinement is not None:
         steps.append((("refine",), recipe.refinement))
-    return [Issue(path, reason) for path, step in steps for format in formats if (reason := step.misfit(format))]
+    return [
+        Issue(path, reason) for path, step in steps for format in formats if (reason := step.unsupported_reason(format))
+    ]
 
 
 def _overridden_steps(recipe: Recipe, methods: Sequence[Method | None]) -> list[Issue]:

@@ -89,8 +89,8 @@ def test_rtn_is_compensated_without_data() -> None:
 
 def test_rank_must_be_below_the_shorter_side() -> None:
     low_rank = LowRankCompensation(rank=8)
-    assert low_rank.misfit((64, 9)) is None
-    assert low_rank.misfit((64, 8)) == "low_rank.rank 8 must be below 8, the shorter side of [64, 8]"
+    assert low_rank.unsupported_reason((64, 9)) is None
+    assert low_rank.unsupported_reason((64, 8)) == "low_rank.rank 8 must be below 8, the shorter side of [64, 8]"
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

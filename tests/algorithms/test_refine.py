@@ -149,7 +149,7 @@ def test_global_random_state_is_left_alone(layer: tuple[LinearGroup, LinearGroup
 
 
 def test_linear_scope_is_not_for_layers_with_an_output_norm() -> None:
-    reason = Refine(scope="linear").misfit(Sign(output_norm=True))
+    reason = Refine(scope="linear").unsupported_reason(Sign(output_norm=True))
     assert reason is not None and "set scope to block" in reason
-    assert Refine(scope="block").misfit(Sign(output_norm=True)) is None
-    assert Refine(scope="linear").misfit(Sign(output_norm=False)) is None
+    assert Refine(scope="block").unsupported_reason(Sign(output_norm=True)) is None
+    assert Refine(scope="linear").unsupported_reason(Sign(output_norm=False)) is None

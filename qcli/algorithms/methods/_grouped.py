@@ -18,7 +18,7 @@ class GroupedMethod(Method):
         default="error", description="if group_size does not divide a row: an error, or a shorter last group"
     )
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def unsupported_reason(self, shape: tuple[int, int]) -> str | None:
         if self.group_size == 0:
             return "group_size must be positive, or -1 for whole rows"
         if self.group_tail == "error" and self.group_size > 0 and shape[1] % self.group_size:

@@ -51,7 +51,7 @@ class TEQ(Transform):
     steps: int = Field(default=1000, ge=0, description="optimizer steps")
     lr: float = Field(default=1e-2, gt=0, description="learning rate of log(alpha); 0.001 in the paper")
 
-    def misfit(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         if _uniform(format) is None:
             return f"teq cannot prepare layers of the {format.name} format: it trains through rounding on uniform grids"
         return None

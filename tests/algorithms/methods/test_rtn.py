@@ -43,5 +43,5 @@ def test_subnormal_scales_are_reported() -> None:
 
 @pytest.mark.parametrize(("group_size", "fits"), [(32, True), (-1, True), (40, False), (0, False)])
 def test_groups_must_divide_rows_unless_ragged(group_size: int, fits: bool) -> None:
-    assert (RTN(group_size=group_size).misfit((8, 96)) is None) is fits
-    assert RTN(group_size=40, group_tail="ragged").misfit((8, 96)) is None
+    assert (RTN(group_size=group_size).unsupported_reason((8, 96)) is None) is fits
+    assert RTN(group_size=40, group_tail="ragged").unsupported_reason((8, 96)) is None

@@ -1,4 +1,4 @@
-"""TEQ's gradient, what it trains, and that it never makes anything worse."""
+"""TEQ: its gradients, what it trains, and that the result is never worse than no transform."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def quantized(weight: Tensor, format: Affine) -> Tensor:
 
 
 class Layers:
-    """Two linears in a row, `up` then `down`, and inputs of which some channels are much larger than others.
+    """Two linears in a row, `up` then `down`, input channels of unequal size; an `Objective` of their output.
 
-    One scale lies between a norm and `up`, one between `up` and `down`. The objective is their output's error.
+    One scale lies between a norm and `up`, the other between `up` and `down`.
     """
 
     def __init__(self, tokens: int = 96) -> None:
@@ -48,10 +48,9 @@ class Layers:
         sizes = torch.exp(torch.randn(32, generator=generator(3)))
         self.inputs = torch.randn(2 * tokens, 32, generator=generator(4)) * sizes
         self.tokens = tokens
-        every = torch.arange
         self.scales = [
-            ChannelScale("norm", ("up",), every(32), every(32), 32),
-            ChannelScale("up", ("down",), every(48), every(48), 48),
+            ChannelScale("norm", ("up",), torch.arange(32), torch.arange(32), 32),
+            ChannelScale("up", ("down",), torch.arange(48), torch.arange(48), 48),
         ]
 
     def output(self, weights: Weights, inputs: Tensor) -> Tensor:
@@ -68,8 +67,8 @@ class Layers:
         return float(self.error(weights, self.inputs[self.tokens :]))
 
 
-def folded(layers: Layers, alphas: list[Tensor], formats: Mapping[str, Format | None]) -> float:
-    """Held-out error of really folded weights, on really folded inputs."""
+def folded_error(layers: Layers, alphas: list[Tensor], formats: Mapping[str, Format | None]) -> float:
+    """Held-out error with the alphas folded into weights and inputs."""
     first, second = alphas
     up, down = layers.weights["up"] * first / second[:, None], layers.weights["down"] * second
     weights = {"up": up, "down": down}
@@ -81,76 +80,78 @@ def folded(layers: Layers, alphas: list[Tensor], formats: Mapping[str, Format | 
     return float((layers.output(weights, inputs / first) - target).square().mean() / target.square().mean())
 
 
-def random_thetas(layers: Layers, formats: Mapping[str, Format | None], *, through_range: bool) -> _Transformed:
-    block = _Transformed(layers.weights, formats, layers.scales, through_range=through_range)
-    for number, theta in enumerate(block.thetas):
+def with_random_alphas(layers: Layers, formats: Mapping[str, Format | None], *, through_range: bool) -> _Transformed:
+    transformed = _Transformed(layers.weights, formats, layers.scales, through_range=through_range)
+    for number, theta in enumerate(transformed.thetas):
         theta.data = 0.4 * torch.randn(theta.shape, generator=generator(number))
-    return block
+    return transformed
 
 
-def test_the_straight_through_gradient_is_the_papers() -> None:
+def test_straight_through_gradient_is_the_papers() -> None:
     """`dL/dalpha_j = 1/alpha_j sum_t x'_tj <delta_t, W'_:j - Q(W')_:j>`, with `x' = x / alpha`, `W' = W * alpha`."""
     layers = Layers()
     layers.scales.pop()
-    block = random_thetas(layers, {"up": W3}, through_range=False)
-    theta, weight, x = block.thetas[0], layers.weights["up"], layers.inputs
+    transformed = with_random_alphas(layers, {"up": W3}, through_range=False)
+    theta, weight, x = transformed.thetas[0], layers.weights["up"], layers.inputs
     delta = torch.randn(len(x), len(weight), generator=generator(9))
-    loss = (delta * (x @ block.effective(False)["up"].T)).sum()
-    (found,) = torch.autograd.grad(loss, theta)
+    loss = (delta * (x @ transformed.effective(False)["up"].T)).sum()
+    (gradient,) = torch.autograd.grad(loss, theta)
 
     alpha = theta.detach().exp()
-    lost = weight * alpha - quantized(weight * alpha, W3)
+    error = weight * alpha - quantized(weight * alpha, W3)
     expected = torch.stack(
-        [sum(x[t, j] / alpha[j] * (delta[t] @ lost[:, j]) for t in range(len(x))) / alpha[j] for j in range(32)]
+        [sum(x[t, j] / alpha[j] * (delta[t] @ error[:, j]) for t in range(len(x))) / alpha[j] for j in range(32)]
     )
-    torch.testing.assert_close(found / alpha, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradient / alpha, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_range_gradient_is_that_of_frozen_relative_errors(format: Affine) -> None:
-    """Finite differences of `W + step(alpha) * share * alpha_out / alpha_in`, the shares of a step as they were."""
+def test_range_gradient_is_that_of_errors_at_a_fixed_share_of_the_step(format: Affine) -> None:
+    """Against finite differences of `W + step(alpha) * share * alpha_out / alpha_in` at fixed shares."""
     layers = Layers()
     weight = layers.weights["up"].double()
-    block = random_thetas(layers, {"up": format}, through_range=True)
+    transformed = with_random_alphas(layers, {"up": format}, through_range=True)
     probe = torch.randn(weight.shape, generator=generator(7))
-    found = torch.autograd.grad((probe * block.effective(False)["up"]).sum(), block.thetas)
-    columns, rows = (theta.detach().double() for theta in block.thetas)
+    gradients = torch.autograd.grad((probe * transformed.effective(False)["up"]).sum(), transformed.thetas)
+    log_in, log_out = (theta.detach().double() for theta in transformed.thetas)
 
-    def steps(columns: Tensor, rows: Tensor) -> Tensor:
-        groups = format.grouped(weight * (columns - rows[:, None]).exp())
+    def steps(log_in: Tensor, log_out: Tensor) -> Tensor:
+        groups = format.grouped(weight * (log_in - log_out[:, None]).exp())
         symmetric = format.zero_point == "none"
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         return format.spread(torch.maximum(-low, high) if symmetric else high - low, 32)
 
-    scaled = weight * (columns - rows[:, None]).exp()
-    share = (quantized(scaled.float(), format) - scaled) / steps(columns, rows)
+    scaled = weight * (log_in - log_out[:, None]).exp()
+    share = (quantized(scaled.float(), format) - scaled) / steps(log_in, log_out)
 
-    def value(columns: Tensor, rows: Tensor) -> float:
-        effective = weight + steps(columns, rows) * share * (rows[:, None] - columns).exp()
+    def value(log_in: Tensor, log_out: Tensor) -> float:
+        effective = weight + steps(log_in, log_out) * share * (log_out[:, None] - log_in).exp()
         return float((probe * effective).sum())
 
-    for number, gradient in enumerate(found):
+    for number, gradient in enumerate(gradients):
         for index in range(0, len(gradient), 5):
             ends = []
             for sign in (1e-6, -1e-6):
-                moved = [columns.clone(), rows.clone()]
+                moved = [log_in.clone(), log_out.clone()]
                 moved[number][index] += sign
                 ends.append(value(moved[0], moved[1]))
             assert float(gradient[index]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=1e-4)
-    torch.testing.assert_close(found[1], torch.zeros(48), rtol=0, atol=1e-4)
+    torch.testing.assert_close(gradients[1], torch.zeros(48), rtol=0, atol=1e-4)
     if format.group_size == -1:
-        assert abs(float(found[0].sum())) < 1e-3, "one factor for a whole row changes nothing"
+        assert abs(float(gradients[0].sum())) < 1e-3, "a common factor of a whole row changes nothing"
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_effective_weights_are_what_folding_gives(format: Affine) -> None:
+def test_effective_weights_equal_folded_ones(format: Affine) -> None:
     layers = Layers()
     formats = {"up": format, "down": format}
-    block = random_thetas(layers, formats, through_range=True)
+    transformed = with_random_alphas(layers, formats, through_range=True)
     with torch.no_grad():
-        expected = layers.held_out(block.effective(True))
-        alphas = [theta.exp() for theta in block.thetas]
-    assert folded(layers, alphas, formats) == pytest.approx(expected, rel=0.02)  # float16 scales round differently
+        expected = layers.held_out(transformed.effective(True))
+        alphas = [theta.exp() for theta in transformed.thetas]
+    assert folded_error(layers, alphas, formats) == pytest.approx(
+        expected, rel=0.02
+    )  # float16 scales round differently
 
 
 def test_training_lowers_the_held_out_loss() -> None:
@@ -159,32 +160,32 @@ def test_training_lowers_the_held_out_loss() -> None:
     random_state = torch.get_rng_state()
     teq = TEQ(steps=60, lr=1e-2)
     alphas, outcome = teq.fit(layers.weights, formats, layers.scales, layers)
-    assert outcome.before == pytest.approx(folded(layers, [torch.ones(32), torch.ones(48)], formats), rel=1e-3)
+    assert outcome.before == pytest.approx(folded_error(layers, [torch.ones(32), torch.ones(48)], formats), rel=1e-3)
     assert outcome.after < 0.8 * outcome.before
-    assert folded(layers, alphas, formats) == pytest.approx(outcome.after, rel=0.02)
+    assert folded_error(layers, alphas, formats) == pytest.approx(outcome.after, rel=0.02)
     again, _ = teq.fit(layers.weights, formats, layers.scales, layers)
     assert all(torch.equal(one, other) for one, other in zip(alphas, again, strict=True))
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_the_papers_gradient_is_never_worse_than_no_transform() -> None:
+def test_straight_through_training_is_never_worse_than_no_transform() -> None:
     layers = Layers()
     teq = TEQ(steps=60, lr=1e-2, gradient="straight-through")
     formats = {"up": W3, "down": W3}
     alphas, _ = teq.fit(layers.weights, formats, layers.scales, layers)
-    untouched = folded(layers, [torch.ones(32), torch.ones(48)], formats)
-    assert folded(layers, alphas, formats) <= 1.01 * untouched  # float16 scales round differently
+    untouched = folded_error(layers, [torch.ones(32), torch.ones(48)], formats)
+    assert folded_error(layers, alphas, formats) <= 1.01 * untouched  # float16 scales round differently
 
 
 class Misleading(Layers):
-    """Training tells to make the held-out error large."""
+    """Training makes the held-out error larger."""
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         return -super().loss(weights, step)
 
 
 @pytest.mark.parametrize("steps", [0, 40])
-def test_nothing_is_transformed_unless_training_helps(steps: int) -> None:
+def test_alphas_stay_1_if_training_does_not_help(steps: int) -> None:
     layers = Misleading()
     alphas, outcome = TEQ(steps=steps, lr=1e-2).fit(layers.weights, {"up": W3, "down": W3}, layers.scales, layers)
     assert all(torch.equal(alpha, torch.ones_like(alpha)) for alpha in alphas)
@@ -192,7 +193,7 @@ def test_nothing_is_transformed_unless_training_helps(steps: int) -> None:
     assert (outcome.best_step, outcome.steps) == (0, steps)
 
 
-def test_scales_that_no_quantized_column_reads_stay_one() -> None:
+def test_alphas_of_dense_readers_stay_1() -> None:
     layers = Layers()
     teq = TEQ(steps=20, lr=1e-2)
     alphas, outcome = teq.fit(layers.weights, {"up": W3, "down": None}, layers.scales, layers)
@@ -212,40 +213,32 @@ def test_groups_of_zeros_do_no_harm() -> None:
     assert outcome.steps == 10
 
 
-def test_rows_without_a_scale_and_shared_channels() -> None:
-    """A fused producer of which the last two rows, read twice each, have alphas."""
-    scale = ChannelScale("qkv", ("o",), torch.tensor([-1, -1, 0, 1]), torch.tensor([0, 1, 0, 1]), 2)
-    alpha = torch.tensor([2.0, 3.0])
-    assert scale.per_output(alpha).tolist() == [1, 1, 2, 3]
-    assert scale.per_input(alpha).tolist() == [2, 3, 2, 3]
-
-
-def test_formats_without_a_uniform_grid_are_a_misfit() -> None:
+def test_formats_without_groups_are_unsupported() -> None:
     class Other(Format):
         name = "other"
 
-    reason = TEQ().misfit(Other(bits=2))
+    reason = TEQ().unsupported_reason(Other(bits=2))
     assert reason is not None
     assert "cannot prepare layers of the other format" in reason
-    assert TEQ().misfit(W3) is None
-    assert TEQ().misfit(Codebook(bits=2, group_size=16, rank=2, table_bits=8)) is None
+    assert TEQ().unsupported_reason(W3) is None
+    assert TEQ().unsupported_reason(Codebook(bits=2, group_size=16, rank=2, table_bits=8)) is None
 
 
-def test_the_start_is_plain_rounding_also_where_rows_have_no_scale() -> None:
-    """Of a fused q/k/v only the rows of v are divided by anything."""
+def test_training_starts_at_plain_rounding_and_rows_without_an_alpha_stay_there() -> None:
+    """As in a fused q/k/v, where only the rows of v have an alpha."""
     layers = Layers()
     outputs = torch.cat([torch.full((16,), -1), torch.arange(32)])
     layers.scales[1] = ChannelScale("up", ("down",), outputs, torch.arange(48) % 32, 32)
-    block = _Transformed(layers.weights, {"up": W3}, layers.scales, through_range=True)
+    transformed = _Transformed(layers.weights, {"up": W3}, layers.scales, through_range=True)
     with torch.no_grad():
-        torch.testing.assert_close(block.effective(True)["up"], quantized(layers.weights["up"], W3))
-        block.thetas[1] += 0.3
-        moved = block.effective(True)["up"]
+        torch.testing.assert_close(transformed.effective(True)["up"], quantized(layers.weights["up"], W3))
+        transformed.thetas[1] += 0.3
+        moved = transformed.effective(True)["up"]
     torch.testing.assert_close(moved[:16], quantized(layers.weights["up"], W3)[:16])
     assert not torch.allclose(moved[16:], quantized(layers.weights["up"], W3)[16:])
 
 
-def test_options_are_checked() -> None:
-    for wrong in ({"steps": -1}, {"lr": 0}, {"loss": "mse"}, {"stepz": 3}):
+def test_options_are_validated() -> None:
+    for options in ({"steps": -1}, {"lr": 0}, {"loss": "mse"}, {"stepz": 3}):
         with pytest.raises(ValidationError):
-            TEQ.model_validate(wrong)
+            TEQ.model_validate(options)
