@@ -1,8 +1,8 @@
-"""A strict reader for small YAML files that remembers where everything stands.
+"""A strict reader of small YAML files that records the place of every key and item.
 
-Scalars follow the YAML 1.2 core schema (`1e-4` is a number, `no` is text). What YAML readers usually let
-pass is refused: duplicate keys, which silently overwrite; anchors and aliases, which can explode; tags,
-which can construct objects; keys that are not text.
+Scalars follow the YAML 1.2 core schema (`1e-4` is a number, `no` is text). It refuses what YAML readers usually accept:
+duplicate keys, which silently overwrite; anchors and aliases, which can expand exponentially; tags, which can construct
+objects; keys that are not text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qcli.utils.errors import UsageError
 
 KeyPath = tuple[str | int, ...]  # ("overrides", 0, "method", "bits")
 
-MAX_BYTES = 1 << 16  # the reader takes 10 us a byte, and an error must be told within a second
+MAX_BYTES = 1 << 16  # the reader takes 10 us a byte, and errors are reported within a second
 MAX_DEPTH = 16
 
 _NULL = re.compile(r"|~|null|Null|NULL")
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Something wrong at a path of the document."""
+    """What was refused at a path of the document."""
 
     path: KeyPath
     place: Place
@@ -45,12 +45,12 @@ class Problem(NamedTuple):
 
 @dataclass
 class Document:
-    """What a YAML text says.
+    """A parsed YAML text.
 
     Attributes:
         data: dicts with text keys, lists and scalars.
-        places: where each key (or list item) stands.
-        problems: what was refused; `data` holds None, or the first of duplicates, at these paths.
+        places: of every key and list item.
+        problems: what was refused; at these paths `data` holds None, or the first of duplicates.
     """
 
     data: Any = None
