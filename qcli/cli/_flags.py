@@ -15,7 +15,7 @@ OptionalModel = Annotated[
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe to start from.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set any recipe field, as in method.ridge=0.05; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any recipe field, as in method.ridge=0.05; may be repeated."),
 ]
 Data = Annotated[
     str | None,

@@ -27,7 +27,7 @@ def evaluate(
         typer.Option(
             metavar="SRC",
             help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a .txt, .jsonl or .parquet file, "
-            "or a folder of `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
+            "or a folder written by `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
             "wikitext2, or none if --tasks is given.",
         ),
     ] = None,
@@ -69,7 +69,7 @@ def evaluate(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Do not cache the baseline's results, nor use cached ones.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,
         typer.Option(metavar="TYPE", help="Compute dtype: auto (float32), float32, bfloat16 or float16."),

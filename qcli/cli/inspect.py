@@ -12,40 +12,40 @@ from qcli.cli.ui.tables import Tables, bits, duration, size
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that qcli wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that qcli wrote.")],
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Show what a checkpoint holds and how it was made."""
+    """Show the layers and sizes of a checkpoint, and how it was made."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.inspect import inspect as look
 
         session.result(look(folder).to_json(), show_checkpoint)
 
 
-def show_checkpoint(tables: Tables, found: dict[str, Any]) -> None:
-    """Layers, sizes and origin."""
-    show_layers(tables, found["layers"])
-    recipe, method = found["recipe"], found["recipe"]["method"]
+def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
+    """Layers, sizes and provenance."""
+    show_layers(tables, report["layers"])
+    recipe, method = report["recipe"], report["recipe"]["method"]
     around = {
         "transforms": "; ".join(map(_options, recipe.get("transforms", []))),
         "low rank": _options(recipe.get("low_rank", {})),
         "refined": _options(recipe.get("refine", {})),
-        "activations": _options(found["activations"] or {}),
+        "activations": _options(report["activations"] or {}),
     }
     tables.pairs(
         {
-            "checkpoint": found["folder"],
-            **({} if found["packed_as"] is None else {"packed as": found["packed_as"], **found["notes"]}),
-            "made from": f"{found['model']} ({found['family']})",
+            "checkpoint": report["folder"],
+            **({} if report["packed_as"] is None else {"packed as": report["packed_as"], **report["notes"]}),
+            "made from": f"{report['model']} ({report['family']})",
             "with": _options(method),
             **{what: how for what, how in around.items() if how},
-            "by": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-            "bits per weight": bits(found),
-            "size": size(found["bytes"]),
-            "time": duration(found["seconds"]),
-            "fallbacks": f"in {found['fallbacks']} layers" if found["fallbacks"] else "none",
+            "by": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+            "bits per weight": bits(report),
+            "size": size(report["bytes"]),
+            "time": duration(report["seconds"]),
+            "fallbacks": f"in {report['fallbacks']} layers" if report["fallbacks"] else "none",
         }
     )
 

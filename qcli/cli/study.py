@@ -38,7 +38,7 @@ def run(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Set a field of the base recipe, as in model=PATH; repeatable."
+            "--set", metavar="KEY=VALUE", help="Set a field of the base recipe, as in model=PATH; may be repeated."
         ),
     ] = None,
     out: Annotated[
@@ -69,15 +69,15 @@ def run(
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
-        found = load_study(study, set_ or (), None if yes or dry_run else MOST)
+        loaded = load_study(study, set_ or (), None if yes or dry_run else MOST)
         if dry_run:
-            session.result(_costs(found, out, retry), show_costs)
+            session.result(_costs(loaded, out, retry), show_costs)
             return
         if out is None:
             raise UsageError("--out: required", hint="name the folder of the rows, or check first with --dry-run")
-        require_size(found, MOST, yes)
+        require_size(loaded, MOST, yes)
         result = run_study(
-            found,
+            loaded,
             out,
             workers=workers,
             executor="ray" if executor == "ray" else "local",
@@ -106,9 +106,9 @@ def report(
         session.result({"written": [str(file) for file in write_report(folder)]}, show_written)
 
 
-def show_written(tables: Tables, found: dict[str, Any]) -> None:
-    """The files."""
-    for file in found["written"]:
+def show_written(tables: Tables, result: dict[str, Any]) -> None:
+    """One line per file."""
+    for file in result["written"]:
         tables.line(file)
 
 
@@ -120,54 +120,54 @@ def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
 
     rows = []
     require_texts(study.runs)
-    there = read_rows(out) if out is not None and out.exists() and any(out.iterdir()) else []
-    known = {row["address"]: row["status"] for row in there if row["status"] == "done" or not retry}
+    recorded = read_rows(out) if out is not None and out.exists() and any(out.iterdir()) else []
+    statuses = {row["address"]: row["status"] for row in recorded if row["status"] == "done" or not retry}
     if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
         require_tasks(study.runs)
-    for each in by_content(study.runs) if known else study.runs:
-        todo = make_plan(each.recipe)
+    for run in by_content(study.runs) if statuses else study.runs:
+        plan = make_plan(run.recipe)
         rows.append(
             {
-                "point": each.point,
-                "bits_per_weight": todo.bits_per_weight,
-                "bytes": todo.bytes,
-                "peak_memory_estimate": todo.peak_memory,
-                "status": known.get(each.address),
+                "point": run.point,
+                "bits_per_weight": plan.bits_per_weight,
+                "bytes": plan.bytes,
+                "peak_memory_estimate": plan.peak_memory,
+                "status": statuses.get(run.address),
             }
         )
     return {"study": study.source, "axes": study.axes, "runs": rows}
 
 
-def show_costs(tables: Tables, found: dict[str, Any]) -> None:
-    """A row for each run."""
-    axes = found["axes"]
-    columns = [*axes, "bits/weight", "size", "peak memory", "there"]
+def show_costs(tables: Tables, result: dict[str, Any]) -> None:
+    """A row per run."""
+    axes = result["axes"]
+    columns = [*axes, "bits/weight", "size", "peak memory", "status"]
     rows = [
         [
-            *(_shown(each["point"].get(axis)) for axis in axes),
-            *(each["bits_per_weight"], size(each["bytes"]), size(each["peak_memory_estimate"])),
-            each["status"] or "-",
+            *(_shown(run["point"].get(axis)) for axis in axes),
+            *(run["bits_per_weight"], size(run["bytes"]), size(run["peak_memory_estimate"])),
+            run["status"] or "-",
         ]
-        for each in found["runs"]
+        for run in result["runs"]
     ]
     tables.table(columns, rows)
-    missing = sum(each["status"] is None for each in found["runs"])
-    most = max((each["peak_memory_estimate"] for each in found["runs"]), default=0)
-    tables.line(f"{len(rows)} runs, {missing} to make, {size(most)} of memory at most for one at a time")
+    missing = sum(run["status"] is None for run in result["runs"])
+    most = max((run["peak_memory_estimate"] for run in result["runs"]), default=0)
+    tables.line(f"{len(rows)} runs, {missing} missing; up to {size(most)} of memory per run")
 
 
-def show_studied(tables: Tables, found: dict[str, Any]) -> None:
-    """How many rows there are."""
+def show_studied(tables: Tables, result: dict[str, Any]) -> None:
+    """Counts of rows by status."""
     from qcli.study.study import RETRY
 
     tables.pairs(
         {
-            "rows": found["out"] + "/results.jsonl",
-            "done": found["done"],
-            "there before": found["kept"] or None,
-            "failed": f"{found['failed']}; {RETRY}" if found["failed"] else None,
-            "failed before": f"{found['failed_before']}; {RETRY}" if found["failed_before"] else None,
-            "time": duration(found["seconds"]),
+            "rows": result["out"] + "/results.jsonl",
+            "done": result["done"],
+            "done before": result["kept"] or None,
+            "failed": f"{result['failed']}; {RETRY}" if result["failed"] else None,
+            "failed before": f"{result['failed_before']}; {RETRY}" if result["failed_before"] else None,
+            "time": duration(result["seconds"]),
         }
     )
 

@@ -11,27 +11,27 @@ from qcli.cli.ui.tables import Tables, size
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that qcli wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that qcli wrote.")],
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
     """Check a checkpoint against its manifest.
 
-    Every file's hash, every tensor's shape and type, every value."""
+    Checks the hash of every file, the shape and dtype of every tensor, and every value."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.verify import verify as check
 
         session.result(check(folder, session.progress).to_json(), show_verified)
 
 
-def show_verified(tables: Tables, found: dict[str, Any]) -> None:
-    """What was checked; that anything is wrong would be an error."""
+def show_verified(tables: Tables, report: dict[str, Any]) -> None:
+    """What was checked; a mismatch is an error."""
     tables.pairs(
         {
-            "verified": found["folder"],
-            "files": f"{found['files']}, {size(found['bytes'])}",
-            "layers": f"{found['layers']}, {found['bits_per_weight']:.4g} bits per weight",
-            "not in the manifest": ", ".join(found["unlisted"]) or None,
+            "verified": report["folder"],
+            "files": f"{report['files']}, {size(report['bytes'])}",
+            "layers": f"{report['layers']}, {report['bits_per_weight']:.4g} bits per weight",
+            "not in the manifest": ", ".join(report["unlisted"]) or None,
         }
     )

@@ -45,8 +45,8 @@ def override_problems(base: Mapping[str, Any] | None, overrides: Any) -> list[Is
         try:
             build_method(overridden(base or {}, changes))
         except ValidationError as error:
-            found = issues(error, Method)
-            problems += [Issue(("overrides", i, "method", *issue.path), issue.message) for issue in found]
+            path = ("overrides", i, "method")
+            problems += [Issue((*path, *issue.path), issue.message) for issue in issues(error, Method)]
     return problems
 
 

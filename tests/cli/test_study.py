@@ -241,17 +241,17 @@ def test_dry_run_shows_what_runs_would_take(invoke: Invoke, study: Path, tmp_pat
     assert code == 0, err
     found = json.loads(stdout)
     assert [each["bits_per_weight"] for each in found["runs"]] == pytest.approx([3.59, 2.56, 1.5], abs=0.2)
-    assert "3 runs, 3 to make, " in invoke("study", study, "--dry-run", "--out", tmp_path / "none").out
+    assert "3 runs, 3 missing; " in invoke("study", study, "--dry-run", "--out", tmp_path / "none").out
     smaller = tmp_path / "smaller.yaml"
     smaller.write_text(study.read_text().partition("include:")[0])
     assert invoke("study", smaller, "--out", tmp_path / "out").code == 0
     told = invoke("study", study, "--dry-run", "--out", tmp_path / "out").out
-    assert "3 runs, 1 to make, " in told and told.count("done") == 2
+    assert "3 runs, 1 missing; " in told and told.count("done") == 2
     assert invoke("study", study, "--out", tmp_path / "out").code == 0
     look = ("study", study, "--out", tmp_path / "out", "--dry-run")
-    assert "3 runs, 0 to make, " in invoke(*look).out and "3 runs, 1 to make, " in invoke(*look, "--retry").out
+    assert "3 runs, 0 missing; " in invoke(*look).out and "3 runs, 1 missing; " in invoke(*look, "--retry").out
     (tmp_path / "empty").mkdir()
-    assert "3 runs, 3 to make, " in invoke("study", study, "--out", tmp_path / "empty", "--dry-run").out
+    assert "3 runs, 3 missing; " in invoke("study", study, "--out", tmp_path / "empty", "--dry-run").out
 
 
 def test_what_is_no_study_is_refused(
