@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qcli.models.manifest import LayerReport, Manifest, SourceModel
+from qcli.models.manifest import LayerReport, Manifest, SourceModel, recipe_sha256
 
 _LAYER = LayerReport(
     name="model.layers.0.mlp.up_proj",
@@ -25,9 +25,11 @@ def layer_report(**changes: Any) -> LayerReport:
 
 def manifest_of(*layers: LayerReport) -> Manifest:
     """The manifest that `qcli quantize` would write for these layers of `org/name`, without data."""
+    recipe = {"model": "org/name", "method": {"name": "rtn", "bits": 3}}
     return Manifest(
+        recipe_sha256=recipe_sha256(recipe),
         versions={"qcli": "0.1.0"},
-        recipe={"model": "org/name", "method": {"name": "rtn", "bits": 3}},
+        recipe=recipe,
         source=SourceModel(model="org/name", fingerprint="00"),
         calibration_tokens_sha256=None,
         calibration_text_identity=None,

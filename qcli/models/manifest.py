@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a run's bytes."""
+    """Versions of everything that affects a run's bytes, by name."""
     import torch
     import transformers
 
@@ -35,6 +36,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def recipe_sha256(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe, as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """Size and hash of one file."""
@@ -45,7 +51,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The model that was quantized: a folder or hub id, and the fingerprint of its config and headers."""
+    """The model that was quantized: its folder, file or hub id, and `Source.fingerprint`."""
 
     model: str
     fingerprint: str
@@ -57,11 +63,11 @@ class LayerReport:
 
     Attributes:
         spec: its format, as `Format.spec` writes it.
-        error: relative squared error of the method's result, before any refinement of its block; of the output on
-            the layer's calibration inputs, before any norm, against the method's target (`measure: output`), or of
-            the weight itself where no data was used (`measure: weight`).
-        fallbacks: every step that did not go as configured.
-        facts: further properties of the weight that its format reports.
+        error: relative squared error of the method's result, before its block is refined: of the layer's output on
+            calibration inputs, before any output norm, against the method's target (`measure: output`), or of the
+            weight where no data was used (`measure: weight`).
+        fallbacks: steps that did not go as configured.
+        facts: statistics that the format reports of the final weight.
     """
 
     name: str
@@ -76,7 +82,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """A recipe that automatic allocation quantized, KL divergences in nats per token; None: not finite."""
+    """A candidate that automatic allocation quantized, with KL divergences in nats per token; None: not finite."""
 
     bits_per_weight: float
     predicted_kl: float
@@ -88,10 +94,11 @@ class AllocationReport:
     """How automatic allocation chose the bits.
 
     Attributes:
-        target_bpw: bits per weight that the layers were to have on average.
-        shipped: the trial that became the checkpoint.
-        held_out_samples: number of calibration samples that the trials were compared on.
-        sensitivity: by layer and option, the KL divergence if only that layer is quantized; None: not an option.
+        target_bpw: bits per weight allowed on average.
+        shipped: name of the trial that became the checkpoint.
+        held_out_samples: number of samples on which trials were compared.
+        sensitivity: KL divergence if only this layer is quantized with this option, by layer and option; None: the
+            layer does not have the option.
     """
 
     target_bpw: float | None
@@ -106,11 +113,11 @@ class DistillationReport:
     """One distillation of a checkpoint.
 
     Attributes:
-        text: the `distill_text` section of its recipe.
-        text_identity: of that text; None: the model's own, or unknown, as in checkpoints that do not record it.
-        measure: the loss of `outcome`.
-        blocks: where blocks were trained one by one, how each went.
-        peak_memory: bytes, by device.
+        text: the training text, as `Recipe.distill_text`.
+        text_identity: of that text; None: sampled from the model, or not recorded.
+        measure: the loss that `outcome` reports.
+        blocks: outcome of each block, if they were trained one by one.
+        peak_memory: bytes, by kind of memory.
     """
 
     teacher: str
@@ -128,36 +135,36 @@ class DistillationReport:
 class Manifest(BaseModel):
     """What `qcli.manifest.json` records of a checkpoint: how it was made, and the hash of every file.
 
-    A field without a default is in every manifest; the others came with later versions or with commands that not
-    every checkpoint has been through, and are written only where they are set. Keys that this version does not know
-    are ignored, so that it reads the manifests of newer ones; a checkpoint derived from such a one does not repeat
-    them, as nobody can tell whether they hold for it.
+    Fields without a default are in every manifest. The others belong to later versions or to commands that not every
+    checkpoint has been through, and are written only if they are set. Unknown keys are ignored, so that manifests of
+    newer versions can be read; checkpoints derived from such a one do not repeat them, since they may not hold there.
 
     Attributes:
-        format_version: of the checkpoint; set by `write`.
-        recipe_sha256: of `recipe` as JSON with sorted keys; set by `write`.
-        versions: of qcli and of what else decides a run's bytes.
+        format_version: of the checkpoint, set by `write`.
+        recipe_sha256: `recipe_sha256` of the recipe that the model was quantized by; distillation, which adds its
+            options to `recipe`, leaves it.
+        versions: as the function `versions` returns them.
         recipe: as plain data, with every default.
         calibration_tokens_sha256: None: quantized without calibration data.
         calibration_text_identity: of the calibration text; None: the model's own text, or unknown.
         bits_per_weight: of the quantized layers, every stored table counted.
         model_bits_per_weight: of the whole model.
         bytes: of the weights.
-        training: how each training went, by what was trained, as `block 0 refine`.
-        unscaled: linears that transforms were to scale and that have no fold.
-        dense: why each tensor that is not quantized is not, by layer or tensor name.
-        peak_memory: bytes, by device.
-        files: every other file of the folder, by name; set by `write`.
-        distilled: its distillations, first to last.
+        training: outcome of each training, by its name, such as `block 0 refine`.
+        unscaled: paths in a block of linears whose inputs no transform can scale.
+        dense: the reason why a layer or tensor was not quantized, by name.
+        peak_memory: bytes, by kind of memory (`rss`, `cuda`).
+        files: all other files of the folder, by name, set by `write`.
+        distilled: its distillations, in order.
         packed_as: the export target that `qcli pack` wrote; None: the folder is as `qcli quantize` left it.
-        rounded: layers whose codes an export rounded again.
-        notes: remarks of the export target, by label.
+        rounded: layers that were requantized for the target.
+        notes: the target's remarks, by label.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     format_version: int = FORMAT_VERSION
-    recipe_sha256: str = ""
+    recipe_sha256: str
     versions: dict[str, str]
     recipe: dict[str, Any]
     source: SourceModel
@@ -182,7 +189,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint.
+        """Read and validate the manifest of a checkpoint.
 
         Raises:
             VerificationError: there is none, or it is not one; the message names the field.
@@ -204,16 +211,10 @@ class Manifest(BaseModel):
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Hash every file of a finished folder and write the manifest, the last file of all."""
+        """Hash all files of a finished folder and write the manifest, which must be its last file."""
         for file in folder.iterdir():
             sync_file(file)
         files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
-        recipe = json.dumps(self.recipe, sort_keys=True)
-        complete = self.model_copy(
-            update={
-                "format_version": FORMAT_VERSION,
-                "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-                "files": {file.name: FileEntry(file.stat().st_size, sha256(file)) for file in files},
-            }
-        )
+        entries = {file.name: FileEntry(file.stat().st_size, sha256(file)) for file in files}
+        complete = self.model_copy(update={"format_version": FORMAT_VERSION, "files": entries})
         write_json(folder / MANIFEST, complete.model_dump(exclude_unset=True))

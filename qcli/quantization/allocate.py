@@ -19,7 +19,7 @@ from qcli.algorithms.solvers.knapsack import minimize_loss
 from qcli.data.datasets import is_folder
 from qcli.evaluation.evaluate import compare
 from qcli.evaluation.options import EvalOptions
-from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport
+from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport, recipe_sha256
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.calibration import recipe_tokens
@@ -178,7 +178,8 @@ def _publish(
     run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, report: AllocationReport, seconds: float
 ) -> Manifest:
     """Move a trial to the run's result, with its own name in its recipe and the report in its manifest."""
-    changed = {"recipe": recipe.to_dict(out), "allocation": report, "seconds": seconds}
+    fields = recipe.to_dict(out)
+    changed = {"recipe": fields, "recipe_sha256": recipe_sha256(fields), "allocation": report, "seconds": seconds}
     manifest = Manifest.read(winner).model_copy(update=changed)
     write_bytes(winner / RECIPE, recipe.to_yaml(out=out).encode())
     manifest.write(winner)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.models import manifest as checkpoint
-from qcli.models.manifest import Manifest, SourceModel
+from qcli.models.manifest import RECIPE, Manifest, SourceModel, recipe_sha256, versions
 from qcli.models.native import quantization_config
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
@@ -33,10 +32,12 @@ def publish_checkpoint(
     config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
-    write_bytes(folder / checkpoint.RECIPE, plan.recipe.to_yaml(out=out).encode())
+    write_bytes(folder / RECIPE, plan.recipe.to_yaml(out=out).encode())
+    recipe = plan.recipe.to_dict(out)
     manifest = Manifest(
-        versions=checkpoint.versions(),
-        recipe=plan.recipe.to_dict(out),
+        recipe_sha256=recipe_sha256(recipe),
+        versions=versions(),
+        recipe=recipe,
         source=SourceModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,
