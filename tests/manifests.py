@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qcli.models.manifest import LayerReport, Manifest, SourceModel, recipe_sha256
+from qcli.models.manifest import LayerReport, Manifest, OriginalModel, recipe_sha256
 
 _LAYER = LayerReport(
     name="model.layers.0.mlp.up_proj",
@@ -30,7 +30,7 @@ def manifest_of(*layers: LayerReport) -> Manifest:
         recipe_sha256=recipe_sha256(recipe),
         versions={"qcli": "0.1.0"},
         recipe=recipe,
-        source=SourceModel(model="org/name", fingerprint="00"),
+        source=OriginalModel(model="org/name", fingerprint="00"),
         calibration_tokens_sha256=None,
         calibration_text_identity=None,
         seed=0,

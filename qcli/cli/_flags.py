@@ -20,7 +20,7 @@ Sets = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="SRC",
+        metavar="TEXT",
         help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet "
         "file, or a folder written by `qcli calibrate`. Default: wikitext2.",
     ),

@@ -25,7 +25,7 @@ def evaluate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SRC",
+            metavar="TEXT",
             help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a .txt, .jsonl or .parquet file, "
             "or a folder written by `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
             "wikitext2, or none if --tasks is given.",

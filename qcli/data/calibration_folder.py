@@ -12,13 +12,13 @@ from qcli.data.datasets import LOCAL
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcli.models.source import Source
+    from qcli.models.source import ModelSource
 
 CALIBRATION = "calibration.json"  # settings and statistics
 TOKENS = "tokens.safetensors"  # one tensor, `ids`
 
 
-def read_folder(folder: Path, source: Source) -> Tensor:
+def read_folder(folder: Path, source: ModelSource) -> Tensor:
     """The folder's token windows, int64 `[windows, length]`.
 
     Args:

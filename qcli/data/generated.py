@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
 from qcli.utils.device import has_fast_matmul
 from qcli.utils.errors import ResourceError
@@ -33,7 +33,7 @@ _CACHE_BYTES = 2 << 30
 
 
 def sample(
-    source: Source,
+    source: ModelSource,
     samples: int,
     length: int,
     seed: str,
@@ -164,7 +164,7 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
 
 
 def _check_memory(
-    source: Source, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype
+    source: ModelSource, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype
 ) -> int:
     """The number of windows to sample at once; it depends on the model alone, so that every machine does the same."""
     weights: int = sum(prod(tensor.shape) for tensor in source.tensors().values()) * dtype.itemsize

@@ -11,7 +11,7 @@ from qcli.data.datasets import SELF, is_folder, is_named
 from qcli.utils.files import sha256
 
 if TYPE_CHECKING:
-    from qcli.models.source import Source
+    from qcli.models.source import ModelSource
 
 
 def text_identity(data: str) -> str | None:
@@ -33,7 +33,7 @@ def text_sha256(data: str) -> str | None:
     return sha256(Path(data)) if Path(data).is_file() else None
 
 
-def content_key(data: str, source: Source) -> dict[str, Any]:
+def content_key(data: str, source: ModelSource) -> dict[str, Any]:
     """Cache key of a text as a model tokenizes it, or for `self` samples it; plain data."""
     return {
         "data": data,

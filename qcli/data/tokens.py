@@ -24,7 +24,7 @@ from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from qcli.models.source import Source
+    from qcli.models.source import ModelSource
 
 _SELF_WINDOWS = 32  # evaluation windows that are sampled by default
 
@@ -70,7 +70,7 @@ class TokenRequest:
 
 def calibration_tokens(
     request: TokenRequest,
-    source: Source,
+    source: ModelSource,
     *,
     device: torch.device | str = "cpu",
     cache: Cache | None = None,
@@ -101,7 +101,7 @@ def calibration_tokens(
 
 def evaluation_tokens(
     data: str,
-    source: Source,
+    source: ModelSource,
     *,
     window: int,
     max_windows: int | None = None,
@@ -145,14 +145,14 @@ def require_training_samples(tokens: Tokens, held_out: int) -> None:
         )
 
 
-def _from_folder(data: str, source: Source) -> Tensor:
+def _from_folder(data: str, source: ModelSource) -> Tensor:
     ids = read_folder(Path(data), source)
     _require_context(ids.shape[1], source)
     return ids
 
 
 def _cached(
-    data: str, source: Source, settings: dict[str, Any], cache: Cache | None, make: Callable[[], Tensor]
+    data: str, source: ModelSource, settings: dict[str, Any], cache: Cache | None, make: Callable[[], Tensor]
 ) -> Tokens:
     if cache is None or cache.folder is None:
         return Tokens(make(), data)
@@ -160,7 +160,7 @@ def _cached(
     return Tokens(cache.tensors(key, lambda: {"ids": make()})["ids"], data)
 
 
-def _draw(request: TokenRequest, source: Source, device: torch.device | str, progress: Progress) -> Tensor:
+def _draw(request: TokenRequest, source: ModelSource, device: torch.device | str, progress: Progress) -> Tensor:
     data, seq_len = request.data, request.seq_len
     _require_context(seq_len, source)
     if data == SELF:
@@ -234,7 +234,7 @@ class _FreeOffsets:
 
 
 def _consecutive(
-    data: str, source: Source, window: int, max_windows: int | None, device: torch.device | str, progress: Progress
+    data: str, source: ModelSource, window: int, max_windows: int | None, device: torch.device | str, progress: Progress
 ) -> Tensor:
     _require_context(window, source)
     if data == SELF:
@@ -251,12 +251,12 @@ def _consecutive(
     return ids[: windows * window].view(windows, window)[:max_windows].clone()
 
 
-def _encode(source: Source, text: str) -> Tensor:
+def _encode(source: ModelSource, text: str) -> Tensor:
     ids = source.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _require_context(length: int, source: Source) -> None:
+def _require_context(length: int, source: ModelSource) -> None:
     limit = source.context_length
     if limit is not None and length > limit:
         raise UsageError(

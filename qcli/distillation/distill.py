@@ -26,7 +26,7 @@ from qcli.distillation.plan import open_pair, plan_distillation
 from qcli.distillation.result import DistillationResult
 from qcli.distillation.whole_model import distill_model
 from qcli.models.manifest import Manifest, versions
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
 from qcli.utils import run_folder
@@ -116,7 +116,7 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
 
 
 def distillation_tokens(
-    recipe: Recipe, teacher: Source, device: torch.device | str = "cpu", progress: Progress = silent
+    recipe: Recipe, teacher: ModelSource, device: torch.device | str = "cpu", progress: Progress = silent
 ) -> Tokens:
     """The training and held-out samples of the recipe's distillation.
 
@@ -130,7 +130,7 @@ def distillation_tokens(
     return tokens
 
 
-def _tokens(recipe: Recipe, teacher: Source, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
+def _tokens(recipe: Recipe, teacher: ModelSource, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
     if (file := run.done(_TOKENS)) is None:
         identity = text_identity(recipe.distill_text.data)

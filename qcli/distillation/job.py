@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcli.algorithms.training.loop import Schedule
 from qcli.models.native import NativeSource
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
 from qcli.recipe.distillation import Distillation
 from qcli.utils.progress import Progress
@@ -29,7 +29,7 @@ class DistillationJob:
     """
 
     student: NativeSource
-    teacher: Source
+    teacher: ModelSource
     tokens: Tensor
     held_out: int
     options: Distillation
@@ -39,7 +39,7 @@ class DistillationJob:
     fast: bool
     progress: Progress
 
-    def stream(self, source: Source) -> ModelStream:
+    def stream(self, source: ModelSource) -> ModelStream:
         """A stream of the student or the teacher."""
         return ModelStream(source, device=self.device, dtype=self.dtype)
 

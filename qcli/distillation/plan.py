@@ -12,7 +12,7 @@ from qcli.data.datasets import is_folder
 from qcli.distillation.whole_model import needed_memory
 from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import LayerStorage
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
@@ -122,7 +122,7 @@ def require_feasible(
     return needed, free
 
 
-def open_pair(student: Path, teacher: str) -> tuple[NativeSource, Source]:
+def open_pair(student: Path, teacher: str) -> tuple[NativeSource, ModelSource]:
     """The student's checkpoint and its teacher.
 
     Raises:

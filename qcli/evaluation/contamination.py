@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.manifest import MANIFEST, Manifest
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.utils.errors import UsageError
 
 
-def require_unseen(folder: str, source: Source) -> None:
+def require_unseen(folder: str, source: ModelSource) -> None:
     """Refuse a folder of `qcli calibrate` with the very tokens that a checkpoint was calibrated or distilled on.
 
     Raises:
@@ -29,7 +29,7 @@ def require_unseen(folder: str, source: Source) -> None:
             )
 
 
-def seen_texts(source: Source, identities: Mapping[str, str | None]) -> list[str]:
+def seen_texts(source: ModelSource, identities: Mapping[str, str | None]) -> list[str]:
     """Those of the texts that a checkpoint was calibrated or distilled on.
 
     Args:
@@ -41,5 +41,5 @@ def seen_texts(source: Source, identities: Mapping[str, str | None]) -> list[str
     return [data for data, identity in identities.items() if identity is not None and identity in seen]
 
 
-def _manifest(source: Source) -> Manifest | None:
+def _manifest(source: ModelSource) -> Manifest | None:
     return Manifest.read(source.path) if (source.path / MANIFEST).is_file() else None

@@ -22,7 +22,7 @@ from qcli.evaluation.results import Evaluation
 from qcli.evaluation.scoring import score
 from qcli.evaluation.task_results import TaskResult
 from qcli.evaluation.windows import evaluation_windows, require_memory
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils.cache import Cache
 from qcli.utils.device import matmul_precision, resolve_device, resolve_dtype
@@ -116,10 +116,10 @@ class _Evaluator:
     dtype: torch.dtype
     progress: Progress
 
-    def final_states(self, name: str, source: Source, cache: Cache) -> FinalStates:
+    def final_states(self, name: str, source: ModelSource, cache: Cache) -> FinalStates:
         return final_states(name, self._stream(source), self.windows, cache, self.progress)
 
-    def tasks(self, name: str, source: Source, cache: Cache) -> dict[str, TaskResult]:
+    def tasks(self, name: str, source: ModelSource, cache: Cache) -> dict[str, TaskResult]:
         tasks = self.options.tasks
         if tasks is None:
             return {}
@@ -131,11 +131,11 @@ class _Evaluator:
         key = {**tasks.key, **model_key(source, self.device, self.dtype, cache)}
         return {task: TaskResult(**result) for task, result in cache.values(key, results).items()}
 
-    def layer_errors(self, source: Source, baseline: Source) -> list[BlockErrors]:
+    def layer_errors(self, source: ModelSource, baseline: ModelSource) -> list[BlockErrors]:
         first = batches(self.windows[0].ids)
         return layer_errors(self._stream(source), self._stream(baseline), first, self.progress)
 
-    def _stream(self, source: Source) -> ModelStream:
+    def _stream(self, source: ModelSource) -> ModelStream:
         return ModelStream(source, device=self.device, dtype=self.dtype)
 
 
@@ -143,7 +143,7 @@ def _require_consistent(models: Sequence[str], options: EvalOptions, baseline: s
     if not options.texts and options.tasks is None:
         raise UsageError("no text to evaluate on", hint="--data wikitext2, a file, or `self`")
     if options.layers and (baseline is None or not options.texts):
-        raise UsageError("layer errors are measured against a baseline on text", hint="--baseline MODEL --data SRC")
+        raise UsageError("layer errors are measured against a baseline on text", hint="--baseline MODEL --data TEXT")
     if SELF in options.texts and baseline is None and len(models) > 1:
         raise UsageError(
             "data self: each model would be evaluated on a text of its own",
@@ -151,7 +151,7 @@ def _require_consistent(models: Sequence[str], options: EvalOptions, baseline: s
         )
 
 
-def _require_same_layers(sources: Sequence[Source], baseline: Source) -> None:
+def _require_same_layers(sources: Sequence[ModelSource], baseline: ModelSource) -> None:
     for source in sources:
         if source.linears() != baseline.linears():
             raise UsageError(

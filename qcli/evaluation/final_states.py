@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcli.data.tokens import Tokens
 from qcli.models.manifest import versions
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream, batches
 from qcli.utils.cache import Cache
 from qcli.utils.progress import Progress
@@ -52,7 +52,7 @@ def final_states(
     return FinalStates(name, stream, hidden)
 
 
-def model_key(source: Source, device: torch.device, dtype: torch.dtype, cache: Cache) -> dict[str, Any]:
+def model_key(source: ModelSource, device: torch.device, dtype: torch.dtype, cache: Cache) -> dict[str, Any]:
     """Cache key of what a model computes; its files are only hashed if the cache keeps anything."""
     content = source.content() if cache.folder is not None else None
     return {"model": content, "device": device.type, "dtype": str(dtype), **versions()}

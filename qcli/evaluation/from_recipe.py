@@ -10,7 +10,7 @@ from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.results import Evaluation
 from qcli.evaluation.tasks import Tasks
 from qcli.evaluation.windows import evaluation_windows
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.utils.cache import Cache
@@ -32,7 +32,7 @@ def recipe_tasks(recipe: Recipe) -> Tasks | None:
 
 
 def require_evaluation_texts(
-    recipe: Recipe, source: Source, progress: Progress = silent, cache: Cache | None = None
+    recipe: Recipe, source: ModelSource, progress: Progress = silent, cache: Cache | None = None
 ) -> None:
     """Tokenize what the recipe's model will be evaluated on, so that a wrong name or a short text fails early.
 

@@ -9,7 +9,7 @@ import torch
 from qcli.data.datasets import SELF
 from qcli.data.tokens import Tokens, evaluation_tokens
 from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.utils.cache import Cache
 from qcli.utils.device import resolve_device
 from qcli.utils.errors import ResourceError, UsageError
@@ -18,7 +18,7 @@ from qcli.utils.progress import Progress
 
 
 def evaluation_windows(
-    options: EvalOptions, sources: Sequence[Source], cache: Cache, progress: Progress
+    options: EvalOptions, sources: Sequence[ModelSource], cache: Cache, progress: Progress
 ) -> list[Tokens]:
     """The windows of each text, which are the same for all models.
 
@@ -35,7 +35,7 @@ def evaluation_windows(
 
 
 def _windows(
-    data: str, length: int, options: EvalOptions, sources: Sequence[Source], cache: Cache, progress: Progress
+    data: str, length: int, options: EvalOptions, sources: Sequence[ModelSource], cache: Cache, progress: Progress
 ) -> Tokens:
     tokens = [
         evaluation_tokens(
@@ -58,7 +58,7 @@ def _windows(
 
 
 def require_memory(
-    windows: Sequence[Tokens], sources: Sequence[Source], baseline: Source | None, dtype: torch.dtype
+    windows: Sequence[Tokens], sources: Sequence[ModelSource], baseline: ModelSource | None, dtype: torch.dtype
 ) -> None:
     """Check that the final hidden states of all windows fit in memory: those of one model and of the baseline.
 
@@ -76,5 +76,5 @@ def require_memory(
         )
 
 
-def _hidden_size(source: Source) -> int:
+def _hidden_size(source: ModelSource) -> int:
     return int(source.hf_config().get_text_config().hidden_size)

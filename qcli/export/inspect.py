@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.models.manifest import MANIFEST, Manifest
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import UsageError, VerificationError
 
@@ -81,7 +81,7 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
-def _rows(source: Source, manifest: Manifest) -> list[dict[str, Any]]:
+def _rows(source: ModelSource, manifest: Manifest) -> list[dict[str, Any]]:
     reports = {layer.name: layer for layer in manifest.layers}
     quantized = source.quantized if isinstance(source, QuantizedSource) else None
     linears = source.linears()

@@ -8,7 +8,7 @@ import torch
 
 from qcli.export.target import ExportTarget
 from qcli.models.native import NativeSource
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
 from qcli.utils.errors import VerificationError
@@ -27,7 +27,7 @@ class LogitDifference:
     kl: float
 
 
-def compare(source: NativeSource, written: Source, target: ExportTarget, progress: Progress) -> LogitDifference:
+def compare(source: NativeSource, written: ModelSource, target: ExportTarget, progress: Progress) -> LogitDifference:
     """Compare what was written with what was packed.
 
     Raises:
@@ -60,7 +60,7 @@ def _close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> bo
 
 
 @torch.no_grad()
-def _logits(model: Source, dtype: torch.dtype) -> torch.Tensor:
+def _logits(model: ModelSource, dtype: torch.dtype) -> torch.Tensor:
     stream = ModelStream(model, device=torch.device("cpu"), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     vocabulary = stream.model.get_input_embeddings().num_embeddings

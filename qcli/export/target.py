@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qcli.models.native import NativeSource
-from qcli.models.open import Source, open_packed
+from qcli.models.open import ModelSource, open_packed
 from qcli.utils import registry, shards
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.progress import Progress
@@ -84,7 +84,7 @@ class ExportTarget:
         """Write weights, config and tokenizer, in weight files of at most `shard_size` bytes of tensors."""
         raise NotImplementedError
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> ModelSource:
         """Read back what was written."""
         return open_packed(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.models.manifest import MANIFEST, Manifest
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import QcliError, VerificationError
 from qcli.utils.files import sha256
@@ -78,7 +78,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     )
 
 
-def _check_values(source: Source, progress: Progress) -> None:
+def _check_values(source: ModelSource, progress: Progress) -> None:
     names = list(source.tensors())
     for number, name in enumerate(names):
         progress("check", number, len(names))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.models import families
-from qcli.models.source import Source, first_line
+from qcli.models.source import ModelSource, first_line
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UsageError
 from qcli.utils.safetensors import Extent, read_header, read_tensors
@@ -38,7 +38,7 @@ _COMPANIONS = (
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
-class FolderSource(Source):
+class FolderSource(ModelSource):
     """A local folder, or the snapshot of a hub model."""
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:

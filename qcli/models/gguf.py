@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcli.models.source import Source, first_line
+from qcli.models.source import ModelSource, first_line
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
 
@@ -40,7 +40,7 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class GGUFSource(Source):
+class GGUFSource(ModelSource):
     """A `.gguf` file. Tensors are float32, whatever it stores; bits and bytes are those it stores.
 
     Args:

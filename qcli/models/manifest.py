@@ -50,8 +50,8 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class SourceModel:
-    """The model that was quantized: its folder, file or hub id, and `Source.fingerprint`."""
+class OriginalModel:
+    """The model that was quantized: its folder, file or hub id, and `ModelSource.fingerprint`."""
 
     model: str
     fingerprint: str
@@ -167,7 +167,7 @@ class Manifest(BaseModel):
     recipe_sha256: str
     versions: dict[str, str]
     recipe: dict[str, Any]
-    source: SourceModel
+    source: OriginalModel
     calibration_tokens_sha256: str | None
     calibration_text_identity: str | None = None
     seed: int

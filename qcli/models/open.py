@@ -9,11 +9,11 @@ from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.native import NativeSource
-from qcli.models.source import Source, first_line
+from qcli.models.source import ModelSource, first_line
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
 
-__all__ = ["PACKED_GGUF", "Source", "open_packed", "open_source"]
+__all__ = ["PACKED_GGUF", "ModelSource", "open_packed", "open_source"]
 
 PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
 
@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
+def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
     """Open a model and check its files; no weight is read, and for folders torch is not imported.
 
     Args:
@@ -48,7 +48,7 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Source:
     return source(path, config, trust_remote_code=trust_remote_code)
 
 
-def open_packed(folder: Path) -> Source:
+def open_packed(folder: Path) -> ModelSource:
     """Open a folder that `qcli pack` has written, but has not given its manifest yet.
 
     Raises:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 
 
-class Source:
+class ModelSource:
     """A model on disk. Tensors go by the names they have in the causal LM's `state_dict`.
 
     Attributes:

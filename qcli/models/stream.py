@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.source import Source
+from qcli.models.source import ModelSource
 from qcli.utils.errors import UnsupportedError, UsageError
 
 BATCH_TOKENS = 4096  # in one pass through a block
@@ -58,7 +58,7 @@ class ModelStream:
         UsageError: tensors are missing, unexpected, or of another shape than the config implies.
     """
 
-    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.family = source.family
         self.config = source.hf_config()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcli.data.identity import text_identity
 from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.quantization.plan import Plan
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
@@ -58,7 +58,7 @@ def run_tokens(
 
 def recipe_tokens(
     recipe: Recipe,
-    source: Source,
+    source: ModelSource,
     device: torch.device,
     cache: Cache,
     progress: Progress = silent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.models.manifest import RECIPE, Manifest, SourceModel, recipe_sha256, versions
+from qcli.models.manifest import RECIPE, Manifest, OriginalModel, recipe_sha256, versions
 from qcli.models.native import quantization_config
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
@@ -38,7 +38,7 @@ def publish_checkpoint(
         recipe_sha256=recipe_sha256(recipe),
         versions=versions(),
         recipe=recipe,
-        source=SourceModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
+        source=OriginalModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,
         seed=plan.recipe.seed,

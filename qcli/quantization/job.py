@@ -10,7 +10,7 @@ import torch
 
 from qcli.data.identity import text_sha256
 from qcli.models.manifest import versions
-from qcli.models.open import Source
+from qcli.models.open import ModelSource
 from qcli.quantization.block_loop import BlockQuantizer, quantize_blocks
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import run_tokens
@@ -62,7 +62,9 @@ def quantize_as_written(recipe: Recipe, out: str | Path, progress: Progress, cac
     return result
 
 
-def run_identity(recipe: Recipe, source: Source, device: torch.device, *, reads_text: bool = True) -> dict[str, Any]:
+def run_identity(
+    recipe: Recipe, source: ModelSource, device: torch.device, *, reads_text: bool = True
+) -> dict[str, Any]:
     """What decides the bytes of a run, as plain data.
 
     Args:

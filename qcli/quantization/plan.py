@@ -13,7 +13,7 @@ from qcli.data.datasets import require_text
 from qcli.models.families import Linear
 from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
-from qcli.models.source import Source
+from qcli.models.source import ModelSource
 from qcli.quantization.search_space import uniform_recipe
 from qcli.recipe.assign import assign
 from qcli.recipe.recipe import Recipe
@@ -38,7 +38,7 @@ class Plan:
         parts: stored tensors by name: one part for each block, then one for everything outside the blocks.
     """
 
-    source: Source
+    source: ModelSource
     recipe: Recipe
     layers: list[Linear]
     methods: dict[str, Method | None]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from qcli.data.datasets import read_text, require_text
 from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
-from qcli.models.open import Source, open_source
+from qcli.models.open import ModelSource, open_source
 from qcli.utils.errors import UsageError
 from tests.tiny import tiny_model
 
@@ -25,7 +25,7 @@ TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(60))
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> ModelSource:
     """A tiny Llama: a token a byte, a context of 256."""
     return open_source(str(tiny_model("llama", tmp_path)))
 
@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Callable[[str, str], str]:
     return write
 
 
-def ids_of(source: Source, text: str) -> torch.Tensor:
+def ids_of(source: ModelSource, text: str) -> torch.Tensor:
     return torch.tensor(source.tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
@@ -54,7 +54,7 @@ def problem(call: Callable[..., object], *arguments: Any, **options: Any) -> str
     return caught.value.message
 
 
-def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Callable[[str, str], str]) -> None:
+def test_calibration_windows_lie_where_the_seed_says(source: ModelSource, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", TEXT)
     tokens = calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=3), source)
     ids, generator = ids_of(source, TEXT), random.Random(3)
@@ -68,7 +68,7 @@ def test_calibration_windows_lie_where_the_seed_says(source: Source, file: Calla
 
 @pytest.mark.parametrize("seed", range(4))
 def test_held_out_and_validation_windows_share_no_token_with_others(
-    source: Source, file: Callable[[str, str], str], seed: int
+    source: ModelSource, file: Callable[[str, str], str], seed: int
 ) -> None:
     text = "".join(random.Random(5).choices("abcdefghijklmnop", k=4000))  # no window of it occurs twice
     ids, data = ids_of(source, text), file("a.txt", text)
@@ -89,7 +89,7 @@ def test_held_out_and_validation_windows_share_no_token_with_others(
     ]
 
 
-def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Callable[[str, str], str]) -> None:
+def test_a_text_that_held_out_samples_fill_is_too_short(source: ModelSource, file: Callable[[str, str], str]) -> None:
     text = TEXT[:60]
     data, length = file("a.txt", text), len(ids_of(source, text)) - 2
     assert calibration_tokens(TokenRequest(data, samples=4, seq_len=length, seed=0), source).ids.shape == (4, length)
@@ -98,14 +98,14 @@ def test_a_text_that_held_out_samples_fill_is_too_short(source: Source, file: Ca
         assert "too short for samples that do not overlap" in message and str(length + 2) in message
 
 
-def test_evaluation_windows_follow_each_other_without_bos(source: Source, file: Callable[[str, str], str]) -> None:
+def test_evaluation_windows_follow_each_other_without_bos(source: ModelSource, file: Callable[[str, str], str]) -> None:
     data, ids = file("a.txt", TEXT), ids_of(source, TEXT)
     tokens = evaluation_tokens(data, source, window=100)
     assert tokens.ids.flatten().tolist() == ids[: len(ids) // 100 * 100].tolist()
     assert torch.equal(evaluation_tokens(data, source, window=100, max_windows=2).ids, tokens.ids[:2])
 
 
-def test_global_generators_are_left_alone(source: Source, file: Callable[[str, str], str]) -> None:
+def test_global_generators_are_left_alone(source: ModelSource, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", TEXT)
     states = torch.random.get_rng_state(), random.getstate()
     calibration_tokens(TokenRequest(data, samples=5, seq_len=32, seed=3), source)
@@ -122,7 +122,7 @@ def test_documents_are_joined_by_an_empty_line(tmp_path: Path, file: Callable[[s
         assert read_text(data, calibration=True) == "one\u2028still one\n\ntwo\n\nthree"
 
 
-def test_self_for_calibration_and_evaluation_are_different_texts(source: Source) -> None:
+def test_self_for_calibration_and_evaluation_are_different_texts(source: ModelSource) -> None:
     calibration = calibration_tokens(TokenRequest("self", samples=2, seq_len=16, seed=0), source)
     evaluation = evaluation_tokens("self", source, window=16, max_windows=2)
     assert calibration.ids.shape == evaluation.ids.shape == (2, 16)
@@ -130,7 +130,7 @@ def test_self_for_calibration_and_evaluation_are_different_texts(source: Source)
     assert calibration.data == evaluation.data == "self"
 
 
-def test_a_calibration_folder_gives_its_tokens_verbatim(source: Source, tmp_path: Path) -> None:
+def test_a_calibration_folder_gives_its_tokens_verbatim(source: ModelSource, tmp_path: Path) -> None:
     ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
     (tmp_path / "calibration").mkdir()
     save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
@@ -162,7 +162,7 @@ def test_named_sets_come_through_datasets(
     assert read_text(name, calibration=calibration) == joined
 
 
-def test_a_named_set_without_network(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_set_without_network(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, **options: Any) -> None:
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub (ConnectionError)\nsee the docs")
 
@@ -175,7 +175,7 @@ def test_a_named_set_without_network(source: Source, monkeypatch: pytest.MonkeyP
     assert "`self`" in str(caught.value.hint)
 
 
-def test_too_short_says_how_short(source: Source, file: Callable[[str, str], str]) -> None:
+def test_too_short_says_how_short(source: ModelSource, file: Callable[[str, str], str]) -> None:
     data = file("a.txt", "x" * 32)
     exact = calibration_tokens(TokenRequest(data, samples=1, seq_len=31, seed=0), source)
     assert exact.ids.shape == (1, 31)
@@ -187,7 +187,7 @@ def test_too_short_says_how_short(source: Source, file: Callable[[str, str], str
     )
 
 
-def test_windows_beyond_the_context_are_refused(source: Source, file: Callable[[str, str], str]) -> None:
+def test_windows_beyond_the_context_are_refused(source: ModelSource, file: Callable[[str, str], str]) -> None:
     assert source.context_length == 256
     for data in (file("a.txt", TEXT), "self"):
         message = problem(calibration_tokens, TokenRequest(data, samples=1, seq_len=257, seed=0), source)
@@ -247,7 +247,7 @@ def test_an_unknown_set_names_the_nearest() -> None:
     assert caught.value.hint == "did you mean 'wikitext2'? known: c4, ptb, wikitext2, self; or a file"
 
 
-def test_folders_that_are_no_calibration(source: Source, tmp_path: Path) -> None:
+def test_folders_that_are_no_calibration(source: ModelSource, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     options = {"samples": 1, "seq_len": 8, "seed": 0}

@@ -14,7 +14,7 @@ from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extr
 from qcli.models.gguf import GGUFSource
 from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
-from qcli.models.open import PACKED_GGUF, Source
+from qcli.models.open import PACKED_GGUF, ModelSource
 from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.files import disk_problem, write_json
@@ -89,7 +89,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> ModelSource:
         return GGUFSource(folder / PACKED_GGUF, beside=folder)
 
     def tolerance(self, name: str, tensor: Tensor) -> float:
