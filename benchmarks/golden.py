@@ -46,7 +46,8 @@ class Tree:
 
     def __init__(self, checkout: Path, work: Path, device: str | None = None) -> None:
         self.work, self.device = work, device
-        self.env = os.environ | {"PYTHONPATH": str(checkout.absolute()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(checkout.absolute()), os.environ.get("PYTHONPATH")]))
+        self.env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.env |= {"HF_HOME": str(work / "hub")} | ({} if device else {"CUDA_VISIBLE_DEVICES": ""})
         work.mkdir(parents=True)
         question = "import importlib.util as u; print(u.find_spec('qcli').origin)"
@@ -200,13 +201,15 @@ def main() -> None:
     parser.add_argument("what", choices=("record", "check", "against"))
     parser.add_argument("tree", nargs="?", type=Path, help="with against: the other checkout, the one from before")
     parser.add_argument("--device", help="with against: given to every command that has it")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="runs whose names start so")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="runs whose names begin with PREFIX")
+    parser.add_argument("--skip", metavar="PREFIX", help="leave out the runs whose names begin with PREFIX")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what the runs write; must not exist")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time")
     options = parser.parse_args()
     if (options.what == "against") != (options.tree is not None) or (options.device and options.what != "against"):
         parser.error("TREE is required by against; TREE and --device go with nothing else")
     runs = [run for run in RUNS if run.name.startswith(options.only)]
+    runs = [run for run in runs if options.skip is None or not run.name.startswith(options.skip)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.keep or Path(scratch)).absolute()
 
