@@ -58,10 +58,7 @@ class Refine(Options):
     def unsupported_reason(self, format: Format) -> str | None:
         """The reason why layers of `format` cannot be reconstructed; None if they can."""
         if self.scope == "linear" and format.has_output_norm:
-            return (
-                "scope linear compares outputs before the norm that follows these layers, which the model never sees: "
-                "set scope to block"
-            )
+            return "scope linear fits outputs without the norm that follows these layers: set scope to block"
         return None
 
     def refine(

@@ -2,7 +2,7 @@
 
 The default has five steps, each of which can be switched off: the target is refitted to the inputs that the layer will
 get in the quantized model (`refit_target`), layers that write to the residual stream also correct its error
-(`residual`), grids are searched under `diag(H)` (`grid`), columns are quantized with error feedback by falling
+(`residual`), grids are searched under `diag(H)` (`grid`), columns are quantized with error feedback by decreasing
 importance (`column_order`), and all scales of a row are refitted at fixed codes (`refit_tables`).
 """
 
@@ -33,7 +33,7 @@ class GPTQLike(AffineMethod, ErrorFeedback):
 
     column_order: Literal["static", "group-aware", "none"] = Field(
         default="static",
-        description="order of columns: by falling input energy; by groups, columns inside them likewise; as stored",
+        description="order of columns: by decreasing input energy; the same by groups and inside them; as stored",
     )
     grid: Literal["search", "minmax"] = Field(
         default="search", description="grids searched under the input energy, or covering each group's range"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcli.core.weight import Format
 
-DAMPINGS = (0.01, 0.05, 0.1, 1.0)
+DAMPINGS = (0.01, 0.05, 0.1, 1.0)  # ours: tried in turn, relative to the Hessian's mean diagonal
 _DIRECT = 256  # rows of a triangle that is inverted in one call
 _LAZY = 64  # columns per lazy block: the rest of the matrix gets their errors in one product
 
@@ -104,8 +104,8 @@ def column_order(hessian: Tensor, group_width: int, kind: str) -> Tensor:
     Args:
         hessian: `[in, in]`.
         group_width: columns per group, for `group-aware`.
-        kind: `static`: by falling `diag(H)`. `group-aware`: groups by the falling maximum of their diagonal, columns in
-            a group by falling diagonal. `none`: as stored.
+        kind: `static`: by decreasing `diag(H)`. `group-aware`: groups by the decreasing maximum of their diagonal,
+            columns in a group by decreasing diagonal. `none`: as stored.
     """
     importance = hessian.diagonal()
     if kind == "none":

@@ -23,6 +23,15 @@ class _Option(NamedTuple):
 _Item = list[_Option]
 
 
+class _State(NamedTuple):
+    """Options chosen for the first items: their sums, the last one's number, and the state before it."""
+
+    cost: int
+    loss: float
+    option: int = 0
+    previous: _State | None = None
+
+
 def minimize_loss(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
     """Choose one option per item with the least sum of losses such that the sum of costs is at most `budget`.
 
@@ -46,32 +55,32 @@ def minimize_loss(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[in
     if any(not item for item in items) or sum(min(option.cost for option in item) for item in items) > budget:
         raise ValueError("the cheapest options cost more than the budget")
     price = _multiplier(items, budget)
-    known = _greedy_loss(items, price, budget)
-    slack = 1e-9 * (1 + abs(known))
-    rest = [0.0]  # least priced loss of the items to come
+    upper_bound = _greedy_loss(items, price, budget)
+    slack = 1e-9 * (1 + abs(upper_bound))
+    rest = [0.0]  # least priced loss of the remaining items, by the number of items done
     for item in reversed(items):
         rest.append(rest[-1] + min(option.loss + price * option.cost for option in item))
     rest.reverse()
 
-    states: list[tuple[int, float, tuple[object, ...]]] = [(0, 0.0, ())]  # cost, loss, options as nested pairs
+    states = [_State(0, 0.0)]
     for number, item in enumerate(items, start=1):
         extended = [
-            (cost + option.cost, loss + option.loss, (chosen, option.number))
-            for cost, loss, chosen in states
+            _State(state.cost + option.cost, state.loss + option.loss, option.number, state)
+            for state in states
             for option in item
-            if loss + option.loss + price * (cost + option.cost) + rest[number] - price * budget <= known + slack
+            if state.loss + option.loss + price * (state.cost + option.cost) + rest[number] - price * budget
+            <= upper_bound + slack
         ]
-        extended.sort(key=lambda state: state[:2])
+        extended.sort(key=lambda state: (state.cost, state.loss))
         states, least = [], inf
         for state in extended:
-            if state[0] <= budget and state[1] < least:
+            if state.cost <= budget and state.loss < least:
                 states.append(state)
-                least = state[1]
-    chosen = states[-1][2]
-    options: list[int] = []
-    while chosen:
-        chosen, option = chosen  # type: ignore[assignment]
-        options.append(option)  # type: ignore[arg-type]
+                least = state.loss
+    options, last = [], states[-1]
+    while last.previous is not None:
+        options.append(last.option)
+        last = last.previous
     return options[::-1]
 
 

@@ -29,7 +29,7 @@ def leading_directions(error: Tensor, hessian: Tensor | None, rank: int) -> Tens
         rank: how many.
 
     Returns:
-        float64 `[out, rank]`, by falling eigenvalue.
+        float64 `[out, rank]`, by decreasing eigenvalue.
     """
     wide = error.double()
     moment = None if hessian is None else hessian.double()

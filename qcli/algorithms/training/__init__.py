@@ -1,0 +1,1 @@
+"""Gradient training of quantized weights and transforms: the loop, its batches and losses, and the parameters."""

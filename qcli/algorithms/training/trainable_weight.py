@@ -29,12 +29,13 @@ class TrainableWeight(nn.Module):
     Attributes:
         initial: the initial weight.
         table_changes: change of each trained table, in `table_units`; initially 0.
-        start: float32 `[out, in]`, the initial latent weights.
-        step: float32 `[out, in]`, the distance from each initial value to the nearest other one.
-        latent: float32 `[out, in]`, change of the latent weights in units of `step`, initially 0; None: not trained.
+        initial_latents: float32 `[out, in]`; only if latent weights are trained.
+        step_sizes: float32 `[out, in]`, the quantization step at each initial code; likewise.
+        latent_changes: float32 `[out, in]`, change of each latent weight in units of its step, initially 0; None if
+            latent weights are not trained.
     """
 
-    latent: nn.Parameter | None
+    latent_changes: nn.Parameter | None
     table_changes: nn.ParameterDict
 
     def __init__(self, weight: QuantizedWeight, target: Tensor | None, train: Collection[str]) -> None:
@@ -45,15 +46,15 @@ class TrainableWeight(nn.Module):
         self.table_changes = nn.ParameterDict(
             {name: torch.zeros_like(self._float_tables[name]) for name in self.table_units}
         )
-        self.latent = None
+        self.latent_changes = None
         if "weights" in train:
             dense = weight.dense()
             step = self.format.step_sizes(weight.codes, weight.tables)
             start = self.format.initial_latents(dense if target is None else target, dense, step)
             recoded = self.format.encode(start, weight.tables) != weight.codes
-            self.start = nn.Parameter(torch.where(recoded, dense, start), requires_grad=False)
-            self.step = nn.Parameter(step, requires_grad=False)
-            self.latent = nn.Parameter(torch.zeros_like(dense))
+            self.initial_latents = nn.Parameter(torch.where(recoded, dense, start), requires_grad=False)
+            self.step_sizes = nn.Parameter(step, requires_grad=False)
+            self.latent_changes = nn.Parameter(torch.zeros_like(dense))
 
     def dense(self, *, as_stored: bool) -> Tensor:
         """The dense weight, float32 `[out, in]`.
@@ -66,21 +67,21 @@ class TrainableWeight(nn.Module):
         if as_stored:
             return self.quantized().dense()
         tables = self._rounded_tables()
-        if self.latent is None:
+        if self.latent_changes is None:
             return self.format.decode(self.initial.codes, tables)
-        latent = self.start + self.step * self.latent
+        latent = self.initial_latents + self.step_sizes * self.latent_changes
         with torch.no_grad():
             codes = self.format.encode(latent, tables)
         value = self.format.decode(codes, tables)
-        return straight_through(value, latent, self.format.ste_slope(latent.detach(), value.detach(), self.step))
+        return straight_through(value, latent, self.format.ste_slope(latent.detach(), value.detach(), self.step_sizes))
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The weight in its format, as it will be stored."""
         tables = self.format.round_tables(self._changed_tables(), self.initial.tables)
         codes = self.initial.codes
-        if self.latent is not None:
-            codes = self.format.encode(self.start + self.step * self.latent, tables)
+        if self.latent_changes is not None:
+            codes = self.format.encode(self.initial_latents + self.step_sizes * self.latent_changes, tables)
         return QuantizedWeight(self.format, self.initial.shape, codes, tables)
 
     def _changed_tables(self) -> dict[str, Tensor]:
@@ -105,6 +106,9 @@ def parameter_groups(
     weights = list(weights)
     groups: list[dict[str, Any]] = [
         {"params": [change for weight in weights for change in weight.table_changes.values()], "lr": tables_lr},
-        {"params": [weight.latent for weight in weights if weight.latent is not None], "lr": weights_lr},
+        {
+            "params": [weight.latent_changes for weight in weights if weight.latent_changes is not None],
+            "lr": weights_lr,
+        },
     ]
     return [group for group in groups if group["params"]]

@@ -64,11 +64,11 @@ def test_training_sees_tables_as_they_will_be_stored() -> None:
 def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
     weight, format = normal(OUT, IN), Affine(bits=3, group_size=64)
     initial = rounded(weight, format)
-    start = TrainableWeight(initial, weight, ("weights",)).start
+    latents = TrainableWeight(initial, weight, ("weights",)).initial_latents
     scale = format.spread(initial.tables["weight_scale"].float(), IN)
-    assert bool(((start - initial.dense()).abs() <= 0.49 * scale + 1e-6).all())
+    assert bool(((latents - initial.dense()).abs() <= 0.49 * scale + 1e-6).all())
     inside = (weight - initial.dense()).abs() < 0.49 * scale
-    torch.testing.assert_close(start[inside], weight[inside])
+    torch.testing.assert_close(latents[inside], weight[inside])
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -83,9 +83,9 @@ def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -
     of_scale = format.grouped((initial.codes.float() - zero_points) * gradient).sum(-1)
     expected = of_scale * trainable.table_units["weight_scale"]
     torch.testing.assert_close(trainable.table_changes["weight_scale"].grad, expected, rtol=1e-4, atol=1e-5)
-    assert trainable.latent is not None and trainable.latent.grad is not None
-    torch.testing.assert_close(trainable.latent.grad, gradient * trainable.step)
-    assert torch.equal(trainable.step, format.spread(scale.abs(), IN))
+    assert trainable.latent_changes is not None and trainable.latent_changes.grad is not None
+    torch.testing.assert_close(trainable.latent_changes.grad, gradient * trainable.step_sizes)
+    assert torch.equal(trainable.step_sizes, format.spread(scale.abs(), IN))
 
 
 def test_latents_of_signs_are_trained_as_in_onebits_code() -> None:
@@ -96,18 +96,18 @@ def test_latents_of_signs_are_trained_as_in_onebits_code() -> None:
     initial = QuantizedWeight(paper, (OUT, IN), paper.encode(weight, tables), tables)
     magnitude = initial.dense().abs()
     trainable = TrainableWeight(initial, weight, ("weights",))
-    torch.testing.assert_close(trainable.start / magnitude, 0.01 * weight.sign())
-    assert trainable.latent is not None
+    torch.testing.assert_close(trainable.initial_latents / magnitude, 0.01 * weight.sign())
+    assert trainable.latent_changes is not None
     with torch.no_grad():
-        trainable.latent.add_(gradient.roll(1) / 2)
+        trainable.latent_changes.add_(gradient.roll(1) / 2)
     latent = 0.01 * weight.sign() + gradient.roll(1)
     dense = trainable.dense(as_stored=False)
     torch.testing.assert_close(dense, magnitude * latent.sign())
     (dense * gradient).sum().backward()
     expected = gradient * 2 * magnitude * (1.001 - latent.tanh() ** 2)
-    torch.testing.assert_close(trainable.latent.grad, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(trainable.latent_changes.grad, expected, rtol=1e-3, atol=1e-6)
     plain = TrainableWeight(dataclasses.replace(initial, format=Sign()), normal(OUT, IN, seed=3), ("weights",))
-    assert bool((plain.start.abs() > 0.5 * magnitude).any())
+    assert bool((plain.initial_latents.abs() > 0.5 * magnitude).any())
 
 
 def test_tables_and_latents_train_at_their_own_rates() -> None:
