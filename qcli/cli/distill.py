@@ -30,9 +30,7 @@ def distill(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT", help="Training text, as in `qcli quantize --data`. Default: the calibration text."
-        ),
+        typer.Option(metavar="TEXT", help="Training text, as for `qcli quantize`. Default: the calibration text."),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(metavar="N", help="Number of sequences. Default: as for calibration, 128.")
