@@ -48,8 +48,8 @@ def allocation_of(method: Any) -> Allocation | None:
     groups = method.get("group_size") == AUTO
     if method.get("bits") == AUTO:
         return Allocation.model_validate(own | {"groups": groups})
-    problems = [Issue((name,), "is for bits: auto") for name in own]
-    problems += [Issue(("group_size",), "auto goes with bits: auto")] if groups else []
+    problems = [Issue((name,), "needs bits: auto") for name in own]
+    problems += [Issue(("group_size",), "auto needs bits: auto")] if groups else []
     if problems:
         raise invalid("Allocation", problems)
     return None

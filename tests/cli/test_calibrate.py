@@ -13,9 +13,9 @@ def test_its_folder_is_calibration_data(invoke: Invoke, model: Path, text: Path,
     flags = ("calibrate", model, "--data", text, "--samples", 4, "--seq-len", 32, "--out", folder)
     code, out, err = invoke(*flags, "--hessians", "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert len(found["layers"]) == 14
-    assert all(layer["sensitivity"]["2"] > layer["sensitivity"]["4"] > 0 for layer in found["layers"].values())
+    result = json.loads(out)
+    assert len(result["layers"]) == 14
+    assert all(layer["sensitivity"]["2"] > layer["sensitivity"]["4"] > 0 for layer in result["layers"].values())
     assert (folder / "hessians-00001.safetensors").exists()
 
     code, stdout, err = invoke(*flags)

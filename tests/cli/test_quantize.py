@@ -52,7 +52,7 @@ def test_dry_run_does_not_import_torch_and_writes_nothing(model: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_tells_the_size_to_the_byte(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+def test_dry_run_predicts_the_size_to_the_byte(invoke: Invoke, model: Path, tmp_path: Path) -> None:
     flags = ("quantize", model, "--method", "rtn", "--group-size", 32, "--out", tmp_path / "out", "--json")
     planned = json.loads(invoke(*flags, "--dry-run").out)
     assert invoke(*flags).code == 0
@@ -109,7 +109,7 @@ def test_help_names_every_method(invoke: Invoke) -> None:
     assert f"{', '.join(registry.names(METHODS))}. Default: gptq-like." in shown
 
 
-def test_bits_chosen_by_measurement_are_shown(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+def test_measured_allocations_are_shown(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
     auto = ("--bits", "auto", "--target-bpw", 3.8, "--group-size", 32, "--method", "rtn")
     code, out, err = invoke("quantize", model, *auto, "--dry-run", "--json")
     assert code == 0, err

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.cli.conftest import Invoke
 
 
-def test_validate_tells_every_error_of_every_file(invoke: Invoke, tmp_path: Path) -> None:
+def test_validate_reports_every_error_of_every_file(invoke: Invoke, tmp_path: Path) -> None:
     good, bad, worse = (tmp_path / name for name in ("good.yaml", "bad.yaml", "worse.yaml"))
     good.write_text("model: m\n")
     bad.write_text("model: m\nmethod: {name: rtn, bitz: 3}\nsed: 1\n")

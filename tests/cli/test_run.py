@@ -46,9 +46,9 @@ def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
 def test_figures_of_an_earlier_version_are_shown(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke("run", recipe, "--out", out).code == 0
-    found = json.loads((out / "eval.json").read_text())
-    del found["fitted_to"]
-    (out / "eval.json").write_text(json.dumps(found))
+    evaluation = json.loads((out / "eval.json").read_text())
+    del evaluation["fitted_to"]
+    (out / "eval.json").write_text(json.dumps(evaluation))
     assert "KL to baseline" in invoke("run", recipe, "--out", out).out
 
 
@@ -136,7 +136,7 @@ def test_other_settings_conflict_with_what_is_there(
         ("pack.requantize=Q8_0", "pack.requantize=Q8_0: format qcli cannot requantize layers"),
     ],
 )
-def test_what_later_stages_refuse_is_told_before_the_first(
+def test_what_later_stages_refuse_is_reported_before_the_first(
     invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -164,8 +164,8 @@ def test_bits_to_be_chosen_must_fit_the_layout_whichever_they_are(
     method = f"method={{name: rtn, {own}, group_size: 32, symmetric: true}}"
     data = "calibration={data: " + json.dumps(str(text)) + ", samples: 12, seq_len: 32}"
     flags = ("--out", tmp_path / "out", "--set", method, "--set", data, "--set", f"pack.format={layout}")
-    found, stdout, err = invoke("run", recipe, *flags, "--json")
-    assert found == (6 if refusal else 0), err
+    code, stdout, err = invoke("run", recipe, *flags, "--json")
+    assert code == (6 if refusal else 0), err
     if refusal:
         assert refusal in err and not (tmp_path / "out").exists()
         later = [*flags[:6], "--set", "pack=null"]

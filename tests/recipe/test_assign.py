@@ -1,0 +1,57 @@
+"""The assignment of methods to layers, and what in a recipe does not fit the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qcli.algorithms.methods.rtn import RTN
+from qcli.models.families import Linear
+from qcli.recipe.assign import assign
+from qcli.recipe.load import load_recipe
+from qcli.utils.errors import UsageError
+
+LAYERS = [
+    Linear(f"model.layers.{block}.mlp.{name}", block, group, shape)
+    for block in range(3)
+    for group, (name, shape) in enumerate([("up_proj", (96, 64)), ("down_proj", (64, 96))])
+]
+
+
+def test_the_first_matching_override_applies() -> None:
+    recipe = load_recipe(
+        None,
+        {"model": "m", "method.name": "rtn", "method.group_size": 32},
+        ["overrides=[{match: '*.0.*', dense: true}, {match: '*.down_proj', method: {bits: 8}}]"],
+    )
+    assigned = assign(recipe, LAYERS)
+    assert list(assigned) == [layer.name for layer in LAYERS]
+    assert assigned["model.layers.0.mlp.down_proj"] is None
+    assert assigned["model.layers.1.mlp.down_proj"] == RTN(bits=8, group_size=32)
+    assert assigned["model.layers.2.mlp.up_proj"] == RTN(group_size=32)
+
+
+def test_everything_that_does_not_fit_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: m\nmethod: {name: rtn, group_size: 64}\noverrides:\n"
+        "  - {match: '*.q_proj', dense: true}\n"
+        "  - {match: '*.0.*', dense: true}\n"
+        "  - {match: '*.0.mlp.up_proj', method: {bits: 8}}\n",
+    )
+    recipe = load_recipe(file, {})
+    with pytest.raises(UsageError) as caught:
+        assign(recipe, LAYERS)
+    assert caught.value.message.splitlines() == [
+        f"{file}:4:6: overrides[0].match: '*.q_proj' matches no layer",
+        f"{file}:6:6: overrides[2].match: '*.0.mlp.up_proj' matches only layers that earlier overrides take",
+        f"{file}:2:1: method: group_size 64 does not divide its 96 inputs: model.layers.*.mlp.down_proj (2 layers)",
+    ]
+    assert caught.value.hint == "groups of 32 divide every row; group_tail ragged allows a shorter last group"
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused() -> None:
+    recipe = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
+    with pytest.raises(UsageError, match="nothing to quantize"):
+        assign(recipe, LAYERS)
