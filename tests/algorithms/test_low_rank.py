@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from qcli.algorithms.layer_group import HESSIAN, LinearGroup
 from qcli.algorithms.low_rank import LowRankCompensation
@@ -14,10 +13,7 @@ from qcli.algorithms.methods.rtn import RTN
 from qcli.algorithms.solvers.output_error import output_error
 from qcli.core.weight import QuantizedWeight
 from qcli.utils.errors import VerificationError
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.algorithms.tensors import normal
 
 
 def solve(method: Method) -> tuple[LinearGroup, dict[str, Solution]]:

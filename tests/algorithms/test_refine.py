@@ -18,12 +18,9 @@ from qcli.core.formats.low_rank import FactorBits, LowRank
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import QuantizedWeight
 from qcli.quantization.objectives import LinearObjective
+from tests.algorithms.tensors import normal
 
 OUT, IN, TOKENS = 12, 64, 400
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:

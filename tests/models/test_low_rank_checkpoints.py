@@ -19,7 +19,7 @@ from qcli.core.formats.low_rank import FactorBits, LowRank
 from qcli.export.inspect import inspect
 from qcli.export.pack import pack
 from qcli.export.verify import verify
-from qcli.models import manifest as checkpoint
+from qcli.models.manifest import RECIPE, Manifest
 from qcli.models.native import NativeSource, quantization_config
 from qcli.models.open import open_source
 from qcli.models.quantized import stored_tensors
@@ -58,9 +58,9 @@ def low_rank_checkpoint(tmp_path: Path, bits: FactorBits = 8, activations: Activ
     config = quantization_config(source.linears(), formats, activations)
     write_json(out / "config.json", source.config | {"quantization_config": config})
     source.copy_companions(out)
-    (out / checkpoint.RECIPE).write_bytes((bare / checkpoint.RECIPE).read_bytes())
+    (out / RECIPE).write_bytes((bare / RECIPE).read_bytes())
     size = {"bits_per_weight": open_source(str(out)).bits_per_weight()}
-    checkpoint.Manifest.read(bare).model_copy(update=size).write(out)
+    Manifest.read(bare).model_copy(update=size).write(out)
     return out
 
 

@@ -13,12 +13,9 @@ from qcli.algorithms.solvers.output_error import output_error
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, Codebook, TableBits
 from qcli.core.weight import QuantizedWeight
+from tests.algorithms.tensors import normal
 
 SHAPE = (24, 96)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def importance(inputs: int) -> Tensor:
@@ -49,9 +46,9 @@ def test_error_is_monotone_in_the_rank(bits: int, seed: int) -> None:
 def test_weights_with_low_rank_codebooks_are_recovered() -> None:
     """Groups that are exactly `S V - beta`, entries in one order; no uniform grid fits them."""
     format = of_rank(2)
-    shapes = torch.tensor([[0.0, 0.4, 0.8, 1.0], [1.0, -0.6, 0.3, 0.1]])
+    basis = torch.tensor([[0.0, 0.4, 0.8, 1.0], [1.0, -0.6, 0.3, 0.1]])
     scale = torch.stack([1 + 0.3 * normal(24, 3, seed=1).abs(), 0.1 * normal(24, 3, seed=2).clamp(-1, 1)], -1)
-    entries = scale @ shapes - 0.3
+    entries = scale @ basis - 0.3
     codes = torch.arange(96).view(3, 32) % 4
     weight = entries.gather(2, codes.expand(24, 3, 32)).flatten(1)
     tables, uniform = codebook.fit(weight, format, rounds=40), Affine(bits=2, group_size=32, zero_point="float")
@@ -69,11 +66,11 @@ def test_full_rank_comes_near_the_optimal_clustering() -> None:
     for row, decoded in zip(weight, dense, strict=True):
         ordered = row.sort().values
 
-        def within(part: Tensor) -> float:
+        def variation(part: Tensor) -> float:
             return float((part - part.mean()).square().sum()) if len(part) else 0.0
 
         best = min(
-            sum(within(part) for part in ordered.tensor_split([a, b, c]))
+            sum(variation(part) for part in ordered.tensor_split([a, b, c]))
             for a in range(13)
             for b in range(a, 13)
             for c in range(b, 13)
@@ -82,15 +79,15 @@ def test_full_rank_comes_near_the_optimal_clustering() -> None:
 
 
 def test_scales_and_offsets_are_least_squares() -> None:
-    shapes, weights = normal(2, 4, seed=1), importance(32)
+    basis, weights = normal(2, 4, seed=1), importance(32)
     groups, codes = (
         normal(5, 1, 32, seed=2),
         torch.randint(0, 4, (5, 1, 32), generator=torch.Generator().manual_seed(4)),
     )
     count, total = codebook._sums_by_code(groups, weights.view(1, 1, 32), codes.to(torch.uint8), 4)
-    scale, offset = codebook._fit_scales(count, total, shapes)
+    scale, offset = codebook._fit_scales(count, total, basis)
     for row in range(5):
-        design = torch.cat([shapes[:, codes[row, 0]], -torch.ones(1, 32)]).T * weights.sqrt()[:, None]
+        design = torch.cat([basis[:, codes[row, 0]], -torch.ones(1, 32)]).T * weights.sqrt()[:, None]
         solved = torch.linalg.lstsq(design, groups[row, 0] * weights.sqrt()).solution
         torch.testing.assert_close(torch.cat([scale[row, 0], offset[row]]), solved, rtol=1e-3, atol=1e-4)
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from qcli.algorithms.solvers import dual_binary
 from qcli.algorithms.solvers.output_error import row_output_errors
 from qcli.core.formats.dual_binary import DualBinary, Levels
 from qcli.core.weight import QuantizedWeight
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.algorithms.tensors import normal
 
 
 @pytest.mark.parametrize(("levels", "bound"), [("fdb", 0.142), ("symmetric", 0.118)])

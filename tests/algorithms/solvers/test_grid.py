@@ -7,12 +7,9 @@ import torch
 
 from qcli.algorithms.solvers import grid
 from qcli.core.formats.affine import Affine, ZeroPoint
+from tests.algorithms.tensors import normal
 
 ZERO_POINTS: tuple[ZeroPoint, ...] = ("none", "integer", "float")
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def error(

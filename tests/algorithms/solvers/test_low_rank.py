@@ -10,12 +10,9 @@ from qcli.algorithms.solvers.low_rank import fit_factors, leading_directions
 from qcli.algorithms.solvers.output_error import output_error
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.low_rank import FactorBits, LowRank
+from tests.algorithms.tensors import normal
 
 BASE = Affine(bits=3, group_size=16, zero_point="integer")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(inputs: int) -> Tensor:

@@ -10,10 +10,7 @@ from qcli.algorithms.solvers import sign_value
 from qcli.algorithms.solvers.output_error import output_error
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import QuantizedWeight
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from tests.algorithms.tensors import normal
 
 
 def magnitudes(tables: dict[str, Tensor]) -> Tensor:

@@ -1,19 +1,14 @@
-"""The target refit against ordinary least squares on the data, and output errors against the outputs."""
+"""The target refit against ordinary least squares on the data."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from qcli.algorithms.solvers.output_error import output_error, row_output_errors
 from qcli.algorithms.solvers.target import refit_target
+from tests.algorithms.tensors import normal
 
 INPUTS, OUTPUTS, TOKENS = 24, 10, 200
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 WEIGHT, X = normal(OUTPUTS, INPUTS), normal(TOKENS, INPUTS, seed=1) @ normal(INPUTS, INPUTS, seed=2)
@@ -43,11 +38,3 @@ def test_ridge_is_raised_until_the_hessian_is_positive_definite() -> None:
     target, used = refit_target(WEIGHT, indefinite, indefinite, None, ridge=0.1)
     assert used == pytest.approx(1.0)
     assert bool(target.isfinite().all())
-
-
-def test_output_errors_are_means_over_tokens() -> None:
-    error = normal(OUTPUTS, INPUTS, seed=7)
-    expected = (QUANTIZED_X @ error.T).square().mean(0)
-    torch.testing.assert_close(row_output_errors(error, HESSIAN), expected, rtol=1e-4, atol=1e-4)
-    assert output_error(error, HESSIAN) == pytest.approx(float(expected.sum()), rel=1e-4)
-    assert output_error(error, None) == pytest.approx(float(error.square().sum()), rel=1e-6)

@@ -6,7 +6,6 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from qcli.algorithms.training.losses import (
     deviation_aware,
@@ -18,15 +17,12 @@ from qcli.algorithms.training.losses import (
     soft_cross_entropy,
     token_norms,
 )
+from tests.algorithms.tensors import normal
 
 TOKENS, VOCABULARY = 6, 11
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-TEACHER, STUDENT = normal(TOKENS, VOCABULARY, seed=1), normal(TOKENS, VOCABULARY, seed=2)
+TEACHER, STUDENT = (2 * normal(TOKENS, VOCABULARY, seed=seed) for seed in (1, 2))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

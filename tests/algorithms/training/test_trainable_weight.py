@@ -14,6 +14,7 @@ from qcli.core.formats.affine import Affine
 from qcli.core.formats.low_rank import LowRank
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import QuantizedWeight
+from tests.algorithms.tensors import normal
 
 OUT, IN = 12, 64
 FORMATS = [
@@ -21,10 +22,6 @@ FORMATS = [
     for bits, group_size in ((2, 16), (3, 64), (4, -1))
     for zero_point in ("none", "integer", "float")
 ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:

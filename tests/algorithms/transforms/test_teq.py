@@ -16,6 +16,7 @@ from qcli.algorithms.transforms.teq import TEQ, _Transformed
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
 from qcli.core.weight import Format
+from tests.algorithms.tensors import normal
 
 W3 = Affine(bits=3, group_size=16)
 FORMATS = [
@@ -24,10 +25,6 @@ FORMATS = [
     Affine(bits=2, group_size=12),
     Affine(bits=4, group_size=16, zero_point="none"),
 ]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def quantized(weight: Tensor, format: Affine) -> Tensor:
@@ -42,11 +39,11 @@ class Layers:
 
     def __init__(self, tokens: int = 96) -> None:
         self.weights = {
-            "up": torch.randn(48, 32, generator=generator(1)),
-            "down": torch.randn(24, 48, generator=generator(2)),
+            "up": normal(48, 32, seed=1),
+            "down": normal(24, 48, seed=2),
         }
-        sizes = torch.exp(torch.randn(32, generator=generator(3)))
-        self.inputs = torch.randn(2 * tokens, 32, generator=generator(4)) * sizes
+        sizes = torch.exp(normal(32, seed=3))
+        self.inputs = normal(2 * tokens, 32, seed=4) * sizes
         self.tokens = tokens
         self.scales = [
             ChannelScale("norm", ("up",), torch.arange(32), torch.arange(32), 32),
@@ -83,7 +80,7 @@ def folded_error(layers: Layers, alphas: list[Tensor], formats: Mapping[str, For
 def with_random_alphas(layers: Layers, formats: Mapping[str, Format | None], *, through_range: bool) -> _Transformed:
     transformed = _Transformed(layers.weights, formats, layers.scales, through_range=through_range)
     for number, theta in enumerate(transformed.thetas):
-        theta.data = 0.4 * torch.randn(theta.shape, generator=generator(number))
+        theta.data = 0.4 * normal(*theta.shape, seed=number)
     return transformed
 
 
@@ -93,7 +90,7 @@ def test_straight_through_gradient_is_the_papers() -> None:
     layers.scales.pop()
     transformed = with_random_alphas(layers, {"up": W3}, through_range=False)
     theta, weight, x = transformed.thetas[0], layers.weights["up"], layers.inputs
-    delta = torch.randn(len(x), len(weight), generator=generator(9))
+    delta = normal(len(x), len(weight), seed=9)
     loss = (delta * (x @ transformed.effective(False)["up"].T)).sum()
     (gradient,) = torch.autograd.grad(loss, theta)
 
@@ -111,7 +108,7 @@ def test_range_gradient_is_that_of_errors_at_a_fixed_share_of_the_step(format: A
     layers = Layers()
     weight = layers.weights["up"].double()
     transformed = with_random_alphas(layers, {"up": format}, through_range=True)
-    probe = torch.randn(weight.shape, generator=generator(7))
+    probe = normal(*weight.shape, seed=7)
     gradients = torch.autograd.grad((probe * transformed.effective(False)["up"]).sum(), transformed.thetas)
     log_in, log_out = (theta.detach().double() for theta in transformed.thetas)
 
