@@ -19,16 +19,16 @@ def inspect(
 ) -> None:
     """Show the layers and sizes of a checkpoint, and how it was made."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.export.inspect import inspect as look
+        from qcli.export.inspect import inspect as inspect_checkpoint
 
-        session.result(look(folder).to_json(), show_checkpoint)
+        session.result(inspect_checkpoint(folder).to_json(), show_checkpoint)
 
 
 def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
     """Layers, sizes and provenance."""
     show_layers(tables, report["layers"])
     recipe, method = report["recipe"], report["recipe"]["method"]
-    around = {
+    sections = {
         "transforms": "; ".join(map(_options, recipe.get("transforms", []))),
         "low rank": _options(recipe.get("low_rank", {})),
         "refined": _options(recipe.get("refine", {})),
@@ -40,7 +40,7 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
             **({} if report["packed_as"] is None else {"packed as": report["packed_as"], **report["notes"]}),
             "made from": f"{report['model']} ({report['family']})",
             "with": _options(method),
-            **{what: how for what, how in around.items() if how},
+            **{name: options for name, options in sections.items() if options},
             "by": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
             "bits per weight": bits(report),
             "size": size(report["bytes"]),

@@ -12,7 +12,7 @@ from qcli.utils.registry import names
 
 
 def pack(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `qcli quantize` wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `qcli quantize` or `qcli distill`.")],
     out: flags.Out,
     format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
     shard_size: Annotated[
@@ -39,12 +39,12 @@ def pack(
     folder also gets a manifest for `qcli verify` and a model card."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.evaluation.results import read_evaluation
-        from qcli.export.pack import pack as write
+        from qcli.export.pack import pack as pack_checkpoint
         from qcli.recipe.load import from_flags
         from qcli.recipe.sections import Pack
 
         options = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
-        result = write(
+        result = pack_checkpoint(
             run,
             out,
             format=options.format,

@@ -20,9 +20,9 @@ def verify(
 
     Checks the hash of every file, the shape and dtype of every tensor, and every value."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.export.verify import verify as check
+        from qcli.export.verify import verify as verify_checkpoint
 
-        session.result(check(folder, session.progress).to_json(), show_verified)
+        session.result(verify_checkpoint(folder, session.progress).to_json(), show_verified)
 
 
 def show_verified(tables: Tables, report: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Where models live and how they run: families as data, weights from disk, one block at a time."""
+"""Models: families as data, weights read from disk, one block in memory at a time."""

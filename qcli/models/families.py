@@ -1,8 +1,8 @@
-"""Model families as data: which linears a block has, who reads the same input, where their output goes, and which
-channels between two modules may be scaled.
+"""Model families as data: the linears of a block, which of them share an input, where their outputs go, and which
+channels between two modules can be scaled.
 
-A family is one row of `FAMILIES`; nothing else in qcli knows a model by name. The rows are proven by a tiny
-model of each class: the streamed forward equals the model's own.
+A family is one row of `FAMILIES`; only the GGUF writer has a table of its own (llama.cpp's architectures). Tests check
+each row on a tiny model of its class: the streamed forward pass must equal the model's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Group:
 
     Attributes:
         linears: module paths inside the block.
-        residual: path of the module whose input is the residual stream that these linears' outputs are added
-            to; None when the outputs pass a norm first, or that point of the stream is nobody's input.
-        leads_out: whether the outputs leave the attention or the MLP; the groups before, whose outputs stay
-            inside, come to nothing else than these groups' inputs.
+        residual: path of the module whose input is the residual stream that the outputs are added to; None if the
+            outputs pass a norm first, or no module reads the stream there.
+        leads_out: whether the outputs leave the attention or the MLP. Outputs of other groups reach only the inputs
+            of such a group.
     """
 
     linears: tuple[str, ...]
@@ -32,24 +32,23 @@ class Group:
 
 
 Rows = Literal["all", "second half", "stacked v", "interleaved v"]
-"""Which output rows of a producer its readers see: all of them; the up half of a fused gate and up; the values of a
-fused attention projection, with all queries, then all keys, then all values, or with each kv head's queries, key and
-value together."""
+"""The output rows of a producer that its readers see: all; the up half of a fused gate and up projection; or the values
+of a fused attention projection, which stacks all queries, keys and values, or interleaves them by kv head."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Channels that can be divided by any positive number in one module and multiplied by it in the next.
+    """Channels that can be divided by positive factors in one module and multiplied by them in the next.
 
-    Between the two a channel is only mixed with itself, linearly, and nothing else reads it. Values are averaged over
-    tokens by attention, each query head reading the channels of its kv head; an up projection is multiplied by a gate,
-    whatever that gate's activation; a ReLU commutes with positive numbers.
+    In between, each channel passes only operations that commute with a positive factor, and nothing else reads it:
+    attention averages values over tokens (a query head reads the channels of its kv head), a gate multiplies the up
+    projection, a ReLU is applied.
 
     Attributes:
         producer: path of a norm or linear in the block.
-        readers: every linear that reads these channels.
-        rows: which of the producer's outputs they are.
-        when: settings of the config without which this is no equivalence.
+        readers: all linears that read these channels.
+        rows: which outputs of the producer they are.
+        when: settings of the config that the equivalence requires.
     """
 
     producer: str
@@ -60,7 +59,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Variant:
-    """The groups and folds of models whose config has these settings."""
+    """Groups and folds of models whose config has these settings."""
 
     when: Mapping[str, Any]
     groups: tuple[Group, ...]
@@ -69,19 +68,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Family:
-    """What qcli knows of one `model_type`.
+    """A `model_type`.
 
     Attributes:
         model_type: as in `config.json`.
         blocks: path of the list of blocks in the causal LM.
-        groups: in order of computation; together they are every 2-D weight of a block.
-        folds: what may be scaled; a linear that is no fold's reader has an input that cannot.
-        norm_offset: what the family's norms add to their weight before they multiply with it.
-        tuple_output: blocks return a tuple that starts with the hidden states.
-        conv1d: weights are stored `[in, out]`.
-        variants: other groups and folds, by settings of the config; the first that matches counts.
-        defaults: what a config means that does not mention a setting of `variants` or `folds`.
-        renames: prefixes of tensor names in older checkpoints, and today's.
+        groups: all 2-D weights of a block, in order of computation.
+        folds: channels that can be scaled; inputs of linears that no fold lists as readers cannot.
+        norm_offset: number that the family's norms add to their weight before they multiply by it.
+        tuple_output: whether blocks return a tuple, whose first element is the hidden states.
+        conv1d: whether weights are stored `[in, out]`.
+        variants: other groups and folds, by settings of the config; the first match applies.
+        defaults: values of settings in `variants` and `folds` that a config may omit.
+        renames: prefixes of tensor names in older checkpoints, and the current ones.
     """
 
     model_type: str
@@ -96,10 +95,10 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
 
     def unscaled(self, has_weight: Callable[[str], bool]) -> list[str]:
-        """Paths of linears whose inputs no fold can scale, in order of computation.
+        """Paths of linears whose inputs cannot be scaled, in order of computation.
 
         Args:
-            has_weight: whether the module at a path has a weight; a norm without one has nothing to fold into.
+            has_weight: whether the module at a path has a weight; factors cannot be folded into a norm without one.
         """
         scaled = {reader for fold in self.folds if has_weight(fold.producer) for reader in fold.readers}
         return [path for group in self.groups for path in group.linears if path not in scaled]
@@ -107,13 +106,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Linear:
-    """One quantizable layer.
+    """A quantizable layer.
 
     Attributes:
-        name: module name in the causal LM, `model.layers.0.self_attn.q_proj`.
+        name: module name in the causal LM, such as `model.layers.0.self_attn.q_proj`.
         block: index of its block.
         group: index of its group in the family's row.
-        shape: `(out_features, in_features)`, whatever the storage order.
+        shape: `(out_features, in_features)`, also where weights are stored `[in, out]`.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Linear:
 
     @property
     def path(self) -> str:
-        """Module path inside the block, `self_attn.q_proj`."""
+        """Module path inside the block, such as `self_attn.q_proj`."""
         return self.name.partition(f".{self.block}.")[2]
 
 
@@ -131,13 +130,13 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused(layers: Iterable[Linear]) -> list[list[Linear]]:
-    """Layers that engines compute as one, which they can only in one format; every other layer alone."""
-    found: dict[str, list[Linear]] = {}
+    """Sets of layers that engines fuse into one, and which therefore need the same format; other layers alone."""
+    sets: dict[str, list[Linear]] = {}
     for layer in layers:
-        parent, _, own = layer.name.rpartition(".")
-        first = next((names[0] for names in _FUSED if own in names), own)
-        found.setdefault(f"{parent}.{first}", []).append(layer)
-    return list(found.values())
+        parent, _, leaf = layer.name.rpartition(".")
+        first = next((names[0] for names in _FUSED if leaf in names), leaf)
+        sets.setdefault(f"{parent}.{first}", []).append(layer)
+    return list(sets.values())
 
 
 def _out(linear: str, residual: str | None = None) -> Group:
@@ -218,7 +217,7 @@ _GPT2_FOLDS = (
 
 
 def _fused(attention: str, first_norm: str | None, second_norm: str | None) -> tuple[Group, ...]:
-    """Groups of the fused-qkv families; a norm is where the stream that an output joins can be read."""
+    """Groups of the fused-qkv families; a norm reads the residual stream that the output is added to."""
     return (
         Group((f"{attention}.query_key_value",)),
         _out(f"{attention}.dense", first_norm),
@@ -230,7 +229,7 @@ def _fused(attention: str, first_norm: str | None, second_norm: str | None) -> t
 def _fused_folds(
     attention: str, first_norm: str | None = "input_layernorm", second_norm: str | None = "post_attention_layernorm"
 ) -> tuple[Fold, ...]:
-    """Folds of the fused-qkv families; None for a norm that something besides the linears reads."""
+    """Folds of the fused-qkv families; None for a norm whose output is also read elsewhere."""
     attention_in, mlp_in = f"{attention}.query_key_value", "mlp.dense_h_to_4h"
     norms = ((first_norm, attention_in), (second_norm, mlp_in))
     return (
@@ -240,7 +239,7 @@ def _fused_folds(
 
 
 def _falcon_one_norm(**when: Any) -> Variant:
-    """Falcon's parallel blocks with one norm for attention and MLP."""
+    """Falcon's parallel blocks, with one norm for attention and MLP."""
     readers = ("self_attention.query_key_value", "mlp.dense_h_to_4h")
     return Variant(
         when,
@@ -347,45 +346,45 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def family(config: Mapping[str, Any]) -> Family:
-    """The row for a model, with the groups and folds that its config implies.
+    """The row of a model, with the groups and folds that its config implies.
 
     Args:
         config: `config.json` as a dict.
 
     Raises:
-        UsageError: the config names no `model_type`.
-        UnsupportedError: a model type without a row; mixtures of experts are named as such.
+        UsageError: the config has no `model_type`.
+        UnsupportedError: there is no row for it; the message says if it is a mixture of experts.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise UsageError("config.json names no model_type", hint="is this the folder of a transformers model?")
+        raise UsageError("config.json has no model_type", hint="is this the folder of a transformers model?")
     row = FAMILIES.get(model_type)
     if row is None:
         if any(config.get(key) for key in _EXPERT_KEYS):
             raise UnsupportedError(
-                f"{model_type} is a mixture of experts, whose fused expert weights qcli does not quantize yet"
+                f"{model_type} is a mixture of experts, whose fused expert weights qcli cannot quantize yet"
             )
         raise UnsupportedError(
             f"model type {model_type!r} is not supported", hint=f"supported: {', '.join(sorted(FAMILIES))}"
         )
     settings = {**row.defaults, **config}
-    chosen = next((variant for variant in row.variants if _holds(variant.when, settings)), row)
-    folds = tuple(fold for fold in chosen.folds if _holds(fold.when, settings))
-    return replace(row, groups=chosen.groups, folds=folds, variants=())
+    variant = next((variant for variant in row.variants if _matches(variant.when, settings)), row)
+    folds = tuple(fold for fold in variant.folds if _matches(fold.when, settings))
+    return replace(row, groups=variant.groups, folds=folds, variants=())
 
 
-def _holds(when: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def _matches(when: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return all(settings[key] == value for key, value in when.items())
 
 
 def block_count(config: Mapping[str, Any]) -> int:
-    """Number of blocks a config announces; it may lie in the `text_config` of a multimodal model.
+    """Number of blocks, from the config or the `text_config` of a multimodal model.
 
     Raises:
-        UsageError: the config does not say.
+        UsageError: the config does not have it.
     """
     text = config.get("text_config") or config
     count = text.get("num_hidden_layers", text.get("n_layer"))
     if not isinstance(count, int) or count < 1:
-        raise UsageError("config.json does not say how many blocks the model has (num_hidden_layers)")
+        raise UsageError("config.json does not have the number of blocks (num_hidden_layers)")
     return count

@@ -1,4 +1,4 @@
-"""A model folder as transformers writes it: `config.json`, safetensors shards, tokenizer files."""
+"""Model folders as transformers writes them: `config.json`, safetensors shards, tokenizer files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-# Tables that older checkpoints carry along and today's models compute.
+# Buffers that older checkpoints store and current models compute.
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
@@ -55,7 +55,7 @@ class FolderSource(ModelSource):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except Exception as error:  # transformers reports a bad value by whatever exception its class raises
+        except Exception as error:  # of whatever type the config's class raises for a bad value
             raise UsageError(f"{self.path / 'config.json'}: {first_line(error)}") from error
         return config
 
@@ -105,13 +105,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a model folder.
 
     Raises:
-        UsageError: it is missing or broken.
+        UsageError: it is missing or not a JSON object.
     """
     return _read_json(path / "config.json")
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:
-    """Whose quantized checkpoint a config describes; None: it is not quantized."""
+    """The `quant_method` of a config; None: the model is not quantized."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
@@ -119,7 +119,7 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
 
 
 def _shards(path: Path) -> dict[str, Extent]:
-    """Tensors of all shards, under the names in the files."""
+    """Tensors of all shards, by their names in the files."""
     if not (path / _INDEX).exists():
         if not (path / _WEIGHTS).exists():
             raise _no_weights(path)
@@ -131,14 +131,14 @@ def _shards(path: Path) -> dict[str, Extent]:
     for shard in sorted(set(map(str, weight_map.values()))):
         if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
             raise UsageError(
-                f"{path / _INDEX} points to {shard!r}, not a safetensors file of the model's own folder",
-                hint="do not use this model: its index was tampered with",
+                f"{path / _INDEX} points to {shard!r}, which is not a safetensors file in the model's folder",
+                hint="do not use this model: its index has been tampered with",
             )
         _join(extents, read_header(path / shard))
     for name, shard in weight_map.items():
         if name not in extents or extents[name].file.name != shard:
             raise UsageError(
-                f"{path / str(shard)} has no tensor {name}, although the index says so",
+                f"{path / str(shard)} has no tensor {name} although the index lists it there",
                 hint="download the model again",
             )
     return extents
@@ -149,7 +149,7 @@ def _join(extents: dict[str, Extent], more: Mapping[str, Extent]) -> None:
     if twice:
         name = min(twice)
         raise UsageError(
-            f"{name} is both in {extents[name].file} and in {more[name].file}",
+            f"{name} is in both {extents[name].file} and {more[name].file}",
             hint="the folder mixes two checkpoints; download the model again",
         )
     extents.update(more)
@@ -159,14 +159,14 @@ def _no_weights(path: Path) -> UsageError:
     pickles = [file.name for pattern in _PICKLES for file in sorted(path.glob(pattern))]
     if pickles:
         return UsageError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code when opened",
-            hint="convert them to safetensors where you trust them",
+            f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded",
+            hint="convert them to safetensors if you trust them",
         )
-    return UsageError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
+    return UsageError(f"{path} has neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
 
 
 def _normalise(family: families.Family, extents: Mapping[str, Extent]) -> dict[str, Extent]:
-    """Names as in the causal LM today: old prefixes renamed, the base model's prefix added if missing."""
+    """Tensors by their names in the causal LM: old prefixes renamed, the base model's prefix added if missing."""
     prefix, _, blocks = family.blocks.partition(".")
     bare = not any(name.startswith(f"{prefix}.") for name in extents)
     bare = bare and any(name.startswith(f"{blocks}.") for name in extents)

@@ -1,8 +1,9 @@
-"""A model in a GGUF file: tensors are dequantized one by one, when they are asked for.
+"""A model in a GGUF file: tensors are dequantized one by one, when they are read.
 
-transformers knows how GGUF names and layouts map to its models; its converter, however, dequantizes the whole
-file. Here its name map and its per-tensor processors are applied to single tensors. For config and tokenizer it parses
-the file anew each time, which takes seconds for a large vocabulary: it is lent a parse that takes a third of that.
+transformers knows how GGUF's names and tensors map to its models, but its converter dequantizes the whole file. Here
+its name map and its per-tensor processors are applied to single tensors. For config and tokenizer it parses the file
+again each time, which takes seconds for a large vocabulary; in `_shared_reader` it uses a reader that parses three
+times as fast.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-_ROPE_FACTORS = "rope_freqs.weight"  # follow from the config
+_ROPE_FACTORS = "rope_freqs.weight"  # computed from the config
+_PROCESSORS = {"gemma": "gemma2"}  # architectures that transformers has no processor for, by one that does the same
 
 
 class _Entry(NamedTuple):
-    """A tensor in the file: its GGUF name and type, where its bytes are, and how numpy sees them."""
+    """A tensor in the file: its GGUF name and type, where its bytes are, and the array that they form."""
 
     name: str
     type: Any
@@ -41,10 +43,15 @@ class _Entry(NamedTuple):
 
 
 class GGUFSource(ModelSource):
-    """A `.gguf` file. Tensors are float32, whatever it stores; bits and bytes are those it stores.
+    """A `.gguf` file. Tensors are read as float32; sizes are those in the file.
 
     Args:
-        beside: a folder with the model's own config and tokenizer, of which the file tells less; None: there is none.
+        beside: folder with the model's original config and tokenizer, which the file has only in part; None: no such
+            folder, both are converted from the file.
+
+    Raises:
+        UsageError: the file is truncated or not GGUF.
+        UnsupportedError: the package gguf is missing, or transformers cannot convert the file.
     """
 
     dense_dtype = "BF16"
@@ -58,9 +65,9 @@ class GGUFSource(ModelSource):
         try:
             reader = _parse(path)
             self._architecture = str(reader.fields["general.architecture"].contents())
-        except Exception as error:  # the reader fails in as many ways as a file can be damaged
+        except Exception as error:  # of whatever type the damage leads to
             raise UsageError(
-                f"{path} is truncated or no GGUF file: {first_line(error)}", hint="download it again"
+                f"{path} is truncated or not a GGUF file: {first_line(error)}", hint="download it again"
             ) from error
         self._in_file = [
             _Entry(
@@ -74,7 +81,7 @@ class GGUFSource(ModelSource):
             for tensor in reader.tensors
             if beside is None or tensor.name != _ROPE_FACTORS
         ]
-        with _lent(reader):
+        with _shared_reader(reader):
             self._config = self._converted_config(path)
         super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
         self._stored, self._entries = self._mapped()
@@ -96,11 +103,11 @@ class GGUFSource(ModelSource):
             beside: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._beside, local_files_only=True)
             return beside
         try:
-            with _lent(_parse(self.path)):
+            with _shared_reader(_parse(self.path)):
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.path.parent, gguf_file=self.path.name
                 )
-        except Exception as error:  # the converter raises whatever a missing or odd field leads to
+        except Exception as error:  # of whatever type a missing or odd field leads to
             raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
@@ -143,7 +150,7 @@ class GGUFSource(ModelSource):
             return _config_of(self._beside)
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        except Exception as error:  # ValueError for unknown architectures, anything for missing fields
+        except Exception as error:  # ValueError for an unknown architecture, anything for a missing field
             raise UnsupportedError(
                 f"{path}: transformers cannot read this {self._architecture} file: {first_line(error)}",
                 hint="use the model's safetensors folder",
@@ -154,12 +161,11 @@ class GGUFSource(ModelSource):
     def _processor(self) -> Any:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        processed_as = {"gemma": "gemma2"}.get(self._architecture, self._architecture)
-        processor: Any = TENSOR_PROCESSORS.get(processed_as, TensorProcessor)
+        processor: Any = TENSOR_PROCESSORS.get(_PROCESSORS.get(self._architecture, self._architecture), TensorProcessor)
         return processor(config=self._config.to_dict())
 
     def _mapped(self) -> tuple[dict[str, StoredTensor], dict[str, _Entry]]:
-        """The file's tensors under the names of the causal LM, and the shapes they have there."""
+        """Dtypes and shapes of the file's tensors, and where they are, by their names in the causal LM."""
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         from qcli.models.stream import skeleton
@@ -168,7 +174,7 @@ class GGUFSource(ModelSource):
         self.config["architectures"] = [type(model).__name__]
         self.config["dtype"] = "bfloat16"
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        # Mapping takes time quadratic in depth, and every block is named as the first one is.
+        # The name map takes time quadratic in depth, so it is made for one block; the others are named alike.
         blocks, first = self.family.blocks, "blk.0."
         count = len(model.get_submodule(blocks))
         del model.get_submodule(blocks)[1:]
@@ -180,7 +186,7 @@ class GGUFSource(ModelSource):
         unmapped = [entry.name for entry in self._in_file if entry.name not in names]
         if unmapped:
             raise UnsupportedError(
-                f"{self.path}: transformers has no place for {', '.join(unmapped[:3])} and would drop it",
+                f"{self.path}: transformers does not know the tensors {', '.join(unmapped[:3])} and would drop them",
                 hint="use the model's safetensors folder",
             )
         entries = {names[entry.name]: entry for entry in self._in_file}
@@ -188,7 +194,7 @@ class GGUFSource(ModelSource):
 
 
 def _parse(path: Path) -> Any:
-    """A GGUFReader on a plain array: cutting a memory map into a hundred thousand strings takes three times as long."""
+    """A GGUFReader on a plain array: on a memory map, slicing a hundred thousand strings takes three times as long."""
     import numpy as np
     from gguf import GGUFReader
 
@@ -200,15 +206,15 @@ def _parse(path: Path) -> Any:
 
 
 @contextmanager
-def _lent(reader: Any) -> Iterator[None]:
-    """Within: what asks gguf for a reader, as transformers does at every call, gets this one."""
+def _shared_reader(reader: Any) -> Iterator[None]:
+    """Within: whoever creates a GGUFReader, as transformers does at every call, gets this one."""
     gguf: Any = import_module("gguf")
-    own = gguf.GGUFReader
+    original = gguf.GGUFReader
     gguf.GGUFReader = lambda *_: reader
     try:
         yield
     finally:
-        gguf.GGUFReader = own
+        gguf.GGUFReader = original
 
 
 def _config_of(folder: Path) -> PreTrainedConfig:
@@ -219,7 +225,7 @@ def _config_of(folder: Path) -> PreTrainedConfig:
 
 
 def _raw(config: PreTrainedConfig) -> dict[str, Any]:
-    """What `config.json` of this model would hold."""
+    """A config as `config.json` would have it."""
     raw: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     for key in ("transformers_version", "_model_name_or_path"):
         raw.pop(key, None)

@@ -1,7 +1,6 @@
-"""The native checkpoint: a model folder whose quantized layers hold the tensors of their format, by its own names.
+"""The native layout: quantized layers are stored as the tensors of their format, under its own names.
 
-Formats and shapes stand in `config.json > quantization_config`, everything else of how the checkpoint came to be in
-its manifest.
+`config.json > quantization_config` has formats and shapes, the manifest how the checkpoint was made.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from qcli.utils.errors import VerificationError
 def quantization_config(
     layers: Sequence[Linear], formats: Mapping[str, Format | None], activations: Activations | None = None
 ) -> dict[str, Any]:
-    """What the checkpoint's `config.json` says of its layers.
+    """The checkpoint's `quantization_config`.
 
-    A kind of layer that has one format in every block is one entry with `*` for the block; where blocks differ,
-    each layer has its own entry. The first match counts.
+    Layers that have the same format and shape in every block share an entry, with `*` for the block; others have one
+    each. The first match applies.
 
     Args:
         layers: all quantizable layers of the model.
-        formats: by layer name; None for those that stay dense.
+        formats: by layer name; None: dense.
         activations: how the inputs of the quantized layers are quantized; None: not at all.
     """
     kinds: dict[str, list[Linear]] = {}
@@ -59,13 +58,13 @@ class NativeSource(QuantizedSource):
 
 
 class NativeStorage:
-    """`quantization_config` read back: the storage of each layer.
+    """A parsed `quantization_config`; see `StorageConfig`.
 
     Attributes:
-        activations: how the inputs of the quantized layers are quantized while the model runs; None: not at all.
+        activations: how the inputs of quantized layers are quantized when the model runs; None: not at all.
 
     Raises:
-        VerificationError: another version, an unknown format, or entries that are not understood.
+        VerificationError: the version is another one, or an entry is invalid.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id, or a GGUF file."""
+"""Open a model by its folder, hub id, or GGUF file."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """Open a model and check its files; no weight is read, and for folders torch is not imported.
+    """Open a model and check its files. No weight is read; for folders torch is not imported.
 
     Args:
-        model: a folder, a `.gguf` file, or the id of a model on the hub (downloaded, or found in its cache).
-        trust_remote_code: let the model's own Python files run where transformers asks for them.
+        model: a folder, a `.gguf` file, or a hub id (from the hub's cache, or downloaded).
+        trust_remote_code: whether transformers may run the model's own Python files.
 
     Raises:
         UsageError: no such model, or its files are missing, truncated, malformed or unsafe.
-        UnsupportedError: the model is of a kind that qcli does not handle, or a package is missing.
+        UnsupportedError: qcli does not support this kind of model, or a package is missing.
     """
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UsageError(f"{model} is a file", hint="give the model's folder, or a .gguf file")
+            raise UsageError(f"{model} is neither a folder nor a .gguf file", hint="give the model's folder")
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
-    # A converted file may also lie beside a checkpoint of another layout: the manifest says which of them was packed.
+    # Someone may have put a converted file beside another checkpoint; the manifest says which of them was packed.
     if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
     config = read_config(path)
@@ -49,7 +49,7 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
 
 
 def open_packed(folder: Path) -> ModelSource:
-    """Open a folder that `qcli pack` has written, but has not given its manifest yet.
+    """Open a folder that `qcli pack` has written, which has no manifest yet.
 
     Raises:
         UsageError: its files are missing, truncated or malformed.
@@ -60,7 +60,7 @@ def open_packed(folder: Path) -> ModelSource:
 
 
 def _source_class(path: Path, method: str | None, *, packed: bool) -> type[FolderSource]:
-    """What reads a folder, by its `quant_method`: a layout of that name, but only where `qcli pack` wrote it."""
+    """The class that reads a folder with this `quant_method`; other engines' layouts only if `qcli pack` wrote them."""
     if method is None:
         return FolderSource
     if method == "qcli":
@@ -68,7 +68,7 @@ def _source_class(path: Path, method: str | None, *, packed: bool) -> type[Folde
     if packed and method in registry.names(_LAYOUTS):
         source: type[FolderSource] = registry.load(_LAYOUTS, method)
         return source
-    raise UnsupportedError(f"{path} is already quantized ({method})", hint="start from the unquantized model")
+    raise UnsupportedError(f"{path} is already quantized ({method})", hint="use the unquantized model")
 
 
 def _download(model: str) -> Path:
@@ -80,12 +80,12 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and its cache does not hold it"
+        reason = "the hub cannot be reached and its cache does not have it"
     except RepositoryNotFoundError:
-        reason = "the hub does not have it, or not for you"
+        reason = "it does not exist on the hub, or you have no access"
     except (OSError, ValueError) as error:
         reason = first_line(error)
     raise UsageError(
-        f"{model} is no folder here, and {reason}",
-        hint="check the spelling, the network, and HF_TOKEN if gated",
+        f"{model} is not a local folder, and {reason}",
+        hint="check the spelling, the network, and HF_TOKEN for gated models",
     )

@@ -1,4 +1,4 @@
-"""Model folders with packed layers, read as the dense weights that their codes stand for."""
+"""Model folders with quantized layers; their weights are decoded when they are read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stored_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 class StorageConfig(Protocol):
-    """A `quantization_config`, of any layout, read: how each layer is stored.
+    """The `quantization_config` of a layout, parsed: how each layer is stored.
 
     Attributes:
         activations: how the inputs of quantized layers are quantized; None: not at all.
@@ -58,10 +58,11 @@ class StorageConfig(Protocol):
 
 
 class QuantizedSource(FolderSource):
-    """A folder whose linear layers are packed in one layout.
+    """A folder whose linear layers are quantized, in one layout; subclasses parse its `quantization_config`.
 
     Raises:
-        VerificationError: version or format unknown; tensors missing, surplus, or of a wrong shape or dtype.
+        VerificationError: the config is not understood, or tensors are missing, unexpected, or of another shape or
+            dtype than the config implies.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
@@ -81,32 +82,32 @@ class QuantizedSource(FolderSource):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the dense tensors and of the decoded weights when the model runs, as its config says."""
+        """The dtype the model runs in, by its config: of dense tensors and of decoded weights."""
         name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         return torch_dtype(name if name in COMPUTE_DTYPES else "float32")
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Headers as if the model were dense: a quantized layer has its weight, as float32."""
-        logical = {}
+        """Headers of the decoded model: each quantized layer has a float32 weight."""
+        decoded = {}
         parts = {name: layer for layer, storage in self.quantized.items() for name in storage.stored(layer)}
-        done: set[str] = set()
+        seen: set[str] = set()
         for name, stored in super().tensors().items():
             layer = parts.get(name)
-            if layer is not None and layer not in done:
-                done.add(layer)
+            if layer is not None and layer not in seen:
+                seen.add(layer)
                 rows, columns = self.quantized[layer].shape
-                logical[f"{layer}.weight"] = StoredTensor(
+                decoded[f"{layer}.weight"] = StoredTensor(
                     "F32", (columns, rows) if self.family.conv1d else (rows, columns)
                 )
             elif layer is None:
-                logical[name] = stored
-        return logical
+                decoded[name] = stored
+        return decoded
 
     def formats(self) -> Mapping[str, Format]:
         return {layer: storage.format for layer, storage in self.quantized.items()}
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
-        """Codes and tables of a layer."""
+        """Codes and tables of a quantized layer."""
         storage = self.quantized[layer]
         extents = ((name, self.extents[name]) for name in storage.stored(layer))
         return storage.restore(layer, read_tensors(extents))
@@ -134,31 +135,31 @@ class QuantizedSource(FolderSource):
         return super()._stored_bytes(name)
 
     def _check(self) -> None:
-        found = super().tensors()
+        actual = super().tensors()
         for layer, storage in self.quantized.items():
-            if f"{layer}.weight" in found:
+            if f"{layer}.weight" in actual:
                 raise VerificationError(
                     f"{self.path}: {layer} has a dense weight, its config says {storage.format.name}"
                 )
             for name, stored in storage.stored(layer).items():
-                if name not in found:
-                    raise VerificationError(f"{self.path} has no tensor {name}", hint="the checkpoint is incomplete")
-                if found[name] != stored:
+                if name not in actual:
+                    raise VerificationError(f"{self.path} has no tensor {name}", hint="copy the checkpoint again")
+                if actual[name] != stored:
                     raise VerificationError(
-                        f"{self.path}: {name} is {_words(found[name])}, its config says {_words(stored)}"
+                        f"{self.path}: {name} is {_describe(actual[name])}, its config says {_describe(stored)}"
                     )
         known = {name for layer, storage in self.quantized.items() for name in storage.stored(layer)}
         linears = {layer for layer, _, _ in self._linear_names()}
-        surplus = [name for name in found if name not in known and _is_quantized(name, linears)]
+        surplus = [name for name in actual if name not in known and _is_quantized(name, linears)]
         if surplus:
             raise VerificationError(f"{self.path}: {surplus[0]} belongs to no quantized layer of its config")
 
 
 def _is_quantized(name: str, linears: Container[str]) -> bool:
-    """Whether only a quantized layer has a tensor of this name: a linear layer's that is neither weight nor bias."""
+    """Whether only quantized layers have a tensor of this name: it is a linear layer's, and neither weight nor bias."""
     owner, _, part = name.rpartition(".")
     return "weight_" in part or (owner in linears and part not in ("weight", "bias"))
 
 
-def _words(stored: StoredTensor) -> str:
+def _describe(stored: StoredTensor) -> str:
     return f"{stored.dtype} {list(stored.shape)}"

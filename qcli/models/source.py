@@ -1,4 +1,4 @@
-"""What every source of a model offers: config, tensor headers, weights, tokenizer."""
+"""The base class of everything a model can be read from: config, tensor headers, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tok
 
 
 class ModelSource:
-    """A model on disk. Tensors go by the names they have in the causal LM's `state_dict`.
+    """A model on disk. Tensors have the names that they have in the causal LM's `state_dict`.
 
     Attributes:
         path: the folder or file.
         config: `config.json` as a dict.
-        trust_remote_code: whether Python files of the model may run; only ever set from the command line.
-        dense_dtype: what tensors that stay dense are written as; None: as they are stored.
-        activations: how the inputs of quantized layers are quantized while the model runs; None: not at all.
+        trust_remote_code: whether Python files of the model may run; only the command line sets it.
+        dense_dtype: dtype that unquantized tensors are written in; None: their stored dtype.
+        activations: how the inputs of quantized layers are quantized when the model runs; None: not at all.
     """
 
     dense_dtype: str | None = None
@@ -44,7 +44,7 @@ class ModelSource:
 
     @cached_property
     def family(self) -> families.Family:
-        """The row of the model table, with the groups that the config implies."""
+        """The row of the model table, with the groups and folds that the config implies."""
         return families.family(self.config)
 
     @property
@@ -57,11 +57,11 @@ class ModelSource:
         return None
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """dtype and shape by name, from headers; masks and rotary tables of old checkpoints are left out."""
+        """Dtype and shape of each tensor, from headers; masks and rotary tables of old checkpoints are left out."""
         raise NotImplementedError
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, in their stored dtype, in memory of their own.
+        """Read tensors in the dtypes that `tensors` announces, into memory of their own.
 
         Raises:
             UsageError: a tensor is missing, or holds NaN or infinity.
@@ -76,9 +76,9 @@ class ModelSource:
         """The quantizable layers, in order of computation.
 
         Raises:
-            UsageError: a weight is missing or is no matrix.
-            UnsupportedError: a block holds matrices that the family's row does not know, or a dtype such as
-                float8 that cannot be quantized again.
+            UsageError: a weight is missing or not a matrix.
+            UnsupportedError: a block has matrices that the family's row does not list, or a weight has a dtype such as
+                float8, which is quantized already.
         """
         self._refuse_leftovers()
         stored = self.tensors()
@@ -88,11 +88,11 @@ class ModelSource:
         ]
 
     def formats(self) -> Mapping[str, Format]:
-        """The formats of the layers that are quantized, by name."""
+        """The formats of the quantized layers, by name."""
         return {}
 
     def leftovers(self) -> list[str]:
-        """Matrices (and stacks of matrices) of the blocks that the family's row does not cover."""
+        """Matrices and stacks of matrices in the blocks that the family's row does not list."""
         prefix = f"{self.family.blocks}."
         known = {f"{name}.weight" for name, _, _ in self._linear_names()}
         return [
@@ -110,7 +110,7 @@ class ModelSource:
         raise NotImplementedError
 
     def copy_companions(self, out: Path) -> None:
-        """Write tokenizer, chat template and generation config: all but config and weights."""
+        """Copy tokenizer, chat template and generation config: everything except config and weights."""
         raise NotImplementedError
 
     def weight_files(self) -> list[Path]:
@@ -118,11 +118,11 @@ class ModelSource:
         raise NotImplementedError
 
     def bytes(self) -> int:
-        """Size of these files."""
+        """Size of the weight files."""
         return sum(self._file_sizes())
 
     def stored_as(self, name: str) -> str:
-        """The type a tensor has in the file, where `tensors` may say what it is read as."""
+        """The type that the file stores a tensor in; `tensors` has the dtype that it is read as."""
         return self.tensors()[name].dtype
 
     def bits_of(self, layers: Iterable[str]) -> float:
@@ -130,11 +130,11 @@ class ModelSource:
         return self._bits(f"{layer}.weight" for layer in layers)
 
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the linear layers of the blocks; of a checkpoint, of those that are quantized."""
+        """Stored bits per weight of the blocks' linear layers; of a qcli checkpoint, only of the quantized ones."""
         return self.linear_bits_per_weight()
 
     def linear_bits_per_weight(self) -> float:
-        """Stored bits per weight of all linear layers of the blocks, also of those that stay dense."""
+        """Stored bits per weight of all linear layers of the blocks, quantized or not."""
         return self._bits(f"{linear.name}.weight" for linear in self.linears())
 
     def model_bits_per_weight(self) -> float:
@@ -142,23 +142,23 @@ class ModelSource:
         return self._bits(self.tensors())
 
     def fingerprint(self) -> str:
-        """sha256 of config, names, dtypes, shapes and file sizes: cheap, and changes when the model does."""
+        """SHA-256 of config, tensor names, dtypes, shapes and file sizes: cheap, but blind to changed values."""
         headers = [(name, *stored) for name, stored in sorted(self.tensors().items())]
         described = json.dumps([self.config, headers, self._file_sizes()], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """What changes when the model does, without a look at its weights: headers, and the newest file's time."""
+        """Plain data that changes when the model does: its fingerprint, and the time of its newest file."""
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
         return {"headers": self.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
 
     def content(self) -> str:
-        """sha256 of config and weight files, byte by byte."""
+        """SHA-256 of config and weight files."""
         hashes = [sha256(file) for file in self.weight_files()]
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
 
     def tokenizer_content(self) -> str:
-        """sha256 of the files that make the tokenizer."""
+        """SHA-256 of the tokenizer's files."""
         if self.path.is_file():
             return self.content()
         files = sorted(file for file in self.path.iterdir() if file.name.startswith(_TOKENIZER_FILES))
@@ -174,7 +174,7 @@ class ModelSource:
         return [file.stat().st_size for file in self.weight_files()]
 
     def _linear_names(self) -> Iterator[tuple[str, int, int]]:
-        """Name, block and group of every layer that config and row announce."""
+        """Name, block and group of every linear layer, from the config and the family's row."""
         for block in range(families.block_count(self.config)):
             for index, group in enumerate(self.family.groups):
                 for path in group.linears:
@@ -192,7 +192,7 @@ class ModelSource:
         if weight.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
         if len(weight.shape) != 2:
-            raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, expected a matrix")
+            raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, which is not a matrix")
         rows, columns = weight.shape
         return (columns, rows) if self.family.conv1d else (rows, columns)
 
@@ -202,16 +202,16 @@ class ModelSource:
             more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
             raise UnsupportedError(
                 f"this {self.family.model_type} has weights that qcli does not know: {', '.join(leftovers[:3])}{more}",
-                hint="nothing is skipped silently; is it a variant of the architecture?",
+                hint="it may be a variant of the architecture that qcli does not support",
             )
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, without a mask of the tensor's size."""
+    """Whether all values are finite; unlike `isfinite`, needs no mask of the tensor's size."""
     low, high = tensor.aminmax()
     return bool(low.isfinite() and high.isfinite())
 
 
 def first_line(error: Exception) -> str:
-    """A foreign error in one line."""
+    """The first line of another library's error, or its type if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

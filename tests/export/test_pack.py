@@ -74,7 +74,7 @@ def test_a_killed_pack_is_repeated(native: Path, tmp_path: Path) -> None:
 def test_packed_folders_are_sent_back_to_what_they_were_made_of(native: Path, tmp_path: Path) -> None:
     for format in ("dense", "compressed-tensors"):
         pack(native, tmp_path / format, format=format, shard_size=10**9)
-        with pytest.raises(UsageError, match=f"is packed as {format} already") as raised:
+        with pytest.raises(UsageError, match=f"is already packed as {format}") as raised:
             pack(tmp_path / format, tmp_path / "again", format="qcli", shard_size=10**9)
         assert raised.value.hint is not None and "`qcli quantize`" in raised.value.hint
     pack(native, tmp_path / "native-again", format="qcli", shard_size=10**5)

@@ -184,11 +184,11 @@ def test_a_missing_path_is_refused(tmp_path: Path) -> None:
 def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refused("some-org/some-model", UsageError, "some-org/some-model is no folder here, and the hub cannot")
+    refused("some-org/some-model", UsageError, "some-org/some-model is not a local folder, and the hub cannot")
 
 
 def test_a_file_that_is_no_gguf_is_refused(llama: Path) -> None:
-    refused(llama / WEIGHTS, UsageError, "is a file")
+    refused(llama / WEIGHTS, UsageError, "is neither a folder nor a .gguf file")
 
 
 def test_missing_and_broken_configs_are_refused(llama: Path) -> None:
@@ -221,7 +221,7 @@ def test_pickled_weights_are_refused(llama: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(llama: Path) -> None:
     (llama / WEIGHTS).unlink()
-    refused(llama, UsageError, "holds neither")
+    refused(llama, UsageError, "has neither")
 
 
 def test_missing_and_truncated_shards_are_refused(llama: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_tensor_in_two_shards_is_refused(llama: Path) -> None:
     tensors = load_file(llama / second)
     name = next(iter(load_file(llama / first)))
     save_file({**tensors, name: torch.ones(1)}, llama / second, {"format": "pt"})
-    refused(llama, UsageError, f"{name} is both in ")
+    refused(llama, UsageError, f"{name} is in both ")
 
 
 def test_an_index_without_a_map_is_refused(llama: Path) -> None:

@@ -137,7 +137,7 @@ def test_the_reader_of_the_gguf_package_is_back_afterwards(tmp_path: Path) -> No
 def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
     file = write_gguf(tmp_path)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UsageError, match=r"tiny\.gguf is truncated or no GGUF file") as raised:
+    with pytest.raises(UsageError, match=r"tiny\.gguf is truncated or not a GGUF file") as raised:
         open_source(str(file))
     assert "\n" not in raised.value.message
 

@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp stores it: tokens, their kinds, merges or scores, and how text is split before.
+"""A tokenizer as a GGUF file stores it: tokens, their types, merges or scores, and the pre-tokenizer.
 
-Byte-level BPE becomes llama.cpp's `gpt2`; how it splits text is a name, found from the pre-tokenizer's own pattern.
-BPE with byte fallback, which is what a SentencePiece model becomes in tokenizers, becomes `llama`: there a token's
-score stands for the rank of the merge that makes it.
+Byte-level BPE becomes llama.cpp's `gpt2`, with the name that llama.cpp has for the pre-tokenizer's pattern. BPE with
+byte fallback, which is what tokenizers makes of a SentencePiece model, becomes `llama`, where the score of a token is
+the negative rank of the merge that makes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qcli.utils.errors import UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Patterns of pre-tokenizers in Hugging Face's tokenizers, by llama.cpp's name for them (src/llama-vocab.cpp, 2026).
+# Patterns of pre-tokenizers in Hugging Face's tokenizers, and llama.cpp's names for them (src/llama-vocab.cpp, 2026).
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -29,7 +29,7 @@ _PATTERNS = {
     _CASELESS + r"\p{N}" + _REST: "qwen2",
     _TEKKEN: "tekken",
 }
-_NO_MERGE = -1e6  # the score of a token that no merge makes
+_NO_MERGE = -1e6  # score of a token that no merge makes
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -38,10 +38,10 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
 
     Args:
         writer: gguf.GGUFWriter.
-        size: rows of the embedding; there may be more of them than tokens.
+        size: number of rows of the embedding, at least that of the tokens.
 
     Raises:
-        UnsupportedError: it is neither kind of BPE, or splits text in a way that llama.cpp has no name for.
+        UnsupportedError: it is not one of these kinds of BPE, or llama.cpp has no name for its pre-tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -52,8 +52,8 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
         raise _unsupported(f"is {model['type']}, not BPE")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
-        raise _unsupported("has no merges, without which llama.cpp loads none")
-    tokens, kinds = _tokens(tokenizer, described, size)
+        raise _unsupported("has no merges, which llama.cpp requires")
+    tokens, types = _tokens(tokenizer, described, size)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -61,10 +61,10 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
         writer.add_add_space_prefix(_adds_space(described))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_splitting(described))
+        writer.add_tokenizer_pre(_pre_tokenizer(described))
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_types(types)
     for name in _SPECIAL:
         if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
@@ -74,7 +74,7 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every row's text and kind."""
+    """Text and type of each row of the embedding."""
     from gguf import TokenType
 
     names = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -82,26 +82,26 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], si
     unknown = described["model"].get("unk_token")
     if max(names) >= size:
         raise _unsupported(f"has {max(names) + 1} tokens, the embedding {size} rows")
-    tokens, kinds = [], []
+    tokens, types = [], []
     for index in range(size):
         text = names.get(index, f"[PAD{index}]")
         if index not in names:
-            kind = TokenType.UNUSED
+            type = TokenType.UNUSED
         elif text == unknown:
-            kind = TokenType.UNKNOWN
+            type = TokenType.UNKNOWN
         elif index in added:
-            kind = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
+            type = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
         elif described["model"].get("byte_fallback") and len(text) == 6 and text.startswith("<0x"):
-            kind = TokenType.BYTE
+            type = TokenType.BYTE
         else:
-            kind = TokenType.NORMAL
+            type = TokenType.NORMAL
         tokens.append(text)
-        kinds.append(int(kind))
-    return tokens, kinds
+        types.append(int(type))
+    return tokens, types
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """llama.cpp joins the pair whose token scores highest, tokenizers the pair whose merge ranks first."""
+    """Scores by merge rank: llama.cpp merges the pair with the highest score, tokenizers that with the first rank."""
     first: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         first.setdefault(merge.replace(" ", "", 1), -float(rank))
@@ -109,7 +109,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _adds_space(described: Mapping[str, Any]) -> bool:
-    """Whether text gets a space in front, by its normalizer or its pre-tokenizer."""
+    """Whether the normalizer or the pre-tokenizer prepends a space to the text."""
     parts = [*_parts(described["normalizer"], "normalizers"), *_parts(described["pre_tokenizer"], "pretokenizers")]
     return any(
         part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
@@ -117,7 +117,7 @@ def _adds_space(described: Mapping[str, Any]) -> bool:
     )
 
 
-def _splitting(described: Mapping[str, Any]) -> str:
+def _pre_tokenizer(described: Mapping[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer."""
     if described["normalizer"] is not None and described["normalizer"]["type"] != "NFC":
         raise _unsupported(f"normalizes text ({described['normalizer']['type']})")
@@ -131,11 +131,11 @@ def _splitting(described: Mapping[str, Any]) -> str:
             name = _PATTERNS.get(before[0]["pattern"].get("Regex", ""))
             if name is not None:
                 return name
-    raise _unsupported("splits text in a way that llama.cpp has no name for")
+    raise _unsupported("has a pre-tokenizer that llama.cpp does not know")
 
 
 def _parts(component: Mapping[str, Any] | None, members: str) -> list[dict[str, Any]]:
-    """A component's members, or itself."""
+    """The members of a `Sequence`; otherwise the component itself."""
     if component is None:
         return []
     return list(component[members]) if component["type"] == "Sequence" else [dict(component)]

@@ -328,7 +328,7 @@ def test_splitting_has_llama_cpps_name_or_is_refused(splitting: Any, name: str |
     tokenizer.backend_tokenizer.pre_tokenizer = splitting
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     if name is not None:
-        assert gguf_vocabulary._splitting(described) == name
+        assert gguf_vocabulary._pre_tokenizer(described) == name
         return
-    with pytest.raises(UnsupportedError, match="splits text in a way"):
-        gguf_vocabulary._splitting(described)
+    with pytest.raises(UnsupportedError, match="has a pre-tokenizer that llama.cpp does not know"):
+        gguf_vocabulary._pre_tokenizer(described)

@@ -81,7 +81,7 @@ def test_other_zero_points_and_orders_are_not_misread(name: str, message: str, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method__bits": 3}, "3 bits symmetric, gptq holds 4 and 8 bits"),
+        ({"method__bits": 3}, "3 bits symmetric, gptq stores 4 and 8 bits"),
         ({"method__symmetric": False}, "4 bits asymmetric"),
         ({"overrides": [{"match": "*.down_proj", "method": {"bits": 8}}]}, "another format than"),
         ({"overrides": [{"match": "*.down_proj", "dense": True}]}, "down_proj is dense"),
