@@ -11,7 +11,7 @@ from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
 
-MOST = 100  # runs that need no --yes
+LIMIT = 100  # more runs than that need --yes
 
 
 class RunOrReport(TyperGroup):
@@ -50,7 +50,7 @@ def run(
         str | None, typer.Option(metavar="ADDR", help="Address of a Ray cluster. Default: start one on this machine.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Retry failed runs.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=f"Allow more than {MOST} runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Allow more than {LIMIT} runs.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and their cost, and with --out which are missing.")
     ] = False,
@@ -64,18 +64,19 @@ def run(
     A failed run is a row too; only if all runs fail is the exit code theirs.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
-        from qcli.study.grid import load_study
-        from qcli.study.study import require_one_done, require_size, run_study
+        from qcli.study.grid import load_study, require_size
+        from qcli.study.plan import plan_study
+        from qcli.study.study import run_study
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
-        loaded = load_study(study, set_ or (), None if yes or dry_run else MOST)
+        loaded = load_study(study, set_ or (), None if yes or dry_run else LIMIT)
         if dry_run:
-            session.result(_costs(loaded, out, retry), show_costs)
+            session.result(plan_study(loaded, out, retry=retry).to_json(), show_plan)
             return
         if out is None:
             raise UsageError("--out: required", hint="name the folder of the rows, or check first with --dry-run")
-        require_size(loaded, MOST, yes)
+        require_size(loaded, LIMIT, yes)
         result = run_study(
             loaded,
             out,
@@ -85,8 +86,8 @@ def run(
             retry=retry,
             progress=session.progress,
         )
-        session.result(result.to_json(), show_studied)
-        require_one_done(result)
+        session.result(result.to_json(), show_result)
+        result.require_success()
 
 
 @app.command("report")
@@ -107,40 +108,14 @@ def report(
 
 
 def show_written(tables: Tables, result: dict[str, Any]) -> None:
-    """One line per file."""
+    """The files of a report."""
     for file in result["written"]:
         tables.line(file)
 
 
-def _costs(study: Any, out: Path | None, retry: bool) -> dict[str, Any]:
-    from qcli.quantization.plan import make_plan
-    from qcli.study.content import by_content, require_texts
-    from qcli.study.rows import read_rows
-    from qcli.study.study import require_tasks
-
-    rows = []
-    require_texts(study.runs)
-    recorded = read_rows(out) if out is not None and out.exists() and any(out.iterdir()) else []
-    statuses = {row["address"]: row["status"] for row in recorded if row["status"] == "done" or not retry}
-    if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # their check loads torch
-        require_tasks(study.runs)
-    for run in by_content(study.runs) if statuses else study.runs:
-        plan = make_plan(run.recipe)
-        rows.append(
-            {
-                "point": run.point,
-                "bits_per_weight": plan.bits_per_weight,
-                "bytes": plan.bytes,
-                "peak_memory_estimate": plan.peak_memory,
-                "status": statuses.get(run.address),
-            }
-        )
-    return {"study": study.source, "axes": study.axes, "runs": rows}
-
-
-def show_costs(tables: Tables, result: dict[str, Any]) -> None:
-    """A row per run."""
-    axes = result["axes"]
+def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
+    """One row per run, and the cost of all."""
+    axes, runs = plan["axes"], plan["runs"]
     columns = [*axes, "bits/weight", "size", "peak memory", "status"]
     rows = [
         [
@@ -148,23 +123,23 @@ def show_costs(tables: Tables, result: dict[str, Any]) -> None:
             *(run["bits_per_weight"], size(run["bytes"]), size(run["peak_memory_estimate"])),
             run["status"] or "-",
         ]
-        for run in result["runs"]
+        for run in runs
     ]
     tables.table(columns, rows)
-    missing = sum(run["status"] is None for run in result["runs"])
-    most = max((run["peak_memory_estimate"] for run in result["runs"]), default=0)
-    tables.line(f"{len(rows)} runs, {missing} missing; up to {size(most)} of memory per run")
+    missing = sum(run["status"] is None for run in runs)
+    memory = max((run["peak_memory_estimate"] for run in runs), default=0)
+    tables.line(f"{len(runs)} runs, {missing} missing; the largest needs {size(memory)} of memory")
 
 
-def show_studied(tables: Tables, result: dict[str, Any]) -> None:
-    """Counts of rows by status."""
+def show_result(tables: Tables, result: dict[str, Any]) -> None:
+    """Numbers of runs by status."""
     from qcli.study.study import RETRY
 
     tables.pairs(
         {
             "rows": result["out"] + "/results.jsonl",
             "done": result["done"],
-            "done before": result["kept"] or None,
+            "kept": result["kept"] or None,
             "failed": f"{result['failed']}; {RETRY}" if result["failed"] else None,
             "failed before": f"{result['failed_before']}; {RETRY}" if result["failed_before"] else None,
             "time": duration(result["seconds"]),

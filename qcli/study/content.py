@@ -1,4 +1,4 @@
-"""Addresses of runs by their recipes and by the content of the files that these name."""
+"""What the runs of a study read: whether it is there, and its content as part of their addresses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qcli.study.grid import Run
 from qcli.utils.files import content_hash
 
 
-def by_content(runs: Iterable[Run]) -> list[Run]:
-    """The runs with addresses that change when a file or folder changes that their recipes name.
+def address_by_content(runs: Iterable[Run]) -> list[Run]:
+    """The runs with addresses that also depend on the content of every file and folder that their recipes name.
 
-    What is no path here (a hub id, a data set's name) is known by its name alone.
+    Names that are not paths (hub ids, data sets) count by name alone.
     """
     hashes: dict[str, str | None] = {}
 
@@ -26,16 +26,16 @@ def by_content(runs: Iterable[Run]) -> list[Run]:
             hashes[name] = content_hash(Path(name))
         return hashes[name]
 
-    found = []
+    addressed = []
     for run in runs:
-        read = {name: content(name) for name in sorted(set(_names(run.recipe)))}
-        key = json.dumps([run.address, read])
-        found.append(replace(run, address=hashlib.sha256(key.encode()).hexdigest()[:16]))
-    return found
+        inputs = {name: content(name) for name in sorted(set(_names(run.recipe)))}
+        key = json.dumps([run.address, inputs])
+        addressed.append(replace(run, address=hashlib.sha256(key.encode()).hexdigest()[:16]))
+    return addressed
 
 
 def require_texts(runs: Iterable[Run]) -> None:
-    """Raise UsageError unless there are all texts that the runs' recipes name."""
+    """Raise UsageError unless every text that the runs' recipes name exists."""
     for name in dict.fromkeys(name for run in runs for name in _texts(run.recipe)):
         require_text(name)
 

@@ -1,4 +1,4 @@
-"""Pictures of a study, as PNG."""
+"""Figures of a study, as PNG; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qcli.study.findings import Finding, method_of
+from qcli.study.findings import Finding, method_name
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -15,45 +15,45 @@ if TYPE_CHECKING:
 _MARKS = "osD^v<>PX*hd"
 
 
-def plot_front(found: Sequence[Finding], front: Sequence[Finding]) -> bytes:
-    """Bits per weight against KL and against perplexity, and the Pareto front by KL.
+def plot_front(runs: Sequence[Finding], front: Sequence[Finding]) -> bytes:
+    """Bits per weight against KL and against perplexity, with the Pareto front by KL.
 
-    A method has a colour, what follows or precedes it a shape.
+    Colours stand for methods, marker shapes for what runs before or after them.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 9), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    runs: dict[tuple[str, str], list[Finding]] = {}
-    for each in found:
-        if each.kl is not None and each.kl > 0 and each.perplexity is not None:
-            runs.setdefault((method_of(each.row["point"]), _steps(each)), []).append(each)
-    colours, marks = (sorted({names[i] for names in runs}) for i in (0, 1))
-    for (method, steps), members in sorted(runs.items()):
+    series: dict[tuple[str, str], list[Finding]] = {}
+    for run in runs:
+        if run.kl is not None and run.kl > 0 and run.perplexity is not None:
+            series.setdefault((method_name(run.row["point"]), _steps(run)), []).append(run)
+    colours, marks = (sorted({names[i] for names in series}) for i in (0, 1))
+    for (method, steps), members in sorted(series.items()):
         mark = {
             "marker": _MARKS[(marks.index(steps) + colours.index(method) // 10) % len(_MARKS)],
             "color": f"C{colours.index(method) % 10}",
             "s": 30,
             "label": _text(method + steps),
         }
-        bits = [each.bits for each in members]
-        upper.scatter(bits, [each.kl for each in members], **mark)
-        lower.scatter(bits, [each.perplexity for each in members], **mark)
-    line = [each for each in front if each.kl and each.perplexity is not None]
-    bits = [each.bits for each in line]
-    upper.plot(bits, [each.kl for each in line], color="0.3", linewidth=1, zorder=0)
-    lower.plot(bits, [each.perplexity for each in line], color="0.3", linewidth=1, zorder=0)
+        bits = [run.bits for run in members]
+        upper.scatter(bits, [run.kl for run in members], **mark)
+        lower.scatter(bits, [run.perplexity for run in members], **mark)
+    line = [run for run in front if run.kl and run.perplexity is not None]
+    bits = [run.bits for run in line]
+    upper.plot(bits, [run.kl for run in line], color="0.3", linewidth=1, zorder=0)
+    lower.plot(bits, [run.perplexity for run in line], color="0.3", linewidth=1, zorder=0)
     upper.set(ylabel="KL to full precision, nats per token", yscale="log")
     lower.set(xlabel="bits per weight, tables counted", ylabel="perplexity", yscale="log")
     for axes in (upper, lower):
-        _number(axes.yaxis)
+        _format_ticks(axes.yaxis)
         axes.grid(which="both", alpha=0.25)
     upper.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _png(figure)
 
 
 def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
-    """KL without against KL with: below the diagonal, the axis pays."""
+    """KL without a value on the axis against KL with one: below the diagonal, it helps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 5), dpi=120, layout="constrained")
@@ -62,11 +62,11 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
     low, high = min(before + after) / 1.2, max(before + after) * 1.2
     axes.plot([low, high], [low, high], color="0.6", linewidth=1)
     values: dict[str, list[int]] = {}
-    for number, (_, changed) in enumerate(pairs):
-        values.setdefault(str(changed.row["point"][axis]), []).append(number)
-    for place, (value, members) in enumerate(values.items()):
-        off, on = ([side[number] for number in members] for side in (before, after))
-        axes.scatter(off, on, s=28, marker=_MARKS[place % len(_MARKS)], label=_text(value))
+    for number, (_, run) in enumerate(pairs):
+        values.setdefault(str(run.row["point"][axis]), []).append(number)
+    for index, (value, members) in enumerate(values.items()):
+        x, y = ([side[number] for number in members] for side in (before, after))
+        axes.scatter(x, y, s=28, marker=_MARKS[index % len(_MARKS)], label=_text(value))
     axes.legend(fontsize=8, loc="upper left")
     axes.set(
         xscale="log",
@@ -76,14 +76,14 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
         xlim=(low, high),
         ylim=(low, high),
     )
-    _number(axes.xaxis)
-    _number(axes.yaxis)
+    _format_ticks(axes.xaxis)
+    _format_ticks(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
     return _png(figure)
 
 
-def _number(axis: Axis) -> None:
-    """Tick a logarithmic axis in figures for people: at 1, 2 and 5 where there is room."""
+def _format_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 if there is room."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_view_interval()
@@ -92,17 +92,17 @@ def _number(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _steps(each: Finding) -> str:
-    """What follows or precedes the method, as ` + ZQ-Local + LoRC`."""
-    point = each.row["point"]
+def _steps(run: Finding) -> str:
+    """What runs before or after the method, such as ` + ZQ-Local + LoRC`."""
+    point = run.row["point"]
     extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
     named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
     return "".join(f" + {name}" for name in named)
 
 
-def _text(words: str) -> str:
-    """Names are no formulas."""
-    return words.replace("$", r"\$")
+def _text(text: str) -> str:
+    """Escape dollar signs, which start a formula in matplotlib."""
+    return text.replace("$", r"\$")
 
 
 def _png(figure: Figure) -> bytes:

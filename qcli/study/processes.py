@@ -1,4 +1,4 @@
-"""Runs of a study in processes of this machine."""
+"""Runs of a study in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 from qcli.study.grid import Run
 from qcli.study.rows import Row
-from qcli.study.run import TRIES, failure, headed, make_row
+from qcli.study.run import TRIES, failure, make_row, row_head
 
 
 def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
-    """Rows as their runs end. A run whose process is killed is taken up by another, twice at most, then told as failed.
+    """Rows in order of completion. A run whose process is killed is resumed by another, up to twice, then has failed.
 
     Args:
         out: folder of the study.
-        workers: runs at a time, each in a process of its own: a death is that of one run.
+        workers: number of parallel runs, each in its own process: if one dies, only that run is affected.
 
     Raises:
-        StateError: another process makes one of the runs.
-        ResourceError: the folder of a run cannot be made.
+        StateError: another process is working on one of the runs.
+        ResourceError: the folder of a run cannot be created.
     """
     queue = [(run, 1) for run in runs]
     working: dict[Future[Row], tuple[Run, int, ProcessPoolExecutor]] = {}
@@ -35,7 +35,7 @@ def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterato
                 pool, (run, tries) = idle.pop(), queue[0]
                 try:
                     working[pool.submit(make_row, run, out)] = run, tries, pool
-                except BrokenProcessPool:  # killed while it waited
+                except BrokenProcessPool:  # its process was killed while idle
                     idle.append(_process(workers))
                 else:
                     del queue[0]
@@ -48,12 +48,12 @@ def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterato
                     if tries < TRIES:
                         queue.insert(0, (run, tries + 1))
                         continue
-                    row = headed(run) | failure(f"its process was killed {TRIES} times, perhaps for its memory", 5)
+                    row = row_head(run) | failure(f"its process was killed {TRIES} times, perhaps for its memory", 5)
                     row["hint"] = "fewer --workers take less memory"
                 else:
                     idle.append(pool)
                 yield row
-    except BaseException:  # interrupted: nobody waits for runs that resume anyway
+    except BaseException:  # interrupted: stop at once, as runs can be resumed
         for process in multiprocessing.active_children():
             process.terminate()
         raise
@@ -63,13 +63,13 @@ def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterato
 
 
 def _process(workers: int) -> ProcessPoolExecutor:
-    """One of `workers` processes that share this machine's cores."""
+    """A pool of one process, which uses its share of this machine's cores."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,))
+    return ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=(threads,))
 
 
-def _begin(threads: int) -> None:
+def _start_worker(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
@@ -77,7 +77,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has: killed, the parent cannot stop its workers, which would go on."""
+    """End this process when its parent dies: a killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""The report of a study: Markdown, and one HTML file with everything in it."""
+"""The report of a study: Markdown with figures, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qcli.study.findings import Finding, against_each_other, best_within, findings, gains, pareto, rest_of
+from qcli.study.findings import Finding, best_within, findings, gains, method_comparisons, other_axes, pareto
 from qcli.study.plots import plot_front, plot_gains
 from qcli.study.rows import read_rows
 from qcli.utils.environment import can_plot
@@ -18,7 +18,7 @@ from qcli.utils.errors import StateError, UnsupportedError
 from qcli.utils.files import write_bytes
 from qcli.utils.markdown import plain
 
-# Bits per weight that recommendations are given for: quarters up to 4.5, where choices are many.
+# Bits per weight that recommendations are given for: in quarters up to 4.5, where most runs are.
 _BUDGETS = (*(quarters / 4 for quarters in range(4, 19)), 5.0, 6.0, 7.0, 8.0, 9.0)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -31,175 +31,178 @@ img { max-width: 100% } h2 { margin-top: 2.5rem } .front td { background: #eef5f
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; `marked` are drawn apart."""
+    """Rows under a header; `highlighted` are indices of rows."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    marked: frozenset[int] = frozenset()
+    highlighted: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
-class Part:
-    """A heading and what stands under it; `picture` is a PNG."""
+class Section:
+    """A heading with its content; `figure` is a PNG."""
 
     title: str
     text: str = ""
     table: Table | None = None
-    picture: bytes | None = None
+    figure: bytes | None = None
 
 
 def write_report(out: Path) -> list[Path]:
-    """Write `report.html`, `report.md` with its pictures, and a recipe for each recommendation into `out`/report, in
-    place of those that an earlier report left there.
+    """Write `report.html`, `report.md` with its figures, and the recipe of each recommendation to `out`/report; those
+    of an earlier report are replaced.
 
     Raises:
-        StateError: no study, or no run of it ended well.
+        StateError: `out` is not a study, or none of its runs succeeded.
         UnsupportedError: matplotlib is not installed.
     """
     rows = read_rows(out)
-    found = findings(rows)
-    if not found:
-        raise StateError(f"{out}: no run has ended well", hint=f"`qcli study STUDY.yaml --out {out}` makes rows")
+    runs = findings(rows)
+    if not runs:
+        raise StateError(f"{out}: no run has succeeded", hint=f"run the study: qcli study STUDY.yaml --out {out}")
     if not can_plot():
         raise UnsupportedError("matplotlib is not installed", hint="pip install matplotlib")
     folder = out / "report"
     folder.mkdir(exist_ok=True)
     for old in (*folder.glob("recipe-*.yaml"), *folder.glob("figure-*.png")):
         old.unlink()
-    parts: list[Part] = []
+    sections: list[Section] = []
     recipes: dict[str, str] = {}
-    for number, key in enumerate(dict.fromkeys((each.model, each.texts) for each in found)):
-        members = [each for each in found if (each.model, each.texts) == key]
-        parts += [*_of_model(key[0], members, recipes, f"{number}-" if number else "")]
+    for number, key in enumerate(dict.fromkeys((run.model, run.texts) for run in runs)):
+        comparable = [run for run in runs if (run.model, run.texts) == key]
+        sections += _model_sections(key[0], comparable, recipes, f"{number}-" if number else "")
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
-        told = [(str(row["point"]), row["error"]) for row in failed]
-        parts.append(Part("Runs that failed", table=Table(("run", "error"), told)))
+        errors = [(str(row["point"]), row["error"]) for row in failed]
+        sections.append(Section("Runs that failed", table=Table(("run", "error"), errors)))
     for name, text in recipes.items():
         write_bytes(folder / name, text.encode())
-    pictures = {f"figure-{n}.png": part.picture for n, part in enumerate(parts) if part.picture is not None}
-    for name, picture in pictures.items():
-        write_bytes(folder / name, picture)
-    write_bytes(folder / "report.md", _markdown(parts).encode())
-    write_bytes(folder / "report.html", _html(parts).encode())
+    figures = {f"figure-{n}.png": section.figure for n, section in enumerate(sections) if section.figure is not None}
+    for name, figure in figures.items():
+        write_bytes(folder / name, figure)
+    write_bytes(folder / "report.md", _markdown(sections).encode())
+    write_bytes(folder / "report.html", _html(sections).encode())
     return [folder / "report.html", folder / "report.md", *(folder / name for name in recipes)]
 
 
-def _of_model(model: str, found: Sequence[Finding], recipes: dict[str, str], prefix: str) -> list[Part]:
-    front = pareto(found)
-    baseline = found[0].row["baseline"]["perplexity"]
-    told = ", ".join(f"{data} {value:.2f}" for data, value in baseline.items())
-    fitted = sorted({text for each in found for text in each.row.get("fitted_to", [])})
-    warned = f" Runs were calibrated on {', '.join(fitted)}: on other text they lose more." if fitted else ""
-    ordered = sorted(found, key=lambda each: (round(each.bits, 1), math.inf if each.kl is None else each.kl))
-    parts = [
-        Part(
+def _model_sections(model: str, runs: Sequence[Finding], recipes: dict[str, str], prefix: str) -> list[Section]:
+    """Sections on the runs of one model; the recipes that they recommend are added to `recipes`."""
+    front = pareto(runs)
+    baseline = runs[0].row["baseline"]["perplexity"]
+    perplexities = ", ".join(f"{data} {value:.2f}" for data, value in baseline.items())
+    fitted = sorted({text for run in runs for text in run.row.get("fitted_to", [])})
+    warning = f" Runs were calibrated on {', '.join(fitted)}: on other text they lose more." if fitted else ""
+    ordered = sorted(runs, key=lambda run: (round(run.bits, 1), math.inf if run.kl is None else run.kl))
+    sections = [
+        Section(
             f"{model}: loss by size",
-            f"{len(found)} runs on {found[0].protocol}. Full precision: perplexity {told}. The line joins runs that no "
-            f"other beats by KL.{warned}",
-            picture=plot_front(found, front),
+            f"{len(runs)} runs on {runs[0].protocol}. Full precision: perplexity {perplexities}. The line joins runs "
+            f"that no other beats by KL.{warning}",
+            figure=plot_front(runs, front),
         ),
-        Part(
+        Section(
             "All runs",
             "The best first among those of equal bits. Worst window: KL of the one that lost most. Classes by the "
             "increase of the mean perplexity.",
             Table(
                 ("run", "bits/weight", "KL", "worst window", "perplexity", "increase", "class", "top-1", "seconds"),
-                [_row(each) for each in ordered],
-                frozenset(number for number, each in enumerate(ordered) if each in front),
+                [_row(run) for run in ordered],
+                frozenset(number for number, run in enumerate(ordered) if run in front),
             ),
         ),
     ]
-    for axis in dict.fromkeys(axis for each in found for axis in each.row["point"]):
-        pairs = [(before, after) for before, after in gains(found, axis) if None not in (before.kl, after.kl)]
+    for axis in dict.fromkeys(axis for run in runs for axis in run.row["point"]):
+        pairs = [(before, after) for before, after in gains(runs, axis) if None not in (before.kl, after.kl)]
         if pairs:
             rows = [
                 (after.label, before.kl, after.kl, (after.kl or 0) / (before.kl or 1), after.bits - before.bits)
                 for before, after in pairs
             ]
             columns = ("run", "KL without", "KL with", "ratio", "bits added")
-            parts.append(Part(f"The effect of {axis}", table=Table(columns, rows), picture=plot_gains(pairs, axis)))
-    if rows_of_methods := against_each_other(found):
-        parts.insert(2, _methods(rows_of_methods))
-    parts.append(_recommended(found, recipes, prefix))
-    return parts
+            sections.append(
+                Section(f"The effect of {axis}", table=Table(columns, rows), figure=plot_gains(pairs, axis))
+            )
+    if comparisons := method_comparisons(runs):
+        sections.insert(2, _comparisons(comparisons))
+    sections.append(_recommendations(runs, recipes, prefix))
+    return sections
 
 
-def _methods(rows: Sequence[Mapping[str, Finding]]) -> Part:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells: list[tuple[Any, ...]] = []
-    for row in rows:
-        one = next(iter(row.values()))
-        losses = (row[name].kl if name in row else "" for name in names)
-        cells.append((rest_of(one.row["point"]), one.bits, *losses))
+def _comparisons(groups: Sequence[Mapping[str, Finding]]) -> Section:
+    methods = list(dict.fromkeys(method for group in groups for method in group))
+    rows: list[tuple[Any, ...]] = []
+    for group in groups:
+        first = next(iter(group.values()))
+        losses = (group[method].kl if method in group else "" for method in methods)
+        rows.append((other_axes(first.row["point"]), first.bits, *losses))
     text = "KL of runs that differ in the method alone and take the same bits, to a tenth."
-    return Part("Method against method", text, Table(("run", "bits/weight", *names), cells))
+    return Section("Method against method", text, Table(("run", "bits/weight", *methods), rows))
 
 
-def _recommended(found: Sequence[Finding], recipes: dict[str, str], prefix: str) -> Part:
-    rows, last = [], None
+def _recommendations(runs: Sequence[Finding], recipes: dict[str, str], prefix: str) -> Section:
+    rows, previous = [], None
     for bits in _BUDGETS:
-        best = best_within(found, bits)
-        if best is None or best == last:
+        best = best_within(runs, bits)
+        if best is None or best == previous:
             continue
-        last = best
+        previous = best
         name = f"recipe-{prefix}{bits:g}bpw.yaml"
         recipes[name] = best.row["recipe"]
         rows.append((f"at {bits:g} bits per weight or less", best.label, best.bits, best.kl, best.perplexity, name))
     columns = ("budget", "take", "bits/weight", "KL", "perplexity", "recipe")
-    return Part("Recommendations", "The run of least KL within each budget.", Table(columns, rows))
+    return Section("Recommendations", "The run of least KL within each budget.", Table(columns, rows))
 
 
-def _row(each: Finding) -> tuple[Any, ...]:
-    seconds = each.row["seconds"].get("quantize", 0.0) + each.row["seconds"].get("distill", 0.0)
-    agreed = each.row["top1_agreement"]
-    worst = each.row.get("worst_window_kl", "")  # rows of earlier versions have none
-    return each.label, each.bits, each.kl, worst, each.perplexity, each.increase, each.sensitivity, agreed, seconds
+def _row(run: Finding) -> tuple[Any, ...]:
+    seconds = run.row["seconds"].get("quantize", 0.0) + run.row["seconds"].get("distill", 0.0)
+    top1 = run.row["top1_agreement"]
+    worst = run.row.get("worst_window_kl", "")  # absent from rows of earlier versions
+    return run.label, run.bits, run.kl, worst, run.perplexity, run.increase, run.sensitivity, top1, seconds
 
 
-def _markdown(parts: Sequence[Part]) -> str:
+def _markdown(sections: Sequence[Section]) -> str:
     lines = []
-    for number, part in enumerate(parts):
-        lines += [f"## {plain(part.title)}", ""]
-        lines += [plain(part.text), ""] if part.text else []
-        lines += [f"![{plain(part.title)}](figure-{number}.png)", ""] if part.picture is not None else []
-        if part.table is not None:
-            lines += [f"| {' | '.join(map(plain, part.table.columns))} |", "|---" * len(part.table.columns) + "|"]
-            lines += [f"| {' | '.join(plain(_shown(cell)) for cell in row)} |" for row in part.table.rows]
+    for number, section in enumerate(sections):
+        lines += [f"## {plain(section.title)}", ""]
+        lines += [plain(section.text), ""] if section.text else []
+        lines += [f"![{plain(section.title)}](figure-{number}.png)", ""] if section.figure is not None else []
+        if section.table is not None:
+            lines += [f"| {' | '.join(map(plain, section.table.columns))} |", "|---" * len(section.table.columns) + "|"]
+            lines += [f"| {' | '.join(plain(_shown(cell)) for cell in row)} |" for row in section.table.rows]
             lines.append("")
     return "\n".join(lines)
 
 
 def _html_table(table: Table) -> str:
-    words = [
+    is_text = [
         any(isinstance(row[column], str) and row[column] for row in table.rows) for column in range(len(table.columns))
     ]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "".join(
-            f"<{tag}{' class=text' if word else ''}>{escape(_shown(cell))}</{tag}>"
-            for word, cell in zip(words, cells, strict=True)
+            f"<{tag}{' class=text' if text else ''}>{escape(_shown(cell))}</{tag}>"
+            for text, cell in zip(is_text, cells, strict=True)
         )
 
     rows = []
     for number, row in enumerate(table.rows):
-        kind = ' class="front"' if number in table.marked else ""
-        rows.append(f"<tr{kind}>{line('td', row)}</tr>")
+        attribute = ' class="front"' if number in table.highlighted else ""
+        rows.append(f"<tr{attribute}>{line('td', row)}</tr>")
     head = line("th", table.columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _html(parts: Sequence[Part]) -> str:
+def _html(sections: Sequence[Section]) -> str:
     body = []
-    for part in parts:
-        body.append(f"<h2>{escape(part.title)}</h2>")
-        if part.text:
-            body.append(f"<p>{escape(part.text)}</p>")
-        if part.picture is not None:
-            data = base64.b64encode(part.picture).decode()
-            body.append(f'<img alt="{escape(part.title)}" src="data:image/png;base64,{data}">')
-        if part.table is not None:
-            body.append(_html_table(part.table))
+    for section in sections:
+        body.append(f"<h2>{escape(section.title)}</h2>")
+        if section.text:
+            body.append(f"<p>{escape(section.text)}</p>")
+        if section.figure is not None:
+            data = base64.b64encode(section.figure).decode()
+            body.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+        if section.table is not None:
+            body.append(_html_table(section.table))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qcli study</title>'
         f"<style>{_STYLE}</style></head><body><h1>Study</h1>{''.join(body)}</body></html>\n"

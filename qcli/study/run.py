@@ -1,4 +1,4 @@
-"""One run of a study: quantize, train and score its recipe."""
+"""One run of a study: its recipe through the pipeline, and the row of results."""
 
 from __future__ import annotations
 
@@ -14,68 +14,68 @@ from qcli.utils.files import disk_problem
 from qcli.utils.lock import FolderLock
 from qcli.utils.progress import Progress, silent
 
-TRIES = 3  # of a run whose worker dies; each resumes after the last block that was finished
+TRIES = 3  # of a run whose worker dies; each resumes after the last finished block
 
 
 def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
-    """Make a run in the study's folder `out`; what goes wrong is in the row.
+    """Execute a run in the study's folder `out`; if it fails, the row has the error.
 
     Raises:
-        StateError: another process makes it.
-        ResourceError: its folder cannot be made.
+        StateError: another process is working on it.
+        ResourceError: its folder cannot be created.
     """
     from qcli.models.manifest import versions
 
-    begun = time.time()
+    started = time.time()
     with _locked(out / RUNS / run.address) as lock:
         try:
-            found = _measured(run, lock.folder, Cache(out / CACHE), progress)
+            results = _results(run, lock.folder, Cache(out / CACHE), progress)
         except QcliError as error:
-            found = failure(error.message, error.exit_code) | {"hint": error.hint}
-        except Exception as error:  # a study goes on, whatever a run meets
-            found = failure(f"{type(error).__name__}: {error}".splitlines()[0])
+            results = failure(error.message, error.exit_code) | {"hint": error.hint}
+        except Exception as error:  # no failure of a run ends the study
+            results = failure(f"{type(error).__name__}: {error}".splitlines()[0])
         with contextlib.suppress(OSError):
             lock.remove()
-    known = headed(run) | {"started": round(begun, 1)}
-    return known | found | {"versions": versions(), "total_seconds": round(time.time() - begun, 1)}
+    head = row_head(run) | {"started": round(started, 1)}
+    return head | results | {"versions": versions(), "total_seconds": round(time.time() - started, 1)}
 
 
-def headed(run: Run) -> Row:
-    """What is known of a row before its run."""
+def row_head(run: Run) -> Row:
+    """The fields of a row that are known before its run."""
     return {"address": run.address, "point": run.point, "recipe": run.recipe.to_yaml()}
 
 
 def failure(error: str, exit_code: int = 1) -> Row:
-    """The rest of the row of a run that failed."""
+    """The further fields of the row of a failed run."""
     return {"status": "failed", "error": error, "exit_code": exit_code}
 
 
 def _locked(folder: Path) -> FolderLock:
-    """The folder, made if there is none, for this process alone: a worker of a study that was killed may be in it."""
+    """Create and lock a run's folder, which a worker of a killed study may still be using."""
     try:
-        return FolderLock(folder, StateError(f"another qcli is at work in {folder}", hint="wait for it"))
+        return FolderLock(folder, StateError(f"another qcli is using {folder}", hint="wait for it"))
     except OSError as error:
         raise disk_problem(folder, error) from None
 
 
-def _measured(run: Run, work: Path, cache: Cache, progress: Progress) -> Row:
+def _results(run: Run, folder: Path, cache: Cache, progress: Progress) -> Row:
     from qcli.models.manifest import Manifest
     from qcli.pipeline import QUANTIZED, Pipeline
 
-    pipeline = Pipeline(run.recipe, work, cache=cache, calibration_cache=cache, progress=progress)
+    pipeline = Pipeline(run.recipe, folder, cache=cache, calibration_cache=cache, progress=progress)
     pipeline.quantize()
-    manifest = Manifest.read(work / QUANTIZED)
+    manifest = Manifest.read(folder / QUANTIZED)
     seconds = {"quantize": manifest.seconds}
     pipeline.distill()
     if (distilled := pipeline.result.distilled) is not None:
         seconds["distill"] = distilled.seconds
-    begun = time.monotonic()
+    started = time.monotonic()
     evaluation = pipeline.evaluate()
-    seconds["eval"] = time.monotonic() - begun
+    seconds["eval"] = time.monotonic() - started
     return {
         "status": "done",
         **evaluation,
-        "model": run.recipe.model,  # and not the folder of what was made of it, which is gone
+        "model": run.recipe.model,  # not the checkpoint, whose folder is removed
         "fallbacks": {layer.name: layer.fallbacks for layer in manifest.layers if layer.fallbacks},
         "peak_memory": manifest.peak_memory,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},

@@ -1,7 +1,7 @@
-"""Run a study: its recipes one after another, in processes, or on a Ray cluster.
+"""Run a study: its recipes one after another, in several processes, or on a Ray cluster.
 
-Rows are found again by the address of their run, which is made of its recipe and of the content of what it reads, so a
-study that was interrupted or extended goes on where it is.
+A run is identified by its address, a hash of its recipe and of the content of everything that it reads. A study that
+was interrupted or extended therefore continues with the runs that have no row yet.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
-from qcli.study.content import by_content, require_texts
-from qcli.study.grid import Run, Study, too_many
-from qcli.study.rows import CACHE, Row, append, opened, read_rows
+from qcli.study.content import address_by_content, require_texts
+from qcli.study.grid import Run, Study
+from qcli.study.rows import CACHE, Row, append, read_rows, study_folder
 from qcli.study.run import make_row
 from qcli.utils.cache import Cache
 from qcli.utils.errors import QcliError
 from qcli.utils.progress import Progress, silent
 
 Executor = Literal["local", "ray"]
-RETRY = "--retry tries them again"
+RETRY = "--retry repeats them"
 
 
 @dataclass(frozen=True)
-class Studied:
+class StudyResult:
     """What a call of `run_study` did.
 
     Attributes:
-        done, failed, kept: runs that ended well now, that failed now, and whose row was there.
-        failed_before: of those kept, the runs that had failed.
-        reason: why the first of all runs that failed did.
-        exit_code: 0 if a run has ended well, now or before; else that of most failures.
+        done, failed: runs that succeeded and failed in this call.
+        kept: runs that had a row before it.
+        failed_before: failed ones among those.
+        reason: error of the first failed run.
+        exit_code: 0 if any run has succeeded, now or before; else the most frequent one of the failed runs.
     """
 
     out: Path
@@ -50,6 +52,13 @@ class Studied:
         """All of it as plain data."""
         return asdict(self) | {"out": str(self.out)}
 
+    def require_success(self) -> None:
+        """Raise the most frequent error if every run of the study has failed."""
+        if self.exit_code:
+            error = QcliError(f"all {self.failed + self.failed_before} runs failed: {self.reason}", hint=RETRY)
+            error.exit_code = self.exit_code
+            raise error
+
 
 def run_study(
     study: Study,
@@ -60,45 +69,47 @@ def run_study(
     address: str | None = None,
     retry: bool = False,
     progress: Progress = silent,
-) -> Studied:
-    """Make the rows that are missing.
+) -> StudyResult:
+    """Execute the runs that have no row yet.
 
     Args:
-        workers: runs at a time, each in a process of its own; 1: one after another, in this one.
-        executor: where they run; `address` is that of a Ray cluster, which sees `out` under the same path.
-        retry: runs that failed before are tried again.
+        workers: number of parallel runs, each in its own process; 1: one after another, in this process.
+        executor: where runs execute; `address` is that of a Ray cluster, which sees `out` under the same path.
+        retry: repeat failed runs.
 
     Raises:
-        UsageError: a text that a recipe names is not there, one to evaluate on is too short, or there is no such task
+        UsageError: a text that a recipe names is missing, one to evaluate on is too short, or a task does not exist
             or its data cannot be loaded; nothing was run.
-        StateError: `out` is something else, of another version, damaged, or it or the folder of a run is in use.
-        ResourceError: the folder of a run cannot be made.
+        StateError: `out` is something else, of another version, damaged, or in use, or the folder of a run is in use.
+        ResourceError: the folder of a run cannot be created.
         UnsupportedError: Ray is not installed.
     """
     started, out = time.monotonic(), out.absolute()
     require_texts(study.runs)
-    with opened(out):
+    with study_folder(out):
         known = {row["address"]: row for row in read_rows(out)}
-        runs = by_content(study.runs)
-        todo = [run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")]
-        ended: list[Row] = []
-        require_tasks(todo, data=executor == "local")
-        _require_evaluation_texts(todo, Cache(out / CACHE), executor)
-        progress("runs", 0, len(todo))
-        for row in _rows(todo, out, workers, executor, address, progress):
+        runs = address_by_content(study.runs)
+        missing = [
+            run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")
+        ]
+        finished: list[Row] = []
+        require_tasks(missing, data=executor == "local")
+        _require_evaluation_texts(missing, Cache(out / CACHE), executor)
+        progress("runs", 0, len(missing))
+        for row in _rows(missing, out, workers, executor, address, progress):
             append(out, row)
-            ended.append(row)
-            told = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
-            progress("runs", len(ended), len(todo), f"{told}: {_ended(row)}")
-    rows = {**known, **{row["address"]: row for row in ended}}
+            finished.append(row)
+            point = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
+            progress("runs", len(finished), len(missing), f"{point}: {_status(row)}")
+    rows = {**known, **{row["address"]: row for row in finished}}
     failures = [row for row in (rows[run.address] for run in runs) if row["status"] == "failed"]
-    failed = sum(row["status"] == "failed" for row in ended)
+    failed = sum(row["status"] == "failed" for row in finished)
     codes = Counter(row["exit_code"] for row in failures) if len(failures) == len(runs) else Counter()
-    return Studied(
+    return StudyResult(
         out,
-        done=len(ended) - failed,
+        done=len(finished) - failed,
         failed=failed,
-        kept=len(runs) - len(todo),
+        kept=len(runs) - len(missing),
         seconds=time.monotonic() - started,
         failed_before=len(failures) - failed,
         reason=_first_line(failures[0]) if failures else None,
@@ -107,46 +118,35 @@ def run_study(
 
 
 def require_tasks(runs: Iterable[Run], *, data: bool = False) -> None:
-    """Raise UsageError unless there are all tasks that the recipes name, and if it matters here the `data` of them."""
+    """Raise UsageError unless all tasks that the recipes name exist and, with `data`, their data can be loaded."""
     from qcli.evaluation.from_recipe import recipe_tasks  # torch
 
-    asked = {str((each.tasks, each.include_path, each.gates)): run.recipe for run in runs if (each := run.recipe.eval)}
-    for recipe in asked.values():
+    distinct: dict[str, Recipe] = {}
+    for run in runs:
+        if (section := run.recipe.eval) is not None:
+            distinct[str((section.tasks, section.include_path, section.gates))] = run.recipe
+    for recipe in distinct.values():
         tasks = recipe_tasks(recipe)
         if data and tasks is not None:
             tasks.require_data()
 
 
 def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
-    """Read every text once for each model and length, so that a short one costs no run."""
+    """Tokenize every evaluation text once per model and length, so that one that is too short fails before any run."""
     from qcli.evaluation.from_recipe import require_evaluation_texts
     from qcli.models.open import open_source
 
-    asked = {}
+    distinct: dict[str, Recipe] = {}
     for run in runs:
-        wanted = run.recipe.eval or Eval()
-        read = wanted.baseline, wanted.perplexity, wanted.window, wanted.max_windows
-        asked[str((run.recipe.model, run.recipe.device, read))] = run.recipe
-    for recipe in asked.values():
-        here = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # nodes have the GPUs
-        require_evaluation_texts(here, open_source(recipe.model), cache=cache)
+        section = run.recipe.eval or Eval()
+        windows = section.baseline, section.perplexity, section.window, section.max_windows
+        distinct[str((run.recipe.model, run.recipe.device, windows))] = run.recipe
+    for recipe in distinct.values():
+        local = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # GPUs are on the nodes
+        require_evaluation_texts(local, open_source(recipe.model), cache=cache)
 
 
-def require_one_done(studied: Studied) -> None:
-    """Raise the error of most failures if no run of the study has ended well, now or before."""
-    if studied.exit_code:
-        error = QcliError(f"all {studied.failed + studied.failed_before} runs failed: {studied.reason}", hint=RETRY)
-        error.exit_code = studied.exit_code
-        raise error
-
-
-def require_size(study: Study, limit: int, agreed: bool) -> None:
-    """Raise UsageError if there are more runs than anybody meant, unless they were agreed to."""
-    if len(study.runs) > limit and not agreed:
-        raise too_many(f"{study.source} has {len(study.runs)} runs", limit)
-
-
-def _ended(row: Row) -> str:
+def _status(row: Row) -> str:
     return f"failed: {_first_line(row)}" if row["status"] == "failed" else str(row["status"])
 
 

@@ -16,10 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qcli.study import processes as module
-from qcli.study.content import by_content
+from qcli.study.content import address_by_content
 from qcli.study.grid import Run, load_study
 from qcli.study.rows import VERSION, read_rows
-from qcli.study.run import headed
+from qcli.study.run import row_head
 from qcli.utils.errors import StateError
 from qcli.utils.lock import FolderLock
 from tests.cli.conftest import Invoke
@@ -69,11 +69,11 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
     study.write_text(study.read_text().replace(str(tmp_path / "short.txt"), str(text)))
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
-    assert json.loads(stdout)["done"] == 1, "another run than the one that failed"
+    assert json.loads(stdout)["done"] == 1, "a new run, not the failed one"
     assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
 
 
-def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+def test_a_missing_text_fails_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").unlink()
     for flags in (("--dry-run",), ("--out", tmp_path / "out")):
         code, stdout, err = invoke("study", study, *flags)
@@ -83,7 +83,7 @@ def test_a_text_that_is_not_there_is_told_before_any_run(invoke: Invoke, study: 
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+def test_an_impossible_evaluation_fails_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     short = f"eval.perplexity=[{tmp_path / 'short.txt'}]"
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out", "--set", short)
     assert (code, stdout) == (2, "") and f"error: {tmp_path / 'short.txt'}: too short" in err
@@ -96,7 +96,7 @@ def test_an_evaluation_that_cannot_be_is_told_before_any_run(invoke: Invoke, stu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", ["text", "model"])
-def test_runs_are_made_again_when_what_they_read_has_changed(
+def test_runs_are_repeated_when_their_inputs_have_changed(
     invoke: Invoke, study: Path, model: Path, text: Path, tmp_path: Path, changed: str
 ) -> None:
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_calibration_tokens_and_baselines_are_made_once(
         monkeypatch.setattr(place, counted)
     study.write_text(study.read_text().replace("method: [{name: rtn, bits: 3", "method: [{name: gptq-like, bits: 3"))
     assert invoke("study", study, "--out", tmp_path / "out").code == 0
-    assert made.count(TOKENS) == 2, "one for the text that is not there"
+    assert made.count(TOKENS) == 2, "one for the text that is too short"
     assert made.count(WINDOWS) <= 2, "read by the model's tokenizer, and by the copies that the checkpoints have"
     assert made.count(BASELINE) == 3, "two models and one baseline"
     kept = {row["address"]: row.get("kl") for row in rows(tmp_path / "out")}
@@ -158,7 +158,7 @@ def test_any_error_of_a_run_is_a_row(
     assert (code, json.loads(stdout)["failed"]) == (1, 3)
     assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out")
-    assert code == 1 and "all 3 runs failed" in err, "those of before count"
+    assert code == 1 and "all 3 runs failed" in err, "earlier failures count"
     assert {row["error"] for row in rows(tmp_path / "out")} == {"KeyError: 'no such thing'"}
     monkeypatch.undo()
     code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json", "--retry")
@@ -166,7 +166,7 @@ def test_any_error_of_a_run_is_a_row(
 
 
 @pytest.mark.slow
-def test_runs_whose_process_is_killed_are_tried_again_and_then_told_as_failed(
+def test_runs_whose_process_is_killed_are_retried_and_then_fail(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "make_row", _dies)
@@ -186,7 +186,7 @@ def _dies(run: Run, out: Path) -> dict[str, Any]:
         tries.write("x")
     if name == "onebit" or (out / name).read_text() == "x" * (name == "gptq-like"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return headed(run) | {"status": "done"}
+    return row_head(run) | {"status": "done"}
 
 
 ORPHANS = """
@@ -213,14 +213,14 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     assert parent.communicate(timeout=60)[0] == "", "nobody holds the pipe any more"
 
 
-def test_a_run_that_another_process_makes_ends_the_study(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+def test_a_run_that_another_process_executes_ends_the_study(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    folder = out / "runs" / by_content(load_study(study).runs)[1].address
+    folder = out / "runs" / address_by_content(load_study(study).runs)[1].address
     folder.mkdir(parents=True)
     (out / "study.json").write_text('{"version": 1}')
     with FolderLock(folder, StateError("busy")):
         code, _, err = invoke("study", study, "--out", out)
-        assert code == 3 and f"error: another qcli is at work in {folder}" in err
+        assert code == 3 and f"error: another qcli is using {folder}" in err
         assert folder.exists() and len(rows(out)) == 1, "the first run has its row"
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert (code, json.loads(stdout)["done"], len(rows(out))) == (0, 1, 3)
@@ -236,17 +236,17 @@ def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> 
         assert code == 3 and f"error: {out}/results.jsonl:2: not a row of a study" in err
 
 
-def test_dry_run_shows_what_runs_would_take(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_what_runs_would_cost(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     code, stdout, err = invoke("study", study, "--dry-run", "--json")
     assert code == 0, err
-    found = json.loads(stdout)
-    assert [each["bits_per_weight"] for each in found["runs"]] == pytest.approx([3.59, 2.56, 1.5], abs=0.2)
+    plan = json.loads(stdout)
+    assert [run["bits_per_weight"] for run in plan["runs"]] == pytest.approx([3.59, 2.56, 1.5], abs=0.2)
     assert "3 runs, 3 missing; " in invoke("study", study, "--dry-run", "--out", tmp_path / "none").out
     smaller = tmp_path / "smaller.yaml"
     smaller.write_text(study.read_text().partition("include:")[0])
     assert invoke("study", smaller, "--out", tmp_path / "out").code == 0
-    told = invoke("study", study, "--dry-run", "--out", tmp_path / "out").out
-    assert "3 runs, 1 missing; " in told and told.count("done") == 2
+    table = invoke("study", study, "--dry-run", "--out", tmp_path / "out").out
+    assert "3 runs, 1 missing; " in table and table.count("done") == 2
     assert invoke("study", study, "--out", tmp_path / "out").code == 0
     look = ("study", study, "--out", tmp_path / "out", "--dry-run")
     assert "3 runs, 0 missing; " in invoke(*look).out and "3 runs, 1 missing; " in invoke(*look, "--retry").out
@@ -254,7 +254,7 @@ def test_dry_run_shows_what_runs_would_take(invoke: Invoke, study: Path, tmp_pat
     assert "3 runs, 3 missing; " in invoke("study", study, "--out", tmp_path / "empty", "--dry-run").out
 
 
-def test_what_is_no_study_is_refused(
+def test_what_is_not_a_study_is_refused(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert invoke("study", study).code == 2
@@ -262,7 +262,7 @@ def test_what_is_no_study_is_refused(
     full.mkdir()
     (full / "file").write_text("")
     code, _, err = invoke("study", study, "--out", full)
-    assert (code, err.splitlines()[0]) == (3, f"error: {full} exists and is no study")
+    assert (code, err.splitlines()[0]) == (3, f"error: {full} exists and is not a study")
     old = tmp_path / "old"
     old.mkdir()
     (old / "study.json").write_text('{"version": 0}')
@@ -271,7 +271,7 @@ def test_what_is_no_study_is_refused(
     monkeypatch.setattr("qcli.study.ray.find_spec", lambda name: None)
     code, _, err = invoke("study", study, "--out", tmp_path / "ray", "--executor", "ray")
     assert code == 6 and "pip install ray" in err
-    monkeypatch.setattr("qcli.cli.study.MOST", 2)
+    monkeypatch.setattr("qcli.cli.study.LIMIT", 2)
     code, _, err = invoke("study", study, "--out", tmp_path / "many")
     assert code == 2 and "has 3 runs" in err and "--yes" in err
     assert VERSION == 1

@@ -1,4 +1,4 @@
-"""Studies from files: what they expand to, and what is told of wrong ones."""
+"""Study files: what they expand to, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def study(tmp_path: Path, text: str) -> Study:
 
 
 def test_grids_expand_to_recipes(tmp_path: Path) -> None:
-    found = study(tmp_path, STUDY)
-    assert found.axes == ["method.name", "method.bits", "refine", "method"]
-    told = [
+    expanded = study(tmp_path, STUDY)
+    assert expanded.axes == ["method.name", "method.bits", "refine", "method"]
+    settings = [
         (run.recipe.method.name, run.recipe.method.format.bits, run.recipe.refine and run.recipe.refine.steps)
-        for run in found.runs
+        for run in expanded.runs
     ]
-    assert told == [
+    assert settings == [
         ("rtn", 3, None),
         ("rtn", 3, 5),
         *((("gptq-like", bits, steps)) for bits in (2, 3) for steps in (None, 5)),
         ("onebit", 1, None),
     ], "a run that is named twice is one run"
-    assert all(run.recipe.calibration.samples == 16 for run in found.runs)
-    assert found.runs[0].point == {"method.name": "rtn", "method.bits": 3, "refine": None}
-    assert len({run.address for run in found.runs}) == len(found.runs)
+    assert all(run.recipe.calibration.samples == 16 for run in expanded.runs)
+    assert expanded.runs[0].point == {"method.name": "rtn", "method.bits": 3, "refine": None}
+    assert len({run.address for run in expanded.runs}) == len(expanded.runs)
 
 
 NAMED = """
@@ -67,8 +67,8 @@ exclude: [{method: OURS, refine: ZQ-Global}]
 
 def test_values_have_names_and_grids_may_be_several(tmp_path: Path) -> None:
     runs = study(tmp_path, NAMED).runs
-    told = [(run.point, run.recipe.method.name, run.recipe.method.format.bits) for run in runs]
-    assert told == [
+    settings = [(run.point, run.recipe.method.name, run.recipe.method.format.bits) for run in runs]
+    assert settings == [
         *(
             ({"method": "PLAIN", "method.bits": bits, "refine": refine}, "rtn", bits)
             for bits in (2, 3)
@@ -90,19 +90,19 @@ def test_sets_change_the_base_and_axes_win(tmp_path: Path) -> None:
         load_study(file, ["modle=x"])
 
 
-def test_far_too_many_combinations_are_told_before_they_are_recipes(
+def test_far_too_many_combinations_fail_before_they_are_expanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "study.yaml"
     file.write_text("base: {model: m}\ngrid: {method.bits: [2, 3, 4], seed: [1, 2, 3, 4]}\ninclude: [{seed: 5}]")
-    assert len(load_study(file, (), 2).runs) == 13, "few enough to count after all"
+    assert len(load_study(file, (), 2).runs) == 13, "few enough to expand"
     monkeypatch.setattr("qcli.study.grid.checked", None)
     with pytest.raises(UsageError, match=r"study\.yaml has up to 13 combinations") as caught:
         load_study(file, (), 1)
-    assert caught.value.hint == "--yes runs more than 1"
+    assert caught.value.hint == "--yes allows more than 1"
 
 
-def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
+def test_addresses_depend_on_what_determines_a_row(tmp_path: Path) -> None:
     first = study(tmp_path, "base: {model: a, eval: {perplexity: [x]}}")
     same = study(tmp_path, "base: {model: a, device: cpu, eval: {perplexity: [x]}}")
     other = study(tmp_path, "base: {model: a, eval: {perplexity: [y]}}")
@@ -121,16 +121,19 @@ def test_addresses_are_those_of_what_decides_a_row(tmp_path: Path) -> None:
         ("base: {model: m}\ngrid: {method.bitz: [3]}", r"study\.yaml:2:22: .*did you mean 'bits'"),
         ("base: {model: m}\ngrid: {method.bits: [3, 12]}", r"study\.yaml:2:25: .*bits"),
         ("base: {model: m, seed: x}", r"study\.yaml:1:18: seed"),
-        ("base: {model: m}\nexclude: [{method.bits: 3}]", r"study\.yaml:2:11: leaves nothing out"),
+        ("base: {model: m}\nexclude: [{method.bits: 3}]", r"study\.yaml:2:11: matches no combination"),
         ("base: {model: m}\ninclude: [3]", r"include\.0: must be a mapping of axes"),
         ("grid: {method.bits: [3]}", "model: required"),
-        ("base: {model: m}\ngrid: {pack.format: [gguf]}", r"study\.yaml:2:22: pack: pack, out and gates are no part"),
-        ("base: {model: m}\ninclude: [{out: a}]", r"study\.yaml:2:12: out: pack, out and gates are no part"),
-        ("base: {model: m, pack: {format: gguf}}", r"study\.yaml:1:18: pack: pack, out and gates are no part"),
-        ("base: {model: m, eval: {gates: {max_kl: 1}}}", r"study\.yaml:1:25: eval\.gates: pack, out and gates are no"),
+        (
+            "base: {model: m}\ngrid: {pack.format: [gguf]}",
+            r"study\.yaml:2:22: pack: pack, out and gates cannot",
+        ),
+        ("base: {model: m}\ninclude: [{out: a}]", r"study\.yaml:2:12: out: pack, out and gates cannot be part"),
+        ("base: {model: m, pack: {format: gguf}}", r"study\.yaml:1:18: pack: pack, out and gates cannot be part"),
+        ("base: {model: m, eval: {gates: {max_kl: 1}}}", r"study\.yaml:1:25: eval\.gates: pack, out and gates cannot"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(text: str, problem: str, tmp_path: Path) -> None:
+def test_errors_have_their_place(text: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=problem):
         study(tmp_path, text)
 

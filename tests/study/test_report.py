@@ -1,4 +1,4 @@
-"""What a report says of rows: by hand for a few made-up ones."""
+"""Findings and reports of a few made-up rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qcli.study.findings import against_each_other, best_within, findings, gains, method_of, pareto, rest_of
+from qcli.study.findings import best_within, findings, gains, method_comparisons, method_name, other_axes, pareto
 from qcli.study.report import write_report
 from qcli.utils.errors import StateError
 
@@ -46,20 +46,20 @@ ROWS = [
 
 
 def test_classes_front_gains_and_budgets() -> None:
-    found = findings(ROWS)
-    assert [each.sensitivity[0] for each in found] == ["A", "B", "C", "C", "C"]
-    assert [each.label for each in found[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
-    assert found[0].increase == pytest.approx(0.05)
-    assert [each.bits for each in pareto(found)] == [3.0, 4.0, 4.2]
+    runs = findings(ROWS)
+    assert [run.sensitivity[0] for run in runs] == ["A", "B", "C", "C", "C"]
+    assert [run.label for run in runs[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
+    assert runs[0].increase == pytest.approx(0.05)
+    assert [run.bits for run in pareto(runs)] == [3.0, 4.0, 4.2]
     mostly_dense = row(2.5, 0.1, 11.0, method={"name": "rtn"}) | {"linear_bits_per_weight": 29.5}
     assert findings([mostly_dense])[0].bits == 29.5
     point = {"method": "GPTQ", "method.zero_point": "float", "method.name": "rtn", "refine": None}
     assert findings([row(4.0, 0.1, 11.0, **point)])[0].label == "GPTQ, zero_point float, rtn"
-    pairs = [(before.bits, after.bits) for before, after in gains(found, "low_rank")]
+    pairs = [(before.bits, after.bits) for before, after in gains(runs, "low_rank")]
     assert pairs == [(4.0, 4.2), (3.0, 3.2)]
-    assert against_each_other(found) == []
-    best = [best_within(found, bits) for bits in (2.5, 3.1, 4.1, 9.0)]
-    assert [each and each.bits for each in best] == [None, 3.0, 4.0, 4.2]
+    assert method_comparisons(runs) == []
+    best = [best_within(runs, bits) for bits in (2.5, 3.1, 4.1, 9.0)]
+    assert [run and run.bits for run in best] == [None, 3.0, 4.0, 4.2]
 
 
 def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
@@ -73,22 +73,22 @@ def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
         row(2.0, 0.8, 11.0, method={"name": "lcq", "bits": 2}),
         row(2.2, 0.7, 11.0, method={"name": "dbllm"}),
     ]
-    compared = against_each_other(findings(rows))
+    compared = method_comparisons(findings(rows))
     assert [{name: each.kl for name, each in row.items()} for row in compared] == [
         {"lcq": 0.8, "rtn": 0.9},
         {"GPTQ": 0.7, "RTN": None},
         {"RTN": 0.2, "GPTQ": 0.1},
     ]
-    assert [rest_of(next(iter(row.values())).row["point"]) for row in compared] == ["base", "bits 3", "bits 4"]
-    assert method_of({"refine": None}) == "base"
+    assert [other_axes(next(iter(row.values())).row["point"]) for row in compared] == ["base", "bits 3", "bits 4"]
+    assert method_name({"refine": None}) == "base"
 
 
 @pytest.mark.slow
-def test_reports_hold_everything_and_trust_no_name(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="is no study"):
+def test_reports_are_complete_and_escape_names(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="is not a study"):
         write_report(tmp_path)
     (tmp_path / "study.json").write_text('{"version": 1}')
-    with pytest.raises(StateError, match="no run has ended well"):
+    with pytest.raises(StateError, match="no run has succeeded"):
         write_report(tmp_path)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in ROWS))
     html, markdown, *recipes = write_report(tmp_path)
