@@ -43,30 +43,30 @@ def test_packed_checkpoint_verifies(invoke: Invoke, checkpoint: Path, tmp_path: 
     assert code == 3
 
 
-def test_card_takes_an_evaluation_of_this_checkpoint_alone(
+def test_card_takes_only_an_evaluation_of_this_checkpoint(
     invoke: Invoke, model: Path, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     flags = ("--baseline", model, "--data", text, "--window", 64, "--max-windows", 2, "--json")
-    found = tmp_path / "eval.json"
-    found.write_text(invoke("eval", model, checkpoint, *flags).out)
-    code, _, err = invoke("pack", checkpoint, "--out", tmp_path / "packed", "--evaluation", found)
+    file = tmp_path / "eval.json"
+    file.write_text(invoke("eval", model, checkpoint, *flags).out)
+    code, _, err = invoke("pack", checkpoint, "--out", tmp_path / "packed", "--evaluation", file)
     assert code == 0, err
-    kl = json.loads(found.read_text())["models"][1]["kl"]
+    kl = json.loads(file.read_text())["models"][1]["kl"]
     assert f"| KL to the base model | {kl:.4g} a token, " in (tmp_path / "packed" / "README.md").read_text()
-    found.write_text(invoke("eval", model, *flags).out)
+    file.write_text(invoke("eval", model, *flags).out)
     for content, message in (
-        (None, f"{found} is an evaluation of {model}"),
+        (None, f"{file} is an evaluation of {model}"),
         ("[]", "is not the output of `qcli eval --json`"),
         (invoke("inspect", checkpoint, "--json").out, "is not the output of `qcli eval --json`"),
     ):
-        found.write_text(content or found.read_text())
-        code, out, err = invoke("pack", checkpoint, "--out", tmp_path / "other", "--evaluation", found)
+        file.write_text(content or file.read_text())
+        code, out, err = invoke("pack", checkpoint, "--out", tmp_path / "other", "--evaluation", file)
         assert (code, out) == (2, "")
         assert message in err
         assert not (tmp_path / "other").exists()
 
 
-def test_changed_bytes_are_found(invoke: Invoke, checkpoint: Path) -> None:
+def test_changed_bytes_are_detected(invoke: Invoke, checkpoint: Path) -> None:
     assert json.loads(invoke("verify", checkpoint, "--json").out)["layers"] == 12
     file = checkpoint / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -80,15 +80,15 @@ def test_changed_bytes_are_found(invoke: Invoke, checkpoint: Path) -> None:
 def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint: Path) -> None:
     code, out, _ = invoke("inspect", checkpoint, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["model"] == str(model)
-    assert {layer["bits"] for layer in found["layers"] if layer["method"]} == {3}
+    report = json.loads(out)
+    assert report["model"] == str(model)
+    assert {layer["bits"] for layer in report["layers"] if layer["method"]} == {3}
     code, out, _ = invoke("inspect", checkpoint)
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [["self_attn.k_proj", "2"]]
 
 
-# Of a layer of 64 inputs in 4 bits: what inspect says it is stored as, and its bits: code, scale, and what layouts add.
+# `stored_as` and bits per weight of a 4-bit layer with 64 inputs: codes, scales, and what the layout adds.
 STORED = {
     "qcli": (None, 4 + 16 / 32),
     "compressed-tensors": (None, 4 + 16 / 32 + 128 / 64**2),  # weight_shape
@@ -108,16 +108,16 @@ def symmetric(invoke: Invoke, model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", names("qcli.export.targets"))
-def test_every_layout_is_inspected_and_verified(
+def test_every_target_is_inspected_and_verified(
     invoke: Invoke, model: Path, symmetric: Path, tmp_path: Path, format: str
 ) -> None:
     packed = tmp_path / "packed"
     code, _, err = invoke("pack", symmetric, "--out", packed, "--format", format)
     assert code == 0, err
-    found = json.loads(invoke("inspect", packed, "--json").out)
-    assert (found["packed_as"], found["model"], len(found["layers"])) == (format, str(model), 14)
+    report = json.loads(invoke("inspect", packed, "--json").out)
+    assert (report["packed_as"], report["model"], len(report["layers"])) == (format, str(model), 14)
     stored_as, bits = STORED[format]
-    layer = next(layer for layer in found["layers"] if layer["name"] == "model.layers.1.self_attn.o_proj")
+    layer = next(layer for layer in report["layers"] if layer["name"] == "model.layers.1.self_attn.o_proj")
     assert layer.get("stored_as") == stored_as
     assert layer["bits_per_weight"] == pytest.approx(bits)
     assert (layer["method"], layer["bits"], layer["group_size"]) == ("rtn", 4, 32)
@@ -129,7 +129,7 @@ def test_every_layout_is_inspected_and_verified(
     assert code == 0, err
     checked = json.loads(out)
     assert (checked["layers"], checked["unlisted"]) == (14, [])
-    assert checked["bits_per_weight"] == found["bits_per_weight"]
+    assert checked["bits_per_weight"] == report["bits_per_weight"]
     (weights,) = (file for file in packed.iterdir() if file.suffix in (".safetensors", ".gguf"))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -141,7 +141,7 @@ def test_every_layout_is_inspected_and_verified(
 
 @pytest.mark.parametrize("format", ["gguf", "dense"])
 def test_bits_are_those_of_the_quantized_layers(invoke: Invoke, model: Path, tmp_path: Path, format: str) -> None:
-    """Where a layer's type is not told from a quantized one's by the folder itself."""
+    """Also in layouts where nothing in the weights tells quantized layers from dense ones."""
     native, packed = tmp_path / "native", tmp_path / "packed"
     flags = (
         "--method",
@@ -156,12 +156,12 @@ def test_bits_are_those_of_the_quantized_layers(invoke: Invoke, model: Path, tmp
     packing = json.loads(invoke("pack", native, "--out", packed, "--format", format, "--json").out)
     bits = {"gguf": 4.5, "dense": 32.0}[format]
     inspected, verified = (json.loads(invoke(command, packed, "--json").out) for command in ("inspect", "verify"))
-    assert {found["bits_per_weight"] for found in (packing, inspected, verified)} == {bits}
+    assert {report["bits_per_weight"] for report in (packing, inspected, verified)} == {bits}
     assert packing["model_bits_per_weight"] == inspected["model_bits_per_weight"] > 4.5
     assert sum(layer["method"] is None for layer in inspected["layers"]) == 2
 
 
-def test_manifest_of_other_layers_is_found_out(invoke: Invoke, symmetric: Path, tmp_path: Path) -> None:
+def test_manifest_of_other_layers_is_detected(invoke: Invoke, symmetric: Path, tmp_path: Path) -> None:
     for format in ("gguf", "gptq"):
         packed = tmp_path / format
         assert invoke("pack", symmetric, "--out", packed, "--format", format).code == 0
@@ -173,23 +173,25 @@ def test_manifest_of_other_layers_is_found_out(invoke: Invoke, symmetric: Path, 
             assert "layers.2.mlp.up_proj" in err or "layers.1.mlp.up_proj" in err
 
 
-def test_inspect_says_what_was_rounded(invoke: Invoke, model: Path, tmp_path: Path) -> None:
-    """Errors were measured before."""
+def test_inspect_reports_requantized_layers(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    """They have no error: it was measured before."""
     native, packed = tmp_path / "native", tmp_path / "packed"
     sets = ("--set", "overrides=[{match: '*.down_proj', method: {group_size: 32}}]")
     flags = ("--method", "rtn", "--group-size", 16, "--symmetric", *sets, "--out", native)
     assert invoke("quantize", with_merge(model), *flags).code == 0
     assert invoke("pack", native, "--out", packed, "--format", "gguf", "--requantize", "Q8_0").code == 0
-    found = json.loads(invoke("inspect", packed, "--json").out)
-    layers = {layer["name"].removeprefix("model.layers.0."): layer for layer in found["layers"]}
+    report = json.loads(invoke("inspect", packed, "--json").out)
+    layers = {layer["name"].removeprefix("model.layers.0."): layer for layer in report["layers"]}
     rounded, exact = layers["mlp.up_proj"], layers["mlp.down_proj"]
     assert (rounded["stored_as"], rounded["bits_per_weight"], "error" in rounded) == ("Q8_0", 8.5, False)
     assert (exact["stored_as"], exact["bits_per_weight"], "error" in exact) == ("Q4_0", 4.5, True)
-    assert found["notes"] == {"exact": "2 layers Q4_0", "rounded": "12 layers to Q8_0"}
+    assert report["notes"] == {"exact": "2 layers Q4_0", "rounded": "12 layers to Q8_0"}
     assert "12 layers to Q8_0" in invoke("inspect", packed).out
 
 
-def test_inspect_shows_what_stands_around_the_method(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+def test_inspect_shows_the_other_sections_of_the_recipe(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     flags = ("--method", "rtn", "--group-size", 32, "--data", text, "--samples", 6, "--seq-len", 32)
     sets = ("low_rank.rank=2", "refine.steps=1", "activations.bits=6", "transforms=[{name: teq, steps: 1}]")
@@ -217,7 +219,7 @@ def test_wrong_flags_are_named(invoke: Invoke, tmp_path: Path, arguments: tuple[
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_other_folders_are_refused(invoke: Invoke, model: Path, command: str) -> None:
+def test_folders_that_qcli_did_not_write_are_refused(invoke: Invoke, model: Path, command: str) -> None:
     code, out, err = invoke(command, model)
     assert code in (2, 4)
     assert out == ""

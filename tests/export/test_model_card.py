@@ -1,4 +1,4 @@
-"""The card of a packed checkpoint names what it holds."""
+"""Model cards of packed checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESULT = PackResult(
 
 
 @pytest.mark.parametrize("format", names("qcli.export.targets"))
-def test_every_layout_is_verified_and_has_a_card(format: str, tmp_path: Path) -> None:
+def test_every_target_is_verified_and_has_a_card(format: str, tmp_path: Path) -> None:
     run(with_merge(tiny_model("llama", tmp_path)), tmp_path / "native", method__name="rtn", method__symmetric=True)
     out = tmp_path / "packed"
     result = pack(tmp_path / "native", out, format=format, shard_size=10**9)
@@ -71,7 +71,7 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
     assert "base_model" not in model_card(manifest, result, GGUF(), "bits: 3\n"), "a folder of that name is here"
 
 
-def test_card_says_what_was_measured() -> None:
+def test_card_reports_the_evaluation() -> None:
     evaluation = {
         "fitted_to": ["a/b.txt"],
         "kl": 0.0123456,

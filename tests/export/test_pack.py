@@ -1,4 +1,4 @@
-"""Packing leaves a whole folder that computes the same, or nothing."""
+"""Packing leaves a complete folder that computes the same, or nothing."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ def native(tmp_path: Path) -> Path:
 
 
 def failed(native: Path, out: Path, error: type[QcliError], message: str) -> QcliError:
-    """What packing raises, after which nothing is left of it."""
+    """The error that packing raises; it leaves no files."""
     with pytest.raises(error, match=message) as raised:
         pack(native, out, format="dense", shard_size=10**9)
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)] == []
     return raised.value
 
 
-def test_a_config_that_computes_otherwise_is_found_out(
+def test_a_config_that_changes_the_logits_is_detected(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every weight reads back; the logits are others."""
+    """Every weight reads back, but the logits differ."""
     monkeypatch.setattr(dense, "dense_config", lambda source: dense_config(source) | {"rms_norm_eps": 10.0})
     failed(native, tmp_path / "packed", VerificationError, "logits differ from those of the quantized checkpoint")
 
 
-def test_a_weight_that_reads_back_otherwise_is_found_out(
+def test_a_weight_that_reads_back_changed_is_detected(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = shards.write_tensors
+    original = shards.write_tensors
 
     def write(file: Path, tensors: Any) -> None:
-        own(file, {name: -tensor if "up_proj" in name else tensor for name, tensor in tensors.items()})
+        original(file, {name: -tensor if "up_proj" in name else tensor for name, tensor in tensors.items()})
 
     monkeypatch.setattr(shards, "write_tensors", write)
     failed(native, tmp_path / "packed", VerificationError, "up_proj.weight does not read back")
 
 
-def test_a_full_disk_promises_nothing(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_promise_to_resume(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def join(*_: Any) -> None:
         raise disk_problem(tmp_path, OSError(28, "No space left on device"))
 
@@ -61,7 +61,7 @@ def test_a_full_disk_promises_nothing(native: Path, tmp_path: Path, monkeypatch:
     assert hint is not None and "free some space" in hint and "kept" not in hint
 
 
-def test_a_killed_pack_is_repeated(native: Path, tmp_path: Path) -> None:
+def test_a_killed_pack_starts_over(native: Path, tmp_path: Path) -> None:
     half = tmp_path / "packed.partial" / "result"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
@@ -71,7 +71,7 @@ def test_a_killed_pack_is_repeated(native: Path, tmp_path: Path) -> None:
     assert not half.parent.exists()
 
 
-def test_packed_folders_are_sent_back_to_what_they_were_made_of(native: Path, tmp_path: Path) -> None:
+def test_packed_folders_cannot_be_packed_again(native: Path, tmp_path: Path) -> None:
     for format in ("dense", "compressed-tensors"):
         pack(native, tmp_path / format, format=format, shard_size=10**9)
         with pytest.raises(UsageError, match=f"is already packed as {format}") as raised:
@@ -82,10 +82,10 @@ def test_packed_folders_are_sent_back_to_what_they_were_made_of(native: Path, tm
     assert verify(tmp_path / "last").layers == 14
 
 
-def test_existing_output_is_noticed_before_any_weight_is_read(
+def test_existing_output_is_refused_before_any_weight_is_read(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense.Dense, "check", lambda *_: pytest.fail("the weights are looked at"))
+    monkeypatch.setattr(dense.Dense, "check", lambda *_: pytest.fail("weights were read"))
     (tmp_path / "packed").mkdir()
     with pytest.raises(StateError, match="packed exists"):
         pack(native, tmp_path / "packed", format="dense", shard_size=10**9)

@@ -1,4 +1,4 @@
-"""What is refused of a plan is what is refused of its result."""
+"""A plan is refused by the same export targets as its checkpoint."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 
 from qcli.export.packable import PlannedCheckpoint, require_packable
-from qcli.export.target import Packable
+from qcli.export.target import Packable, load_target
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
-from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model, with_merge
 
-LAYOUTS = ("qcli", "dense", "compressed-tensors", "gptq", "gguf")
+TARGETS = ("qcli", "dense", "compressed-tensors", "gptq", "gguf")
 RECIPES: dict[str, dict[str, Any]] = {
     "3 bits": {"method.name": "rtn", "method.bits": 3},
     "4 bits symmetric": {"method.name": "rtn", "method.bits": 4, "method.symmetric": True},
@@ -41,9 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def refusal(source: Packable, layout: str) -> str | None:
+def refusal(source: Packable, target: str) -> str | None:
     try:
-        registry.load("qcli.export.targets", layout)(None).check(source)
+        load_target(target, None).check(source)
     except UnsupportedError as error:
         return error.message
     return None
@@ -51,23 +50,23 @@ def refusal(source: Packable, layout: str) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_plan_and_result_are_refused_alike(name: str, tmp_path: Path) -> None:
+def test_plan_and_checkpoint_are_refused_alike(name: str, tmp_path: Path) -> None:
     model, text = with_merge(tiny_model("llama", tmp_path)), write_text(tmp_path)
     flags = {"model": str(model), "calibration.data": str(text), **RECIPES[name]}
     grouped = "method.group_size" not in flags and "sign" not in name
     flags |= {"method.group_size": 32} if grouped else {}
     recipe = load_recipe(None, flags | {"calibration.samples": 6, "calibration.seq_len": 32})
     planned = make_plan(recipe)
-    expected = {layout: refusal(PlannedCheckpoint(planned, tmp_path / "out"), layout) for layout in LAYOUTS}
+    expected = {target: refusal(PlannedCheckpoint(planned, tmp_path / "out"), target) for target in TARGETS}
     run(model, tmp_path / "out", text, grouped=grouped, **{k.replace(".", "__"): v for k, v in RECIPES[name].items()})
-    made = open_source(str(tmp_path / "out"))
-    assert isinstance(made, NativeSource)
-    assert {layout: refusal(made, layout) for layout in LAYOUTS} == expected
+    checkpoint = open_source(str(tmp_path / "out"))
+    assert isinstance(checkpoint, NativeSource)
+    assert {target: refusal(checkpoint, target) for target in TARGETS} == expected
     assert expected["qcli"] is None
     assert any(expected.values()) or name == "4 bits symmetric"
 
 
-def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
+def test_layers_to_requantize_are_not_refused(tmp_path: Path) -> None:
     model = with_merge(tiny_model("llama", tmp_path))
     recipe = load_recipe(None, {"model": str(model), "method.name": "onebit"})
     planned = make_plan(recipe)
@@ -76,7 +75,7 @@ def test_what_rounding_is_asked_for_is_not_refused(tmp_path: Path) -> None:
     require_packable(planned, tmp_path / "out", "gguf", "Q8_0")
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_load_is_known_before(tmp_path: Path) -> None:
+def test_a_tokenizer_that_llama_cpp_does_not_load_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
     with pytest.raises(UnsupportedError, match="has no merges"):
         require_packable(make_plan(recipe), tmp_path / "out", "gguf", None)

@@ -1,5 +1,5 @@
-"""The vLLM plug-in against a stand-in for vLLM's contract, written from its sources: what create_weights is given, how
-models load fused layers, and what each device computes. vLLM itself does not run here."""
+"""The vLLM plug-in against a stand-in for vLLM's base classes, written from its source: the arguments of
+create_weights, how models load fused layers, and what each device computes. vLLM itself is not run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.safetensors import read_tensors
+from tests.plugins import registered
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model
 
@@ -68,7 +69,7 @@ class LinearMethodBase(ABC):
 
 
 class UnquantizedLinearMethod:
-    """Its name is all that is asked for."""
+    """Only its type is used."""
 
 
 class LinearBase(nn.Module):
@@ -153,7 +154,7 @@ def load(layer: LinearBase, source: NativeSource, prefix: str) -> None:
 
 
 def computed(source: NativeSource, prefix: str, ranks: int, x: Tensor) -> list[Tensor]:
-    """What each part of a layer gives in all, put together from all devices."""
+    """The output of each part of a layer, assembled from all devices."""
     layers = [LinearBase(configured(source), prefix, rank, ranks) for rank in range(ranks)]
     for layer in layers:
         load(layer, source, prefix)
@@ -181,7 +182,19 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_together_compute_the_layer(method: str, tmp_path: Path) -> None:
     run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), grouped=False, **METHODS[method])
-    source = open_source(str(tmp_path / "out"))
+    assert_devices_compute(tmp_path / "out")
+
+
+def test_formats_of_plug_ins_are_loaded(tmp_path: Path) -> None:
+    with registered(tmp_path / "plugins"):
+        text = write_text(tmp_path)
+        run(tiny_model("llama", tmp_path), tmp_path / "out", text, grouped=False, method__name="ternarize")
+        assert_devices_compute(tmp_path / "out")
+
+
+def assert_devices_compute(checkpoint: Path) -> None:
+    """1, 2 and 4 devices compute the product with the decoded weights, in every kind of layer."""
+    source = open_source(str(checkpoint))
     assert isinstance(source, NativeSource)
     generator = torch.Generator().manual_seed(0)
     for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
@@ -191,15 +204,17 @@ def test_devices_together_compute_the_layer(method: str, tmp_path: Path) -> None
         names = [f"{parent}.{part}" for part in FUSED.get(last, [last])]
         expected = [x @ source.read([f"{name}.weight"])[f"{name}.weight"].T for name in names]
         for ranks in (1, 2, 4):
-            found = computed(source, prefix, ranks, x)
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True)), (prefix, ranks)
+            outputs = computed(source, prefix, ranks, x)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs, expected, strict=True)), (prefix, ranks)
 
 
-def test_vllm_finds_the_plug_in() -> None:
+def test_entry_point_registers_the_plug_in() -> None:
     project = tomllib.loads((Path(qcli.__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    found = EntryPoint("qcli", project["entry-points"]["vllm.general_plugins"]["qcli"], "vllm.general_plugins").load()
+    entry_point = EntryPoint(
+        "qcli", project["entry-points"]["vllm.general_plugins"]["qcli"], "vllm.general_plugins"
+    ).load()
     REGISTERED.clear()
-    found()
+    entry_point()
     assert REGISTERED.keys() == {"qcli"}
 
 
@@ -209,7 +224,7 @@ def refused(source: NativeSource, prefix: str, ranks: int = 1) -> str:
     return raised.value.message
 
 
-def test_what_cannot_be_split_or_fused_is_refused(tmp_path: Path) -> None:
+def test_layers_that_cannot_be_split_or_fused_are_refused(tmp_path: Path) -> None:
     overrides = [{"match": "*.k_proj", "dense": True}]
     run(tiny_model("llama", tmp_path), tmp_path / "out", method__name="rtn", overrides=overrides)
     source = open_source(str(tmp_path / "out"))
@@ -222,7 +237,7 @@ def test_what_cannot_be_split_or_fused_is_refused(tmp_path: Path) -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_dense_layers_stay_vllms_own(tmp_path: Path) -> None:
+def test_dense_layers_keep_vllms_method(tmp_path: Path) -> None:
     run(
         tiny_model("llama", tmp_path),
         tmp_path / "out",
@@ -237,7 +252,7 @@ def test_dense_layers_stay_vllms_own(tmp_path: Path) -> None:
     assert type(method) is UnquantizedLinearMethod
 
 
-def test_formats_that_are_more_than_their_weights_are_refused(tmp_path: Path) -> None:
+def test_formats_and_activations_that_vllm_cannot_compute_are_refused(tmp_path: Path) -> None:
     text = write_text(tmp_path)
     model = tiny_model("llama", tmp_path)
     run(model, tmp_path / "low", text, method__name="rtn", low_rank__rank=2)

@@ -240,7 +240,7 @@ def test_missing_and_truncated_shards_are_refused(llama: Path) -> None:
 def test_an_index_that_points_elsewhere_is_refused(target: str, llama: Path) -> None:
     shard(llama)
     edit_index(llama, **{"model.norm.weight": target})
-    refused(llama, UsageError, "not a safetensors file of the model's own folder")
+    refused(llama, UsageError, "not a safetensors file in the model's folder")
 
 
 def test_an_index_that_is_wrong_about_a_shard_is_refused(llama: Path) -> None:

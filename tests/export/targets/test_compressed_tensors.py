@@ -1,4 +1,4 @@
-"""compressed-tensors: its own package decodes what we packed to the same weights, and what does not fit is refused."""
+"""compressed-tensors: its own package decodes the same weights; what the layout cannot store is refused."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed(model: Path, folder: Path, **flags: Any) -> tuple[Path, Path]:
-    """A checkpoint of qcli and the same as compressed-tensors."""
+    """A native checkpoint, and the same packed as compressed-tensors."""
     native, out = folder / "native", folder / "packed"
     run(model, native, method__name="rtn", **flags)
     pack(native, out, format="compressed-tensors", shard_size=10**9)
     return native, out
 
 
-def theirs(folder: Path) -> Any:
-    """The model as transformers and compressed-tensors load it, decoded by a first pass."""
+def load_with_transformers(folder: Path) -> Any:
+    """The model as transformers and compressed-tensors load it, and its logits; the first pass decodes the weights."""
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -56,49 +56,47 @@ def assert_same_weights(native: Path, model: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_symmetric_weights_and_logits_are_the_same(bits: int, llama: Path, tmp_path: Path) -> None:
+def test_symmetric_weights_and_logits_are_equal(bits: int, llama: Path, tmp_path: Path) -> None:
     native, out = packed(llama, tmp_path, method__bits=bits, method__symmetric=True)
-    model, found = theirs(out)
+    model, actual = load_with_transformers(out)
     assert_same_weights(native, model, torch.float32)
-    assert torch.equal(found, logits(native))
+    assert torch.equal(actual, logits(native))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_asymmetric_weights_are_the_same_rounded_once(bits: int, llama: Path, tmp_path: Path) -> None:
+def test_asymmetric_weights_differ_by_one_rounding(bits: int, llama: Path, tmp_path: Path) -> None:
     """transformers decodes in the dtype of the scales, float16."""
     native, out = packed(llama, tmp_path, method__bits=bits)
-    model, found = theirs(out)
+    model, actual = load_with_transformers(out)
     assert_same_weights(native, model, torch.float16)
-    assert torch.allclose(found, logits(native), atol=0.02)
+    assert torch.allclose(actual, logits(native), atol=0.02)
 
 
-def test_mixed_schemes_have_a_group_each(llama: Path, tmp_path: Path) -> None:
+def test_each_scheme_has_its_config_group(llama: Path, tmp_path: Path) -> None:
     overrides = [
         {"match": "*.layers.1.mlp.*", "method": {"bits": 3, "group_size": 64}},
         {"match": "*.down_proj", "method": {"group_size": -1}},
         {"match": "*.layers.0.self_attn.*", "dense": True},
     ]
     native, out = packed(llama, tmp_path, method__symmetric=True, overrides=overrides)
-    model, found = theirs(out)
+    model, actual = load_with_transformers(out)
     assert_same_weights(native, model, torch.float32)
-    assert torch.equal(found, logits(native))
+    assert torch.equal(actual, logits(native))
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert len(config["config_groups"]) == 3
     assert "model.layers.0.self_attn.q_proj" in config["ignore"]
 
 
 @pytest.mark.parametrize("other", [{"bits": 3}, {"group_size": 64}, {"symmetric": True}])
-def test_what_transformers_would_decode_wrongly_it_is_made_to_refuse(
-    other: dict[str, Any], llama: Path, tmp_path: Path
-) -> None:
+def test_transformers_refuses_what_it_would_decode_wrongly(other: dict[str, Any], llama: Path, tmp_path: Path) -> None:
     _, out = packed(llama, tmp_path, overrides=[{"match": "*.down_proj", "method": other}])
     with pytest.raises(RuntimeError, match="mismatch"):
-        theirs(out)
+        load_with_transformers(out)
     assert "| transformers | refuses it: asymmetric layers beside others |" in (out / "README.md").read_text()
 
 
-def test_packed_folder_is_a_model_for_qcli_too(llama: Path, tmp_path: Path) -> None:
+def test_qcli_opens_the_packed_folder(llama: Path, tmp_path: Path) -> None:
     native, out = packed(llama, tmp_path, method__bits=3)
     assert torch.equal(streamed(out), streamed(native))
     assert verify(out).layers == 14
@@ -123,11 +121,11 @@ def test_layout_by_hand() -> None:
     assert tensors["layer.weight_zero_point"].tolist() == [[first], [second]]
     assert tensors["layer.weight_shape"].tolist() == [11, 11]
     assert tensors["layer.weight_scale"].shape == (11, 1)
-    theirs = unpack_from_int32(tensors["layer.weight_packed"], 3, torch.Size([11, 11]))
-    assert torch.equal(theirs + 4, codes.to(torch.int8))
+    unpacked = unpack_from_int32(tensors["layer.weight_packed"], 3, torch.Size([11, 11]))
+    assert torch.equal(unpacked + 4, codes.to(torch.int8))
 
 
-# Eleven codes 7 i + 3 modulo 2^bits as 32-bit words, little end first; written down once, made by neither packer.
+# Eleven codes 7 i + 3 modulo 2^bits as 32-bit words, little end first; written by hand, not by either packer.
 GOLDEN = {
     2: [0x001B1B1B],
     3: [0x53977053, 0x0],
@@ -141,7 +139,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("bits", GOLDEN)
 def test_golden_words_of_every_width(bits: int) -> None:
-    """Codes along a row, zero points down a column, from us and from the package."""
+    """Codes packed along a row, zero points along a column, by qcli and by the package."""
     words = torch.tensor(GOLDEN[bits]).to(torch.int32)
     codes = (torch.arange(11) * 7 + 3).remainder(1 << bits).to(torch.uint8)
     tables = {"weight_scale": torch.ones(11, 1, dtype=torch.float16), "weight_zero_point": codes[:, None]}
@@ -175,7 +173,9 @@ def test_golden_words_of_every_width(bits: int) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(flags: dict[str, Any], message: str, llama: Path, tmp_path: Path) -> None:
+def test_layers_the_layout_cannot_store_are_refused(
+    flags: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little grid. " * 200)
     run(llama, tmp_path / "native", text, **{"method__name": "rtn", **flags})
@@ -206,11 +206,11 @@ def test_conv1d_models_are_refused(tmp_path: Path) -> None:
         ((30, 64), Affine(bits=4, group_size=32, zero_point="none"), False, 4, "30 outputs"),
     ],
 )
-def test_vllms_rules(
+def test_vllm_rules(
     shape: tuple[int, int], format: Affine, splits_inputs: bool, ranks: int, reason: str | None
 ) -> None:
-    found = _vllm_rules._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
-    assert found == reason or (found is not None and reason is not None and found.startswith(reason))
+    misfit = _vllm_rules._misfit(Linear("layer", 0, 0, shape), format, splits_inputs, ranks)
+    assert misfit == reason or (misfit is not None and reason is not None and misfit.startswith(reason))
 
 
 @pytest.mark.parametrize(
@@ -226,31 +226,31 @@ def test_vllms_rules(
         ({"method__group_size": 8, "method__bits": 3}, None),
     ],
 )
-def test_vllms_tensor_parallel_sizes(flags: dict[str, Any], ranks: str | None, tmp_path: Path) -> None:
-    """8 heads of 8, 2 of them for keys and values, which 4 devices and 8 hold in several copies; an MLP of 128."""
+def test_tensor_parallel_sizes_that_vllm_allows(flags: dict[str, Any], ranks: str | None, tmp_path: Path) -> None:
+    """8 heads of 8 and 2 key/value heads, which 4 and 8 devices replicate; an MLP of 128."""
     model = tiny_model("llama", tmp_path, num_attention_heads=8, num_key_value_heads=2)
     run(model, tmp_path / "native", method__name="rtn", **flags)
     source = open_source(str(tmp_path / "native"))
     assert isinstance(source, NativeSource)
-    told = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
+    described = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
     if ranks is None:
-        assert told.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
+        assert described.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
     else:
-        assert told.split("; ")[0] == f"by its rules with tensor parallel {ranks}"
+        assert described.split("; ")[0] == f"by its rules with tensor parallel {ranks}"
 
 
-def test_vllms_rules_are_told_with_the_result(llama: Path, tmp_path: Path) -> None:
+def test_result_describes_vllm_support(llama: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "native", method__name="rtn", method__symmetric=True)
     result = pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
-    told = result.notes["vLLM"]
-    assert told.startswith("by its rules with tensor parallel 1, 2; 4 not: "), told
-    assert told.endswith("; outside of what its Marlin kernels take, so slower"), "k_proj has 32 rows"
+    described = result.notes["vLLM"]
+    assert described.startswith("by its rules with tensor parallel 1, 2; 4 not: "), described
+    assert described.endswith("; outside of what its Marlin kernels take, so slower"), "k_proj has 32 rows"
 
 
-def test_what_marlin_takes_is_not_called_slow(tmp_path: Path) -> None:
+def test_layers_that_marlin_supports_are_not_called_slow(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, hidden_size=128, num_key_value_heads=4)
     run(model, tmp_path / "native", method__name="rtn", method__symmetric=True)
     source = open_source(str(tmp_path / "native"))
     assert isinstance(source, NativeSource)
-    told = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
-    assert told == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"
+    described = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
+    assert described == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"

@@ -1,4 +1,4 @@
-"""GGUF: transformers and the gguf package read the same weights, and what does not fit is refused or rounded."""
+"""GGUF: transformers and the gguf package read the same weights; layers that fit no type are refused or requantized."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tests.tiny import tiny_config, tiny_model, tiny_tokenizer, with_merge
 
 
 def packed(folder: Path, model: Path, **flags: Any) -> tuple[Path, PackResult]:
-    given: dict[str, Any] = {"method__name": "rtn", **flags}
-    run(with_merge(model), folder / "native", **given)
+    options: dict[str, Any] = {"method__name": "rtn", **flags}
+    run(with_merge(model), folder / "native", **options)
     return folder / "packed", pack(folder / "native", folder / "packed", format="gguf", shard_size=10**9)
 
 
-def theirs(folder: Path) -> Any:
-    """The model as transformers converts the file, knowing nothing of what lies beside it."""
+def load_with_transformers(folder: Path) -> Any:
+    """The model as transformers converts the file, without the other files of the folder."""
     auto: Any = AutoModelForCausalLM
     for file in folder.iterdir():
         if file.name != "model.gguf":
@@ -62,20 +62,20 @@ def test_transformers_reads_the_same_weights(model_type: str, symmetric: bool, t
     assert result.notes == {"exact": f"14 layers {'Q4_0' if symmetric else 'Q5_0'}"}
     assert result.bits_per_weight == (4.5 if symmetric else 5.5)
     source = open_source(str(tmp_path / "native"))
-    model = theirs(out)
-    found = model.state_dict()
+    model = load_with_transformers(out)
+    state = model.state_dict()
     for name, tensor in source.read(source.tensors()).items():
         if "norm" in name:
-            assert torch.allclose(found[name], tensor, atol=1e-6), name
+            assert torch.allclose(state[name], tensor, atol=1e-6), name
         else:
-            assert torch.equal(found[name], tensor), name
+            assert torch.equal(state[name], tensor), name
     if "gemma" not in model_type and model_type != "mistral":  # whose settings transformers does not take from the file
         with torch.no_grad():
             assert torch.allclose(model(TOKENS).logits, streamed(tmp_path / "native"), atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
-def test_what_is_dense_keeps_its_type(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+def test_dense_tensors_keep_their_dtype(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, attention_bias=True)
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(model / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -84,26 +84,26 @@ def test_what_is_dense_keeps_its_type(dtype: torch.dtype, name: str, tmp_path: P
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     assert {types[key] for key in ("token_embd.weight", "output.weight", "blk.1.ffn_down.weight")} == {name}
     assert {types[key] for key in ("blk.0.attn_norm.weight", "blk.0.attn_q.bias")} == {"F32"}
-    found, source = theirs(out).state_dict(), open_source(str(tmp_path / "native"))
+    state, source = load_with_transformers(out).state_dict(), open_source(str(tmp_path / "native"))
     for key, tensor in source.read(source.tensors()).items():
-        if key in found:  # transformers converts no biases of llama
-            assert torch.equal(found[key], tensor.float()), key
+        if key in state:  # transformers converts no biases of llama
+            assert torch.equal(state[key], tensor.float()), key
 
 
-def test_gemma_one_is_read_back_by_qcli_alone(tmp_path: Path) -> None:
+def test_gemma_one_is_read_back_by_qcli(tmp_path: Path) -> None:
     """transformers has no converter for it."""
     _, result = packed(tmp_path, tiny_model("gemma", tmp_path))
     assert result.max_logit_difference < 1e-3
 
 
-def test_folder_is_a_model_for_qcli_too(tmp_path: Path) -> None:
+def test_qcli_opens_the_packed_folder(tmp_path: Path) -> None:
     out, _ = packed(tmp_path, tiny_model("llama", tmp_path))
     assert torch.equal(streamed(out), streamed(tmp_path / "native"))
     assert verify(out).layers == 14
     assert {"model.gguf", "config.json", "tokenizer.json", "recipe.yaml"} <= {file.name for file in out.iterdir()}
 
 
-def test_a_gguf_file_beside_a_checkpoint_is_not_opened_in_its_place(tmp_path: Path) -> None:
+def test_a_gguf_file_beside_a_checkpoint_is_not_opened_instead(tmp_path: Path) -> None:
     out, _ = packed(tmp_path, tiny_model("llama", tmp_path))
     native = tmp_path / "native"
     (native / "model.gguf").write_bytes((out / "model.gguf").read_bytes())
@@ -120,7 +120,7 @@ def test_a_gguf_file_beside_a_checkpoint_is_not_opened_in_its_place(tmp_path: Pa
     st.sampled_from([32, 64, 96, 100]),
     st.integers(0, 2**31),
 )
-def test_blocks_hold_exactly_what_codes_stand_for(
+def test_blocks_decode_to_the_same_weights(
     bits: int, group: int, zero_point: ZeroPoint, columns: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -140,8 +140,8 @@ def test_blocks_hold_exactly_what_codes_stand_for(
     if type is not None:
         blocks = gguf_blocks.encode(weight, type)
         assert blocks.shape == (3, columns // 32 * type.bytes)
-        found = dequantize(blocks.numpy(), gguf.GGMLQuantizationType[type.name])
-        assert np.array_equal(found, weight.dense().numpy())
+        decoded = dequantize(blocks.numpy(), gguf.GGMLQuantizationType[type.name])
+        assert np.array_equal(decoded, weight.dense().numpy())
         smaller = [t for t in gguf_types.BLOCK_TYPES if t.bytes < type.bytes and t.offset == type.offset]
         assert not any(gguf_blocks._holds(t, weight) for t in smaller)
 
@@ -150,7 +150,7 @@ def test_blocks_hold_exactly_what_codes_stand_for(
     ("codes", "zero_point", "name"),
     [([0, 15], 8, "Q4_0"), ([0, 7], 3, "Q4_0"), ([0, 15], 0, "Q4_1"), ([0, 31], 16, "Q5_0"), ([0, 31], 2, "Q5_1")],
 )
-def test_the_smallest_type_is_taken(codes: list[int], zero_point: int, name: str) -> None:
+def test_the_smallest_exact_type_is_used(codes: list[int], zero_point: int, name: str) -> None:
     row = torch.tensor([codes * 16], dtype=torch.uint8)
     tables = {
         "weight_scale": torch.tensor([[0.25]], dtype=torch.float16),
@@ -161,7 +161,7 @@ def test_the_smallest_type_is_taken(codes: list[int], zero_point: int, name: str
     assert type is not None and type.name == name
 
 
-def test_what_does_not_fit_is_refused_and_rounded_on_request(tmp_path: Path) -> None:
+def test_layers_that_fit_no_type_are_refused_or_requantized(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little grid. " * 200)
     run(with_merge(tiny_model("llama", tmp_path)), tmp_path / "native", text, method__name="rtn", low_rank__rank=2)
@@ -186,33 +186,37 @@ def fits_no_type(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("type", gguf_types.REQUANTIZE_TYPES)
-def test_what_was_rounded_is_near(type: str, fits_no_type: Path, tmp_path: Path) -> None:
+def test_requantized_layers_are_within_the_rounding_of_their_type(
+    type: str, fits_no_type: Path, tmp_path: Path
+) -> None:
     result = pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
     assert result.rounded == 14
     assert verify(tmp_path / "packed").layers == 14
 
 
 @pytest.mark.parametrize(("type", "off"), [("Q8_0", 0.02), ("BF16", 0.02), ("Q5_0", 0.1)])
-def test_what_is_further_off_than_its_type_rounds_is_found_out(
+def test_larger_errors_than_the_rounding_of_the_type_are_detected(
     type: str, off: float, fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = gguf_export.GGUF._encoded
+    original = gguf_export.GGUF._encoded
 
     def encoded(self: Any, source: Any, entry: Any) -> Any:
         """A source whose largest weights are a little larger."""
         if "ffn_up" not in entry.name:
-            return own(self, source, entry)
+            return original(self, source, entry)
         read = source.read
         with monkeypatch.context() as patch:
             patch.setattr(source, "read", lambda names: {name: (1 + off) * t for name, t in read(names).items()})
-            return own(self, source, entry)
+            return original(self, source, entry)
 
     monkeypatch.setattr(gguf_export.GGUF, "_encoded", encoded)
     with pytest.raises(VerificationError, match=r"up_proj\.weight does not read back"):
         pack(fits_no_type, tmp_path / "packed", format="gguf", shard_size=10**9, requantize=type)
 
 
-def test_garbage_is_not_taken_for_rounding(fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_weights_do_not_pass_for_rounding(
+    fits_no_type: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize = quants.quantize
     monkeypatch.setattr(quants, "quantize", lambda tensor, type: quantize(np.roll(tensor, 1, axis=0), type))
     with pytest.raises(VerificationError, match="does not read back"):
@@ -229,7 +233,7 @@ def test_garbage_is_not_taken_for_rounding(fits_no_type: Path, tmp_path: Path, m
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24, llama.cpp takes 16"),
     ],
 )
-def test_models_that_llama_cpp_would_compute_otherwise_are_refused(
+def test_models_that_llama_cpp_does_not_compute_are_refused(
     model_type: str, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
@@ -256,7 +260,7 @@ def test_llama_3_rotary_factors_are_those_of_transformers(tmp_path: Path) -> Non
     assert names[0] == "rope_freqs.weight"
 
 
-def test_byte_level_tokenizer_comes_back(tmp_path: Path) -> None:
+def test_byte_level_tokenizer_survives(tmp_path: Path) -> None:
     model = with_merge(tiny_model("llama", tmp_path))
     auto: Any = AutoTokenizer
     expected = auto.from_pretrained(model)("cab naïve 123").input_ids
@@ -267,11 +271,11 @@ def test_byte_level_tokenizer_comes_back(tmp_path: Path) -> None:
     assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is False
     (out / "tokenizer.json").unlink()
     (out / "config.json").unlink()
-    found = auto.from_pretrained(out, gguf_file="model.gguf")
-    assert found("cab naïve 123").input_ids == expected
+    tokenizer = auto.from_pretrained(out, gguf_file="model.gguf")
+    assert tokenizer("cab naïve 123").input_ids == expected
 
 
-def test_tokenizers_that_llama_cpp_does_not_load_are_refused(tmp_path: Path) -> None:
+def test_tokenizers_without_merges_are_refused(tmp_path: Path) -> None:
     run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn")
     with pytest.raises(UnsupportedError, match="has no merges"):
         pack(tmp_path / "native", tmp_path / "packed", format="gguf", shard_size=10**9)
@@ -323,7 +327,7 @@ def test_sentencepiece_scores_are_merge_ranks() -> None:
         (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
     ],
 )
-def test_splitting_has_llama_cpps_name_or_is_refused(splitting: Any, name: str | None) -> None:
+def test_pre_tokenizers_have_llama_cpps_name_or_are_refused(splitting: Any, name: str | None) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = splitting
     described = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""GPTQ's layout, read back by a second implementation from its published description."""
+"""The GPTQ layout, read back by an independent implementation of its published description."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def packed(folder: Path, model_type: str = "llama", **flags: Any) -> tuple[Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32), (4, -1)])
-def test_a_second_reader_finds_the_same_weights(bits: int, group: int, tmp_path: Path) -> None:
+def test_an_independent_reader_decodes_the_same_weights(bits: int, group: int, tmp_path: Path) -> None:
     native, out = packed(tmp_path, method__bits=bits, method__group_size=group)
     tensors = load_file(out / "model.safetensors")
     source = open_source(str(native))
@@ -68,7 +68,7 @@ def test_layout_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [("qzeros", "symmetric"), ("g_idx", "original order")])
-def test_other_zero_points_and_orders_are_not_misread(name: str, message: str, tmp_path: Path) -> None:
+def test_other_zero_points_and_column_orders_are_refused(name: str, message: str, tmp_path: Path) -> None:
     _, out = packed(tmp_path)
     file = out / "model.safetensors"
     tensors = load_file(file)
@@ -88,7 +88,7 @@ def test_other_zero_points_and_orders_are_not_misread(name: str, message: str, t
         ({"low_rank__rank": 2}, "is low-rank"),
     ],
 )
-def test_what_does_not_fit_is_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_layers_the_layout_cannot_store_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little grid. " * 200)
     flags = {"method__name": "rtn", "method__symmetric": True, **flags}
