@@ -21,7 +21,7 @@ import torch
 from benchmarks import common
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.core.packing import pack, unpack
+from qcli.core.packing import pack_bits, unpack_bits
 
 ROUNDS, SHAPE, MATRICES = 7, (4096, 4096), 6
 
@@ -59,9 +59,9 @@ def rounding() -> dict[str, Any]:
         arms[f"rtn + pack, {bits} bits, bfloat16"] = rtn(bits, halves)
     for bits in (1, 2, 3, 4, 8):
         codes = [(weight * 100).to(torch.int32).bitwise_and(2**bits - 1).to(torch.uint8) for weight in weights]
-        packed = [pack(code, bits) for code in codes]
-        arms[f"pack, {bits} bits"] = lambda turn, codes=codes, bits=bits: pack(codes[turn], bits)  # type: ignore[misc]
-        arms[f"unpack, {bits} bits"] = lambda turn, packed=packed, bits=bits: unpack(packed[turn], bits, SHAPE[1])  # type: ignore[misc]
+        packed = [pack_bits(code, bits) for code in codes]
+        arms[f"pack, {bits} bits"] = lambda turn, codes=codes, bits=bits: pack_bits(codes[turn], bits)  # type: ignore[misc]
+        arms[f"unpack, {bits} bits"] = lambda turn, packed=packed, bits=bits: unpack_bits(packed[turn], bits, SHAPE[1])  # type: ignore[misc]
     return rates(arms)
 
 

@@ -41,7 +41,7 @@ def _folds(bits: int) -> list[tuple[int, int, int]]:
     return folds
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack rows of codes.
 
     Args:
@@ -96,8 +96,8 @@ def _leading_bytes(lanes: Tensor, count: int) -> Tensor:
     return target.view(-1).view(torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack`: int32 `[rows, words]` -> uint8 `[rows, columns]`."""
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_bits`: int32 `[rows, words]` -> uint8 `[rows, columns]`."""
     rows = packed.shape[0]
     eights = -(-columns // 8)
     stream = packed.reshape(-1).view(torch.uint8).view(rows, packed.shape[1] * 4)

@@ -155,7 +155,7 @@ class _Shard(nn.Module):
         whole = format.from_stored(self._gathered, self.storage.shape)
         codes = whole.codes[self._rows, self._columns].contiguous()
         tables = format.slice_columns(format.slice_rows(format.float_tables(whole.tables), self._rows), self._columns)
-        self.register_buffer("codes", packing.pack(codes, format.bits))
+        self.register_buffer("codes", packing.pack_bits(codes, format.bits))
         for name, table in tables.items():
             self.register_buffer(name, table.clone())
         self._tables = tuple(tables)
@@ -169,7 +169,7 @@ class _Shard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., columns]` -> `[..., rows]`."""
-        codes = packing.unpack(self.codes, self.storage.format.bits, self.shape[1])
+        codes = packing.unpack_bits(self.codes, self.storage.format.bits, self.shape[1])
         tables = {name: getattr(self, name) for name in self._tables}
         return linear(x, QuantizedWeight(self.storage.format, self.shape, codes, tables))
 

@@ -59,12 +59,12 @@ class Affine(Grouped):
         from qcli.core import packing
 
         tensors = {
-            "weight_packed": packing.pack(weight.codes, self.bits),
+            "weight_packed": packing.pack_bits(weight.codes, self.bits),
             "weight_scale": weight.tables["weight_scale"].contiguous(),
         }
         if self.zero_point == "integer":
             by_group = weight.tables["weight_zero_point"].T.contiguous()
-            tensors["weight_zero_point"] = packing.pack(by_group, self.bits).T.contiguous()
+            tensors["weight_zero_point"] = packing.pack_bits(by_group, self.bits).T.contiguous()
         elif self.zero_point == "float":
             tensors["weight_zero_point"] = weight.tables["weight_zero_point"].contiguous()
         return tensors
@@ -77,10 +77,10 @@ class Affine(Grouped):
         tables = {"weight_scale": tensors["weight_scale"]}
         if self.zero_point == "integer":
             by_group = tensors["weight_zero_point"].T.contiguous()
-            tables["weight_zero_point"] = packing.unpack(by_group, self.bits, out_features).T.contiguous()
+            tables["weight_zero_point"] = packing.unpack_bits(by_group, self.bits, out_features).T.contiguous()
         elif self.zero_point == "float":
             tables["weight_zero_point"] = tensors["weight_zero_point"]
-        codes = packing.unpack(tensors["weight_packed"], self.bits, in_features)
+        codes = packing.unpack_bits(tensors["weight_packed"], self.bits, in_features)
         return QuantizedWeight(self, shape, codes, tables)
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

@@ -71,13 +71,13 @@ class Codebook(NonUniform):
         from qcli.core import packing
 
         tables = {name: weight.tables[name].contiguous() for name in self.stored(weight.shape) if name in weight.tables}
-        return {"weight_packed": packing.pack(weight.codes, self.bits), **tables}
+        return {"weight_packed": packing.pack_bits(weight.codes, self.bits), **tables}
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         from qcli.core import packing
         from qcli.core.weight import QuantizedWeight
 
-        codes = packing.unpack(tensors["weight_packed"], self.bits, shape[1])
+        codes = packing.unpack_bits(tensors["weight_packed"], self.bits, shape[1])
         tables = {name: tensors[name] for name in self.stored(shape) if name != "weight_packed"}
         return QuantizedWeight(self, shape, codes, tables)
 

@@ -49,13 +49,13 @@ class DualBinary(NonUniform):
         from qcli.core import packing
 
         tables = {name: weight.tables[name].contiguous() for name in (ALPHA1, ALPHA2)}
-        return {"weight_packed": packing.pack(weight.codes, 2), **tables}
+        return {"weight_packed": packing.pack_bits(weight.codes, 2), **tables}
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         from qcli.core import packing
         from qcli.core.weight import QuantizedWeight
 
-        codes = packing.unpack(tensors["weight_packed"], 2, shape[1])
+        codes = packing.unpack_bits(tensors["weight_packed"], 2, shape[1])
         return QuantizedWeight(self, shape, codes, {name: tensors[name] for name in (ALPHA1, ALPHA2)})
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

@@ -54,13 +54,13 @@ class Sign(Format):
         from qcli.core import packing
 
         tables = {name: weight.tables[name].contiguous() for name in (IN_SCALE, OUT_SCALE)}
-        return {"weight_packed": packing.pack(weight.codes, 1), **tables}
+        return {"weight_packed": packing.pack_bits(weight.codes, 1), **tables}
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         from qcli.core import packing
         from qcli.core.weight import QuantizedWeight
 
-        codes = packing.unpack(tensors["weight_packed"], 1, shape[1])
+        codes = packing.unpack_bits(tensors["weight_packed"], 1, shape[1])
         return QuantizedWeight(self, shape, codes, {name: tensors[name] for name in (IN_SCALE, OUT_SCALE)})
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

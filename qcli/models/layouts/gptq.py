@@ -41,7 +41,7 @@ def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     format = _affine(weight.format)
     scale = weight.tables["weight_scale"].T.contiguous()
     return {
-        f"{layer}.qweight": packing.pack(weight.codes, format.bits).T.contiguous(),
+        f"{layer}.qweight": packing.pack_bits(weight.codes, format.bits).T.contiguous(),
         f"{layer}.qzeros": _zeros(format, scale.shape),
         f"{layer}.scales": scale,
         f"{layer}.g_idx": format.groups_of(torch.arange(weight.shape[1])).int(),
@@ -92,7 +92,7 @@ class _LayerStorage(LayerStorage):
             raise VerificationError(f"{layer}.qzeros differs from that of symmetric weights")
         if not torch.equal(tensors[f"{layer}.g_idx"].long(), groups):
             raise VerificationError(f"{layer}.g_idx is not that of columns in their original order")
-        codes = packing.unpack(tensors[f"{layer}.qweight"].T.contiguous(), format.bits, self.shape[1])
+        codes = packing.unpack_bits(tensors[f"{layer}.qweight"].T.contiguous(), format.bits, self.shape[1])
         return QuantizedWeight(format, self.shape, codes, {"weight_scale": scale.T.contiguous()})
 
 
@@ -124,7 +124,7 @@ def _zeros(format: Affine, shape: tuple[int, ...]) -> Tensor:
 
     from qcli.core import packing
 
-    return packing.pack(torch.full(shape, format.center - 1, dtype=torch.uint8), format.bits)
+    return packing.pack_bits(torch.full(shape, format.center - 1, dtype=torch.uint8), format.bits)
 
 
 def _affine(format: object) -> Affine:

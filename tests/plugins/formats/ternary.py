@@ -33,13 +33,13 @@ class Ternary(Format):
     def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         from qcli.core import packing
 
-        return {"weight_packed": packing.pack(weight.codes, 2), "scale": weight.tables["scale"]}
+        return {"weight_packed": packing.pack_bits(weight.codes, 2), "scale": weight.tables["scale"]}
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         from qcli.core import packing
         from qcli.core.weight import QuantizedWeight
 
-        codes = packing.unpack(tensors["weight_packed"], 2, shape[1])
+        codes = packing.unpack_bits(tensors["weight_packed"], 2, shape[1])
         return QuantizedWeight(self, shape, codes, {"scale": tensors["scale"]})
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
