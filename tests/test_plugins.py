@@ -47,6 +47,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_every_command_uses_them(
     plugins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,7 +133,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         model = Manifest.read(source.path).source.model
         writer: Any = gguf.GGUFWriter(file, known.name)
         entries = list(self._entries(source, known.name))
-        metadata.write(writer, config, Path(str(model)).name)
+        metadata.write(writer, config, Path(model).name)
         vocabulary.write(writer, source.tokenizer(), config.vocab_size)
         writer.add_file_type(_file_type(entries))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -97,7 +97,7 @@ class _LayerStorage(LayerStorage):
 
 
 class _StorageConfig:
-    """`quantization_config` read back."""
+    """The parsed `quantization_config`."""
 
     activations: Activations | None = None
 
