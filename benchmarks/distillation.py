@@ -98,19 +98,22 @@ class Bench:
         fields |= {"calibration.samples": self.samples, "calibration.seq_len": self.seq_len}
         recipe = load_recipe(None, fields)
         result = distill(student, recipe, out)
-        found = {"seed": seed, "options": ALL | options, "seconds": round(result.seconds, 1)}
-        self.save(row, out, found | {"tokens": self._tokens(fields), "curve": result.outcome.curve})
+        details: dict[str, Any] = {"seed": seed, "options": ALL | options, "seconds": round(result.seconds, 1)}
+        self.save(row, out, details | {"tokens": self._tokens(fields), "curve": result.outcome.curve})
         shutil.rmtree(out)
 
     def save(self, row: str, checkpoint: Path, more: dict[str, Any]) -> None:
         """Score a checkpoint and keep its row."""
-        found = evaluate(
+        evaluation = evaluate(
             str(checkpoint), EvalOptions([str(self.scored)], window=self.seq_len, max_windows=20), baseline=self.teacher
         )
-        (scored,) = found.scores.values()
-        print(f"{row:90} bpw {found.bits_per_weight:.3f} KL {found.kl:.4f} ppl {scored.perplexity:.2f}", flush=True)
-        figures = {"bits_per_weight": found.bits_per_weight, "kl": found.kl, "perplexity": scored.perplexity}
-        figures |= {"baseline_perplexity": scored.baseline_perplexity, "top1_agreement": found.top1_agreement}
+        (scored,) = evaluation.scores.values()
+        print(
+            f"{row:90} bpw {evaluation.bits_per_weight:.3f} KL {evaluation.kl:.4f} ppl {scored.perplexity:.2f}",
+            flush=True,
+        )
+        figures = {"bits_per_weight": evaluation.bits_per_weight, "kl": evaluation.kl, "perplexity": scored.perplexity}
+        figures |= {"baseline_perplexity": scored.baseline_perplexity, "top1_agreement": evaluation.top1_agreement}
         common.save_row(f"distillation-{self.name}", ("name",), {"name": row, **figures, **more}, __doc__)
 
     def _written(self, name: str, samples: int, seed: int) -> Path:
@@ -126,7 +129,7 @@ class Bench:
         return int(fields["distill.steps"] * passes * self.seq_len)
 
 
-def stories(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
+def stories(folder: Path, steps: int, refined: int | None, selected: list[str]) -> None:
     """stories260k: everything to convergence from one token budget."""
     teacher = str(common.assets() / "models" / "stories260k")
     bench = Bench(
@@ -141,19 +144,19 @@ def stories(folder: Path, steps: int, refined: int | None, wanted: list[str]) ->
         refined=refined or 200,
         recipe={"dtype": "float32", "distill.checkpointing": False},  # twice as fast in so small a model
     )
-    if "methods" in wanted:
+    if "methods" in selected:
         for method in ("gptq-like g32", "dbllm g32", "onebit"):
             bench.student(method, refined=False)
             bench.distill(method, {"steps": steps}, refined=False)
             bench.distill(method, {"steps": steps})
-    if "losses" in wanted:
+    if "losses" in selected:
         for loss in ({"loss": "onebit"}, {"hidden_mse": 0.1}):
             bench.distill("onebit", {"steps": steps, **loss})
-    if "rates" in wanted:
+    if "rates" in selected:
         for method in ("dbllm g32", "gptq-like g32"):
             for weights_lr, tables_lr in RATES:
                 bench.distill(method, {"steps": steps // 3, "weights_lr": weights_lr, "tables_lr": tables_lr})
-    if "dad" in wanted:
+    if "dad" in selected:
         for seed in SEEDS:
             for gamma in GAMMAS:
                 bench.distill(
@@ -161,7 +164,7 @@ def stories(folder: Path, steps: int, refined: int | None, wanted: list[str]) ->
                 )
 
 
-def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) -> None:
+def smollm2(folder: Path, steps: int, refined: int | None, selected: list[str]) -> None:
     """SmolLM2-135M-Instruct: what two cores can carry."""
     teacher = full_precision(common.smollm2(), folder)
     text = common.assets() / "text"
@@ -178,7 +181,7 @@ def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) ->
         recipe={},
     )
     for method, train in (("dbllm g64", ALL["train"]), ("gptq-like g64", ["tables"]), ("onebit", ALL["train"])):
-        if any(name in method for name in wanted):
+        if any(name in method for name in selected):
             if train == ALL["train"]:  # what the others start from stands in benchmarks.quality
                 bench.student(method, refined=False)
             options = {"steps": steps, "judgements": 8, "batch_tokens": 512, "train": train, **SMALL_STEPS}
@@ -188,7 +191,7 @@ def smollm2(folder: Path, steps: int, refined: int | None, wanted: list[str]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=("stories", "smollm2"))
-    parser.add_argument("wanted", nargs="*", help="methods, losses, rates, dad; of smollm2: methods")
+    parser.add_argument("selected", nargs="*", help="methods, losses, rates, dad; of smollm2: methods")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--refined", type=int, help="steps of the refinement of a block; default: 200, of smollm2 100")
     parser.add_argument("--keep", type=Path, help="folder for text and students, taken up again")
@@ -200,7 +203,7 @@ def main() -> None:
             folder,
             arguments.steps,
             arguments.refined,
-            arguments.wanted or ["methods", "losses", "rates", "dad", "dbllm", "gptq-like", "onebit"],
+            arguments.selected or ["methods", "losses", "rates", "dad", "dbllm", "gptq-like", "onebit"],
         )
 
 

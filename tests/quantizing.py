@@ -40,8 +40,8 @@ def logits(folder: Path) -> torch.Tensor:
     """Of a folder, loaded as any transformers user would."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        found: torch.Tensor = model(TOKENS).logits
-    return found
+        output: torch.Tensor = model(TOKENS).logits
+    return output
 
 
 def streamed(folder: Path) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qcli.data.datasets import LOCAL
+from qcli.data.text_files import HINT
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def read_folder(folder: Path, source: ModelSource) -> Tensor:
 
     file = folder / TOKENS
     if not file.is_file():
-        raise UsageError(f"{folder} is not a folder written by `qcli calibrate`: no {TOKENS}", hint=LOCAL)
+        raise UsageError(f"{folder} is not a folder written by `qcli calibrate`: no {TOKENS}", hint=HINT)
     try:
         ids = load_file(file)["ids"]
     except (SafetensorError, KeyError):

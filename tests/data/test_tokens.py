@@ -200,7 +200,7 @@ def test_windows_beyond_the_context_are_refused(source: ModelSource, file: Calla
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_empty_files(name: str, content: str, file: Callable[[str, str], str]) -> None:
     data = file(name, content)
-    assert problem(read_text, data, calibration=True) == f"{data}: holds no text"
+    assert problem(read_text, data, calibration=True) == f"{data}: contains no text"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_empty_files(name: str, content: str, file: Callable[[str, str], str]) -
         ('{"body": "x"}', "no field 'text'"),
         ('{"text": 3}', "no field 'text'"),
         ('["text"]', "no field 'text'"),
-        ('{"text": "\\ud800"}', "'text' holds half a character (a lone surrogate)"),
+        ('{"text": "\\ud800"}', "'text' contains half a character (a lone surrogate)"),
         ('{"text": "x"', "not JSON: Expecting ',' delimiter"),
     ],
 )
@@ -224,7 +224,7 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     expected = {
         str(tmp_path / "body.parquet"): "no column 'text'",
-        str(tmp_path / "none.parquet"): "row 1: 'text' holds no text",
+        str(tmp_path / "none.parquet"): "row 1: 'text' contains no text",
         file("text.parquet", "no parquet"): "not a readable parquet file",
         str(tmp_path / "latin.txt"): "not UTF-8 text (byte 3)",
         str(tmp_path / "missing.txt"): "no such file",
