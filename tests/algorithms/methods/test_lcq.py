@@ -102,13 +102,13 @@ def test_checkpoints_load(model_type: str, tmp_path: Path) -> None:
 def test_the_same_recipe_gives_the_same_bytes_and_steps_help(tmp_path: Path) -> None:
     model, text, files = tiny_model("llama", tmp_path), write_text(tmp_path), []
     for name in ("once", "again"):
-        run(model, tmp_path / name, text, method__name="lcq", method__bits=2, method__steps=20)
+        flags: dict[str, Any] = {"method__bits": 2, "method__steps": 20, "calibration__samples": 24}
+        flags |= {"method__error_feedback": False, "method__refit_target": False}  # leaves something to refine
+        result = run(model, tmp_path / name, text, method__name="lcq", **flags)
         files.append((tmp_path / name / "model.safetensors").read_bytes())
+        before, after = (sum(outcome[key] for outcome in result.training.values()) for key in ("before", "after"))
+        assert after < 0.95 * before
     assert files[0] == files[1]
-    run(model, tmp_path / "untrained", text, method__name="lcq", method__bits=2, method__steps=0)
-    expected = logits(model)
-    errors = [float((logits(tmp_path / name) - expected).square().mean()) for name in ("once", "untrained")]
-    assert errors[0] < errors[1]
 
 
 @pytest.mark.slow
