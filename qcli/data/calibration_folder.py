@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcli.data.text_files import HINT
 from qcli.utils.errors import UsageError
+from qcli.utils.safetensors import read_header, read_tensors
 
 if TYPE_CHECKING:
     from qcli.models.source import ModelSource
@@ -27,15 +28,12 @@ def read_folder(folder: Path, source: ModelSource) -> Tensor:
     Raises:
         UsageError: not a calibration folder, damaged, or its tokens lie outside the model's vocabulary.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = folder / TOKENS
     if not file.is_file():
         raise UsageError(f"{folder} is not a folder written by `qcli calibrate`: no {TOKENS}", hint=HINT)
     try:
-        ids = load_file(file)["ids"]
-    except (SafetensorError, KeyError):
+        ids = read_tensors([("ids", read_header(file)["ids"])])["ids"]
+    except (UsageError, KeyError):
         ids = torch.empty(0)
     if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         raise UsageError(f"{file}: damaged", hint="run `qcli calibrate` again")

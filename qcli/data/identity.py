@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.data.calibration_folder import CALIBRATION
 from qcli.data.datasets import SELF, is_folder, is_named
-from qcli.utils.files import sha256
+from qcli.utils.files import parse_json, read_regular, sha256
 
 if TYPE_CHECKING:
     from qcli.models.source import ModelSource
@@ -21,10 +20,10 @@ def text_identity(data: str) -> str | None:
     """
     if is_folder(data):
         try:
-            identity: str | None = json.loads((Path(data) / CALIBRATION).read_bytes()).get("text_identity")
+            identity = parse_json(read_regular(Path(data) / CALIBRATION)).get("text_identity")
         except (OSError, ValueError, AttributeError):
             return None
-        return identity
+        return identity if isinstance(identity, str) else None
     return data if is_named(data) else text_sha256(data)
 
 

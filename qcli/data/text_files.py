@@ -44,9 +44,10 @@ def _read_jsonl(path: Path) -> str:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a huge number"
             raise UsageError(
-                f"{path}:{number}: not JSON: {error.msg}", hint="a .jsonl file has one JSON object per line"
+                f"{path}:{number}: not JSON: {reason}", hint="a .jsonl file has one JSON object per line"
             ) from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise UsageError(f"{path}:{number}: no field 'text'", hint='every line must look like {"text": "..."}')
@@ -69,7 +70,9 @@ def _read_parquet(path: Path) -> str:
         if "text" not in columns:
             raise UsageError(f"{path}: no column 'text'", hint=f"its columns: {', '.join(columns) or 'none'}")
         documents = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # damage leads to each of them
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{path}: not a readable parquet file: {reason}", hint=HINT) from None
     for row, document in enumerate(documents):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from qcli.models import families
 from qcli.models.source import ModelSource, first_line
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UsageError
+from qcli.utils.files import parse_json, read_regular
 from qcli.utils.safetensors import Extent, read_header, read_tensors
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ class FolderSource(ModelSource):
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_regular(file))
     except FileNotFoundError:
         raise UsageError(f"{file} is missing", hint="is this the folder of a transformers model?") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UsageError(f"{file} is not valid JSON", hint="download the model again") from None
     if not isinstance(content, dict):
         raise UsageError(f"{file} is not a JSON object", hint="download the model again")

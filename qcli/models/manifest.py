@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
-from qcli.utils.files import sha256, sync_file, write_json
+from qcli.utils.files import read_regular, sha256, sync_file, write_json
 
 FORMAT_VERSION = 1
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
@@ -196,7 +196,7 @@ class Manifest(BaseModel):
         """
         file = folder / MANIFEST
         try:
-            manifest = cls.model_validate_json(file.read_bytes(), strict=True)
+            manifest = cls.model_validate_json(read_regular(file), strict=True)
         except FileNotFoundError:
             raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?") from None
         except ValidationError as error:

@@ -12,6 +12,7 @@ from qcli.models.native import NativeSource
 from qcli.models.source import ModelSource, first_line
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.files import require_regular
 
 __all__ = ["PACKED_GGUF", "ModelSource", "open_packed", "open_source"]
 
@@ -40,6 +41,8 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
         return GGUFSource(path, trust_remote_code=trust_remote_code)
     if not path.is_dir():
         path = _download(model)
+    for file in path.iterdir():  # transformers would wait for a FIFO forever
+        require_regular(file)
     # Someone may have put a converted file beside another checkpoint; the manifest says which of them was packed.
     if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.recipe.origins import Origins
-from qcli.recipe.yaml import MAX_BYTES, KeyPath, dotted, read_yaml
+from qcli.recipe.yaml import HALF_A_CHARACTER, MAX_BYTES, KeyPath, dotted, is_text, read_yaml
 from qcli.utils.errors import UsageError
 
 _FLAGS = {  # flags that are not named after the last part of their path
@@ -71,6 +71,9 @@ class Draft:
 
     def add_flag(self, path: str, value: Any) -> None:
         """The value of the flag that sets the dotted `path`."""
+        if isinstance(value, str) and not is_text(value):
+            self.lines.append(f"{flag_name(path)}: {HALF_A_CHARACTER}: rename it in UTF-8")
+            return
         self.put(path.split("."), value, flag_name(path))
 
     def put(self, parts: Sequence[str], value: Any, origin: str) -> None:

@@ -106,6 +106,14 @@ def scalar(text: str) -> Any:
     return text
 
 
+HALF_A_CHARACTER = "contains half a character (a lone surrogate)"
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold a string: no lone surrogates, which names that are not UTF-8 get from the shell."""
+    return value.isascii() or value.encode(errors="ignore").decode() == value
+
+
 class _Reader:
     """Builds a Document from the parser's events, so that nothing refused is ever constructed."""
 
@@ -138,6 +146,9 @@ class _Reader:
             return self.mapping(path)
         if kind == "SequenceStart":
             return self.sequence(path)
+        if not is_text(event.value):
+            self.problem(event, path, HALF_A_CHARACTER)
+            return None
         return scalar(event.value) if event.style is None else event.value
 
     def mapping(self, path: KeyPath) -> dict[str, Any]:
@@ -150,6 +161,9 @@ class _Reader:
                 self.node(value_event, (*path, "?"))
                 continue
             here = (*path, event.value)
+            if not is_text(event.value):
+                self.node(value_event, (*path, "?"))
+                continue
             if not isinstance(key, str):
                 self.problem(event, here, f"a key must be text; quote it: {event.value!r}")
             first = self.result.places.get(here)

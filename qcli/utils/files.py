@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from qcli.utils.errors import ResourceError
+from qcli.utils.errors import ResourceError, UsageError
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -22,6 +23,45 @@ def write_json(file: Path, value: Any) -> None:
 def read_json(file: Path) -> Any:
     """The value in a UTF-8 JSON file."""
     return json.loads(file.read_bytes())
+
+
+def parse_json(content: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of JSON that someone else wrote.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, or a string has half a character (a lone surrogate), which
+            neither files nor tokenizers take.
+    """
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=object_pairs_hook)
+        if b"\\ud" in content.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string has half a character (a lone surrogate)") from None
+    return value
+
+
+def read_regular(file: Path) -> bytes:
+    """Content of a file that someone else wrote.
+
+    Raises:
+        UsageError: a FIFO, socket or device, which need not have an end.
+        OSError: the file is missing or cannot be read.
+    """
+    require_regular(file)
+    return file.read_bytes()
+
+
+def require_regular(file: Path) -> None:
+    """Raise UsageError for a FIFO, socket or device; links to files, folders and missing files pass."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f"{file} is not a regular file", hint="copy its content into one")
 
 
 def write_bytes(file: Path, content: bytes) -> None:

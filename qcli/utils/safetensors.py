@@ -7,7 +7,6 @@ of its own, where the library maps the whole file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.utils.dtypes import DTYPES, StoredTensor
 from qcli.utils.errors import UsageError
+from qcli.utils.files import parse_json, require_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ def read_header(file: Path) -> dict[str, Extent]:
         UsageError: the file is missing, truncated or malformed, or has two tensors of one name.
     """
     try:
+        require_regular(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -56,8 +57,8 @@ def read_header(file: Path) -> dict[str, Extent]:
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
-    except (ValueError, RecursionError):
+        header = parse_json(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
+    except ValueError:
         raise _broken(file, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _broken(file, "its header is not a JSON object")
@@ -109,7 +110,9 @@ def _fill(stream: Any, view: memoryview, file: Path) -> None:
 def _extent(file: Path, name: str, entry: Any, data: int) -> Extent:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        if not isinstance(dtype, str) or not all(
+            isinstance(number, int) and number >= 0 for number in (*shape, begin, end)
+        ):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise _broken(file, f"the header entry of {name} is malformed") from None

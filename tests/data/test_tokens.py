@@ -211,6 +211,8 @@ def test_empty_files(name: str, content: str, file: Callable[[str, str], str]) -
         ('["text"]', "no field 'text'"),
         ('{"text": "\\ud800"}', "'text' contains half a character (a lone surrogate)"),
         ('{"text": "x"', "not JSON: Expecting ',' delimiter"),
+        ("[" * 100_000, "not JSON: nested too deeply, or a huge number"),
+        ("1" * 5_000, "not JSON: nested too deeply, or a huge number"),
     ],
 )
 def test_bad_lines_have_their_number(line: str, message: str, file: Callable[[str, str], str]) -> None:
@@ -239,6 +241,21 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
             assert problem(require_text, data) == f"{data}: {message}"
         else:
             require_text(data)
+
+
+@pytest.mark.parametrize("start", range(4, 900, 64))
+def test_a_parquet_file_that_lost_bytes_is_refused(start: int, tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"hello world {n} " * 20 for n in range(60)]}), file)
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + content[start + 200 :])
+    assert "a.parquet: " in problem(read_text, str(file), calibration=True)
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    column = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert "not a readable parquet file" in problem(read_text, str(tmp_path / "a.parquet"), calibration=True)
 
 
 def test_an_unknown_set_names_the_nearest() -> None:

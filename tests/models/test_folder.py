@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,19 @@ def test_missing_and_broken_configs_are_refused(llama: Path) -> None:
     refused(llama, UsageError, r"config\.json is not a JSON object")
     (llama / "config.json").unlink()
     refused(llama, UsageError, r"config\.json is missing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX])
+def test_files_without_an_end_are_refused_before_they_are_read(name: str, llama: Path) -> None:
+    (llama / name).unlink(missing_ok=True)
+    os.mkfifo(llama / name)
+    refused(llama, UsageError, f"{name} is not a regular file")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_with_half_a_character_is_refused(name: str, llama: Path) -> None:
+    (llama / name).write_text('{"weight_map": {"a": "\\ud800.safetensors"}}')
+    refused(llama, UsageError, f"{name} is not valid JSON")
 
 
 def test_a_config_that_transformers_rejects_is_one_line(llama: Path) -> None:

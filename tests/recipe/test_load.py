@@ -137,6 +137,15 @@ def test_files_that_are_not_recipes(tmp_path: Path, content: bytes, words: str) 
     assert words in problems(file)[0]
 
 
+def test_text_that_utf8_cannot_hold_is_refused_with_its_place(tmp_path: Path) -> None:
+    file = write(tmp_path, 'model: "\\ud800"\n')
+    assert f"{file}:1:8: model: contains half a character (a lone surrogate)" in problems(file)
+    assert any("half a character" in line for line in problems(None, {}, ('model="\\udfff"',)))
+    assert "--out: contains half a character (a lone surrogate): rename it in UTF-8" in problems(
+        None, {"model": "m", "out": "caf\udce9"}
+    )
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert problems(tmp_path / "none.yaml") == [f"recipe {tmp_path / 'none.yaml'}: No such file or directory"]
 

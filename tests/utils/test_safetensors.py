@@ -82,6 +82,9 @@ def test_duplicate_names_are_rejected(tmp_path: Path) -> None:
         json.dumps({"a": entry(offsets=(4, 12))}),
         json.dumps({"a": entry(), "b": entry()}),
         json.dumps({"a": entry(dtype="F4")}),
+        json.dumps({"a": entry() | {"dtype": {}}}),
+        json.dumps({"a": entry() | {"dtype": ["F32"]}}),
+        json.dumps({"\ud800": entry()}),
     ],
 )
 def test_malformed_headers_are_rejected(header: str, tmp_path: Path) -> None:
