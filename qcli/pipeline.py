@@ -20,6 +20,7 @@ from qcli.utils.errors import StateError
 from qcli.utils.files import content_hash, read_json, write_json
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import differences
+from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
     from qcli.distillation.result import DistillationResult
@@ -67,6 +68,7 @@ class Pipeline:
         cache: keeps what the baseline of an evaluation gives.
         calibration_cache: keeps calibration tokens that several recipes share.
         skip: called with the path of each result that is there already.
+        trust: code of models and tasks that may run.
 
     Raises:
         UsageError: the recipe does not fit its model.
@@ -82,10 +84,12 @@ class Pipeline:
         calibration_cache: Cache | None = None,
         progress: Progress = silent,
         skip: Callable[[Path], None] = lambda _: None,
+        trust: Trust = NOTHING,
     ) -> None:
         self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
         self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
-        self.plan, self.record, self.result = make_plan(recipe), StageRecord(folder), PipelineResult(folder)
+        self.plan, self.record, self.result = make_plan(recipe, trust), StageRecord(folder), PipelineResult(folder)
+        self.trust = trust
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
             self.inputs["text"] = content_hash(Path(recipe.calibration.data))
@@ -116,7 +120,7 @@ class Pipeline:
 
             tasks = self.tasks
             if not (self.folder / EVALUATION).exists():
-                require_evaluation_texts(self.recipe, self.plan.source, self.progress)
+                require_evaluation_texts(self.recipe, self.plan.source, self.progress, trust=self.trust)
                 if tasks is not None:
                     tasks.require_data()
 
@@ -125,7 +129,9 @@ class Pipeline:
         if self._is_missing(QUANTIZED, self.inputs):
             from qcli.quantization.quantize import quantize
 
-            self.result.quantized = quantize(self.recipe, self.model, self.progress, self.calibration_cache)
+            self.result.quantized = quantize(
+                self.recipe, self.model, self.progress, self.calibration_cache, trust=self.trust
+            )
 
     def distill(self) -> None:
         """Train the quantized model, if the recipe says so; the result is what later stages read."""
@@ -137,7 +143,7 @@ class Pipeline:
         if self._is_missing(DISTILLED, self.inputs):
             from qcli.distillation.distill import distill
 
-            self.result.distilled = distill(student, self.recipe, self.model, self.progress)
+            self.result.distilled = distill(student, self.recipe, self.model, self.progress, trust=self.trust)
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`."""
@@ -148,11 +154,13 @@ class Pipeline:
             "eval files": {name: content_hash(Path(name)) for name in texts},
         }
         if options.baseline is not None:
-            inputs["baseline"] = open_source(options.baseline).state()
+            inputs["baseline"] = open_source(options.baseline, self.trust).state()
         if self._is_missing(EVALUATION, inputs):
             from qcli.evaluation.from_recipe import evaluate_recipe
 
-            evaluation = evaluate_recipe(self.recipe, self.model, self.tasks, self.cache, self.progress)
+            evaluation = evaluate_recipe(
+                self.recipe, self.model, self.tasks, self.cache, self.progress, trust=self.trust
+            )
             write_json(self.folder / EVALUATION, evaluation.to_json())
         self.result.evaluation = read_json(self.folder / EVALUATION)
         return self.result.evaluation
@@ -171,6 +179,7 @@ class Pipeline:
                 requantize=options.requantize,
                 evaluation=self.result.evaluation,
                 progress=self.progress,
+                trust=self.trust,
             )
 
     @cached_property
@@ -178,7 +187,7 @@ class Pipeline:
         """The tasks that the recipe names, checked; None: none."""
         from qcli.evaluation.from_recipe import recipe_tasks
 
-        return recipe_tasks(self.recipe)
+        return recipe_tasks(self.recipe, self.trust)
 
     def _is_missing(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether a stage has to run."""
@@ -198,7 +207,7 @@ class Pipeline:
 
         require_packable(self.plan, self.folder, options.format, options.requantize)
         if self.recipe.allocation is not None:
-            mixture = make_plan(mixed_recipe(self.recipe, self.plan.layers))
+            mixture = make_plan(mixed_recipe(self.recipe, self.plan.layers), self.trust)
             require_packable(mixture, self.folder, options.format, options.requantize)
 
     def _check_distillation(self) -> None:

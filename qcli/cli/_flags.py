@@ -45,6 +45,13 @@ Resume = Annotated[
         "over). Default: auto.",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model's own Python files where transformers needs them."),
+]
+TrustTasks = Annotated[
+    bool, typer.Option("--trust-tasks", help="Run code and unrestricted templates in task files of your own.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as a JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[

@@ -27,6 +27,7 @@ def calibrate(
     dtype: flags.DType = None,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -56,8 +57,10 @@ def calibrate(
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
         from qcli.quantization.calibrate import calibrate as run
+        from qcli.utils.trust import Trust
 
-        result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress)
+        trust = Trust(remote_code=trust_remote_code)
+        result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress, trust=trust)
         session.result(result.to_json(), show_calibration)
 
 

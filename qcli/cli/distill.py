@@ -46,6 +46,7 @@ def distill(
     set_: flags.Sets = None,
     resume: flags.Resume = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and report what would be trained.")] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -60,6 +61,7 @@ def distill(
         json=json, quiet=quiet, verbose=verbose, resumable=True, distributed=True, memory_hint=_MEMORY_HINT
     ) as session:
         from qcli.recipe.load import load_recipe
+        from qcli.utils.trust import Trust
 
         given = flags.recipe_fields(
             model=teacher,
@@ -78,16 +80,18 @@ def distill(
             "resume": resume,
         }
         resolved = load_recipe(recipe, given, set_ or ())
+        trust = Trust(remote_code=trust_remote_code)
         if dry_run:
             from qcli.distillation.plan import plan_distillation
 
-            session.result(plan_distillation(student, resolved).to_json(), show_plan)
+            session.result(plan_distillation(student, resolved, trust).to_json(), show_plan)
             return
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.distillation.distill import distill as run
 
-        session.result(run(student, resolved, Path(resolved.out), session.progress).to_json(), show_distilled)
+        result = run(student, resolved, Path(resolved.out), session.progress, trust=trust)
+        session.result(result.to_json(), show_distilled)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ def evaluate(
         str,
         typer.Option(metavar="TYPE", help="Compute dtype: auto (float32), float32, bfloat16 or float16."),
     ] = "auto",
+    trust_remote_code: flags.TrustRemoteCode = False,
+    trust_tasks: flags.TrustTasks = False,
     json: flags.Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the result as Markdown tables.")] = False,
     quiet: flags.Quiet = False,
@@ -91,6 +93,8 @@ def evaluate(
         for flag, value in {"limit": limit, "fewshot": fewshot, "include-path": include_path}.items():
             if value is not None and not names:
                 raise UsageError(f"--{flag} needs --tasks")
+        if trust_tasks and include_path is None:
+            raise UsageError("--trust-tasks needs --include-path", hint="lm-eval's own tasks are trusted anyway")
         if json and markdown:
             raise UsageError("--json and --markdown: choose one")
         on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
@@ -104,17 +108,20 @@ def evaluate(
         from qcli.models.open import open_source
         from qcli.recipe.gates import require
         from qcli.utils.cache import Cache, default_folder
+        from qcli.utils.trust import Trust
 
+        trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         lm_eval = None
         if names:
             from qcli.evaluation.tasks import Tasks
 
-            lm_eval = Tasks(names, None if include_path is None else str(include_path), limit, fewshot)
+            folder = None if include_path is None else str(include_path)
+            lm_eval = Tasks(names, folder, limit, fewshot, trusted=trust_tasks)
             lm_eval.require_scores(gates.min_task if gates is not None else ())
             for name in filter(None, [*models, baseline]):
-                open_source(name)  # a wrong name fails before any data is loaded
+                open_source(name, trust)  # a wrong name fails before any data is loaded
             lm_eval.require_data()
-        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype)
+        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, trust)
         cache = Cache(None if no_cache else default_folder())
         evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
         results = [evaluation.to_json() for evaluation in evaluations]

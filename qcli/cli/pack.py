@@ -29,6 +29,7 @@ def pack(
         Path | None,
         typer.Option(metavar="FILE", help="Output of `qcli eval RUN --json`, for the model card."),
     ] = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -42,6 +43,7 @@ def pack(
         from qcli.export.pack import pack as pack_checkpoint
         from qcli.recipe.load import from_flags
         from qcli.recipe.sections import Pack
+        from qcli.utils.trust import Trust
 
         options = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
         result = pack_checkpoint(
@@ -52,6 +54,7 @@ def pack(
             requantize=options.requantize,
             evaluation=None if evaluation is None else read_evaluation(evaluation, run),
             progress=session.progress,
+            trust=Trust(remote_code=trust_remote_code),
         )
         session.result(result.to_json(), show_packed)
 

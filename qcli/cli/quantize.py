@@ -75,6 +75,7 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show layers, sizes and memory from the model's headers alone.")
     ] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -86,6 +87,7 @@ def quantize(
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe.load import load_recipe
+        from qcli.utils.trust import Trust
 
         given = flags.recipe_fields(
             model=model,
@@ -107,16 +109,17 @@ def quantize(
             "resume": resume,
         }
         resolved = load_recipe(recipe, given, set_ or ())
+        trust = Trust(remote_code=trust_remote_code)
         if dry_run:
             from qcli.quantization.plan import make_plan
 
-            session.result(make_plan(resolved).to_json(), show_plan)
+            session.result(make_plan(resolved, trust).to_json(), show_plan)
             return
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.quantization.quantize import quantize as run
 
-        session.result(run(resolved, resolved.out, session.progress).to_json(), show_result)
+        session.result(run(resolved, resolved.out, session.progress, trust=trust).to_json(), show_result)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

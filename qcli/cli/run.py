@@ -22,6 +22,8 @@ def run(
     ] = None,
     device: flags.Device = None,
     set_: flags.Sets = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    trust_tasks: flags.TrustTasks = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -42,6 +44,7 @@ def run(
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline
+        from qcli.utils.trust import Trust
 
         pipeline = Pipeline(
             resolved,
@@ -49,6 +52,7 @@ def run(
             cache=Cache(default_folder()),
             progress=session.progress,
             skip=lambda result: session.note(f"{result}: done already, skipped"),
+            trust=Trust(remote_code=trust_remote_code, tasks=trust_tasks),
         )
         result = pipeline.run()
         session.result(result.to_json(), show)

@@ -54,6 +54,8 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and their cost, and with --out which are missing.")
     ] = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+    trust_tasks: flags.TrustTasks = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
@@ -67,12 +69,14 @@ def run(
         from qcli.study.grid import load_study, require_size
         from qcli.study.plan import plan_study
         from qcli.study.study import run_study
+        from qcli.utils.trust import Trust
 
         if executor not in ("local", "ray"):
             raise UsageError(f"--executor: must be local or ray, not {executor!r}")
         loaded = load_study(study, set_ or (), None if yes or dry_run else LIMIT)
+        trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         if dry_run:
-            session.result(plan_study(loaded, out, retry=retry).to_json(), show_plan)
+            session.result(plan_study(loaded, out, retry=retry, trust=trust).to_json(), show_plan)
             return
         if out is None:
             raise UsageError("--out: required", hint="name the folder of the rows, or check first with --dry-run")
@@ -85,6 +89,7 @@ def run(
             address=address,
             retry=retry,
             progress=session.progress,
+            trust=trust,
         )
         session.result(result.to_json(), show_result)
         result.require_success()

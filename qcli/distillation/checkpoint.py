@@ -38,7 +38,7 @@ def publish_checkpoint(
     folder, header = run.result(), read_header(run.file(_WEIGHTS))
     tensors = [{name: header.get(name, extent)} for name, extent in job.student.extents.items()]
     shards.join(tensors, folder, shards.SHARD_SIZE)
-    write_json(folder / "config.json", job.student.config)
+    write_json(folder / "config.json", job.student.config_to_write())
     job.student.copy_companions(folder)
     if result.plot is not None:
         plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)

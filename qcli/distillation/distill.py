@@ -36,12 +36,15 @@ from qcli.utils.environment import can_plot
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.trust import NOTHING, Trust
 
 _TOKENS = "tokens"
 PLOT = "distill.png"
 
 
-def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silent) -> DistillationResult:
+def distill(
+    student: Path, recipe: Recipe, out: Path, progress: Progress = silent, *, trust: Trust = NOTHING
+) -> DistillationResult:
     """Train the checkpoint `student` against `recipe.model` and write the result to the folder `out`.
 
     Args:
@@ -51,9 +54,9 @@ def distill(student: Path, recipe: Recipe, out: Path, progress: Progress = silen
         UsageError, ResourceError: as `plan_distillation`, and if the text cannot be used.
         StateError: the output exists or belongs to another run.
     """
-    plan_distillation(student, recipe)
+    plan_distillation(student, recipe, trust)
     started, options = time.monotonic(), recipe.distill or Distillation()
-    student_source, teacher_source = open_pair(student, recipe.model)
+    student_source, teacher_source = open_pair(student, recipe.model, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = {

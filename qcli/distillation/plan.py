@@ -20,6 +20,7 @@ from qcli.utils.device import local_device, resolve_dtype
 from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.memory import free_memory
+from qcli.utils.trust import NOTHING, Trust
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class DistillationPlan:
         return asdict(self)
 
 
-def plan_distillation(student: Path, recipe: Recipe) -> DistillationPlan:
+def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> DistillationPlan:
     """Check everything that `distill` can check before it starts.
 
     Raises:
@@ -57,7 +58,8 @@ def plan_distillation(student: Path, recipe: Recipe) -> DistillationPlan:
         ResourceError: student, teacher and optimizer do not fit in memory.
     """
     options, text = recipe.distill or Distillation(), recipe.distill_text
-    source, teacher = open_pair(student, recipe.model)
+    source, teacher = open_pair(student, recipe.model, trust)
+    source.companions()  # what cannot be copied is refused before any work
     needed, free = require_feasible(recipe, source.quantized, teacher.hf_config().get_text_config().vocab_size)
     n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in source.quantized.values()))
     n_trained = 0
@@ -122,13 +124,13 @@ def require_feasible(
     return needed, free
 
 
-def open_pair(student: Path, teacher: str) -> tuple[NativeSource, ModelSource]:
+def open_pair(student: Path, teacher: str, trust: Trust = NOTHING) -> tuple[NativeSource, ModelSource]:
     """The student's checkpoint and its teacher.
 
     Raises:
         UsageError: not a checkpoint of qcli, or not of the teacher's architecture.
     """
-    source, teacher_source = open_source(str(student)), open_source(teacher)
+    source, teacher_source = open_source(str(student), trust), open_source(teacher, trust)
     if not isinstance(source, NativeSource):
         raise UsageError(f"{student} is not a checkpoint that qcli wrote", hint="quantize the model first")
     layers = [[(linear.name, linear.shape) for linear in each.linears()] for each in (source, teacher_source)]

@@ -65,8 +65,8 @@ def compare(
     """
     _require_consistent(models, options, baseline)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
-    sources = [open_source(name) for name in models]
-    reference = None if baseline is None else open_source(baseline)
+    sources = [open_source(name, options.trust) for name in models]
+    reference = None if baseline is None else open_source(baseline, options.trust)
     for folder in filter(is_folder, options.texts):
         for source in sources:
             require_unseen(folder, source)
@@ -125,7 +125,7 @@ class _Evaluator:
             return {}
 
         def results() -> dict[str, object]:
-            measured = tasks.run(name, self.device, self.dtype, self.progress)
+            measured = tasks.run(name, source, self.device, self.dtype, self.progress)
             return {task: asdict(result) for task, result in measured.items()}
 
         key = {**tasks.key, **model_key(source, self.device, self.dtype, cache)}

@@ -15,9 +15,10 @@ from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.utils.cache import Cache
 from qcli.utils.progress import Progress, silent
+from qcli.utils.trust import NOTHING, Trust
 
 
-def recipe_tasks(recipe: Recipe) -> Tasks | None:
+def recipe_tasks(recipe: Recipe, trust: Trust = NOTHING) -> Tasks | None:
     """The tasks that the recipe names; None: none.
 
     Raises:
@@ -26,13 +27,18 @@ def recipe_tasks(recipe: Recipe) -> Tasks | None:
     section = recipe.eval
     if section is None or not section.tasks:
         return None
-    tasks = Tasks(section.tasks, section.include_path, section.limit, section.fewshot)
+    tasks = Tasks(section.tasks, section.include_path, section.limit, section.fewshot, trusted=trust.tasks)
     tasks.require_scores(section.gates.min_task if section.gates is not None else ())
     return tasks
 
 
 def require_evaluation_texts(
-    recipe: Recipe, source: ModelSource, progress: Progress = silent, cache: Cache | None = None
+    recipe: Recipe,
+    source: ModelSource,
+    progress: Progress = silent,
+    cache: Cache | None = None,
+    *,
+    trust: Trust = NOTHING,
 ) -> None:
     """Tokenize what the recipe's model will be evaluated on, so that a wrong name or a short text fails early.
 
@@ -44,13 +50,19 @@ def require_evaluation_texts(
         UsageError: as `evaluate` does.
     """
     section = recipe.eval or Eval()
-    sources = [source] if section.baseline is None else [source, open_source(section.baseline)]
-    options = _options(recipe, [name for name in section.perplexity if name != SELF])
+    sources = [source] if section.baseline is None else [source, open_source(section.baseline, trust)]
+    options = _options(recipe, [name for name in section.perplexity if name != SELF], None, trust)
     evaluation_windows(options, sources, cache or Cache(None), progress)
 
 
 def evaluate_recipe(
-    recipe: Recipe, model: Path, tasks: Tasks | None, cache: Cache, progress: Progress = silent
+    recipe: Recipe,
+    model: Path,
+    tasks: Tasks | None,
+    cache: Cache,
+    progress: Progress = silent,
+    *,
+    trust: Trust = NOTHING,
 ) -> Evaluation:
     """Measure a checkpoint that was made from the recipe's model; without an `eval` section by its defaults.
 
@@ -60,10 +72,10 @@ def evaluate_recipe(
     """
     section = recipe.eval or Eval()
     baseline = section.baseline or recipe.model
-    options = _options(recipe, section.perplexity, tasks)
+    options = _options(recipe, section.perplexity, tasks, trust)
     return evaluate(str(model), options, baseline=baseline, cache=cache, progress=progress)
 
 
-def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None = None) -> EvalOptions:
+def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None, trust: Trust) -> EvalOptions:
     section = recipe.eval or Eval()
-    return EvalOptions(texts, section.window, section.max_windows, tasks, device=recipe.device)
+    return EvalOptions(texts, section.window, section.max_windows, tasks, device=recipe.device, trust=trust)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcli.utils.trust import NOTHING, Trust
+
 if TYPE_CHECKING:
     from qcli.evaluation.tasks import Tasks
 
@@ -26,6 +28,7 @@ class EvalOptions:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: of weights and activations: `auto` (float32, with exact matrix products), `float32`, `bfloat16`,
             `float16`.
+        trust: whether Python files of the models may run.
     """
 
     texts: Sequence[str]
@@ -35,3 +38,4 @@ class EvalOptions:
     layers: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    trust: Trust = NOTHING

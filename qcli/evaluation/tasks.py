@@ -14,9 +14,12 @@ import torch
 
 from qcli.evaluation.task_files import code_files, definition, members, task_manager
 from qcli.evaluation.task_results import TaskResult, task_results
-from qcli.models.open import open_source
+from qcli.models.pretrained import pretrained
+from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress
+
+_ADAPTER = "adapter_config.json"
 
 
 class Tasks:
@@ -27,6 +30,7 @@ class Tasks:
         include_path: folder of more task files.
         limit: use only the first questions of each task.
         fewshot: examples before each question; None: the task's default.
+        trusted: whether code in task files of `include_path` may run.
 
     Raises:
         UsageError: a name is empty or unknown; the nearest known names are offered.
@@ -38,8 +42,10 @@ class Tasks:
         include_path: str | None = None,
         limit: int | None = None,
         fewshot: int | None = None,
+        *,
+        trusted: bool = False,
     ) -> None:
-        self.names, self.limit, self.fewshot = list(names), limit, fewshot
+        self.names, self.limit, self.fewshot, self.trusted = list(names), limit, fewshot, trusted
         if include_path is not None and not Path(include_path).is_dir():
             raise UsageError(f"include_path: {include_path} is not a folder")
         if "" in self.names:
@@ -97,7 +103,9 @@ class Tasks:
             "lm_eval": version("lm_eval"),
         }
 
-    def run(self, model: str, device: torch.device, dtype: torch.dtype, progress: Progress) -> dict[str, TaskResult]:
+    def run(
+        self, name: str, source: ModelSource, device: torch.device, dtype: torch.dtype, progress: Progress
+    ) -> dict[str, TaskResult]:
         """Evaluate a model, as transformers loads it.
 
         Raises:
@@ -106,16 +114,15 @@ class Tasks:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        names = list(dict.fromkeys(self.names))
-        progress(f"tasks of {model}", 0, len(names))
-        loaded, tokenizer = _load(model, device, dtype)
-        wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=8)
+        tasks, stage = list(dict.fromkeys(self.names)), f"tasks of {name}"
+        progress(stage, 0, len(tasks))
+        wrapped = HFLM(pretrained=_load(source, device, dtype), tokenizer=source.tokenizer(), batch_size=8)
         results: dict[str, TaskResult] = {}
-        for done, name in enumerate(names):  # one by one: lm-eval's errors do not name the task
-            with self._errors(name):
+        for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
+            with self._errors(task):
                 output = simple_evaluate(
                     wrapped,
-                    tasks=[name],
+                    tasks=[task],
                     num_fewshot=self.fewshot,
                     limit=self.limit,
                     task_manager=self._manager,
@@ -124,7 +131,7 @@ class Tasks:
                 )
             assert output is not None
             results |= task_results(output)
-            progress(f"tasks of {model}", done + 1, len(names))
+            progress(stage, done, len(tasks))
         return results
 
     @contextmanager
@@ -152,16 +159,27 @@ class Tasks:
         return f"{own[-1].filename}, line {own[-1].lineno}" if own else None
 
 
-def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
+    """The whole model, in evaluation mode.
+
+    Raises:
+        UsageError: the folder holds an adapter, too, or the model needs code that is not trusted.
+    """
     from transformers import AutoModelForCausalLM
 
     import qcli  # noqa: F401  registers qcli's format with transformers
 
-    source = open_source(model)
-    auto: Any = AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
+    trust = source.trust_remote_code
     if source.path.is_file():
-        loaded = auto.from_pretrained(source.path.parent, gguf_file=source.path.name, **options)
+        folder, name = source.path.parent, source.path.name
+        loaded = pretrained(AutoModelForCausalLM, folder, trust_remote_code=trust, dtype=dtype, gguf_file=name)
     else:
-        loaded = auto.from_pretrained(source.path, **options)
-    return loaded.eval().to(device), source.tokenizer()
+        if (source.path / _ADAPTER).exists():
+            raise UsageError(
+                f"{source.path / _ADAPTER} makes transformers load an adapter, and the model that it names",
+                hint="move the adapter to a folder of its own",
+            )
+        loaded = pretrained(
+            AutoModelForCausalLM, source.path, trust_remote_code=trust, dtype=dtype, use_safetensors=True
+        )
+    return loaded.eval().to(device)

@@ -19,6 +19,7 @@ from qcli.utils.errors import ResourceError, StateError, UsageError
 from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.trust import NOTHING, Trust
 
 
 def pack(
@@ -30,6 +31,7 @@ def pack(
     requantize: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
+    trust: Trust = NOTHING,
 ) -> PackResult:
     """Write the checkpoint in `run` to `out`, in the layout of an export target or with other file sizes.
 
@@ -42,6 +44,7 @@ def pack(
         shard_size: largest size of a weight file, in bytes of tensors.
         requantize: the type that layers are rounded to if the layout cannot store them exactly; None: refuse them.
         evaluation: `Evaluation.to_json` of `run`, for the model card.
+        trust: whether Python files of the checkpoint may run; then they are copied, too.
 
     Raises:
         UsageError: `run` is not a qcli checkpoint, or there is no such target.
@@ -51,16 +54,17 @@ def pack(
         ResourceError: the disk is full.
     """
     target = load_target(format, requantize)
-    source = _open_native(run)
+    source = _open_native(run, trust)
     run_folder.refuse_existing(out)
     if run_folder.has_parts(out):
         raise StateError(
             f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
         )
+    source.companions()  # what cannot be copied is refused before any work
     target.check(source)
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
-            result = _write(source, target, folder.result(), out, shard_size, evaluation, progress)
+            result = _write(source, target, folder.result(), out, shard_size, evaluation, progress, trust)
             folder.publish()
         except BaseException as error:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -70,8 +74,8 @@ def pack(
     return result
 
 
-def _open_native(run: Path) -> NativeSource:
-    source = open_source(str(run))
+def _open_native(run: Path, trust: Trust) -> NativeSource:
+    source = open_source(str(run), trust)
     if isinstance(source, NativeSource):
         return source
     if (run / MANIFEST).exists() and (target := Manifest.read(run).packed_as):
@@ -89,11 +93,12 @@ def _write(
     shard_size: int,
     evaluation: Mapping[str, Any] | None,
     progress: Progress,
+    trust: Trust,
 ) -> PackResult:
     """Fill `folder`, which will be published as `out`; the manifest is the last file."""
     target.write(source, folder, shard_size, progress)
     shutil.copyfile(source.path / RECIPE, folder / RECIPE)
-    written = target.open(folder)
+    written = target.open(folder, trust)
     difference = compare(source, written, target, progress)
     result = PackResult(
         out=out,

@@ -12,6 +12,7 @@ from qcli.utils import registry, shards
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.progress import Progress
 from qcli.utils.safetensors import read_header
+from qcli.utils.trust import Trust
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +85,9 @@ class ExportTarget:
         """Write weights, config and tokenizer, in weight files of at most `shard_size` bytes of tensors."""
         raise NotImplementedError
 
-    def open(self, folder: Path) -> ModelSource:
+    def open(self, folder: Path, trust: Trust) -> ModelSource:
         """Read back what was written."""
-        return open_packed(folder)
+        return open_packed(folder, trust)
 
     def notes(self, source: NativeSource) -> dict[str, str]:
         """Remarks on the result, by label, for the terminal, the manifest and the model card."""
@@ -163,4 +164,4 @@ def write_layers(
 
 def dense_config(source: NativeSource) -> dict[str, Any]:
     """The source's `config.json` without its `quantization_config`."""
-    return {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return {key: value for key, value in source.config_to_write().items() if key != "quantization_config"}

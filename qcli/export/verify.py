@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qcli.models.manifest import MANIFEST, Manifest
@@ -48,13 +48,16 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     listed = manifest.files
     for number, (name, entry) in enumerate(listed.items()):
         progress("hash", number, len(listed), name)
-        file = folder / Path(name).name
+        file = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise VerificationError(f"{folder / MANIFEST} lists {name}, which is no file of the folder")
         if not file.is_file():
             raise VerificationError(f"{file} is listed in the manifest but missing", hint="copy the checkpoint again")
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise VerificationError(f"{file} has changed: its size or hash differs from the manifest")
     progress("hash", len(listed), len(listed))
-    unlisted = sorted(file.name for file in folder.iterdir() if file.name not in listed and file.name != MANIFEST)
+    present = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    unlisted = sorted(name for name in present if name not in listed and name != MANIFEST)
     weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights but is not listed in the manifest")

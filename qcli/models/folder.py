@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.models import families
+from qcli.models.companions import code_files, companions
+from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, first_line
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import QcliError, UsageError
 from qcli.utils.files import parse_json, read_regular
 from qcli.utils.safetensors import Extent, read_header, read_tensors
 
@@ -22,18 +23,6 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _UNNAMED = "unnamed method"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template.*",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 # Buffers that older checkpoints store and current models compute.
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
@@ -49,32 +38,26 @@ class FolderSource(ModelSource):
         return {name: extent.stored for name, extent in self.extents.items()}
 
     def hf_config(self) -> PreTrainedConfig:
-        from transformers import AutoConfig
-
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except Exception as error:  # of whatever type the config's class raises for a bad value
-            raise UsageError(f"{self.path / 'config.json'}: {first_line(error)}") from error
-        return config
+        return read_hf_config(self.path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            tokenizer: PreTrainedTokenizerBase = pretrained(
+                AutoTokenizer, self.path, trust_remote_code=self.trust_remote_code
             )
+        except QcliError:
+            raise
         except Exception as error:  # as above
             raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
-    def copy_companions(self, out: Path) -> None:
-        for pattern in _COMPANIONS:
-            for file in self.path.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, out / file.name)
+    def companions(self) -> Mapping[str, Path | bytes]:
+        return companions(self.path, trusted=self.trust_remote_code)
+
+    def code_files(self) -> Mapping[str, Path]:
+        return code_files(self.path) if self.trust_remote_code else {}
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         for name in names:
@@ -108,6 +91,23 @@ def read_config(path: Path) -> dict[str, Any]:
         UsageError: it is missing or not a JSON object.
     """
     return _read_json(path / "config.json")
+
+
+def read_hf_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """`config.json` of a model folder as transformers reads it.
+
+    Raises:
+        UsageError: transformers refuses it, or it needs code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
+    except QcliError:
+        raise
+    except Exception as error:  # transformers reports a bad value by whatever exception its class raises
+        raise UsageError(f"{path / 'config.json'}: {first_line(error)}") from error
+    return config
 
 
 def quant_method(config: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
@@ -18,9 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qcli.models.companions import code_files, companions
+from qcli.models.folder import read_hf_config
+from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, first_line
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.errors import QcliError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +60,7 @@ class GGUFSource(ModelSource):
     dense_dtype = "BF16"
 
     def __init__(self, path: Path, *, beside: Path | None = None, trust_remote_code: bool = False) -> None:
-        self._beside = beside
+        self._beside, self.trust_remote_code = beside, trust_remote_code
         try:
             import gguf  # noqa: F401
         except ImportError:
@@ -99,19 +102,31 @@ class GGUFSource(ModelSource):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        if self._beside is not None:
-            beside: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._beside, local_files_only=True)
-            return beside
+        trust = self.trust_remote_code
         try:
+            if self._beside is not None:
+                beside: PreTrainedTokenizerBase = pretrained(AutoTokenizer, self._beside, trust_remote_code=trust)
+                return beside
             with _shared_reader(_parse(self.path)):
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    self.path.parent, gguf_file=self.path.name
+                tokenizer: PreTrainedTokenizerBase = pretrained(
+                    AutoTokenizer, self.path.parent, trust_remote_code=trust, gguf_file=self.path.name
                 )
+        except QcliError:
+            raise
         except Exception as error:  # of whatever type a missing or odd field leads to
             raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
+    def companions(self) -> Mapping[str, Path | bytes]:
+        return {} if self._beside is None else companions(self._beside, trusted=self.trust_remote_code)
+
+    def code_files(self) -> Mapping[str, Path]:
+        return code_files(self._beside) if self.trust_remote_code and self._beside is not None else {}
+
     def copy_companions(self, out: Path) -> None:
+        if self._beside is not None:
+            super().copy_companions(out)
+            return
         from transformers import GenerationConfig
 
         self.tokenizer().save_pretrained(out)
@@ -146,10 +161,13 @@ class GGUFSource(ModelSource):
     def _converted_config(self, path: Path) -> PreTrainedConfig:
         from transformers import AutoConfig
 
+        trust = self.trust_remote_code
         if self._beside is not None:
-            return _config_of(self._beside)
+            return read_hf_config(self._beside, trust_remote_code=trust)
         try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config: PreTrainedConfig = pretrained(AutoConfig, path.parent, trust_remote_code=trust, gguf_file=path.name)
+        except QcliError:
+            raise
         except Exception as error:  # ValueError for an unknown architecture, anything for a missing field
             raise UnsupportedError(
                 f"{path}: transformers cannot read this {self._architecture} file: {first_line(error)}",
@@ -170,7 +188,7 @@ class GGUFSource(ModelSource):
 
         from qcli.models.stream import skeleton
 
-        model = skeleton(self._config)
+        model = skeleton(self._config, trust_remote_code=self.trust_remote_code)
         self.config["architectures"] = [type(model).__name__]
         self.config["dtype"] = "bfloat16"
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -215,13 +233,6 @@ def _shared_reader(reader: Any) -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader = original
-
-
-def _config_of(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return config
 
 
 def _raw(config: PreTrainedConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
-from qcli.utils.files import read_regular, sha256, sync_file, write_json
+from qcli.utils.files import read_regular, sha256, sync_file, sync_folder, write_json
 
 FORMAT_VERSION = 1
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
@@ -212,9 +212,11 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Hash all files of a finished folder and write the manifest, which must be its last file."""
-        for file in folder.iterdir():
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+        for file in files:
             sync_file(file)
-        files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
-        entries = {file.name: FileEntry(file.stat().st_size, sha256(file)) for file in files}
+        for inner in {file.parent for file in files} - {folder}:
+            sync_folder(inner)
+        entries = {file.relative_to(folder).as_posix(): FileEntry(file.stat().st_size, sha256(file)) for file in files}
         complete = self.model_copy(update={"format_version": FORMAT_VERSION, "files": entries})
         write_json(folder / MANIFEST, complete.model_dump(exclude_unset=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qcli.models.companions import CHAT_TEMPLATES
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.manifest import MANIFEST, Manifest
@@ -13,6 +14,7 @@ from qcli.models.source import ModelSource, first_line
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.files import require_regular
+from qcli.utils.trust import NOTHING, Trust
 
 __all__ = ["PACKED_GGUF", "ModelSource", "open_packed", "open_source"]
 
@@ -20,15 +22,19 @@ PACKED_GGUF = "model.gguf"  # in a folder of `qcli pack`
 
 _LAYOUTS = "qcli.models.layouts"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = [
+    *("*.safetensors", "*.json", "*.model*", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
+    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*"),
+]
+_HUB_CODE = ["*.py"]
 
 
-def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
+def open_source(model: str, trust: Trust = NOTHING) -> ModelSource:
     """Open a model and check its files. No weight is read; for folders torch is not imported.
 
     Args:
         model: a folder, a `.gguf` file, or a hub id (from the hub's cache, or downloaded).
-        trust_remote_code: whether transformers may run the model's own Python files.
+        trust: whether transformers may run the model's own Python files.
 
     Raises:
         UsageError: no such model, or its files are missing, truncated, malformed or unsafe.
@@ -38,20 +44,20 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"{model} is neither a folder nor a .gguf file", hint="give the model's folder")
-        return GGUFSource(path, trust_remote_code=trust_remote_code)
+        return GGUFSource(path, trust_remote_code=trust.remote_code)
     if not path.is_dir():
-        path = _download(model)
+        path = _download(model, trust)
     for file in path.iterdir():  # transformers would wait for a FIFO forever
         require_regular(file)
     # Someone may have put a converted file beside another checkpoint; the manifest says which of them was packed.
     if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
-        return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust_remote_code)
+        return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust.remote_code)
     config = read_config(path)
     source = _source_class(path, quant_method(config), packed=(path / MANIFEST).exists())
-    return source(path, config, trust_remote_code=trust_remote_code)
+    return source(path, config, trust_remote_code=trust.remote_code)
 
 
-def open_packed(folder: Path) -> ModelSource:
+def open_packed(folder: Path, trust: Trust = NOTHING) -> ModelSource:
     """Open a folder that `qcli pack` has written, which has no manifest yet.
 
     Raises:
@@ -59,7 +65,7 @@ def open_packed(folder: Path) -> ModelSource:
         VerificationError: config and tensors disagree.
     """
     config = read_config(folder)
-    return _source_class(folder, quant_method(config), packed=True)(folder, config)
+    return _source_class(folder, quant_method(config), packed=True)(folder, config, trust_remote_code=trust.remote_code)
 
 
 def _source_class(path: Path, method: str | None, *, packed: bool) -> type[FolderSource]:
@@ -74,14 +80,18 @@ def _source_class(path: Path, method: str | None, *, packed: bool) -> type[Folde
     raise UnsupportedError(f"{path} is already quantized ({method})", hint="use the unquantized model")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, trust: Trust) -> Path:
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise UsageError(f"{model} does not exist", hint="give a folder, a .gguf file, or a hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        patterns = [*_HUB_FILES, *(_HUB_CODE if trust.remote_code else ())]
+        folder = Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        further = [f"{CHAT_TEMPLATES}/*.jinja", *(["custom_generate/*"] if trust.remote_code else ())]
+        snapshot_download(model, revision=folder.name, allow_patterns=further)
+        return folder
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached and its cache does not have it"
     except RepositoryNotFoundError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.core.weight import Format
 from qcli.models import families
+from qcli.models.companions import tokenizer_files, without_code, write_companions
 from qcli.utils.dtypes import WEIGHT_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.files import sha256
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from qcli.core.activations import Activations
-
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
 
 
 class ModelSource:
@@ -109,9 +108,29 @@ class ModelSource:
         """The model's tokenizer."""
         raise NotImplementedError
 
-    def copy_companions(self, out: Path) -> None:
-        """Copy tokenizer, chat template and generation config: everything except config and weights."""
+    def companions(self) -> Mapping[str, Path | bytes]:
+        """Tokenizer, chat templates, generation config, licence and the like, by name: files to copy, or contents.
+
+        Raises:
+            UsageError: one of them is not safe to copy, or damaged.
+        """
         raise NotImplementedError
+
+    def copy_companions(self, out: Path) -> None:
+        """Write the companions into a checkpoint's folder.
+
+        Raises:
+            UsageError: as `companions`.
+        """
+        write_companions(self.companions(), out)
+
+    def config_to_write(self) -> dict[str, Any]:
+        """`config.json` for a checkpoint made of this model; it names code of the model only if that is copied."""
+        return without_code(self.config, trusted=self.trust_remote_code)
+
+    def code_files(self) -> Mapping[str, Path]:
+        """The model's own Python files that may run, by name; none unless they are trusted."""
+        return {}
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, in order."""
@@ -150,19 +169,23 @@ class ModelSource:
     def state(self) -> dict[str, Any]:
         """Plain data that changes when the model does: its fingerprint, and the time of its newest file."""
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
-        return {"headers": self.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
+        state = {"headers": self.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
+        return state | ({"code": self._code_hashes()} if self.code_files() else {})
 
     def content(self) -> str:
-        """SHA-256 of config and weight files."""
-        hashes = [sha256(file) for file in self.weight_files()]
+        """SHA-256 of config, weight files, and code that may run."""
+        hashes = [*(sha256(file) for file in self.weight_files()), *self._code_hashes().values()]
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
 
     def tokenizer_content(self) -> str:
-        """SHA-256 of the tokenizer's files."""
+        """SHA-256 of the tokenizer's files, and of code that may run."""
         if self.path.is_file():
             return self.content()
-        files = sorted(file for file in self.path.iterdir() if file.name.startswith(_TOKENIZER_FILES))
-        return hashlib.sha256(json.dumps([sha256(file) for file in files]).encode()).hexdigest()
+        hashes = {name: sha256(file) for name, file in tokenizer_files(self.path).items()} | self._code_hashes()
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+    def _code_hashes(self) -> dict[str, str]:
+        return {name: sha256(file) for name, file in self.code_files().items()}
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError

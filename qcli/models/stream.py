@@ -19,6 +19,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UnsupportedError, UsageError
 
@@ -39,11 +40,10 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def skeleton(config: PreTrainedConfig, **options: Any) -> Any:
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
     """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
-    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        return auto.from_config(config, **options)
+        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
 
 
 class ModelStream:

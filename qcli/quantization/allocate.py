@@ -38,6 +38,7 @@ from qcli.utils.files import write_bytes
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.trust import Trust
 
 _SENSITIVITY_TOKENS = 8192  # calibration tokens that sensitivity is measured on, at most
 _HELD_OUT = "held-out"
@@ -52,10 +53,10 @@ class _Trial:
     bits_per_weight: float
 
 
-def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) -> Result:
+def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust) -> Result:
     """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
-    source = open_source(recipe.model)
+    source = open_source(recipe.model, trust)
     space = search_space(recipe, source.linears())
     held_out = _held_out_samples(recipe)
     calibration = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - held_out})
@@ -72,8 +73,8 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         for name, trial in trials.items():
             if not (folder / name).exists():
                 step = trial.recipe.model_copy(update={"resume": "auto"})
-                quantize_as_written(step, folder / name, progress, cache)
-        measured = _measure(trials, folder, recipe, tokens[-held_out:], progress)
+                quantize_as_written(step, folder / name, progress, cache, trust)
+        measured = _measure(trials, folder, recipe, tokens[-held_out:], progress, trust)
         shipped = min(trials, key=lambda name: (measured[name] is None, measured[name]))
         report = AllocationReport(
             target_bpw=recipe.allocation.target_bpw if recipe.allocation else None,
@@ -92,7 +93,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) 
         manifest = _publish(run, folder / shipped, final, out, report, time.monotonic() - started)
     return Result(
         out=Path(out),
-        plan=make_plan(final),
+        plan=make_plan(final, trust),
         layers=manifest.layers,
         training={what: asdict(outcome) for what, outcome in manifest.training.items()},
         tokens_sha256=manifest.calibration_tokens_sha256,
@@ -158,7 +159,7 @@ def _trials(space: SearchSpace, losses: Losses, calibration: Calibration) -> dic
 
 
 def _measure(
-    trials: Mapping[str, _Trial], folder: Path, recipe: Recipe, held_out: Tensor, progress: Progress
+    trials: Mapping[str, _Trial], folder: Path, recipe: Recipe, held_out: Tensor, progress: Progress, trust: Trust
 ) -> dict[str, float | None]:
     """KL divergence of every trial from the recipe's model on held-out samples; None: not finite.
 
@@ -168,7 +169,7 @@ def _measure(
     """
     (folder / _HELD_OUT).mkdir(parents=True, exist_ok=True)
     shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": held_out.clone()})
-    options = EvalOptions([str(folder / _HELD_OUT)], window=held_out.shape[1], device=recipe.device)
+    options = EvalOptions([str(folder / _HELD_OUT)], window=held_out.shape[1], device=recipe.device, trust=trust)
     checkpoints = [str(folder / name) for name in trials]
     scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
     return {name: score.kl for name, score in zip(trials, scores, strict=True)}

@@ -29,6 +29,7 @@ from qcli.utils.errors import StateError
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
     from qcli.recipe.recipe import Recipe
@@ -71,7 +72,9 @@ class Calibration:
         return {**self.settings, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
 
 
-def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False) -> Calibration:
+def calibrate(
+    recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False, trust: Trust = NOTHING
+) -> Calibration:
     """Run calibration text through a model, block by block, and write the statistics of its layers' inputs.
 
     Args:
@@ -87,7 +90,7 @@ def calibrate(recipe: Recipe, out: Path, progress: Progress = silent, *, hessian
     if out.exists():
         raise StateError(f"{out} exists", hint="choose another --out, or remove it")
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
-    source = open_source(recipe.model)
+    source = open_source(recipe.model, trust)
     linears = source.linears()
     text = recipe.calibration
     request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)

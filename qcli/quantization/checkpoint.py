@@ -28,7 +28,7 @@ def publish_checkpoint(
     folder = run.result()
     progress("write", 0, 1)
     shards.join([read_header(run.file(name)) for name in parts.names()], folder, shards.SHARD_SIZE)
-    config = dict(plan.source.config)
+    config = plan.source.config_to_write()
     config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)

@@ -26,12 +26,15 @@ from qcli.utils.files import require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.trust import NOTHING, Trust
 
 
-def quantize_as_written(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache) -> Result:
+def quantize_as_written(
+    recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust = NOTHING
+) -> Result:
     """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, trust)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = run_identity(recipe, plan.source, device, reads_text=plan.calibrated)

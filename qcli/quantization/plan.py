@@ -20,6 +20,7 @@ from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,7 @@ _RUNTIME = 450 * 10**6  # torch and transformers themselves
 _TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments, the best; values and their gradient
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     """Check a recipe against its model and plan the quantization; only headers are read.
 
     With `bits: auto` the plan is that of the largest uniform width within the target.
@@ -181,9 +182,10 @@ def make_plan(recipe: Recipe) -> Plan:
             listed), or there is no such calibration text.
         UnsupportedError: the model is already quantized by qcli.
     """
-    source = open_source(recipe.model)
+    source = open_source(recipe.model, trust)
     if isinstance(source, QuantizedSource):
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
+    source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)

@@ -9,9 +9,17 @@ from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.progress import Progress, silent
+from qcli.utils.trust import NOTHING, Trust
 
 
-def quantize(recipe: Recipe, out: str | Path, progress: Progress = silent, cache: Cache | None = None) -> Result:
+def quantize(
+    recipe: Recipe,
+    out: str | Path,
+    progress: Progress = silent,
+    cache: Cache | None = None,
+    *,
+    trust: Trust = NOTHING,
+) -> Result:
     """Quantize a model as the recipe says; the folder `out` appears complete or not at all.
 
     Interrupted, it leaves `OUT.partial`; the same call continues there and gives the same bytes.
@@ -25,7 +33,7 @@ def quantize(recipe: Recipe, out: str | Path, progress: Progress = silent, cache
         ResourceError: no space.
     """
     if recipe.allocation is None:
-        return quantize_as_written(recipe, out, progress, cache or Cache(None))
+        return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
     from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
 
-    return allocate(recipe, out, progress, cache or Cache(None))
+    return allocate(recipe, out, progress, cache or Cache(None), trust)

@@ -12,12 +12,14 @@ from qcli.data.datasets import require_text
 from qcli.recipe.recipe import Recipe
 from qcli.study.grid import Run
 from qcli.utils.files import content_hash
+from qcli.utils.trust import NOTHING, Trust
 
 
-def address_by_content(runs: Iterable[Run]) -> list[Run]:
+def address_by_content(runs: Iterable[Run], trust: Trust = NOTHING) -> list[Run]:
     """The runs with addresses that also depend on the content of every file and folder that their recipes name.
 
-    Names that are not paths (hub ids, data sets) count by name alone.
+    Names that are not paths (hub ids, data sets) count by name alone. Where a model's own code is trusted, addresses are
+    others: it may compute something else.
     """
     hashes: dict[str, str | None] = {}
 
@@ -29,7 +31,7 @@ def address_by_content(runs: Iterable[Run]) -> list[Run]:
     addressed = []
     for run in runs:
         inputs = {name: content(name) for name in sorted(set(_names(run.recipe)))}
-        key = json.dumps([run.address, inputs])
+        key = json.dumps([run.address, inputs, *(["remote code"] if trust.remote_code else [])])
         addressed.append(replace(run, address=hashlib.sha256(key.encode()).hexdigest()[:16]))
     return addressed
 

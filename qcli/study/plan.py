@@ -11,6 +11,7 @@ from qcli.study.content import address_by_content, require_texts
 from qcli.study.grid import Study
 from qcli.study.rows import read_rows
 from qcli.study.study import require_tasks
+from qcli.utils.trust import NOTHING, Trust
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class StudyPlan:
         return asdict(self)
 
 
-def plan_study(study: Study, out: Path | None, *, retry: bool) -> StudyPlan:
+def plan_study(study: Study, out: Path | None, *, retry: bool, trust: Trust = NOTHING) -> StudyPlan:
     """Check and plan all runs.
 
     Args:
         out: folder of the rows, which need not exist; None: no run has a row.
         retry: failed runs are missing too.
+        trust: code of models and tasks that may run.
 
     Raises:
         UsageError: a text or a task that a recipe names does not exist, or a recipe does not fit its model.
@@ -58,10 +60,10 @@ def plan_study(study: Study, out: Path | None, *, retry: bool) -> StudyPlan:
     rows = read_rows(out) if out is not None and out.exists() and any(out.iterdir()) else []
     statuses = {row["address"]: row["status"] for row in rows if row["status"] == "done" or not retry}
     if any(run.recipe.eval and run.recipe.eval.tasks for run in study.runs):  # the check loads torch
-        require_tasks(study.runs)
+        require_tasks(study.runs, trust)
     runs = []
-    for run in address_by_content(study.runs) if statuses else study.runs:
-        plan = make_plan(run.recipe)
+    for run in address_by_content(study.runs, trust) if statuses else study.runs:
+        plan = make_plan(run.recipe, trust)
         status = statuses.get(run.address)
         runs.append(PlannedRun(run.point, plan.bits_per_weight, plan.bytes, plan.peak_memory, status))
     return StudyPlan(study.file, study.axes, runs)

@@ -13,9 +13,10 @@ from pathlib import Path
 from qcli.study.grid import Run
 from qcli.study.rows import Row
 from qcli.study.run import TRIES, failure, make_row, row_head
+from qcli.utils.trust import NOTHING, Trust
 
 
-def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Row]:
+def rows_from_processes(runs: Sequence[Run], out: Path, workers: int, trust: Trust = NOTHING) -> Iterator[Row]:
     """Rows in order of completion. A run whose process is killed is resumed by another, up to twice, then has failed.
 
     Args:
@@ -34,7 +35,7 @@ def rows_from_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterato
             while queue and idle:
                 pool, (run, tries) = idle.pop(), queue[0]
                 try:
-                    working[pool.submit(make_row, run, out)] = run, tries, pool
+                    working[pool.submit(make_row, run, out, trust=trust)] = run, tries, pool
                 except BrokenProcessPool:  # its process was killed while idle
                     idle.append(_process(workers))
                 else:

@@ -13,9 +13,13 @@ from qcli.study.grid import Run
 from qcli.study.rows import Row
 from qcli.study.run import TRIES, failure, make_row, row_head
 from qcli.utils.errors import ResourceError, UnsupportedError
+from qcli.utils.progress import silent
+from qcli.utils.trust import NOTHING, Trust
 
 
-def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | None) -> Iterator[Row]:
+def rows_from_ray(
+    runs: Sequence[Run], out: Path, workers: int, address: str | None, trust: Trust = NOTHING
+) -> Iterator[Row]:
     """Rows in order of completion. A run whose worker dies is resumed by another, up to twice, then has failed.
 
     A run uses one GPU, if the cluster has any and its recipe does not select `cpu`, and its share of the CPUs.
@@ -37,7 +41,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
 
     _connect(address)
     try:
-        make = ray.remote(max_retries=TRIES - 1)(make_row)
+        make: Any = ray.remote(max_retries=TRIES - 1)(make_row)
         resources, cpus = ray.cluster_resources(), _cpus_per_run(ray.nodes(), workers)
         pending: dict[Any, Run] = {}
         queue = list(runs)
@@ -45,7 +49,7 @@ def rows_from_ray(runs: Sequence[Run], out: Path, workers: int, address: str | N
             while queue and len(pending) < workers:
                 run = queue.pop(0)
                 gpus = 1 if resources.get("GPU") and run.recipe.device != "cpu" else 0
-                pending[make.options(num_cpus=cpus, num_gpus=gpus).remote(run, out)] = run
+                pending[make.options(num_cpus=cpus, num_gpus=gpus).remote(run, out, silent, trust)] = run
             (finished,), _ = ray.wait(list(pending), num_returns=1)
             run = pending.pop(finished)
             try:

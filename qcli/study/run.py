@@ -13,11 +13,12 @@ from qcli.utils.errors import QcliError, StateError
 from qcli.utils.files import disk_problem
 from qcli.utils.lock import FolderLock
 from qcli.utils.progress import Progress, silent
+from qcli.utils.trust import NOTHING, Trust
 
 TRIES = 3  # of a run whose worker dies; each resumes after the last finished block
 
 
-def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
+def make_row(run: Run, out: Path, progress: Progress = silent, trust: Trust = NOTHING) -> Row:
     """Execute a run in the study's folder `out`; if it fails, the row has the error.
 
     Raises:
@@ -29,7 +30,7 @@ def make_row(run: Run, out: Path, progress: Progress = silent) -> Row:
     started = time.time()
     with _locked(out / RUNS / run.address) as lock:
         try:
-            results = _results(run, lock.folder, Cache(out / CACHE), progress)
+            results = _results(run, lock.folder, Cache(out / CACHE), progress, trust)
         except QcliError as error:
             results = failure(error.message, error.exit_code) | {"hint": error.hint}
         except Exception as error:  # no failure of a run ends the study
@@ -58,11 +59,11 @@ def _locked(folder: Path) -> FolderLock:
         raise disk_problem(folder, error) from None
 
 
-def _results(run: Run, folder: Path, cache: Cache, progress: Progress) -> Row:
+def _results(run: Run, folder: Path, cache: Cache, progress: Progress, trust: Trust) -> Row:
     from qcli.models.manifest import Manifest
     from qcli.pipeline import QUANTIZED, Pipeline
 
-    pipeline = Pipeline(run.recipe, folder, cache=cache, calibration_cache=cache, progress=progress)
+    pipeline = Pipeline(run.recipe, folder, cache=cache, calibration_cache=cache, progress=progress, trust=trust)
     pipeline.quantize()
     manifest = Manifest.read(folder / QUANTIZED)
     seconds = {"quantize": manifest.seconds}

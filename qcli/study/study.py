@@ -22,6 +22,7 @@ from qcli.study.run import make_row
 from qcli.utils.cache import Cache
 from qcli.utils.errors import QcliError
 from qcli.utils.progress import Progress, silent
+from qcli.utils.trust import NOTHING, Trust
 
 Executor = Literal["local", "ray"]
 RETRY = "--retry repeats them"
@@ -69,6 +70,7 @@ def run_study(
     address: str | None = None,
     retry: bool = False,
     progress: Progress = silent,
+    trust: Trust = NOTHING,
 ) -> StudyResult:
     """Execute the runs that have no row yet.
 
@@ -76,6 +78,7 @@ def run_study(
         workers: number of parallel runs, each in its own process; 1: one after another, in this process.
         executor: where runs execute; `address` is that of a Ray cluster, which sees `out` under the same path.
         retry: repeat failed runs.
+        trust: code of models and tasks that may run.
 
     Raises:
         UsageError: a text that a recipe names is missing, one to evaluate on is too short, or a task does not exist
@@ -88,15 +91,15 @@ def run_study(
     require_texts(study.runs)
     with study_folder(out):
         known = {row["address"]: row for row in read_rows(out)}
-        runs = address_by_content(study.runs)
+        runs = address_by_content(study.runs, trust)
         missing = [
             run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")
         ]
         finished: list[Row] = []
-        require_tasks(missing, data=executor == "local")
-        _require_evaluation_texts(missing, Cache(out / CACHE), executor)
+        require_tasks(missing, trust, data=executor == "local")
+        _require_evaluation_texts(missing, Cache(out / CACHE), executor, trust)
         progress("runs", 0, len(missing))
-        for row in _rows(missing, out, workers, executor, address, progress):
+        for row in _rows(missing, out, workers, executor, address, progress, trust):
             append(out, row)
             finished.append(row)
             point = ", ".join(f"{axis} {value}" for axis, value in row["point"].items())
@@ -117,7 +120,7 @@ def run_study(
     )
 
 
-def require_tasks(runs: Iterable[Run], *, data: bool = False) -> None:
+def require_tasks(runs: Iterable[Run], trust: Trust = NOTHING, *, data: bool = False) -> None:
     """Raise UsageError unless all tasks that the recipes name exist and, with `data`, their data can be loaded."""
     from qcli.evaluation.from_recipe import recipe_tasks  # torch
 
@@ -126,12 +129,12 @@ def require_tasks(runs: Iterable[Run], *, data: bool = False) -> None:
         if (section := run.recipe.eval) is not None:
             distinct[str((section.tasks, section.include_path, section.gates))] = run.recipe
     for recipe in distinct.values():
-        tasks = recipe_tasks(recipe)
+        tasks = recipe_tasks(recipe, trust)
         if data and tasks is not None:
             tasks.require_data()
 
 
-def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor) -> None:
+def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor, trust: Trust) -> None:
     """Tokenize every evaluation text once per model and length, so that one that is too short fails before any run."""
     from qcli.evaluation.from_recipe import require_evaluation_texts
     from qcli.models.open import open_source
@@ -143,7 +146,7 @@ def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Execu
         distinct[str((run.recipe.model, run.recipe.device, windows))] = run.recipe
     for recipe in distinct.values():
         local = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # GPUs are on the nodes
-        require_evaluation_texts(local, open_source(recipe.model), cache=cache)
+        require_evaluation_texts(local, open_source(recipe.model, trust), cache=cache, trust=trust)
 
 
 def _status(row: Row) -> str:
@@ -155,16 +158,22 @@ def _first_line(row: Row) -> str:
 
 
 def _rows(
-    runs: Sequence[Run], out: Path, workers: int, executor: Executor, address: str | None, progress: Progress
+    runs: Sequence[Run],
+    out: Path,
+    workers: int,
+    executor: Executor,
+    address: str | None,
+    progress: Progress,
+    trust: Trust,
 ) -> Iterator[Row]:
     if executor == "ray":
         from qcli.study.ray import rows_from_ray
 
-        yield from rows_from_ray(runs, out, workers, address)
+        yield from rows_from_ray(runs, out, workers, address, trust)
     elif workers == 1:
         for run in runs:
-            yield make_row(run, out, progress)
+            yield make_row(run, out, progress, trust)
     else:
         from qcli.study.processes import rows_from_processes
 
-        yield from rows_from_processes(runs, out, workers)
+        yield from rows_from_processes(runs, out, workers, trust)

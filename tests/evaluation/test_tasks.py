@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from qcli.evaluation.evaluate import compare
 from qcli.evaluation.options import EvalOptions
-from qcli.evaluation.task_results import task_results
+from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.tasks import Tasks
+from qcli.models.open import open_source
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import silent
 from tests.quantizing import run
@@ -69,6 +70,10 @@ def accuracy(model: Path, questions: int) -> float:
             scores.append(sum(float(log[i - 1, whole[i]]) for i in range(len(before), len(whole))))
         right += scores.index(max(scores)) == entry["label"]
     return right / questions
+
+
+def measure(tasks: Tasks, model: Path) -> dict[str, TaskResult]:
+    return tasks.run(str(model), open_source(str(model)), torch.device("cpu"), torch.float32, silent)
 
 
 def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> None:
@@ -162,7 +167,7 @@ def test_a_change_in_any_file_of_a_member_is_another_definition(group: Path, tmp
 def test_a_group_has_the_score_of_its_members(group: Path, tmp_path: Path) -> None:
     tasks = Tasks(["our_group"], str(group), limit=4)
     tasks.require_scores(["our_group"])
-    results = tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+    results = measure(tasks, tiny_model("llama", tmp_path))
     assert set(results) == {"our_times", "our_more", "our_group"}
     assert (results["our_group"].samples, results["our_group"].metric) == (8, "acc")
     assert results["our_group"].score == pytest.approx((results["our_times"].score + results["our_more"].score) / 2)
@@ -175,7 +180,7 @@ def test_an_error_in_a_template_names_the_task(folder: Path, tmp_path: Path) -> 
     file.write_text(file.read_text().replace("{{question}}", "{{questoin}}"))
     tasks = Tasks(["our_times"], str(folder))
     with pytest.raises(UsageError, match="a template of task our_times does not fit its data: 'questoin' is undefined"):
-        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+        measure(tasks, tiny_model("llama", tmp_path))
 
 
 def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_path: Path) -> None:
@@ -186,7 +191,7 @@ def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_
     with pytest.raises(
         UsageError, match=r"the code of task our_times fails: KeyError: 'questoin' \(.*helpers.py, line 2"
     ):
-        tasks.run(str(tiny_model("llama", tmp_path)), torch.device("cpu"), torch.float32, silent)
+        measure(tasks, tiny_model("llama", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.files import disk_problem, write_json
 from qcli.utils.progress import Progress
+from qcli.utils.trust import Trust
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +90,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
 
-    def open(self, folder: Path) -> ModelSource:
-        return GGUFSource(folder / PACKED_GGUF, beside=folder)
+    def open(self, folder: Path, trust: Trust) -> ModelSource:
+        return GGUFSource(folder / PACKED_GGUF, beside=folder, trust_remote_code=trust.remote_code)
 
     def tolerance(self, name: str, tensor: Tensor) -> float:
         layer = name.removesuffix(".weight")
