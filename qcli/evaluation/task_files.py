@@ -73,8 +73,13 @@ def _named_by(entry: Entry) -> Iterable[str]:
 
 def _siblings(entry: Entry) -> Iterator[Path]:
     """All files in the folder of a user's task, since its code may read any of them."""
-    if entry.yaml_path is not None and not _is_builtin(Path(entry.yaml_path)):
+    if entry.yaml_path is not None and is_own(entry):
         yield from (file for file in Path(entry.yaml_path).parent.iterdir() if file.is_file())
+
+
+def is_own(entry: Entry) -> bool:
+    """Whether a user's file defines the entry."""
+    return entry.yaml_path is not None and not is_builtin(Path(entry.yaml_path))
 
 
 def code_files(config: Mapping[str, Any] | None) -> Iterator[Path]:
@@ -84,7 +89,7 @@ def code_files(config: Mapping[str, Any] | None) -> Iterator[Path]:
         if not os.path.isabs(text) or "\n" in text or not function.isidentifier():
             continue
         file = Path(text).parent / f"{module.replace('.', '/')}.py"
-        if file.is_file() and not _is_builtin(file):
+        if file.is_file() and not is_builtin(file):
             yield from file.parent.glob("*.py")
 
 
@@ -123,7 +128,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _is_builtin(path: Path) -> bool:
+def is_builtin(path: Path) -> bool:
     """Whether a file is part of lm-eval, whose version identifies its content."""
     import lm_eval.tasks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from qcli.evaluation.task_files import code_files, definition, members, task_manager
+from qcli.evaluation.task_files import code_files, definition, is_own, members, task_manager
 from qcli.evaluation.task_results import TaskResult, task_results
+from qcli.evaluation.task_sandbox import TRUST, sandboxed
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress
 
 _ADAPTER = "adapter_config.json"
+_UNSAFE = "which is marked as unsafe"  # in the error of lm-eval
 
 
 class Tasks:
@@ -84,7 +86,7 @@ class Tasks:
         for name in self.names:
             with self._errors(name):
                 try:
-                    self._manager.load([name])
+                    self._require_harmless(name)
                 except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
                     if self._own_line(name, error):
                         raise
@@ -119,7 +121,7 @@ class Tasks:
         wrapped = HFLM(pretrained=_load(source, device, dtype), tokenizer=source.tokenizer(), batch_size=8)
         results: dict[str, TaskResult] = {}
         for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
-            with self._errors(task):
+            with self._errors(task), self._restrictions(task):
                 output = simple_evaluate(
                     wrapped,
                     tasks=[task],
@@ -134,19 +136,43 @@ class Tasks:
             progress(stage, done, len(tasks))
         return results
 
+    def _restrictions(self, name: str) -> AbstractContextManager[None]:
+        """What holds while a task is read and run: nothing where all of it is lm-eval's own, or trusted."""
+        own = any(is_own(entry) for entry in members(self._manager.task_index, [name]).values())
+        return sandboxed() if own and not self.trusted else nullcontext()
+
+    def _require_harmless(self, name: str) -> None:
+        """Load a task with its data, and refuse one that runs what the model writes.
+
+        Raises:
+            UsageError: it does.
+        """
+        with self._restrictions(name):
+            loaded = self._manager.load([name])["tasks"]
+        for task, loaded_task in loaded.items():
+            if getattr(loaded_task, "UNSAFE_CODE", False):
+                raise _unsafe(task)
+
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         """Turn errors of a task's data, templates and code into UsageError; others pass."""
         from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
         from jinja2 import TemplateError
+        from jinja2.exceptions import SecurityError
 
         try:
             yield
         except (ConnectionError, FileNotFoundError, DatasetsError) as error:
             raise UsageError(f"the data of task {name} cannot be loaded: {error}") from None
+        except SecurityError as error:
+            raise UsageError(
+                f"a template of task {name} does what only trusted ones may: {error}", hint=TRUST
+            ) from None
         except TemplateError as error:
             raise UsageError(f"a template of task {name} does not fit its data: {error}") from None
         except Exception as error:
+            if _UNSAFE in str(error):
+                raise _unsafe(name) from None
             if not (place := self._own_line(name, error)):
                 raise
             raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
@@ -157,6 +183,13 @@ class Tasks:
         files = {str(file) for entry in entries for file in code_files(entry.cfg)}
         own = [frame for frame in extract_tb(error.__traceback__) if frame.filename in files]
         return f"{own[-1].filename}, line {own[-1].lineno}" if own else None
+
+
+def _unsafe(task: str) -> UsageError:
+    return UsageError(
+        f"task {task} runs code that the model writes, which qcli does not",
+        hint="evaluate it with lm_eval, on a machine that may be lost",
+    )
 
 
 def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:

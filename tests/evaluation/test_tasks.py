@@ -165,7 +165,7 @@ def test_a_change_in_any_file_of_a_member_is_another_definition(group: Path, tmp
 
 
 def test_a_group_has_the_score_of_its_members(group: Path, tmp_path: Path) -> None:
-    tasks = Tasks(["our_group"], str(group), limit=4)
+    tasks = Tasks(["our_group"], str(group), limit=4, trusted=True)
     tasks.require_scores(["our_group"])
     results = measure(tasks, tiny_model("llama", tmp_path))
     assert set(results) == {"our_times", "our_more", "our_group"}
@@ -187,7 +187,7 @@ def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_
     (folder / "helpers.py").write_text("def shown(doc):\n    return doc['questoin']\n")
     file = folder / "times.yaml"
     file.write_text(file.read_text().replace('"{{question}}"', "!function helpers.shown"))
-    tasks = Tasks(["our_times"], str(folder))
+    tasks = Tasks(["our_times"], str(folder), trusted=True)
     with pytest.raises(
         UsageError, match=r"the code of task our_times fails: KeyError: 'questoin' \(.*helpers.py, line 2"
     ):
@@ -206,7 +206,7 @@ def test_tasks_that_cannot_be_loaded_are_named(folder: Path, old: str, new: str,
     file = folder / "times.yaml"
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UsageError, match=f"task our_times cannot be loaded: {problem}"):
-        Tasks(["our_times"], str(folder)).require_data()
+        Tasks(["our_times"], str(folder), trusted=True).require_data()
 
 
 def test_missing_data_is_reported_before_a_model_is_loaded(folder: Path) -> None:
