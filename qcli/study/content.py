@@ -18,8 +18,8 @@ from qcli.utils.trust import NOTHING, Trust
 def address_by_content(runs: Iterable[Run], trust: Trust = NOTHING) -> list[Run]:
     """The runs with addresses that also depend on the content of every file and folder that their recipes name.
 
-    Names that are not paths (hub ids, data sets) count by name alone. Where a model's own code is trusted, addresses are
-    others: it may compute something else.
+    Names that are not paths (hub ids, data sets) count by name alone. Runs that trust a model's own code have addresses
+    of their own.
     """
     hashes: dict[str, str | None] = {}
 

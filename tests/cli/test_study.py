@@ -22,6 +22,7 @@ from qcli.study.rows import VERSION, read_rows
 from qcli.study.run import row_head
 from qcli.utils.errors import StateError
 from qcli.utils.lock import FolderLock
+from qcli.utils.trust import Trust
 from tests.cli.conftest import Invoke
 
 TOKENS, WINDOWS = "qcli.data.tokens._draw", "qcli.data.tokens._consecutive"
@@ -150,7 +151,7 @@ def test_calibration_tokens_and_baselines_are_made_once(
 def test_any_error_of_a_run_is_a_row(
     invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("no such thing")
 
     monkeypatch.setattr("qcli.quantization.quantize.quantize", broken)
@@ -179,7 +180,7 @@ def test_runs_whose_process_is_killed_are_retried_and_then_fail(
     assert [(tmp_path / "out" / name).read_text() for name in ("rtn", "gptq-like", "onebit")] == ["x", "xx", "xxx"]
 
 
-def _dies(run: Run, out: Path) -> dict[str, Any]:
+def _dies(run: Run, out: Path, trust: Trust) -> dict[str, Any]:
     """Whenever it is tried where the method is onebit; at the first try where it is gptq-like."""
     name = run.recipe.method.name
     with (out / name).open("a") as tries:
@@ -194,7 +195,7 @@ import time
 from pathlib import Path
 from qcli.study import processes as study_processes
 
-def make_row(run, out):
+def make_row(run, out, trust):
     print("begun", flush=True)
     time.sleep(600)
 
