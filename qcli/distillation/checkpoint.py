@@ -36,8 +36,7 @@ def publish_checkpoint(
     """
     run.commit(_WEIGHTS, trained)
     folder, header = run.result(), read_header(run.file(_WEIGHTS))
-    tensors = [{name: header.get(name, extent)} for name, extent in job.student.extents.items()]
-    shards.join(tensors, folder, shards.SHARD_SIZE)
+    shards.join(job.student.parts_to_write(header), folder, shards.SHARD_SIZE)
     write_json(folder / "config.json", job.student.config_to_write())
     job.student.copy_companions(folder)
     if result.plot is not None:

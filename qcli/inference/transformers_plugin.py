@@ -6,10 +6,12 @@ the checkpoint's config before any weight is read and raises an error for every 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -21,7 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli.inference.linear import QuantLinear
-from qcli.models.native import NativeStorage
+from qcli.models.manifest import FORMAT_VERSION
+from qcli.models.native import GUARD, NativeStorage
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_header
@@ -50,11 +53,23 @@ class QcliQuantizer(HfQuantizer):
         self.storage = NativeStorage(quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         replaced = _replace_linears(model, self.storage)
         if checkpoint_files:
-            _check_files(checkpoint_files, model, replaced)
+            _check_files(checkpoint_files, model, replaced, self.storage.guard)
+        if (guard := self.storage.guard) is not None:
+            tail = re.escape(guard.partition(".")[2])  # a model without a head has its own names
+            known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+            model._keys_to_ignore_on_load_unexpected = {*(known or ()), f"{tail}$"}
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What `save_pretrained` writes: the model's tensors, and the guard as the first quantized layer's weight."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
+            return None, {}
+        layer = next(name for name, module in model.named_modules() if isinstance(module, QuantLinear))
+        vars(self.quantization_config).update(format_version=FORMAT_VERSION, guard=f"{layer}.weight")
+        return {**model.state_dict(), f"{layer}.weight": torch.empty(GUARD.shape, dtype=GUARD.torch_dtype)}, {}
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the same tensors again."""
@@ -91,9 +106,11 @@ def _replace_linears(model: nn.Module, storage: NativeStorage) -> dict[str, Quan
     return replaced
 
 
-def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear]) -> None:
-    """Raise VerificationError unless the files hold exactly the tensors that the model needs."""
+def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear], guard: str | None) -> None:
+    """Raise VerificationError unless the files hold exactly the tensors that the model needs, and the guard."""
     tensors = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    if guard is not None and tensors.pop(guard, None) != GUARD:
+        raise VerificationError(f"the guard {guard} is missing", hint="run `qcli verify` on the folder")
     for layer, module in replaced.items():
         for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
             name = f"{layer}.{suffix}"

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from qcli.core import packing
 from qcli.core.weight import QuantizedWeight
 from qcli.inference.linear import linear
-from qcli.models.native import NativeStorage
+from qcli.models.native import GUARD, NativeStorage
 from qcli.models.quantized import LayerStorage
 from qcli.utils.errors import UnsupportedError
 
@@ -79,14 +79,19 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
         unsplittable = {stored.format.name for stored in layers if stored.format.column_step is None}
         if unsplittable:
             raise UnsupportedError(f"{prefix} is {min(unsplittable)}, which vLLM cannot load", hint="pack it as dense")
-        return QcliLinearMethod(prefix, layers)
+        guard = self.storage.guard
+        return QcliLinearMethod(prefix, layers, guarded=guard is not None and guard.removesuffix(".weight") in names)
 
 
 class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """A linear layer of vLLM, made of one or several layers of the checkpoint."""
+    """A linear layer of vLLM, made of one or several layers of the checkpoint.
 
-    def __init__(self, prefix: str, storages: Sequence[LayerStorage]) -> None:
-        self.prefix, self.storages = prefix, storages
+    Args:
+        guarded: whether the checkpoint's guard belongs to one of them; it is read and dropped.
+    """
+
+    def __init__(self, prefix: str, storages: Sequence[LayerStorage], *, guarded: bool = False) -> None:
+        self.prefix, self.storages, self.guarded = prefix, storages, guarded
 
     def create_weights(
         self,
@@ -114,6 +119,10 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
             parameter = nn.Parameter(torch.empty(0), requires_grad=False)
             parameter.weight_loader = _loader(shards, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
+        if self.guarded:
+            guard = nn.Parameter(torch.empty(GUARD.shape, dtype=GUARD.torch_dtype), requires_grad=False)
+            guard.weight_loader = lambda *_: None  # type: ignore[attr-defined]
+            layer.register_parameter("weight", guard)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse layers with tensors that were not read, about which vLLM's loader only warns."""

@@ -16,7 +16,7 @@ from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
 from qcli.utils.files import read_regular, sha256, sync_file, sync_folder, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 

@@ -1,13 +1,18 @@
 """The native layout: quantized layers are stored as the tensors of their format, under its own names.
 
 `config.json > quantization_config` has formats and shapes, the manifest how the checkpoint was made.
+
+A loader that does not know `quant_method: qcli` would ignore it, initialize all layers whose `weight` it misses, and
+only warn, as transformers does without the plug-in. So one layer has a `weight`, the guard: a tensor without elements,
+whose shape every loader refuses. Version 1 of the format had none, and is still read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,7 +21,32 @@ from qcli.core.weight import Format, from_spec
 from qcli.models.families import Linear
 from qcli.models.manifest import FORMAT_VERSION
 from qcli.models.quantized import LayerStorage, QuantizedSource
+from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
+from qcli.utils.safetensors import Extent
+
+GUARD = StoredTensor("U8", (0,))
+_VERSIONS = (1, FORMAT_VERSION)
+_Stored = TypeVar("_Stored")
+
+
+def guard_name(formats: Mapping[str, Format | None]) -> str:
+    """The name of a checkpoint's guard: the dense weight of its first quantized layer.
+
+    Args:
+        formats: by layer name, in order; None: dense. At least one layer is quantized.
+    """
+    return next(f"{layer}.weight" for layer, format in formats.items() if format is not None)
+
+
+def guard_extent(file: Path) -> Extent:
+    """The guard's place in a file: nowhere, as it has no bytes."""
+    return Extent(file, GUARD, 0, GUARD.bytes)
+
+
+def with_guard(parts: Sequence[Mapping[str, _Stored]], name: str, guard: _Stored) -> list[Mapping[str, _Stored]]:
+    """A checkpoint's tensors, in their parts, with the guard as the last of them."""
+    return [*parts[:-1], {**parts[-1], name: guard}]
 
 
 def quantization_config(
@@ -46,15 +76,49 @@ def quantization_config(
                 dense.append(match)
             else:
                 entries.append({"match": match, "shape": list(member.shape), **format.spec()})
-    config = {"quant_method": "qcli", "format_version": FORMAT_VERSION, "layers": entries, "dense": dense}
+    config = {
+        "quant_method": "qcli",
+        "format_version": FORMAT_VERSION,
+        "guard": guard_name({layer.name: formats[layer.name] for layer in layers}),
+        "layers": entries,
+        "dense": dense,
+    }
     return config if activations is None else config | {"activations": activations.model_dump()}
 
 
 class NativeSource(QuantizedSource):
     """A folder that `qcli quantize` wrote, or `qcli pack --format qcli`."""
 
+    _storage: NativeStorage
+
     def _storage_config(self, config: dict[str, Any]) -> NativeStorage:
         return NativeStorage(config)
+
+    def config_to_write(self) -> dict[str, Any]:
+        """As of the current version, whatever version the folder has."""
+        config = super().config_to_write()
+        current = {"format_version": FORMAT_VERSION, "guard": self._guard}
+        return config | {"quantization_config": config["quantization_config"] | current}
+
+    def parts_to_write(self, changed: Mapping[str, Extent] | None = None) -> list[Mapping[str, Extent]]:
+        """All stored tensors, a part each, as `shards.join` takes them; with the guard.
+
+        Args:
+            changed: tensors that replace the checkpoint's.
+        """
+        parts = [{name: (changed or {}).get(name, extent)} for name, extent in self.extents.items()]
+        return with_guard(parts, self._guard, guard_extent(self.weight_files()[0]))
+
+    @property
+    def _guard(self) -> str:
+        return guard_name({layer: storage.format for layer, storage in self.quantized.items()})
+
+    def _check(self) -> None:
+        guard = self._storage.guard
+        extent = None if guard is None else self.extents.pop(guard, None)
+        if guard is not None and (extent is None or extent.stored != GUARD):
+            raise VerificationError(f"{self.path} has no guard {guard}, its config says so", hint="copy it again")
+        super()._check()
 
 
 class NativeStorage:
@@ -62,6 +126,7 @@ class NativeStorage:
 
     Attributes:
         activations: how the inputs of quantized layers are quantized when the model runs; None: not at all.
+        guard: name of the guard; None: version 1 has none.
 
     Raises:
         VerificationError: the version is another one, or an entry is invalid.
@@ -69,17 +134,20 @@ class NativeStorage:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _VERSIONS or isinstance(version, bool):
             raise VerificationError(
-                f"checkpoint format version {version!r} is not supported, this qcli reads version {FORMAT_VERSION}",
+                f"checkpoint format version {version!r} is not supported, this qcli reads 1 to {FORMAT_VERSION}",
                 hint="use the version of qcli named in its qcli.manifest.json",
             )
-        layers, dense = config.get("layers"), config.get("dense", [])
-        unknown = sorted(config.keys() - {"quant_method", "format_version", "layers", "dense", "activations"})
+        layers, dense, guard = config.get("layers"), config.get("dense", []), config.get("guard")
+        unknown = sorted(config.keys() - {"quant_method", "format_version", "guard", "layers", "dense", "activations"})
+        if not isinstance(guard, str) and (guard is not None or version != 1):
+            raise VerificationError(f"quantization_config: guard: must be the name of a tensor, not {guard!r}")
         if not isinstance(layers, list) or not isinstance(dense, list) or unknown:
             raise VerificationError(
                 f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})"
             )
+        self.guard: str | None = guard
         self._entries: list[tuple[str, LayerStorage | None]] = [(str(pattern), None) for pattern in dense]
         self._entries += [_entry(entry) for entry in layers]
         self.activations = _activations(config["activations"]) if "activations" in config else None

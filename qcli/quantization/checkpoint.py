@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.models.manifest import RECIPE, Manifest, OriginalModel, recipe_sha256, versions
-from qcli.models.native import quantization_config
+from qcli.models.native import guard_extent, guard_name, quantization_config, with_guard
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
 from qcli.quantization.result import Result
@@ -27,7 +27,9 @@ def publish_checkpoint(
     plan, run = result.plan, parts.run
     folder = run.result()
     progress("write", 0, 1)
-    shards.join([read_header(run.file(name)) for name in parts.names()], folder, shards.SHARD_SIZE)
+    stored = [read_header(run.file(name)) for name in parts.names()]
+    guard = guard_extent(run.file(parts.names()[-1]))
+    shards.join(with_guard(stored, guard_name(plan.formats), guard), folder, shards.SHARD_SIZE)
     config = plan.source.config_to_write()
     config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)

@@ -11,6 +11,7 @@ from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.models.families import Linear
+from qcli.models.native import GUARD, guard_name, with_guard
 from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.models.source import ModelSource
@@ -70,7 +71,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Size of the safetensors files, to the byte."""
-        return shards.shard_bytes(self.parts, shards.SHARD_SIZE)
+        return shards.shard_bytes(with_guard(self.parts, guard_name(self.formats), GUARD), shards.SHARD_SIZE)
 
     @property
     def bits_per_weight(self) -> float:

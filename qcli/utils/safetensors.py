@@ -65,7 +65,7 @@ def read_header(file: Path) -> dict[str, Extent]:
     header.pop("__metadata__", None)
     extents = {name: _extent(file, name, entry, 8 + length) for name, entry in header.items()}
     expected = 8 + length
-    for extent in sorted(extents.values(), key=lambda extent: extent.start):
+    for extent in sorted(extents.values(), key=lambda extent: (extent.start, extent.bytes)):
         if extent.start != expected:
             raise _broken(file, "its tensors overlap or leave gaps")
         expected += extent.bytes

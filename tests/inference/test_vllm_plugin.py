@@ -208,6 +208,19 @@ def assert_devices_compute(checkpoint: Path) -> None:
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs, expected, strict=True)), (prefix, ranks)
 
 
+def test_the_guard_is_read_and_dropped(tmp_path: Path) -> None:
+    run(tiny_model("llama", tmp_path), tmp_path / "out", method__name="rtn")
+    source = open_source(str(tmp_path / "out"))
+    assert isinstance(source, NativeSource)
+    for prefix, parts in (("model.layers.0.self_attn.qkv_proj", ("q",)), ("model.layers.0.mlp.gate_up_proj", ())):
+        layer = LinearBase(configured(source), prefix, 0, 1)
+        guard: Any = dict(layer.named_parameters()).get("weight")
+        assert (guard is not None) == bool(parts)
+        for part in parts:
+            guard.weight_loader(guard, torch.empty(0, dtype=torch.uint8), part)
+        load(layer, source, prefix)
+
+
 def test_entry_point_registers_the_plug_in() -> None:
     project = tomllib.loads((Path(qcli.__file__).parents[1] / "pyproject.toml").read_text())["project"]
     entry_point = EntryPoint(

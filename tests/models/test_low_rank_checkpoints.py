@@ -54,8 +54,9 @@ def low_rank_checkpoint(tmp_path: Path, bits: FactorBits = 8, activations: Activ
         del tensors[f"{layer}.weight"]
         tensors |= stored_tensors(layer, weight)
     out.mkdir()
-    shards.write_tensors(out / "model.safetensors", tensors)
     config = quantization_config(source.linears(), formats, activations)
+    tensors[config["guard"]] = torch.empty(0, dtype=torch.uint8)
+    shards.write_tensors(out / "model.safetensors", tensors)
     write_json(out / "config.json", source.config | {"quantization_config": config})
     source.copy_companions(out)
     (out / RECIPE).write_bytes((bare / RECIPE).read_bytes())

@@ -66,8 +66,8 @@ def both_refuse(folder: Path, message: str) -> None:
 
 
 def test_other_versions_are_refused(checkpoint: Path) -> None:
-    edited(checkpoint, format_version=2)
-    both_refuse(checkpoint, "version 2 is not supported")
+    edited(checkpoint, format_version=3)
+    both_refuse(checkpoint, "version 3 is not supported")
 
 
 def test_unknown_formats_are_refused(checkpoint: Path) -> None:

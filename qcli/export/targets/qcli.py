@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         progress("write", 0, 1)
-        shards.join([{name: extent} for name, extent in source.extents.items()], folder, shard_size)
+        shards.join(source.parts_to_write(), folder, shard_size)
         write_json(folder / "config.json", source.config_to_write())
         source.copy_companions(folder)
         progress("write", 1, 1)
