@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qcli.utils.errors import UsageError
-from qcli.utils.files import write_bytes
+from qcli.utils.files import parse_json, write_bytes
 
 CHAT_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_FILES = (
@@ -160,9 +160,9 @@ def _homes(folder: Path) -> list[Path]:
 def _config(file: Path, *, trusted: bool) -> Path | bytes:
     """A config as it goes along: the file itself where nothing has to be left out."""
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise UsageError(f"{file} is not valid JSON", hint="download the model again") from None
+        config = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}", hint="download the model again") from None
     kept = without_code(config, trusted=trusted) if isinstance(config, dict) else config
     return file if kept == config else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -184,8 +184,8 @@ def _modules(name: str, file: Path) -> Iterator[str]:
     if name in _DATA or not name.endswith(".json"):
         return
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        config = parse_json(file.read_bytes())
+    except ValueError:
         return  # reported by what reads it
     for text in _references(config):
         if "--" in text:
