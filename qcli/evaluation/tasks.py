@@ -16,7 +16,7 @@ from qcli.evaluation.task_files import code_files, definition, is_own, members, 
 from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.task_sandbox import TRUST, sandboxed
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource
+from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress
 
@@ -118,7 +118,9 @@ class Tasks:
 
         tasks, stage = list(dict.fromkeys(self.names)), f"tasks of {name}"
         progress(stage, 0, len(tasks))
-        wrapped = HFLM(pretrained=_load(source, device, dtype), tokenizer=source.tokenizer(), batch_size=8)
+        with reported(f"{source.path}: transformers cannot load this model"):
+            loaded = _load(source, device, dtype)
+        wrapped = HFLM(pretrained=loaded, tokenizer=source.tokenizer(), batch_size=8)
         results: dict[str, TaskResult] = {}
         for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
             with self._errors(task), self._restrictions(task):

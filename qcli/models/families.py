@@ -342,6 +342,7 @@ _ROWS = (
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
+_MOST_BLOCKS = 10_000
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -377,14 +378,26 @@ def _matches(when: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return all(settings[key] == value for key, value in when.items())
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: `text_config` of a multimodal one, else all of it.
+
+    Raises:
+        UsageError: `text_config` is not a mapping.
+    """
+    text = config.get("text_config") or config
+    if not isinstance(text, Mapping):
+        raise UsageError("config.json: text_config is not a mapping", hint="download the model again")
+    return text
+
+
 def block_count(config: Mapping[str, Any]) -> int:
     """Number of blocks, from the config or the `text_config` of a multimodal model.
 
     Raises:
         UsageError: the config does not have it.
     """
-    text = config.get("text_config") or config
+    text = text_config(config)
     count = text.get("num_hidden_layers", text.get("n_layer"))
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or not 1 <= count <= _MOST_BLOCKS:
         raise UsageError("config.json does not have the number of blocks (num_hidden_layers)")
     return count

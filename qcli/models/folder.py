@@ -32,6 +32,7 @@ class FolderSource(ModelSource):
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
+        families.block_count(config)  # transformers would make lists of any length
         self.extents = _normalise(self.family, _shards(path))
 
     def tensors(self) -> dict[str, StoredTensor]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qcli.models.companions import code_files, companions
 from qcli.models.folder import read_hf_config
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource, first_line
+from qcli.models.source import ModelSource, first_line, reported
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import QcliError, UnsupportedError, UsageError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+_OTHER_FILES = "use the model's safetensors folder"
 _ROPE_FACTORS = "rope_freqs.weight"  # computed from the config
 _PROCESSORS = {"gemma": "gemma2"}  # architectures that transformers has no processor for, by one that does the same
 
@@ -171,7 +172,7 @@ class GGUFSource(ModelSource):
         except Exception as error:  # ValueError for an unknown architecture, anything for a missing field
             raise UnsupportedError(
                 f"{path}: transformers cannot read this {self._architecture} file: {first_line(error)}",
-                hint="use the model's safetensors folder",
+                hint=_OTHER_FILES,
             ) from error
         return config
 
@@ -188,7 +189,8 @@ class GGUFSource(ModelSource):
 
         from qcli.models.stream import skeleton
 
-        model = skeleton(self._config, trust_remote_code=self.trust_remote_code)
+        with reported(f"{self.path}: transformers cannot build this model", UnsupportedError, hint=_OTHER_FILES):
+            model = skeleton(self._config, trust_remote_code=self.trust_remote_code)
         self.config["architectures"] = [type(model).__name__]
         self.config["dtype"] = "bfloat16"
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -205,7 +207,7 @@ class GGUFSource(ModelSource):
         if unmapped:
             raise UnsupportedError(
                 f"{self.path}: transformers does not know the tensors {', '.join(unmapped[:3])} and would drop them",
-                hint="use the model's safetensors folder",
+                hint=_OTHER_FILES,
             )
         entries = {names[entry.name]: entry for entry in self._in_file}
         return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from qcli.core.weight import Format
 from qcli.models import families
 from qcli.models.companions import tokenizer_files, without_code, write_companions
 from qcli.utils.dtypes import WEIGHT_DTYPES, StoredTensor
-from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.errors import QcliError, UnsupportedError, UsageError
 from qcli.utils.files import sha256
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ModelSource:
     @property
     def context_length(self) -> int | None:
         """The longest sequence the model was made for, in tokens; None if its config sets no limit."""
-        text = self.config.get("text_config") or self.config  # of a multimodal model
+        text = families.text_config(self.config)
         for key in ("max_position_embeddings", "n_positions"):
             if isinstance(limit := text.get(key), int):
                 return limit
@@ -236,5 +237,26 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error, or its type if it has no message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of another library's error, or its type if it has no message; that of a failed look-up has both,
+    since its message is no more than the key."""
+    line = str(error).strip().partition("\n")[0]
+    if not line:
+        return type(error).__name__
+    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) else line
+
+
+@contextmanager
+def reported(place: str, kind: type[QcliError] = UsageError, *, hint: str | None = None) -> Iterator[None]:
+    """Within: whatever another library raises over a model's files becomes one line, `place` and the reason.
+
+    Our own errors pass unchanged, and so do those of the machine: a lack of memory, a disk that cannot be read.
+    """
+    try:
+        yield
+    except (QcliError, MemoryError):
+        raise
+    except Exception as error:  # of whatever type a bad value leads to
+        of_the_machine = isinstance(error, OSError) and error.errno is not None
+        if of_the_machine or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise
+        raise kind(f"{place}: {first_line(error)}", hint=hint) from error

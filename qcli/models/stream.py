@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource
+from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UnsupportedError, UsageError
 
 BATCH_TOKENS = 4096  # in one pass through a block
@@ -55,14 +55,17 @@ class ModelStream:
         dtype: of weights and activations.
 
     Raises:
-        UsageError: tensors are missing, unexpected, or of another shape than the config implies.
+        UsageError: transformers cannot build the model of this config; tensors are missing, unexpected, or of another
+            shape than the config implies.
     """
 
     def __init__(self, source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.family = source.family
         self.config = source.hf_config()
-        self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+        self._problem = f"{source.path}: transformers cannot build this model"
+        with reported(self._problem):
+            self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
         self.model.eval().requires_grad_(False)
         self._tied = self._tied_tensors()
         self._check_tensors()
@@ -71,7 +74,8 @@ class ModelStream:
         self._stand_ins = [_StandIn(block, self.family.tuple_output) for block in self._blocks]
         for index, stand_in in enumerate(self._stand_ins):
             container[index] = stand_in
-        self._load(self.model)
+        with reported(self._problem):
+            self._load(self.model)
         for name, origin in self._tied.items():
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
@@ -101,7 +105,8 @@ class ModelStream:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`."""
-        self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        with reported(self._problem):  # masks and positions follow the config only now
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return self._entered()
 
     @torch.no_grad()
@@ -111,7 +116,8 @@ class ModelStream:
         if key not in self._calls:
             width = self.model.get_input_embeddings().embedding_dim
             embedded = torch.zeros(batch, length, width, device=self.device, dtype=self.dtype)
-            self.model.base_model(inputs_embeds=embedded, use_cache=False)
+            with reported(self._problem):
+                self.model.base_model(inputs_embeds=embedded, use_cache=False)
             self._entered()
             self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
         return self._calls[key]

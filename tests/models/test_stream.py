@@ -72,6 +72,44 @@ def test_variants_of_a_family_too(model_type: str, overrides: dict[str, Any], tm
     assert torch.equal(run(streamed(path)), whole(path))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "nope"),
+        ("pad_token_id", 10**30),
+        ("rope_parameters", {"rope_type": {"a": 1}}),
+        ("rope_parameters", {"rope_type": 0}),
+        ("rope_parameters", {"rope_type": "nope", "rope_theta": 10000.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}),
+        ("head_dim", 0),
+        ("head_dim", -1),
+        ("intermediate_size", 10**30),
+        ("num_hidden_layers", 10**30),
+        ("num_attention_heads", 0),
+        ("max_position_embeddings", "x"),
+        ("text_config", [1]),
+        ("attn_implementation", "nope"),
+    ],
+    ids=str,
+)
+def test_a_config_that_transformers_cannot_build_is_one_line(field: str, value: Any, tmp_path: Path) -> None:
+    path = tiny_model("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UsageError, match=r"config\.json|cannot build this model|shape") as raised:
+        run(streamed(path))
+    assert "\n" not in raised.value.message
+
+
+def test_a_lack_of_memory_is_not_the_configs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starve(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "skeleton", starve)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streamed(tiny_model("llama", tmp_path))
+
+
 def test_bfloat16_too(tmp_path: Path) -> None:
     path = tiny_model("gemma3_text", tmp_path)
     logits = run(streamed(path, torch.bfloat16))
