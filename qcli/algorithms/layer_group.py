@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HESSIAN, CROSS, RESIDUAL_CROSS = "hessian", "cross", "residual_cross"
+DEAD_INPUTS = "the layer's inputs were always 0: fitted to the weight alone"  # the fallback where `is_dead`
 
 
 @dataclass
@@ -30,3 +31,8 @@ class LinearGroup:
     hessian: Tensor | None = None
     cross: Tensor | None = None
     residual_cross: Tensor | None = None
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether all inputs were 0 in the calibration data: then the statistics say nothing about the weights."""
+        return self.hessian is not None and not bool((self.hessian.diagonal() > 0).any())

@@ -72,8 +72,8 @@ class LowRankCompensation(Options):
         """
         from qcli.algorithms.solvers.output_error import output_error
 
-        hessian = group.hessian if self.weighted else None
-        assert hessian is not None or not self.weighted
+        assert group.hessian is not None or not self.weighted
+        hessian = group.hessian if self.weighted and not group.is_dead else None
         targets = {
             name: group.weights[name] if self.of == "weight" or solution.target is None else solution.target
             for name, solution in solutions.items()

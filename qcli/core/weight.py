@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
 """(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
+LARGEST_SCALE = 65504.0  # the largest float16
 _MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
 
 
@@ -185,6 +186,20 @@ class Format(BaseModel):
     def check(self, weight: QuantizedWeight) -> None:
         """Raise VerificationError unless shapes, dtypes and values are valid in this format."""
         raise NotImplementedError
+
+    @property
+    def largest_weight(self) -> float:
+        """Largest magnitude of weights whose scales certainly fit their dtype, float16 by default."""
+        return LARGEST_SCALE / 2
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        """How many scales are too small for the full precision of their dtype; those of weights that are all 0 do not
+        count. By default none.
+
+        Args:
+            target: float32 `[out, in]`, the weight that was quantized.
+        """
+        return 0
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
         """Further statistics of a weight of this format, by name."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.layer_group import CROSS, DEAD_INPUTS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.algorithms.method import Method, Solution
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Problem:
 
     Attributes:
         target: float32 `[rows, in]`, the weight to quantize; dead columns are 0.
-        hessian: `[in, in]`, as collected.
+        hessian: `[in, in]`, as collected; the identity if all inputs are dead.
         order: int64 `[in]`, the columns in the order of their quantization.
         factor: `U` of the Hessian in this order (see `solvers.feedback.inverse_factor`); None: no damping sufficed.
         fallbacks: every step that did not go as configured.
@@ -87,22 +87,25 @@ class ErrorFeedback(Method):
 
         assert group.hessian is not None
         stacked = torch.cat(list(group.weights.values()))
-        regular, target = feedback.without_dead_inputs(group.hessian, stacked)
-        fallbacks = []
-        if self.refit_target:
+        hessian, fallbacks = group.hessian, []
+        if group.is_dead:
+            hessian = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            fallbacks.append(DEAD_INPUTS)
+        regular, target = feedback.without_dead_inputs(hessian, stacked)
+        if self.refit_target and not group.is_dead:
             assert group.cross is not None
             residual = group.residual_cross if self.corrects_residual else None
-            target, ridge = refit_target(target, group.hessian, group.cross, residual, self.ridge)
-            _, target = feedback.without_dead_inputs(group.hessian, target)
+            target, ridge = refit_target(target, hessian, group.cross, residual, self.ridge)
+            _, target = feedback.without_dead_inputs(hessian, target)
             if ridge != self.ridge:
                 fallbacks.append(f"ridge raised to {ridge:g}")
-        order = feedback.column_order(group.hessian, group_width, column_order)
+        order = feedback.column_order(hessian, group_width, column_order)
         factor, damping = feedback.inverse_factor(regular[order][:, order], self.damping)
         if factor is None:
             fallbacks.append("Hessian not positive definite at any damping: rounded to nearest")
         elif damping != self.damping:
             fallbacks.append(f"damping raised to {damping:g}")
-        return Problem(target, group.hessian, order, factor, fallbacks)
+        return Problem(target, hessian, order, factor, fallbacks)
 
 
 class PerLayerFeedback(ErrorFeedback):

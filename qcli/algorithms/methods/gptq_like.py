@@ -69,7 +69,7 @@ class GPTQLike(AffineMethod, ErrorFeedback):
             codes = self.format.encode(target, tables)
         else:
             asymmetry = None
-            if self.gptaq_alpha:
+            if self.gptaq_alpha and not group.is_dead:
                 assert group.cross is not None
                 cross = group.cross[order][:, order]
                 asymmetry = feedback.asymmetric_term(hessian[order][:, order], cross, factor, self.gptaq_alpha)
@@ -92,7 +92,7 @@ class GPTQLike(AffineMethod, ErrorFeedback):
             rows = slice(first, first := first + len(weight))
             unusable = int((~usable[rows]).sum())
             note = f"scale refit unusable in {unusable} of {len(weight)} rows: kept the searched scales"
-            solutions[name] = self.solution(
+            solutions[name] = Solution(
                 QuantizedWeight(
                     self.format,
                     (weight.shape[0], weight.shape[1]),

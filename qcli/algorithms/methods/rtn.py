@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from qcli.algorithms.layer_group import HESSIAN, LinearGroup
+from qcli.algorithms.layer_group import DEAD_INPUTS, HESSIAN, LinearGroup
 from qcli.algorithms.method import Solution
 from qcli.algorithms.methods._affine import AffineMethod
 
@@ -32,7 +32,7 @@ class RTN(AffineMethod):
         from qcli.algorithms.solvers import grid
         from qcli.core.weight import QuantizedWeight
 
-        solutions = {}
+        solutions, dead = {}, self.grid == "hessian" and group.is_dead
         for name, weight in group.weights.items():
             if self.grid == "minmax":
                 codes, tables = grid.round_to_minmax(weight, self.format)
@@ -41,8 +41,8 @@ class RTN(AffineMethod):
                     tables = grid.search(weight, self.format, power=2.4)
                 else:
                     assert group.hessian is not None
-                    tables = grid.search(weight, self.format, group.hessian.diagonal())
+                    tables = grid.search(weight, self.format, None if dead else group.hessian.diagonal())
                 codes = self.format.encode(weight, tables)
             quantized = QuantizedWeight(self.format, (weight.shape[0], weight.shape[1]), codes, tables)
-            solutions[name] = self.solution(quantized, None, [])
+            solutions[name] = Solution(quantized, fallbacks=[DEAD_INPUTS] if dead else [])
         return solutions

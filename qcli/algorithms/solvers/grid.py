@@ -13,7 +13,6 @@ from qcli.algorithms.solvers.least_squares import fit_factors
 from qcli.core.formats._tables import SMALLEST_SCALE
 from qcli.core.formats.affine import Affine
 
-SMALLEST_NORMAL_SCALE = 2.0**-14  # the smallest normal float16: scales below it have fewer than 11 significant bits
 _CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights per tile: one core's cache; enough to fill a GPU
 _CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits need
 _UNEVEN_CLIPS = tuple(  # ours: (low, high), one side clipped more than the other, by up to 0.2 of the range

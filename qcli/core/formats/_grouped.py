@@ -40,6 +40,10 @@ class Grouped(Format):
         groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
         return {name: table[:, groups] for name, table in tables.items()}
 
+    def nonzero_groups(self, target: Tensor) -> Tensor:
+        """Groups that are not all 0: `[out, in]` -> bool `[out, groups]`."""
+        return self.grouped(target != 0).any(-1)
+
     def grouped(self, rows: Tensor) -> Tensor:
         """`[out, in]` -> `[out, groups, group_size]`; a shorter last group is padded with zeros."""
         from torch.nn import functional as F

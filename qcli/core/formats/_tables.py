@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+SMALLEST_NORMAL_SCALE = 2.0**-14  # the smallest normal float16: scales below it have fewer than 11 significant bits
+SMALLEST_BLOCK_SCALE = 2.0**-17  # below it a float16 has fewer than 8 significant bits, those of the integers it scales
 _MAX = 127  # the range is symmetric, so that 0 is representable and negation exact
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qcli.core.formats._grouped import Grouped
-from qcli.core.weight import Rounder
+from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE
+from qcli.core.weight import LARGEST_SCALE, Rounder
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
@@ -120,6 +121,14 @@ class Affine(Grouped):
             raise VerificationError("weight_scale holds zeros")
         if int(weight.codes.max()) >> self.bits:
             raise VerificationError(f"a code does not fit {self.bits} bits")
+
+    @property
+    def largest_weight(self) -> float:
+        return LARGEST_SCALE / 2 * ((1 << self.bits) - 1)
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        tiny = weight.tables["weight_scale"].float().abs() < SMALLEST_NORMAL_SCALE
+        return int((tiny & self.nonzero_groups(target)).sum())
 
     def spread(self, table: Tensor, in_features: int) -> Tensor:
         """Repeat each entry of a table for its weights: `[out, groups]` -> `[out, in]`."""

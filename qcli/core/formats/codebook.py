@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qcli.core.formats._grouped import NonUniform
-from qcli.core.formats._tables import check_tables, symmetric_int8
+from qcli.core.formats._tables import SMALLEST_BLOCK_SCALE, SMALLEST_NORMAL_SCALE, check_tables, symmetric_int8
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
@@ -170,6 +170,16 @@ class Codebook(NonUniform):
         check_tables(weight.tables, {name: stored[name] for name in stored if name != "weight_packed"})
         if int(weight.codes.max()) >> self.bits:
             raise VerificationError(f"a code does not fit {self.bits} bits")
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        nonzero = self.nonzero_groups(target)
+        if self.table_bits == 16:
+            largest, smallest = weight.tables[SCALE].float().abs().amax(-1), SMALLEST_NORMAL_SCALE
+        else:
+            by_block = weight.tables[f"{SCALE}_scale"].float().amax(-1)
+            largest = by_block.repeat_interleave(SCALE_BLOCK)[: nonzero.numel()].view(nonzero.shape)
+            smallest = SMALLEST_BLOCK_SCALE
+        return int(((largest < smallest) & nonzero).sum())
 
     def _value(self, name: str, tables: Mapping[str, Tensor]) -> Tensor:
         """A table in float32, dequantized if it is stored in 8 bits."""

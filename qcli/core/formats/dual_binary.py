@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qcli.core.formats._grouped import NonUniform
-from qcli.core.formats._tables import check_tables
+from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
@@ -113,6 +113,10 @@ class DualBinary(NonUniform):
             raise VerificationError("the alphas of a group are out of order: its codes do not name levels in order")
         if int(weight.codes.max()) >> 2:
             raise VerificationError("a code does not fit 2 bits")
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        larger = weight.tables[ALPHA1].float().abs().maximum(weight.tables[ALPHA2].float().abs())
+        return int(((larger < SMALLEST_NORMAL_SCALE) & self.nonzero_groups(target)).sum())
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
         """The share of zeros in each plane, which DB-LLM skips, and the additions per weight that remain."""

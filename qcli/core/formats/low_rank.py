@@ -124,6 +124,13 @@ class LowRank(Format):
         check_tables(weight.tables, self._stored_factors(weight.shape))
         self.base.check(self._without_factors(weight))
 
+    @property
+    def largest_weight(self) -> float:
+        return self.base.largest_weight
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        return self.base.imprecise_scales(self._without_factors(weight), target)
+
     def product(self, tables: Mapping[str, Tensor]) -> Tensor:
         """`A B`, float32 `[out, in]`."""
         return self.factor("a", tables) @ self.factor("b", tables)

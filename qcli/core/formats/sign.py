@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qcli.core.formats._tables import check_tables
-from qcli.core.weight import Format, Rounder
+from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
+from qcli.core.weight import LARGEST_SCALE, Format, Rounder
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 
@@ -104,3 +104,15 @@ class Sign(Format):
         check_tables(weight.tables, {name: stored[name] for name in (IN_SCALE, OUT_SCALE)})
         if int(weight.codes.max()) > 1:
             raise VerificationError("a code does not fit 1 bit")
+
+    @property
+    def largest_weight(self) -> float:
+        return LARGEST_SCALE**2
+
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+        """One input scale far below the others is as exact as its share of the outputs needs; all of them are not."""
+        in_scale, out_scale = (weight.tables[name].float().abs().flatten() for name in (IN_SCALE, OUT_SCALE))
+        count = int(((out_scale < SMALLEST_NORMAL_SCALE) & (target != 0).any(1)).sum())
+        if float(in_scale.max()) < SMALLEST_NORMAL_SCALE:
+            count += int((target != 0).any(0).sum())
+        return count
