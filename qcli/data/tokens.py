@@ -19,6 +19,7 @@ from qcli.data.calibration_folder import read_folder
 from qcli.data.datasets import SELF, is_folder, read_text
 from qcli.data.identity import content_key
 from qcli.models.manifest import versions
+from qcli.models.source import reported
 from qcli.utils.cache import Cache
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
@@ -252,8 +253,17 @@ def _consecutive(
 
 
 def _encode(source: ModelSource, text: str) -> Tensor:
-    ids = source.tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    tokenizer = source.tokenizer()
+    with reported(f"{source.path}: the tokenizer fails on the text"):
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    vocabulary = source.hf_config().get_text_config().vocab_size
+    if len(ids) and (largest := int(ids.max())) >= vocabulary:
+        raise UsageError(
+            f"{source.path}: the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, the "
+            f"model's vocabulary ends at {vocabulary - 1}",
+            hint="tokenizer and model do not belong together, or tokens were added without resizing the embedding",
+        )
+    return ids
 
 
 def _require_context(length: int, source: ModelSource) -> None:

@@ -67,7 +67,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
         raise VerificationError(f"{folder} has no {min(missing)} although the manifest lists its layer")
     bits = source.bits_of(layers)
-    if abs(bits - manifest.bits_per_weight) > 1e-9:
+    if not abs(bits - manifest.bits_per_weight) <= 1e-9:  # nor is it so if the manifest says NaN
         raise VerificationError(
             f"{folder} has {bits:.4f} bits per weight, its manifest says {manifest.bits_per_weight:.4f}"
         )

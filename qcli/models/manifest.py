@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
@@ -39,6 +39,9 @@ def versions() -> dict[str, str]:
 def recipe_sha256(recipe: Mapping[str, Any]) -> str:
     """SHA-256 of a recipe, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+_SECTIONS = {"method": dict, "transforms": list, "low_rank": dict, "refine": dict}  # of recipes, shown by `inspect`
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Manifest(BaseModel):
     training: dict[str, Outcome] = Field(default_factory=dict)
     unscaled: list[str] = Field(default_factory=list)
     dense: dict[str, str]
-    seconds: float
+    seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_memory: dict[str, int]
     allocation: AllocationReport | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
@@ -186,6 +189,27 @@ class Manifest(BaseModel):
     packed_as: str | None = None
     rounded: list[str] = Field(default_factory=list)
     notes: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("recipe")
+    @classmethod
+    def _sections(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in _SECTIONS.items():
+            if not isinstance(recipe.get(name, kind()), kind):
+                raise ValueError(f"{name} is not a {'mapping' if kind is dict else 'list'}")
+        if not isinstance(recipe.get("method"), dict):
+            raise ValueError("method is missing")
+        if not all(isinstance(transform, dict) for transform in recipe.get("transforms", [])):
+            raise ValueError("transforms are not mappings")
+        return recipe
+
+    @field_validator("layers")
+    @classmethod
+    def _specs(cls, layers: list[LayerReport]) -> list[LayerReport]:
+        for layer in layers:
+            base = layer.spec.get("base", {})
+            if not isinstance(layer.spec.get("bits"), int) or not isinstance(base, dict):
+                raise ValueError(f"the spec of {layer.name} is not that of a format")
+        return layers
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -24,10 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerStorage:
-    """How a quantized layer is stored: its format and its shape `(out_features, in_features)`."""
+    """How a quantized layer is stored: its format and its shape `(out_features, in_features)`.
+
+    Raises:
+        VerificationError: the shape is that of no matrix.
+    """
 
     format: Format
     shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise VerificationError(f"a quantized layer has the shape {list(self.shape)}", hint="copy it again")
 
     def stored(self, layer: str) -> dict[str, StoredTensor]:
         """The layer's tensors on disk, by full name."""

@@ -207,7 +207,7 @@ class ModelSource:
     def _bits(self, names: Iterable[str]) -> float:
         names, stored = list(names), self.tensors()
         weights = sum(prod(stored[name].shape) for name in names)
-        return 8 * sum(self._stored_bytes(name) for name in names) / weights
+        return 8 * sum(self._stored_bytes(name) for name in names) / weights if weights else 0.0
 
     def _shape(self, linear: str, stored: dict[str, StoredTensor]) -> tuple[int, int]:
         weight = stored.get(f"{linear}.weight")
@@ -215,7 +215,7 @@ class ModelSource:
             raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
         if weight.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
-        if len(weight.shape) != 2:
+        if len(weight.shape) != 2 or 0 in weight.shape:
             raise UsageError(f"{linear}.weight has shape {list(weight.shape)}, which is not a matrix")
         rows, columns = weight.shape
         return (columns, rows) if self.family.conv1d else (rows, columns)

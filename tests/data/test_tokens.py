@@ -19,7 +19,7 @@ from qcli.data.datasets import read_text, require_text
 from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
 from qcli.models.open import ModelSource, open_source
 from qcli.utils.errors import UsageError
-from tests.tiny import tiny_model
+from tests.tiny import VOCAB, tiny_model
 
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(60))
 
@@ -256,6 +256,20 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     column = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     assert "not a readable parquet file" in problem(read_text, str(tmp_path / "a.parquet"), calibration=True)
+
+
+def test_tokens_beyond_the_vocabulary_are_named(source: ModelSource, file: Callable[[str, str], str]) -> None:
+    tokenizer = source.tokenizer()
+    tokenizer.add_tokens([f"<new {n}>" for n in range(VOCAB - len(tokenizer) + 1)])
+    new = tokenizer.convert_ids_to_tokens(VOCAB)
+    tokenizer.save_pretrained(source.path)
+    data = file("a.txt", f"{new} hello " * 20)
+    for call in (
+        lambda: evaluation_tokens(data, source, window=16),
+        lambda: calibration_tokens(TokenRequest(data, samples=1, seq_len=8, seed=0), source),
+    ):
+        message = problem(call)
+        assert f"gives '{new}' the id {VOCAB}" in message and f"vocabulary ends at {VOCAB - 1}" in message
 
 
 def test_an_unknown_set_names_the_nearest() -> None:

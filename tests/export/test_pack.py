@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcli.export.pack import pack
 from qcli.export.target import dense_config
 from qcli.export.targets import dense
 from qcli.export.verify import verify
+from qcli.models.open import open_source
 from qcli.utils import shards
 from qcli.utils.errors import QcliError, ResourceError, StateError, UsageError, VerificationError
 from qcli.utils.files import disk_problem
@@ -22,6 +24,23 @@ from tests.tiny import tiny_model
 def native(tmp_path: Path) -> Path:
     run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn")
     return tmp_path / "native"
+
+
+@pytest.mark.parametrize("change", [{"group_size": 0}, {"shape": [0, 64]}, {"shape": [64, -1]}, {"bits": 0}], ids=str)
+def test_a_layer_entry_of_no_matrix_is_refused(native: Path, change: dict[str, Any]) -> None:
+    config = json.loads((native / "config.json").read_text())
+    config["quantization_config"]["layers"][0] |= change
+    (native / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError) as raised:
+        open_source(str(native))
+    assert "\n" not in raised.value.message
+
+
+def test_a_manifest_whose_bits_are_no_number_does_not_verify(native: Path) -> None:
+    manifest = json.loads((native / "qcli.manifest.json").read_text())
+    (native / "qcli.manifest.json").write_text(json.dumps(manifest | {"bits_per_weight": float("nan")}))
+    with pytest.raises(VerificationError, match=r"qcli\.manifest\.json|its manifest says nan"):
+        verify(native)
 
 
 def failed(native: Path, out: Path, error: type[QcliError], message: str) -> QcliError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qcli.core.weight import Format
 
@@ -17,6 +17,13 @@ class Grouped(Format):
     """A format with table entries for every `group_size` weights of a row; a row's last group may be shorter."""
 
     group_size: int = Field(ge=-1, description="weights of a row that share table entries; -1: the whole row")
+
+    @field_validator("group_size")
+    @classmethod
+    def _not_empty(cls, size: int) -> int:
+        if size == 0:
+            raise ValueError("a group has at least 1 weight")
+        return size
 
     def group_width(self, in_features: int) -> int:
         """Weights in a full group of a row of `in_features`."""

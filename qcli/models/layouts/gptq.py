@@ -114,6 +114,8 @@ class _StorageConfig:
         """How a layer is stored, by the presence and shape of its `qweight`; None: dense."""
         if (extent := self._extents.get(f"{name}.qweight")) is None:
             return None
+        if len(extent.stored.shape) != 2:
+            raise VerificationError(f"{name}.qweight is not a matrix")
         words, rows = extent.stored.shape
         return _LayerStorage(self._format, (rows, words * 32 // self._format.bits))
 
