@@ -8,6 +8,8 @@ import typer
 
 from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
 from qcli.cli.ui.errors import show_error
+from qcli.utils.paths import expanded
+from qcli.utils.text import printable
 
 _HELP = "Quantize language models to 1-8 bits per weight, evaluate and pack them."
 
@@ -53,13 +55,20 @@ app.add_typer(study.app, name="study")
 app.command("doctor")(doctor.doctor)
 
 
+def _expanded(argument: str) -> str:
+    """An argument with the `~` that shells leave alone, as in `--out=~/model`, in full."""
+    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{expanded(value)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=arguments, prog_name="qcli", standalone_mode=False)
+        code = app(args=list(map(_expanded, given)), prog_name="qcli", standalone_mode=False)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         name = context.command_path if context else "qcli"
-        show_error(error.format_message(), hint=f"see `{name} --help`")
+        show_error(printable(error.format_message()), hint=f"see `{name} --help`")
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

@@ -36,10 +36,10 @@ def validate(
             try:
                 load_recipe(recipe, {})
             except UsageError as error:
-                errors.append(error.message)
+                errors += error.message.split("\n")
                 hints += [error.hint] if error.hint else []
         if errors:
-            raise UsageError("\n".join(errors), hint="; ".join(dict.fromkeys(hints)) or None)
+            raise UsageError(*errors, hint="; ".join(dict.fromkeys(hints)) or None)
         session.result({"valid": [str(recipe) for recipe in recipes]}, show_valid)
 
 

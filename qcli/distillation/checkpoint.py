@@ -9,11 +9,11 @@ from qcli.distillation.job import DistillationJob
 from qcli.distillation.plots import plot_training
 from qcli.distillation.result import DistillationResult
 from qcli.distillation.student import StoredTensors
-from qcli.models.manifest import RECIPE, DistillationReport, Manifest
-from qcli.recipe.dump import to_yaml
+from qcli.models.manifest import DistillationReport, Manifest
 from qcli.recipe.recipe import Recipe
+from qcli.recipe.record import write_record
 from qcli.utils import shards
-from qcli.utils.files import write_bytes, write_json
+from qcli.utils.files import write_json
 from qcli.utils.run_folder import RunFolder
 from qcli.utils.safetensors import read_header
 
@@ -43,7 +43,6 @@ def publish_checkpoint(
         plot_training(result.outcome, result.measure, result.blocks, folder / result.plot)
     manifest = Manifest.read(Path(result.student))
     fields = manifest.recipe | {"distill": job.options.model_dump(mode="json", exclude_none=True)}
-    write_bytes(folder / RECIPE, to_yaml(fields, None).encode())
     report = DistillationReport(
         teacher=recipe.model,
         text=recipe.distill_text.model_dump(mode="json"),
@@ -56,5 +55,5 @@ def publish_checkpoint(
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )
-    manifest.model_copy(update={"recipe": fields, "distilled": [*manifest.distilled, report]}).write(folder)
+    write_record(manifest.model_copy(update={"recipe": fields, "distilled": [*manifest.distilled, report]}), folder)
     run.publish()

@@ -11,9 +11,11 @@ from qcli.export.model_card import model_card
 from qcli.export.readback import compare
 from qcli.export.result import PackResult
 from qcli.export.target import ExportTarget, load_target
+from qcli.models.card import CARD
 from qcli.models.manifest import MANIFEST, RECIPE, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
+from qcli.recipe.record import portable_manifest, recipe_yaml
 from qcli.utils import run_folder
 from qcli.utils.errors import ResourceError, StateError, UsageError
 from qcli.utils.files import write_bytes
@@ -97,7 +99,6 @@ def _write(
 ) -> PackResult:
     """Fill `folder`, which will be published as `out`; the manifest is the last file."""
     target.write(source, folder, shard_size, progress)
-    shutil.copyfile(source.path / RECIPE, folder / RECIPE)
     written = target.open(folder, trust)
     difference = compare(source, written, target, progress)
     result = PackResult(
@@ -112,9 +113,6 @@ def _write(
         kl=difference.kl,
         notes=target.notes(source),
     )
-    manifest = Manifest.read(source.path)
-    recipe = (folder / RECIPE).read_text(encoding="utf-8")
-    write_bytes(folder / "README.md", model_card(manifest, result, target, recipe, evaluation).encode())
     changed = {
         "bits_per_weight": result.bits_per_weight,
         "model_bits_per_weight": result.model_bits_per_weight,
@@ -123,5 +121,9 @@ def _write(
         "rounded": target.rounded(),
         "notes": result.notes,
     }
-    manifest.model_copy(update=changed).write(folder)
+    manifest = portable_manifest(Manifest.read(source.path).model_copy(update=changed))
+    recipe = recipe_yaml(manifest)
+    write_bytes(folder / RECIPE, recipe.encode())
+    write_bytes(folder / CARD, model_card(manifest, result, target, recipe, evaluation).encode())
+    manifest.write(folder)
     return result

@@ -25,6 +25,14 @@ from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent
 
+LOADING = """Loads in transformers after `import qcli`, and stays packed. Without that line loading fails.
+
+```python
+import qcli  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```"""
 GUARD = StoredTensor("U8", (0,))
 _VERSIONS = (1, FORMAT_VERSION)
 _Stored = TypeVar("_Stored")

@@ -19,7 +19,7 @@ from qcli.algorithms.solvers.knapsack import minimize_loss
 from qcli.data.datasets import is_folder
 from qcli.evaluation.evaluate import compare
 from qcli.evaluation.options import EvalOptions
-from qcli.models.manifest import RECIPE, AllocationReport, Manifest, TrialReport, recipe_sha256
+from qcli.models.manifest import AllocationReport, Manifest, TrialReport, recipe_sha256
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.calibration import recipe_tokens
@@ -30,11 +30,11 @@ from qcli.quantization.search_space import Assignment, SearchSpace, search_space
 from qcli.quantization.sensitivity import Losses, sensitivities
 from qcli.recipe.errors import Issue
 from qcli.recipe.recipe import Recipe
+from qcli.recipe.record import portable, write_record
 from qcli.recipe.sections import Calibration
 from qcli.utils import shards
 from qcli.utils.cache import Cache
 from qcli.utils.device import matmul_precision, resolve_device, resolve_dtype
-from qcli.utils.files import write_bytes
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
@@ -90,7 +90,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, 
             },
         )
         final = trials[shipped].recipe
-        manifest = _publish(run, folder / shipped, final, out, report, time.monotonic() - started)
+        manifest = _publish(run, folder / shipped, final, report, time.monotonic() - started)
     return Result(
         out=Path(out),
         plan=make_plan(final, trust),
@@ -175,15 +175,11 @@ def _measure(
     return {name: score.kl for name, score in zip(trials, scores, strict=True)}
 
 
-def _publish(
-    run: RunFolder, winner: Path, recipe: Recipe, out: str | Path, report: AllocationReport, seconds: float
-) -> Manifest:
-    """Move a trial to the run's result, with its own name in its recipe and the report in its manifest."""
-    fields = recipe.to_dict(out)
+def _publish(run: RunFolder, winner: Path, recipe: Recipe, report: AllocationReport, seconds: float) -> Manifest:
+    """Move a trial to the run's result, with the recipe that led to it and the report in its manifest."""
+    fields = portable(recipe.to_dict())
     changed = {"recipe": fields, "recipe_sha256": recipe_sha256(fields), "allocation": report, "seconds": seconds}
-    manifest = Manifest.read(winner).model_copy(update=changed)
-    write_bytes(winner / RECIPE, recipe.to_yaml(out=out).encode())
-    manifest.write(winner)
+    manifest = write_record(Manifest.read(winner).model_copy(update=changed), winner)
     folder = run.result()
     folder.rmdir()
     winner.rename(folder)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qcli.algorithms.training.outcome import Outcome
-from qcli.models.manifest import RECIPE, Manifest, OriginalModel, recipe_sha256, versions
+from qcli.models.manifest import Manifest, OriginalModel, recipe_sha256, versions
 from qcli.models.native import guard_extent, guard_name, quantization_config, with_guard
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens
 from qcli.quantization.result import Result
+from qcli.recipe.record import portable, write_record
 from qcli.utils import shards
-from qcli.utils.files import write_bytes, write_json
+from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 from qcli.utils.safetensors import read_header
 
 
-def publish_checkpoint(
-    result: Result, out: str | Path, parts: BlockParts, tokens: CalibrationTokens | None, progress: Progress
-) -> None:
-    """Assemble the checkpoint in the run's folder and give it its name in one step.
-
-    Args:
-        out: the result's folder, as the recipe in it names it.
-    """
+def publish_checkpoint(result: Result, parts: BlockParts, tokens: CalibrationTokens | None, progress: Progress) -> None:
+    """Assemble the checkpoint in the run's folder and give it its name in one step."""
     plan, run = result.plan, parts.run
     folder = run.result()
     progress("write", 0, 1)
@@ -34,8 +27,7 @@ def publish_checkpoint(
     config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
-    write_bytes(folder / RECIPE, plan.recipe.to_yaml(out=out).encode())
-    recipe = plan.recipe.to_dict(out)
+    recipe = portable(plan.recipe.to_dict())
     manifest = Manifest(
         recipe_sha256=recipe_sha256(recipe),
         versions=versions(),
@@ -55,6 +47,6 @@ def publish_checkpoint(
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )
-    manifest.write(folder)
+    write_record(manifest, folder)
     run.publish()
     progress("write", 1, 1)

@@ -61,7 +61,7 @@ def quantize_as_written(
             resumed_blocks=parts.resumed,
             dense=[name for name, method in plan.methods.items() if method is None],
         )
-        publish_checkpoint(result, out, parts, tokens, progress)
+        publish_checkpoint(result, parts, tokens, progress)
     return result
 
 

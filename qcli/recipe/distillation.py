@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qcli.utils.options import Options
+from qcli.utils.options import Options, Place
 
 
 class Distillation(Options):
@@ -16,7 +16,7 @@ class Distillation(Options):
     2402.11295); `dad` weights ambiguous tokens more, as DB-LLM does (arXiv 2402.11960; the formula is ours).
     """
 
-    data: str | None = Field(
+    data: Place | None = Field(
         default=None,
         min_length=1,
         description="training text, named as in calibration.data; default: the calibration text",

@@ -1,42 +1,41 @@
-"""Plain data as YAML text, each value with its origin as a comment."""
+"""Plain data as YAML text, with comments behind the values."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qcli.recipe.origins import Origins
 from qcli.recipe.yaml import KeyPath, scalar
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*")
 
 
-def to_yaml(data: Mapping[str, Any], origins: Origins | None = None) -> str:
-    """Dicts, lists and finite scalars as YAML; with `origins`, each value's as a comment."""
-    lines = list(_lines(data, (), origins))
+def to_yaml(data: Mapping[str, Any], comment: Callable[[KeyPath], str] = lambda _: "") -> str:
+    """Dicts, lists and finite scalars as YAML, each with the `comment` of its path, if that is not empty."""
+    lines = list(_lines(data, (), comment))
     width = max((len(text) for text, comment in lines if comment), default=0)
     return "".join(f"{text:<{width}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
-def _lines(data: Mapping[str, Any], path: KeyPath, origins: Origins | None) -> list[tuple[str, str]]:
+def _lines(data: Mapping[str, Any], path: KeyPath, comment: Callable[[KeyPath], str]) -> list[tuple[str, str]]:
     indent = "  " * len(path)
     lines: list[tuple[str, str]] = []
     for key, value in data.items():
         here = (*path, key)
         if isinstance(value, Mapping) and value:
-            lines += [(f"{indent}{key}:", ""), *_lines(value, here, origins)]
+            lines += [(f"{indent}{key}:", ""), *_lines(value, here, comment)]
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            items = [(f"{indent}  - {_flow(item)}", _comment((*here, i), origins)) for i, item in enumerate(value)]
+            items = [(f"{indent}  - {_flow(item)}", _escaped(comment((*here, i)))) for i, item in enumerate(value)]
             lines += [(f"{indent}{key}:", ""), *items]
         else:
-            lines.append((f"{indent}{key}: {_flow(value)}", _comment(here, origins)))
+            lines.append((f"{indent}{key}: {_flow(value)}", _escaped(comment(here))))
     return lines
 
 
-def _comment(path: KeyPath, origins: Origins | None) -> str:
-    return "" if origins is None else json.dumps(origins.of(path), ensure_ascii=True)[1:-1]
+def _escaped(comment: str) -> str:
+    return json.dumps(comment, ensure_ascii=True)[1:-1]
 
 
 def _flow(value: Any) -> str:

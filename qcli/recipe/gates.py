@@ -98,7 +98,7 @@ def require(gates: Gates | None, evaluations: Sequence[Mapping[str, Any]]) -> No
         f"{evaluation['model']}: gate {failure}" for evaluation in evaluations for failure in gates.failures(evaluation)
     ]
     if failed:
-        raise GateError("\n".join(failed), hint="use more bits, smaller groups or `refine`, or relax the gate")
+        raise GateError(*failed, hint="use more bits, smaller groups or `refine`, or relax the gate")
 
 
 def _higher_is_better(result: Mapping[str, Any]) -> bool:

@@ -65,7 +65,7 @@ def checked(draft: Draft) -> Recipe:
         problems = issues(error, Recipe)
     lines = draft.lines + [draft.origins.line(problem) for problem in problems if not draft.was_refused(problem.path)]
     if recipe is None or lines:
-        raise UsageError("\n".join(dict.fromkeys(lines)), hint=_hint(problems))
+        raise UsageError(*dict.fromkeys(lines), hint=_hint(problems))
     return recipe
 
 

@@ -37,7 +37,7 @@ class Origins:
 
     def error(self, problems: Sequence[Issue], *, hint: str | None = None) -> UsageError:
         """All problems as one error, a line each."""
-        return UsageError("\n".join(dict.fromkeys(map(self.line, problems))), hint=hint)
+        return UsageError(*dict.fromkeys(map(self.line, problems)), hint=hint)
 
     def line(self, problem: Issue) -> str:
         """`recipe.yaml:6:10: method.bitz: unknown key`, or `--bits: must be at least 2, not 1`."""

@@ -38,7 +38,7 @@ from qcli.recipe.plugins import build_method, method_from, named_options, transf
 from qcli.recipe.sections import Calibration, Eval, Override, Pack
 from qcli.recipe.yaml import KeyPath
 from qcli.utils.errors import UsageError
-from qcli.utils.options import Options
+from qcli.utils.options import Options, Place
 
 if TYPE_CHECKING:
     from typing import Self
@@ -58,7 +58,7 @@ class Recipe(Options):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # the messages quote it
 
-    model: str = Field(min_length=1, description="hub id, folder or .gguf file")
+    model: Place = Field(min_length=1, description="hub id, folder or .gguf file")
     seed: int = Field(default=0, ge=0, lt=2**63, description="random seed")
     device: str = Field(
         default="auto",
@@ -69,7 +69,7 @@ class Recipe(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of activations and dense weights during computation"
     )
-    out: str | None = Field(default=None, min_length=1, description="output folder")
+    out: Place | None = Field(default=None, min_length=1, description="output folder")
     resume: Literal["auto", "required", "never"] = Field(
         default="auto", description="resume an interrupted run if there is one, fail without one, or start over"
     )
@@ -187,22 +187,16 @@ class Recipe(Options):
         """Problems as one error, each with its place in the recipe."""
         return self._origins.error(problems, hint=hint)
 
-    def to_dict(self, out: str | Path | None = None) -> dict[str, Any]:
-        """All values as plain data, without those that are None; `model_validate` makes an equal recipe of it.
-
-        Args:
-            out: recorded in place of the recipe's own `out`: the folder that a result is written to.
-        """
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain data, without those that are None; `model_validate` makes an equal recipe of it."""
         data = self.model_dump(mode="json", exclude_none=True, exclude={"allocation"})
         if self.allocation is not None:
             data["method"] |= self.allocation.options()
-        if out is not None:
-            data["out"] = str(out)
         return {name: data[name] for name in Recipe.model_fields if name in data}
 
-    def to_yaml(self, out: str | Path | None = None, *, origins: bool = False) -> str:
+    def to_yaml(self, *, origins: bool = False) -> str:
         """`to_dict` as YAML; with `origins`, that of each value is a comment."""
-        return to_yaml(self.to_dict(out), self._origins if origins else None)
+        return to_yaml(self.to_dict(), self._origins.of) if origins else to_yaml(self.to_dict())
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""

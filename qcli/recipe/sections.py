@@ -9,13 +9,13 @@ from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
 from qcli.recipe.plugins import EXPORTS
 from qcli.utils import registry
-from qcli.utils.options import Options
+from qcli.utils.options import Options, Place
 
 
 class Calibration(Options):
     """Calibration text."""
 
-    data: str = Field(
+    data: Place = Field(
         default="wikitext2",
         min_length=1,
         description=f"{', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet file, "
@@ -84,16 +84,16 @@ class Pack(Options):
 class Eval(Options):
     """The evaluation of `qcli run`."""
 
-    perplexity: list[str] = Field(
+    perplexity: list[Place] = Field(
         default=["wikitext2"], min_length=1, description="texts, named as in calibration.data"
     )
     window: int | None = Field(
         default=None, ge=2, description="tokens per window; default: the model's context length, up to 2048"
     )
     max_windows: int | None = Field(default=None, ge=1, description="windows per text; default: all")
-    baseline: str | None = Field(default=None, description="model to compare with; default: the recipe's")
+    baseline: Place | None = Field(default=None, description="model to compare with; default: the recipe's")
     tasks: list[str] = Field(default=[], description="lm-eval tasks, such as arc_easy and piqa")
-    include_path: str | None = Field(default=None, description="folder with additional task files")
+    include_path: Place | None = Field(default=None, description="folder with additional task files")
     limit: int | None = Field(default=None, ge=1, description="questions per task; default: all")
     fewshot: int | None = Field(default=None, ge=0, description="few-shot examples per question; default: the task's")
     gates: Gates | None = Field(default=None, description="bounds that fail the run with exit code 4")

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qcli.utils.paths import portable_name
+
 Row = Mapping[str, Any]
 CLASSES = ((0.1, "A: up to 0.1"), (0.5, "B: 0.1 to 0.5"), (math.inf, "C: above 0.5"))
 """Sensitivity by increase of the mean perplexity (ZeroQuant-V2, arXiv 2303.08302, section 3.1)."""
@@ -113,7 +115,7 @@ def _finding(row: Row) -> Finding:
         label=_label(row["point"]),
         model=str(row["baseline"]["model"]),
         protocol=", ".join(
-            f"{text}: {score['windows']} windows of {score['window']} tokens"
+            f"{portable_name(text)}: {score['windows']} windows of {score['window']} tokens"
             for text, score in row["perplexity"].items()
         ),
         texts=tuple(score["sha256"] for score in row["perplexity"].values()),
@@ -135,5 +137,6 @@ def _label(point: Mapping[str, Any]) -> str:
         else:
             name = axis.rpartition(".")[2]
             is_name = name == "name" or (name == axis and isinstance(value, str))  # `rtn`, or the name of a section
-            parts.append(str(value) if is_name else f"{name} {value}")
+            shown = portable_name(value) if isinstance(value, str) else str(value)
+            parts.append(shown if is_name else f"{name} {shown}")
     return ", ".join(parts) or "base"

@@ -88,13 +88,13 @@ def load_study(path: Path, sets: Sequence[str] = (), limit: int | None = None) -
         try:
             recipe = _recipe(sections, point, places, sets)
         except UsageError as error:
-            errors += error.message.splitlines()
+            errors += error.message.split("\n")
             continue
         address = _address(recipe)
         runs.setdefault(address, Run(point, recipe, address))
     errors += sections.idle_exclusions()
     if errors:
-        raise UsageError("\n".join(dict.fromkeys(errors)))
+        raise UsageError(*dict.fromkeys(errors))
     return Study(str(path), axes, list(runs.values()))
 
 
@@ -126,7 +126,7 @@ def _recipe(sections: Sections, point: Mapping[str, Any], places: Mapping[str, s
         if _is_set(draft.data, path)
     ]
     if errors:
-        raise UsageError("\n".join(errors))
+        raise UsageError(*errors)
     return checked(draft)
 
 

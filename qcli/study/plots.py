@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qcli.study.findings import Finding, method_name
+from qcli.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -101,8 +102,8 @@ def _steps(run: Finding) -> str:
 
 
 def _text(text: str) -> str:
-    """Escape dollar signs, which start a formula in matplotlib."""
-    return text.replace("$", r"\$")
+    """Escape text from outside, and dollar signs, which start a formula in matplotlib."""
+    return printable(text).replace("$", r"\$")
 
 
 def _png(figure: Figure) -> bytes:

@@ -6,7 +6,6 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from qcli.study.rows import read_rows
 from qcli.utils.environment import can_plot
 from qcli.utils.errors import StateError, UnsupportedError
 from qcli.utils.files import write_bytes
-from qcli.utils.markdown import plain
+from qcli.utils.markdown import plain, plain_html
+from qcli.utils.paths import portable_name
 
 # Bits per weight that recommendations are given for: in quarters up to 4.5, where most runs are.
 _BUDGETS = (*(quarters / 4 for quarters in range(4, 19)), 5.0, 6.0, 7.0, 8.0, 9.0)
@@ -89,13 +89,13 @@ def _model_sections(model: str, runs: Sequence[Finding], recipes: dict[str, str]
     """Sections on the runs of one model; the recipes that they recommend are added to `recipes`."""
     front = pareto(runs)
     baseline = runs[0].row["baseline"]["perplexity"]
-    perplexities = ", ".join(f"{data} {value:.2f}" for data, value in baseline.items())
-    fitted = sorted({text for run in runs for text in run.row.get("fitted_to", [])})
+    perplexities = ", ".join(f"{portable_name(data)} {value:.2f}" for data, value in baseline.items())
+    fitted = sorted({portable_name(text) for run in runs for text in run.row.get("fitted_to", [])})
     warning = f" Runs were calibrated on {', '.join(fitted)}: on other text they lose more." if fitted else ""
     ordered = sorted(runs, key=lambda run: (round(run.bits, 1), math.inf if run.kl is None else run.kl))
     sections = [
         Section(
-            f"{model}: loss by size",
+            f"{portable_name(model)}: loss by size",
             f"{len(runs)} runs on {runs[0].protocol}. Full precision: perplexity {perplexities}. The line joins runs "
             f"that no other beats by KL.{warning}",
             figure=plot_front(runs, front),
@@ -180,7 +180,7 @@ def _html_table(table: Table) -> str:
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "".join(
-            f"<{tag}{' class=text' if text else ''}>{escape(_shown(cell))}</{tag}>"
+            f"<{tag}{' class=text' if text else ''}>{plain_html(_shown(cell))}</{tag}>"
             for text, cell in zip(is_text, cells, strict=True)
         )
 
@@ -195,12 +195,12 @@ def _html_table(table: Table) -> str:
 def _html(sections: Sequence[Section]) -> str:
     body = []
     for section in sections:
-        body.append(f"<h2>{escape(section.title)}</h2>")
+        body.append(f"<h2>{plain_html(section.title)}</h2>")
         if section.text:
-            body.append(f"<p>{escape(section.text)}</p>")
+            body.append(f"<p>{plain_html(section.text)}</p>")
         if section.figure is not None:
             data = base64.b64encode(section.figure).decode()
-            body.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+            body.append(f'<img alt="{plain_html(section.title)}" src="data:image/png;base64,{data}">')
         if section.table is not None:
             body.append(_html_table(section.table))
     return (

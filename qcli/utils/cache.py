@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.utils import shards
 from qcli.utils.files import read_json, write_json
+from qcli.utils.paths import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ _LIMIT = 8 << 30  # bytes; the least recently used files are evicted
 def default_folder() -> Path:
     """`$QCLI_CACHE`, else `qcli` in the user's cache folder."""
     if folder := os.environ.get("QCLI_CACHE"):
-        return Path(folder)
+        return Path(expanded(folder))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcli"
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from qcli.utils.text import printable
+
 
 class QcliError(Exception):
-    """A problem that the user can act on.
+    """One or several problems that the user can act on.
 
     Args:
-        message: what is wrong and where (`recipe.yaml:6:10: ...`, a file, a tensor name); one line per problem.
+        problems: what is wrong and where (`recipe.yaml:6:10: ...`, a file, a tensor name); a line each.
         hint: what to do about it; shown below the message.
+
+    Attributes:
+        message: the problems, printable, a line each.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+    def __init__(self, *problems: str, hint: str | None = None) -> None:
+        super().__init__(*problems)
+        self.message = "\n".join(map(printable, problems))
+        self.hint = None if hint is None else printable(hint)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(QcliError):

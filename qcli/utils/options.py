@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from qcli.utils.paths import expanded
+
+Place = Annotated[str, AfterValidator(expanded)]
+"""A path, or what may be one instead of a hub id or the name of a data set; `~` at its start is expanded."""
 
 
 class Options(BaseModel):

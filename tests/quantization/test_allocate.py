@@ -122,7 +122,8 @@ def test_the_better_trial_is_shipped_and_its_recipe_repeats_it(
     recorded = Manifest.read(result.out).allocation
     assert recorded is not None and asdict(recorded) == story
     assert not (tmp_path / "out.partial").exists()
-    again = load_recipe(result.out / "recipe.yaml", {})
+    places = {"model": automatic.model, "calibration.data": automatic.calibration.data}
+    again = load_recipe(result.out / "recipe.yaml", places)
     assert again.allocation is None and again.calibration.samples == 8
     quantize(again, tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(result.out)

@@ -32,9 +32,7 @@ def test_same_recipe_same_bytes(tmp_path: Path, text: Path) -> None:
     state = torch.random.get_rng_state()
     run(model, tmp_path / "a", text)
     run(model, tmp_path / "b", text)
-    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
-    second["recipe.yaml"] = second["recipe.yaml"].replace(b"/b\n", b"/a\n")
-    assert first == second
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is nobody's to touch"
 
 
@@ -73,9 +71,7 @@ def test_interrupted_anywhere_and_resumed_gives_the_same_bytes(
     assert interruptions >= 4
     assert result.resumed_blocks == 3
     assert not out.with_name("resumed.partial").exists()
-    expected = weights(tmp_path / "straight")
-    expected["recipe.yaml"] = expected["recipe.yaml"].replace(b"straight", b"resumed")
-    assert weights(out) == expected
+    assert weights(out) == weights(tmp_path / "straight")
 
 
 @pytest.mark.slow
@@ -97,11 +93,7 @@ def test_killed_process_resumes(tmp_path: Path, text: Path) -> None:
     )
     assert json.loads(done.stdout)["resumed_blocks"] >= 3
     subprocess.run([*command, "--out", str(tmp_path / "straight")], capture_output=True, check=True)
-    expected = weights(tmp_path / "straight")
-    expected["recipe.yaml"] = expected["recipe.yaml"].replace(b"straight", b"out")
-    found = weights(out)
-    found["recipe.yaml"] = found["recipe.yaml"].replace(b"resume: required", b"resume: auto")
-    assert found == expected
+    assert weights(out) == weights(tmp_path / "straight")
 
 
 def test_resume_refuses_other_settings(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,12 +164,3 @@ def test_recipes_are_frozen() -> None:
     recipe = load_recipe(None, {"model": "m"})
     with pytest.raises(ValidationError):
         recipe.seed = 1
-
-
-@pytest.mark.parametrize("given", [{}, {"out": "elsewhere"}])
-def test_the_record_of_a_result_names_the_folder_written_to(given: dict[str, str]) -> None:
-    recipe = load_recipe(None, {"model": "m", **given})
-    recorded = recipe.to_dict("runs/a")
-    assert recorded == recipe.to_dict() | {"out": "runs/a"}
-    assert list(recorded) == [name for name in type(recipe).model_fields if name in recorded]
-    assert recipe.to_dict().get("out") == given.get("out")

@@ -7,8 +7,8 @@ import sys
 from types import FrameType
 from typing import NamedTuple
 
-from qcli.cli.ui.tables import clean
 from qcli.utils.errors import QcliError
+from qcli.utils.text import printable
 
 BUG, USAGE, STATE, RESOURCES, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 3, 5, 130, 141, 143
 
@@ -55,23 +55,25 @@ def describe(error: BaseException, *, resumable: bool = False, memory_hint: str 
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or "No space left on device" in text:
         file = getattr(error, "filename", None)
         return Description(
-            f"disk full{f': {file}' if file else ''}", "free some space and run the same command", RESOURCES
+            f"disk full{f': {printable(str(file))}' if file else ''}",
+            "free some space and run the same command",
+            RESOURCES,
         )
     out_of_memory = isinstance(error, RuntimeError | OSError) and any(words in text for words in _OUT_OF_MEMORY)
     if out_of_memory or isinstance(error, MemoryError):
         return Description("out of memory", memory_hint, RESOURCES)
     if isinstance(error, OSError) and error.errno in _WRONG_PATH and error.filename is not None:
-        return Description(f"{error.filename}: {error.strerror}", None, USAGE)
-    summary = text.strip().splitlines()[0] if text.strip() else ""
+        return Description(printable(f"{error.filename}: {error.strerror}"), None, USAGE)
+    summary = printable(text.strip().splitlines()[0]) if text.strip() else ""
     return Description(f"{type(error).__name__}: {summary}", "this is a bug; run with -vv for the traceback", BUG)
 
 
 def show_error(message: str, hint: str | None = None) -> None:
     """Print an `error:` line for each line of `message`, then the hint, to stderr."""
-    for line in message.splitlines():
-        print(f"error: {clean(line)}", file=sys.stderr)
+    for line in message.split("\n") if message else ():
+        print(f"error: {printable(line)}", file=sys.stderr)
     if hint:
-        print(f"hint: {clean(hint)}", file=sys.stderr)
+        print(f"hint: {printable(hint)}", file=sys.stderr)
 
 
 def terminate(signum: int, frame: FrameType | None) -> None:

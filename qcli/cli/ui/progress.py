@@ -6,7 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from qcli.cli.ui.tables import clean, duration
+from qcli.cli.ui.tables import duration
+from qcli.utils.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -34,7 +35,7 @@ class Lines:
         else:
             timing = f", {duration(elapsed)}" if done == total else ""
         line = f"{stage} {done}/{total}{timing}{f'; {detail}' if detail else ''}"
-        print(clean(line), file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class Bars:
@@ -47,10 +48,10 @@ class Bars:
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         bars = self._bars = self._bars or _start_bars()
         if stage not in self._tasks:
-            self._tasks[stage] = bars.add_task(clean(stage), total=total, detail="")
+            self._tasks[stage] = bars.add_task(printable(stage), total=total, detail="")
         elif done == 0:
             bars.reset(self._tasks[stage], total=total)
-        bars.update(self._tasks[stage], completed=done, total=total, detail=clean(detail))
+        bars.update(self._tasks[stage], completed=done, total=total, detail=printable(detail))
 
     def stop(self) -> None:
         """Leave the bars as they are; a later step draws new ones."""

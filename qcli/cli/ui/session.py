@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qcli.cli.ui.errors import INTERRUPTED, STATE, TERMINATED, USAGE, describe, show_error, terminate
 from qcli.cli.ui.progress import Bars, Lines
-from qcli.cli.ui.tables import Tables, clean, console
+from qcli.cli.ui.tables import Tables, console
 from qcli.utils.distributed import is_main_process, world_size
 from qcli.utils.memory import return_large_blocks
 from qcli.utils.progress import silent
+from qcli.utils.text import printable
 
 if TYPE_CHECKING:
     from qcli.utils.progress import Progress
@@ -106,7 +107,7 @@ class Session:
     def note(self, text: str) -> None:
         """Print a remark that is not part of the result."""
         if not self.quiet:
-            print(clean(text), file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print the command's result: drawn by `show`, or as one JSON object with `--json` or without `show`."""

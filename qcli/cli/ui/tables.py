@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qcli.utils.markdown import plain
+from qcli.utils.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +34,20 @@ class Tables:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=None if title is None else Text(printable(title)),
+            title_justify="left",
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         for i, column in enumerate(columns):
             numeric = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+            table.add_column(
+                Text(printable(column)), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+            )
         for row in rows:
-            table.add_row(*(Text(clean(_cell(value))) for value in row))
+            table.add_row(*(Text(printable(_cell(value))) for value in row))
         self.console.print(table)
 
     def pairs(self, pairs: Mapping[str, Any]) -> None:
@@ -46,7 +55,7 @@ class Tables:
         shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
         width = max(map(len, shown), default=0)
         for name, value in shown.items():
-            self._print(f"- {name}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
+            self._print(f"- {plain(name)}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
 
     def line(self, text: str) -> None:
         """Draw one line of text; in a document, a paragraph."""
@@ -63,7 +72,7 @@ class Tables:
             self._print(line)
 
     def _print(self, text: str) -> None:
-        self.console.print(clean(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
+        self.console.print(printable(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def console(stream: TextIO) -> Console:
@@ -71,11 +80,6 @@ def console(stream: TextIO) -> Console:
     from rich.console import Console
 
     return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
-
-
-def clean(text: str) -> str:
-    """Text with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def bits(result: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from qcli.export.target import ExportTarget
-from qcli.models.native import NativeSource
+from qcli.models.native import LOADING, NativeSource
 from qcli.utils import shards
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
@@ -18,14 +18,7 @@ class Native(ExportTarget):
     """`quant_method: qcli`."""
 
     name: ClassVar[str] = "qcli"
-    loading: ClassVar[str] = """Loads in transformers after `import qcli`; weights stay packed in memory.
-
-```python
-import qcli  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("DIR")
-```"""
+    loading: ClassVar[str] = LOADING
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         progress("write", 0, 1)

@@ -24,9 +24,9 @@ def test_bugs_hint_at_the_traceback_and_vv_shows_it(capsys: pytest.CaptureFixtur
 
 def test_several_problems_are_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), Session():
-        raise UsageError("one\ntwo \x1b[31m", hint="do this")
+        raise UsageError("one", "two \x1b[31m\nerror: three", hint="do\nthis")
     captured = capsys.readouterr()
-    assert captured.err == "error: one\nerror: two \\x1b[31m\nhint: do this\n"
+    assert captured.err == "error: one\nerror: two \\x1b[31m\\nerror: three\nhint: do\\nthis\n"
     assert captured.out == ""
 
 

@@ -6,11 +6,12 @@ import io
 
 from rich.console import Console
 
-from qcli.cli.ui.tables import Tables, clean, duration, size
+from qcli.cli.ui.tables import Tables, duration, size
+from qcli.utils.text import printable
 
 
 def test_control_codes_and_markup_in_names_are_escaped() -> None:
-    assert clean("a\x1b]0;x\x07\u202eb\ud800[red]") == "a\\x1b]0;x\\x07\\u202eb\\ud800[red]"
+    assert printable("a\x1b]0;x\x07\u202eb\ud800[red]") == "a\\x1b]0;x\\x07\\u202eb\\ud800[red]"
     stream = io.StringIO()
     tables = Tables(Console(file=stream, width=100, markup=False))
     tables.table(("name", "number"), [("[bold]x[/bold]\x1b[2J", 1), ("y", None)])
