@@ -76,9 +76,17 @@ class Format(BaseModel):
         """Whether a LayerNorm without parameters follows the layer: weight and bias alone do not describe it then."""
         return False
 
+    @property
+    def adds_bias_after_norm(self) -> bool:
+        """Whether the layer computes `LayerNorm(Y) + bias`, as OneBit does, and not `LayerNorm(Y + bias)`."""
+        return False
+
     def attach(self, module: nn.Module) -> None:
         """Add what the format does besides `x W_hat^T + bias` to a linear module; survives copying and pickling."""
-        if self.has_output_norm:
+        if self.has_output_norm and self.adds_bias_after_norm and module.bias is not None:
+            module.register_forward_pre_hook(_withhold_bias)
+            module.register_forward_hook(_normalize_and_add_bias, always_call=True)
+        elif self.has_output_norm:
             module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
@@ -219,6 +227,27 @@ def _normalize(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
     from torch.nn import functional as F
 
     return F.layer_norm(output.float(), output.shape[-1:]).to(output.dtype)
+
+
+def _withhold_bias(module: nn.Module, _: tuple[Any, ...]) -> None:
+    """Replace the bias by zeros until the output has been normalized: taking it off the sum would cost precision."""
+    import torch
+
+    bias = module._parameters["bias"]
+    assert bias is not None
+    module.__dict__["_withheld_bias"] = bias
+    module._parameters["bias"] = torch.zeros_like(bias)  # type: ignore[assignment]
+
+
+def _normalize_and_add_bias(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
+    """Put the bias back, even if the layer failed, and add it to the normalized output."""
+    bias: nn.Parameter | None = module.__dict__.pop("_withheld_bias", None)
+    if bias is None:  # a hook before `_withhold_bias` stopped the forward pass
+        return None
+    module._parameters["bias"] = bias
+    if output is None:
+        return None
+    return _normalize(module, inputs, output) + bias.to(output.dtype)
 
 
 def from_spec(spec: Mapping[str, Any]) -> Format:

@@ -40,7 +40,8 @@ class OneBit(PerLayerFeedback):
     )
     refit_scales: bool = Field(default=True, description="least squares of both scales at fixed signs")
     paper: bool = Field(
-        default=False, description="as published: plain SVID of the weight, and a LayerNorm after every quantized layer"
+        default=False,
+        description="as published: plain SVID of the weight, and a LayerNorm between each layer and its bias",
     )
 
     @model_validator(mode="before")
@@ -62,7 +63,7 @@ class OneBit(PerLayerFeedback):
 
     @property
     def format(self) -> Sign:
-        return Sign(output_norm=self.paper)
+        return Sign(output_norm=self.paper, bias_after_norm=self.paper)
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         if self.paper:

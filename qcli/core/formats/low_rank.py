@@ -62,6 +62,10 @@ class LowRank(Format):
     def has_output_norm(self) -> bool:
         return self.base.has_output_norm
 
+    @property
+    def adds_bias_after_norm(self) -> bool:
+        return self.base.adds_bias_after_norm
+
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "base": self.base.spec()}
 

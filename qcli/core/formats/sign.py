@@ -2,13 +2,13 @@
 
 arXiv 2402.11295: `Y = ((X * g) sign(W)^T) * h`. Code 1 means +1, which is also the sign of 0. The scales may have
 either sign; codes are those of the nearest value all the same. In the paper's own models a LayerNorm without
-parameters follows each linear, bias included.
+parameters follows each linear, and the bias is added to what it returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
 from qcli.core.weight import LARGEST_SCALE, Format, Rounder
@@ -29,18 +29,29 @@ class Sign(Format):
     """Signs with one scale for each input and one for each output.
 
     Tables: `in_scale` g float16 `[in]`, `out_scale` h float16 `[out, 1]`. With `output_norm` the layer is the paper's:
-    it computes `LayerNorm(Y + bias)`, and latent weights are trained as in its authors' code: in units of the value's
-    magnitude they start at `0.01 sign` and have the slope `1.001 - tanh^2` (except below a low-rank term).
+    it computes `LayerNorm(Y) + bias`, and latent weights are trained as in its authors' code: in units of the value's
+    magnitude they start at `0.01 sign` and have the slope `1.001 - tanh^2` (except below a low-rank term). Checkpoints
+    written before `bias_after_norm` existed lack it, and their layers compute `LayerNorm(Y + bias)`.
     """
 
     name: ClassVar[str] = "sign"
 
     bits: Literal[1] = 1
     output_norm: bool = False
+    bias_after_norm: bool = False
 
     @property
     def has_output_norm(self) -> bool:
         return self.output_norm
+
+    @property
+    def adds_bias_after_norm(self) -> bool:
+        return self.bias_after_norm
+
+    def spec(self) -> dict[str, Any]:
+        """Without `bias_after_norm` where nothing is normalized: such layers mean the same in every version."""
+        spec = super().spec()
+        return spec if self.output_norm else {key: spec[key] for key in spec if key != "bias_after_norm"}
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
         out_features, in_features = shape

@@ -63,13 +63,17 @@ def test_paper_is_the_plain_decomposition(svid: Literal["svd", "nmf", "power"], 
         left, values, right = torch.linalg.svd(group.weights[name].abs())
         expected = group.weights[name].sign() * (values[0] * left[:, :1] @ right[:1])
         torch.testing.assert_close(solution.weight.dense(), expected, rtol=3e-3, atol=1e-5)
-        assert (solution.weight.format, solution.target, solution.fallbacks) == (Sign(output_norm=True), None, [])
+        assert (solution.weight.format, solution.target, solution.fallbacks) == (
+            Sign(output_norm=True, bias_after_norm=True),
+            None,
+            [],
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_checkpoints_with_output_norms_load_and_are_refined(model_type: str, tmp_path: Path) -> None:
-    """OPT and GPT-2 have biases, which are added before the norm."""
+    """OPT and GPT-2 have biases, which are added after the norm."""
     out = tmp_path / "out"
     flags = PAPER | {"refine__steps": 40, "calibration__samples": 24}
     result = run(tiny_model(model_type, tmp_path), out, write_text(tmp_path), **flags)

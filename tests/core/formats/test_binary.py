@@ -126,9 +126,14 @@ def test_sign_layers_scale_a_sign_matrix() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
-def test_output_norm_is_that_of_the_paper(biased: bool, dtype: torch.dtype) -> None:
-    """`LN(((X g) sign(W)^T) h + b)` in float64; the norm costs no bits and survives copying the layer."""
-    format = Sign(output_norm=True)
+@pytest.mark.parametrize("after", [True, False])
+def test_output_norm_is_that_of_the_paper(after: bool, biased: bool, dtype: torch.dtype) -> None:
+    """`LN(((X g) sign(W)^T) h) + b` in float64, or `+ b` inside in checkpoints without `bias_after_norm`; the norm
+    costs no bits and survives copying the layer."""
+    format = from_spec(
+        {"format": "sign", "bits": 1, "output_norm": True} | ({"bias_after_norm": True} if after else {})
+    )
+    assert isinstance(format, Sign)
     target, x = drawn(*SHAPE, seed=2), 3 * drawn(2, 4, SHAPE[1], seed=6).to(dtype)
     bias, tables = drawn(SHAPE[0], seed=5) if biased else None, tables_of(format, SHAPE, 0)
     tables = {name: table.abs() for name, table in tables.items()}
@@ -137,8 +142,11 @@ def test_output_norm_is_that_of_the_paper(biased: bool, dtype: torch.dtype) -> N
     for name, tensor in format.to_stored(weight).items():
         getattr(layer, name).copy_(tensor)
     g, h = tables[IN_SCALE].double(), tables[OUT_SCALE].double()[:, 0]
-    y = ((x.double() * g) @ target.double().sign().T) * h + (0 if bias is None else bias.double())
+    y = ((x.double() * g) @ target.double().sign().T) * h
+    added = torch.zeros(SHAPE[0]).double() if bias is None else bias.double()
+    y = y if after else y + added
     y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    y = y + added if after else y
     stored = io.BytesIO()
     torch.save(layer, stored)
     stored.seek(0)
@@ -148,12 +156,27 @@ def test_output_norm_is_that_of_the_paper(biased: bool, dtype: torch.dtype) -> N
     assert format.bits_per_weight(SHAPE) == Sign().bits_per_weight(SHAPE)
 
 
+def test_a_bias_after_the_norm_is_trainable_and_kept_when_a_forward_pass_fails() -> None:
+    layer = torch.nn.Linear(SHAPE[1], SHAPE[0])
+    Sign(output_norm=True, bias_after_norm=True).attach(layer)
+    bias, x = layer.bias, drawn(3, SHAPE[1], seed=6)
+    with pytest.raises(RuntimeError):
+        layer(x[:, :-1])
+    assert layer.bias is bias
+    layer(x).sum().backward()
+    assert layer.bias is bias
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.full(SHAPE[:1], 3.0))
+
+
 def test_specs_without_output_norm_have_none() -> None:
     assert from_spec({"format": "sign", "bits": 1}) == Sign()
     assert not Sign().has_output_norm
-    normed = Sign(output_norm=True)
+    assert "bias_after_norm" not in Sign().spec()
+    normed = Sign(output_norm=True, bias_after_norm=True)
     assert from_spec(normed.spec()) == normed
     assert LowRank.around(normed, 2, 8).has_output_norm
+    assert LowRank.around(normed, 2, 8).adds_bias_after_norm
     assert not LowRank.around(Sign(), 2, 8).has_output_norm
 
 
