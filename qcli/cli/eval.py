@@ -39,8 +39,11 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows of each text.")
     ] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="lm-eval tasks, such as arc_easy,piqa; the model must fit in memory."),
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="lm-eval tasks, such as arc_easy,piqa; the model must fit in memory; may be repeated.",
+        ),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with more task files.")] = None,
     limit: Annotated[
@@ -89,7 +92,7 @@ def evaluate(
     is 4. Results of the baseline are cached in $QCLI_CACHE (default: ~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
-        names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
+        names = list(dict.fromkeys(name.strip() for given in tasks or [] for name in given.split(",")))
         for flag, value in {"limit": limit, "fewshot": fewshot, "include-path": include_path}.items():
             if value is not None and not names:
                 raise UsageError(f"--{flag} needs --tasks")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qcli.data.stored_windows import TOKENS
 from qcli.data.text_files import HINT
 from qcli.utils.errors import UsageError
 from qcli.utils.safetensors import read_header, read_tensors
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from qcli.models.source import ModelSource
 
 CALIBRATION = "calibration.json"  # settings and statistics
-TOKENS = "tokens.safetensors"  # one tensor, `ids`
 
 
 def read_folder(folder: Path, source: ModelSource) -> Tensor:

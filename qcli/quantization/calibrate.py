@@ -17,8 +17,9 @@ from torch import Tensor
 from qcli import __version__
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.data.calibration_folder import CALIBRATION, TOKENS
+from qcli.data.calibration_folder import CALIBRATION
 from qcli.data.identity import text_identity
+from qcli.data.stored_windows import TOKENS
 from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.families import Linear
 from qcli.models.open import open_source

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from qcli.data.datasets import is_folder
+from qcli.data.stored_windows import stored_windows
 from qcli.recipe.draft import Draft, flag_name
 from qcli.recipe.errors import Issue, issues
 from qcli.recipe.origins import Origins
@@ -64,9 +66,24 @@ def checked(draft: Draft) -> Recipe:
     except ValidationError as error:
         problems = issues(error, Recipe)
     lines = draft.lines + [draft.origins.line(problem) for problem in problems if not draft.was_refused(problem.path)]
+    lines += [] if recipe is None else _without_effect(recipe)
     if recipe is None or lines:
         raise UsageError(*dict.fromkeys(lines), hint=_hint(problems))
     return recipe
+
+
+def _without_effect(recipe: Recipe) -> list[str]:
+    """Flags that ask for other windows than those of a calibration folder, which are used as they are."""
+    texts = {"calibration": recipe.calibration} | ({} if recipe.distill is None else {"distill": recipe.distill_text})
+    lines = []
+    for section, text in texts.items():
+        if not is_folder(text.data) or (stored := stored_windows(Path(text.data))) is None:
+            continue
+        for name, value, count in zip(("samples", "seq_len"), (text.samples, text.seq_len), stored, strict=True):
+            origin = recipe.origin((section, name))
+            if origin.startswith("-") and value != count:
+                lines.append(f"{origin}: {text.data} has {stored[0]} samples of {stored[1]} tokens, used as they are")
+    return lines
 
 
 def _hint(problems: Sequence[Issue]) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qcli.utils.errors import UsageError
 from tests.cli.conftest import Invoke
 
 
@@ -87,6 +88,15 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     assert rows.pop() == f"{text}: 2 windows of 64 tokens, 126 scored"
     assert rows.pop() == ""
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
+
+
+def test_tasks_given_twice_are_all_run(invoke: Invoke, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(names: list[str], *_: object, **__: object) -> None:
+        raise UsageError(f"tasks: {'|'.join(names)}")
+
+    monkeypatch.setattr("qcli.evaluation.tasks.Tasks", record)
+    outcome = invoke("eval", model, "--tasks", "a,b", "--tasks", "c", "--tasks", "a")
+    assert (outcome.code, outcome.err) == (2, "error: tasks: a|b|c\n")
 
 
 def test_gates_that_cannot_apply_are_refused(invoke: Invoke, model: Path, text: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -69,6 +70,10 @@ class Session:
             self._exits.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if self.quiet:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # read when a library imports tqdm
+            self._exits.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
         if self.quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with contextlib.suppress(ValueError):  # not the main thread

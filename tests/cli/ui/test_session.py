@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -59,3 +61,14 @@ def test_termination_is_an_exit_code_and_the_handler_is_restored(capsys: pytest.
     assert caught.value.code == 143
     assert capsys.readouterr().err == "interrupted; resume with the same command\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_quiet_silences_bars_and_logs_of_libraries() -> None:
+    code = (
+        "import logging, sys; from qcli.cli.ui.session import Session\n"
+        "with Session(quiet=True):\n"
+        "    import tqdm; list(tqdm.tqdm(range(3))); logging.getLogger('lm_eval').warning('chatter')\n"
+        "logging.getLogger('lm_eval').warning('afterwards')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "afterwards\n"
