@@ -5,6 +5,7 @@ Every stage has one result in the pipeline's folder; a result that is there alre
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +16,10 @@ from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
+from qcli.utils import sealed
 from qcli.utils.cache import Cache
-from qcli.utils.errors import StateError
-from qcli.utils.files import content_hash, read_json, write_json
+from qcli.utils.errors import StateError, UsageError
+from qcli.utils.files import content_hash, json_bytes, parse_json, reading, write_bytes, writing
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import differences
 from qcli.utils.trust import NOTHING, Trust
@@ -161,8 +163,8 @@ class Pipeline:
             evaluation = evaluate_recipe(
                 self.recipe, self.model, self.tasks, self.cache, self.progress, trust=self.trust
             )
-            write_json(self.folder / EVALUATION, evaluation.to_json())
-        self.result.evaluation = read_json(self.folder / EVALUATION)
+            self.record.write(EVALUATION, json_bytes(evaluation.to_json()))
+        self.result.evaluation = parse_json(self.record.read(EVALUATION))
         return self.result.evaluation
 
     def pack(self) -> None:
@@ -228,17 +230,50 @@ class StageRecord:
     """The stages of a run folder, and what each result was made from.
 
     A stage is recorded before it starts. Results appear complete or not at all, so a result that is there, with
-    a record of the same inputs, is done.
+    a record of the same inputs, is done. The hash of a result that is a file is recorded before it is written.
+
+    Raises:
+        StateError: the folder is a dangling symbolic link, or its record is damaged.
+        UsageError: it is not a folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.record: dict[str, Any] = read_json(folder / RECORD)
-        except FileNotFoundError:
-            self.record = {}
-        except ValueError:
-            raise StateError(f"{folder / RECORD} is damaged", hint="choose another --out") from None
+        if folder.is_symlink() and not folder.exists():
+            raise StateError(f"{folder} is a dangling symbolic link", hint="choose another --out, or remove it")
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder", hint="choose another --out")
+        self.stages: dict[str, Any] = {}  # inputs by result, in the order in which stages began
+        self.hashes: dict[str, str] = {}
+        if (folder / RECORD).exists():
+            try:
+                self.stages, self.hashes = sealed.load_json(folder / RECORD)
+            except sealed.Damaged as problem:
+                raise StateError(str(problem), hint="choose another --out") from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a result that is a file.
+
+        Raises:
+            QcliError: it cannot be written; see `os_problem`.
+        """
+        self.hashes[name] = hashlib.sha256(content).hexdigest()
+        self._save()
+        write_bytes(self.folder / name, content)
+
+    def read(self, name: str) -> bytes:
+        """A result that is a file.
+
+        Raises:
+            StateError: it was damaged or edited.
+            QcliError: it cannot be read; see `os_problem`.
+        """
+        file = self.folder / name
+        with reading(file):
+            content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.hashes.get(name):
+            raise StateError(f"{file} was damaged or edited: its checksum does not match", hint=f"remove {file}")
+        return content
 
     def done(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether result `name` exists; if not, its inputs are recorded.
@@ -248,11 +283,10 @@ class StageRecord:
         """
         result = self.folder / name
         if not result.exists():
-            self.record[name] = inputs
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / RECORD, self.record)
+            self.stages[name] = inputs
+            self._save()
             return False
-        described = differences(self.record.get(name), inputs)
+        described = differences(self.stages.get(name), inputs)
         if described:
             raise StateError(
                 f"{result} was made with other settings: {described}",
@@ -260,11 +294,16 @@ class StageRecord:
             )
         return True
 
+    def _save(self) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        sealed.write_json(self.folder / RECORD, [self.stages, self.hashes])
+
     def _made_of(self, name: str) -> list[str]:
         """This result and those of later stages, as far as they exist."""
         names = [name, *(other for other in self._after(name) if (self.folder / other).exists())]
         return [str(self.folder / other) for other in names]
 
     def _after(self, name: str) -> list[str]:
-        names = [*self.record]  # in the order in which stages began
+        names = [*self.stages]
         return names[names.index(name) + 1 :] if name in names else []

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from qcli.models.manifest import LayerReport, Manifest, OriginalModel, recipe_sha256
+from qcli.models.manifest import MANIFEST, LayerReport, Manifest, OriginalModel, recipe_sha256
+from qcli.utils.sealed import digest
+
+
+def edit_manifest(folder: Path, change: Callable[[str], str]) -> None:
+    """Change the text of a manifest, and its checksum with it."""
+    file = folder / MANIFEST
+    content = json.loads(change(file.read_text()))
+    del content["sha256"]
+    file.write_text(json.dumps(content | {"sha256": digest(content)}))
+
 
 _LAYER = LayerReport(
     name="model.layers.0.mlp.up_proj",

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
-from qcli.cli.ui.errors import show_error
+from qcli.cli.ui.errors import BROKEN_PIPE, show_error
+from qcli.cli.ui.streams import abandon_stdout, open_closed_streams
 from qcli.utils.paths import expanded
 from qcli.utils.text import printable
 
@@ -64,11 +65,21 @@ def _expanded(argument: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
+    open_closed_streams()
     try:
         code = app(args=list(map(_expanded, given)), prog_name="qcli", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         name = context.command_path if context else "qcli"
         show_error(printable(error.format_message()), hint=f"see `{name} --help`")
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        abandon_stdout()
+        sys.exit(BROKEN_PIPE)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer makes it exit code 1
+            abandon_stdout()
+            sys.exit(BROKEN_PIPE)
+        raise
     sys.exit(code if isinstance(code, int) else 0)

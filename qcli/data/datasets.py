@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from qcli.data.named_set import NamedSet
@@ -52,6 +54,16 @@ def read_text(data: str, *, calibration: bool) -> str:
     if not text.strip():
         raise UsageError(f"{data}: contains no text", hint=HINT)
     return text
+
+
+@cache
+def named_sha256(name: str, *, calibration: bool) -> str:
+    """SHA-256 of the text of a named set, of which hub and disk may have another version tomorrow.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    return hashlib.sha256(_read_named(name, calibration=calibration).encode()).hexdigest()
 
 
 def _require_file(data: str) -> None:

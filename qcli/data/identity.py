@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.data.calibration_folder import CALIBRATION
-from qcli.data.datasets import SELF, is_folder, is_named
-from qcli.utils.files import parse_json, read_regular, sha256
+from qcli.data.calibration_folder import read_record
+from qcli.data.datasets import SELF, is_folder, is_named, named_sha256
+from qcli.utils.environment import versions_of
+from qcli.utils.files import sha256
 
 if TYPE_CHECKING:
     from qcli.models.source import ModelSource
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 def text_identity(data: str) -> str | None:
     """The name of a data set or the hash of a file; of a calibration folder, that of the text it was cut from.
 
-    None if unknown: `self`, or a folder whose `calibration.json` is missing or unreadable.
+    None if unknown: `self`, or a folder without `calibration.json`.
+
+    Raises:
+        UsageError: a folder's `calibration.json` is damaged.
+        QcliError: a file cannot be read; see `os_problem`.
     """
     if is_folder(data):
-        try:
-            identity = parse_json(read_regular(Path(data) / CALIBRATION)).get("text_identity")
-        except (OSError, ValueError, AttributeError):
-            return None
+        identity = read_record(Path(data)).get("text_identity")
         return identity if isinstance(identity, str) else None
     return data if is_named(data) else text_sha256(data)
 
@@ -32,12 +34,20 @@ def text_sha256(data: str) -> str | None:
     return sha256(Path(data)) if Path(data).is_file() else None
 
 
-def content_key(data: str, source: ModelSource) -> dict[str, Any]:
-    """Cache key of a text as a model tokenizes it, or for `self` samples it; plain data."""
+def content_key(data: str, source: ModelSource, *, calibration: bool) -> dict[str, Any]:
+    """Cache key of a text as a model tokenizes it, or for `self` samples it; plain data.
+
+    Args:
+        data: not a folder.
+        calibration: which part of a data set.
+    """
+    writer = source.content() if data == SELF else None
+    text = named_sha256(data, calibration=calibration) if is_named(data) else text_sha256(data)
     return {
         "data": data,
-        "text": text_sha256(data),
+        "text": text,
         "tokenizer": source.tokenizer_content(),
-        "writer": source.content() if data == SELF else None,
+        "writer": writer,
         "context": source.context_length,
+        "packages": versions_of("tokenizers", "gguf", "pyarrow"),
     }

@@ -21,6 +21,7 @@ from qcli.data.identity import content_key
 from qcli.models.manifest import versions
 from qcli.models.source import reported
 from qcli.utils.cache import Cache
+from qcli.utils.device import hardware
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
@@ -46,6 +47,11 @@ class Tokens:
     def sha256(self) -> str:
         """SHA-256 of the ids."""
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def key(self) -> list[Any]:
+        """Cache key of what is computed of the windows: the same ids may be cut into other windows."""
+        return [self.sha256, list(self.ids.shape)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def calibration_tokens(
     return _cached(
         request.data,
         source,
-        {"calibration": settings, "device": torch.device(device).type},
+        {"calibration": settings},
+        torch.device(device),
         cache,
         lambda: _draw(request, source, device, progress),
     )
@@ -131,7 +138,8 @@ def evaluation_tokens(
     return _cached(
         data,
         source,
-        {"evaluation": [window, max_windows], "device": torch.device(device).type},
+        {"evaluation": [window, max_windows]},
+        torch.device(device),
         cache,
         lambda: _consecutive(data, source, window, max_windows, device, progress),
     )
@@ -153,12 +161,23 @@ def _from_folder(data: str, source: ModelSource) -> Tensor:
 
 
 def _cached(
-    data: str, source: ModelSource, settings: dict[str, Any], cache: Cache | None, make: Callable[[], Tensor]
+    data: str,
+    source: ModelSource,
+    settings: dict[str, Any],
+    device: torch.device,
+    cache: Cache | None,
+    make: Callable[[], Tensor],
 ) -> Tokens:
     if cache is None or cache.folder is None:
         return Tokens(make(), data)
-    key = {**settings, **content_key(data, source), **versions()}
-    return Tokens(cache.tensors(key, lambda: {"ids": make()})["ids"], data)
+    key = {**settings, **content_key(data, source, calibration="calibration" in settings), **versions()}
+    if data == SELF:
+        key["computed"] = hardware(device)
+    return Tokens(cache.tensors(key, lambda: {"ids": make()}, _is_tokens)["ids"], data)
+
+
+def _is_tokens(tensors: dict[str, Tensor]) -> bool:
+    return tensors.keys() == {"ids"} and tensors["ids"].ndim == 2 and tensors["ids"].dtype == torch.int64
 
 
 def _draw(request: TokenRequest, source: ModelSource, device: torch.device | str, progress: Progress) -> Tensor:

@@ -33,6 +33,7 @@ from qcli.utils import run_folder
 from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import process_group, world_size
 from qcli.utils.environment import can_plot
+from qcli.utils.files import content_hash
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
@@ -63,8 +64,9 @@ def distill(
         "versions": versions(),
         "compute": {"device": device.type, "bf16": fast, "processes": world_size()},
         "student": {name: asdict(file) for name, file in Manifest.read(student).files.items()},
-        "teacher": teacher_source.fingerprint(),
+        "teacher": teacher_source.state(),
         "text": recipe.distill_text.model_dump(mode="json"),
+        "data": content_hash(Path(recipe.distill_text.data)),
         "distill": options.model_dump(mode="json"),
         "seed": recipe.seed,
         "dtype": recipe.dtype,

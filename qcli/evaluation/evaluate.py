@@ -128,7 +128,8 @@ class _Evaluator:
             measured = tasks.run(name, source, self.device, self.dtype, self.progress)
             return {task: asdict(result) for task, result in measured.items()}
 
-        key = {**tasks.key, **model_key(source, self.device, self.dtype, cache)}
+        tokenizer = source.tokenizer_content() if cache.folder is not None else None
+        key = {**tasks.key, "tokenizer": tokenizer, **model_key(source, self.device, self.dtype, cache)}
         return {task: TaskResult(**result) for task, result in cache.values(key, results).items()}
 
     def layer_errors(self, source: ModelSource, baseline: ModelSource) -> list[BlockErrors]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from qcli.models.manifest import versions
 from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream, batches
 from qcli.utils.cache import Cache
+from qcli.utils.device import hardware
+from qcli.utils.environment import versions_of
 from qcli.utils.progress import Progress
 
 
@@ -41,10 +43,16 @@ def final_states(
 ) -> FinalStates:
     """Run all windows through a model, one block in memory at a time; or take what the cache has."""
     key = {
-        "final_states": [tokens.sha256 for tokens in windows],
+        "final_states": [tokens.key for tokens in windows],
         **model_key(stream.source, stream.device, stream.dtype, cache),
     }
-    stored = cache.tensors(key, lambda: _run_blocks(stream, windows, f"evaluating {name}", progress))
+    width = stream.config.get_text_config().hidden_size
+    shapes = {name: (*ids.shape, width) for name, ids in _named_batches(windows)}
+    stored = cache.tensors(
+        key,
+        lambda: _run_blocks(stream, windows, f"evaluating {name}", progress),
+        lambda tensors: {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes,
+    )
     hidden = {
         tokens.data: [stored[f"{number}.{batch}"] for batch in range(len(batches(tokens.ids)))]
         for number, tokens in enumerate(windows)
@@ -55,7 +63,13 @@ def final_states(
 def model_key(source: ModelSource, device: torch.device, dtype: torch.dtype, cache: Cache) -> dict[str, Any]:
     """Cache key of what a model computes; its files are only hashed if the cache keeps anything."""
     content = source.content() if cache.folder is not None else None
-    return {"model": content, "device": device.type, "dtype": str(dtype), **versions()}
+    return {
+        "model": content,
+        "computed": hardware(device),
+        "dtype": str(dtype),
+        "packages": versions_of("gguf"),
+        **versions(),
+    }
 
 
 def _run_blocks(stream: ModelStream, windows: Sequence[Tokens], stage: str, progress: Progress) -> dict[str, Tensor]:
@@ -64,11 +78,17 @@ def _run_blocks(stream: ModelStream, windows: Sequence[Tokens], stage: str, prog
         return {}
     progress(stage, 0, stream.n_blocks)
     names, hidden = [], []
-    for number, tokens in enumerate(windows):
-        for batch, ids in enumerate(batches(tokens.ids)):
-            names.append(f"{number}.{batch}")
-            hidden.append(stream.embed(ids).cpu())
+    for name, ids in _named_batches(windows):
+        names.append(name)
+        hidden.append(stream.embed(ids).cpu())
     for index in range(stream.n_blocks):
         stream.advance(stream.load_block(index), index, hidden)
         progress(stage, index + 1, stream.n_blocks)
     return dict(zip(names, hidden, strict=True))
+
+
+def _named_batches(windows: Sequence[Tokens]) -> Iterator[tuple[str, Tensor]]:
+    """Tokens int64 `[windows, length]` of each pass, by `TEXT.BATCH`."""
+    for number, tokens in enumerate(windows):
+        for batch, ids in enumerate(batches(tokens.ids)):
+            yield f"{number}.{batch}", ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.recipe.record import portable_manifest, recipe_yaml
 from qcli.utils import run_folder
-from qcli.utils.errors import ResourceError, StateError, UsageError
+from qcli.utils.errors import StateError, UsageError
 from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
@@ -53,7 +52,7 @@ def pack(
         UnsupportedError: the layout cannot store something in `run`.
         StateError: `out` exists.
         VerificationError: what was written does not read back, or computes something else.
-        ResourceError: the disk is full.
+        QcliError: something cannot be written; see `os_problem`.
     """
     target = load_target(format, requantize)
     source = _open_native(run, trust)
@@ -68,10 +67,8 @@ def pack(
         try:
             result = _write(source, target, folder.result(), out, shard_size, evaluation, progress, trust)
             folder.publish()
-        except BaseException as error:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            if isinstance(error, ResourceError):  # its hint says that the run can be resumed, and packing cannot
-                raise ResourceError(error.message, hint="free some space and pack again") from None
+        except BaseException:
+            folder.remove()
             raise
     return result
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qcli.utils.errors import UsageError
-from qcli.utils.files import parse_json, write_bytes
+from qcli.utils.files import copy_file, parse_json, write_bytes
 
 CHAT_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_FILES = (
@@ -67,7 +66,7 @@ def write_companions(files: Mapping[str, Path | bytes], out: Path) -> None:
     for name, content in files.items():
         (out / name).parent.mkdir(exist_ok=True)
         if isinstance(content, Path):
-            shutil.copyfile(content, out / name)
+            copy_file(content, out / name)
         else:
             write_bytes(out / name, content)
 

@@ -99,6 +99,10 @@ class GGUFSource(ModelSource):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path if self._beside is None else self._beside
+
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
-from qcli.utils.files import read_regular, sha256, sync_file, sync_folder, write_json
+from qcli.utils.files import parse_json, read_regular, reading, sha256, sync_file, sync_folder, write_json
+from qcli.utils.sealed import digest
 
 FORMAT_VERSION = 2
+_CHECKSUM = "sha256"  # of everything else in the file
+_COPY_AGAIN = "copy the checkpoint again"
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 
@@ -216,22 +219,24 @@ class Manifest(BaseModel):
         """Read and validate the manifest of a checkpoint.
 
         Raises:
-            VerificationError: there is none, or it is not one; the message names the field.
+            VerificationError: there is none, it is not one (the message names the field), or it was changed.
+            QcliError: it cannot be read; see `os_problem`.
         """
         file = folder / MANIFEST
+        if not file.exists():
+            raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?")
+        with reading(file):
+            content = read_regular(file)
+        _require_checksum(file, content, cls.model_fields.keys())
         try:
-            manifest = cls.model_validate_json(read_regular(file), strict=True)
-        except FileNotFoundError:
-            raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?") from None
+            manifest = cls.model_validate_json(content, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             reason = f"{place}: {first['msg']}" if place else first["msg"]
-            raise VerificationError(f"{file} is not a manifest: {reason}", hint="copy the checkpoint again") from None
+            raise VerificationError(f"{file} is not a manifest: {reason}", hint=_COPY_AGAIN) from None
         if not manifest.files:
-            raise VerificationError(
-                f"{file} is not a manifest: files: no file is listed", hint="copy the checkpoint again"
-            )
+            raise VerificationError(f"{file} is not a manifest: files: no file is listed", hint=_COPY_AGAIN)
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -243,4 +248,17 @@ class Manifest(BaseModel):
             sync_folder(inner)
         entries = {file.relative_to(folder).as_posix(): FileEntry(file.stat().st_size, sha256(file)) for file in files}
         complete = self.model_copy(update={"format_version": FORMAT_VERSION, "files": entries})
-        write_json(folder / MANIFEST, complete.model_dump(exclude_unset=True))
+        content = complete.model_dump(exclude_unset=True)
+        write_json(folder / MANIFEST, content | {_CHECKSUM: digest(content)})
+
+
+def _require_checksum(file: Path, content: bytes, fields: Container[str]) -> None:
+    """Refuse a manifest that is not as it was written. One of an earlier version has no checksum, and only `fields`."""
+    try:
+        manifest = parse_json(content)
+    except ValueError:
+        return  # reported where the fields are checked
+    if not isinstance(manifest, dict) or (_CHECKSUM not in manifest and all(key in fields for key in manifest)):
+        return
+    if manifest.pop(_CHECKSUM, None) != digest(manifest):
+        raise VerificationError(f"{file} was damaged or edited: its checksum does not match", hint=_COPY_AGAIN)

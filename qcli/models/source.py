@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from qcli.core.activations import Activations
 
+# Fields of config.json that choose a tokenizer's class.
+_TOKENIZER_FIELDS = ("model_type", "tokenizer_class", "auto_map")
+
 
 class ModelSource:
     """A model on disk. Tensors have the names that they have in the causal LM's `state_dict`.
@@ -168,9 +171,13 @@ class ModelSource:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """Plain data that changes when the model does: its fingerprint, and the time of its newest file."""
+        """Plain data that changes when model or tokenizer does; of the weights only headers and the time are read."""
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
-        state = {"headers": self.fingerprint(), "modified": max(file.stat().st_mtime for file in files)}
+        state = {
+            "headers": self.fingerprint(),
+            "modified": max(file.stat().st_mtime for file in files),
+            "tokenizer": self.tokenizer_content() if self.tokenizer_path.is_dir() else None,
+        }
         return state | ({"code": self._code_hashes()} if self.code_files() else {})
 
     def content(self) -> str:
@@ -179,11 +186,18 @@ class ModelSource:
         return hashlib.sha256(json.dumps([self.config, hashes], sort_keys=True).encode()).hexdigest()
 
     def tokenizer_content(self) -> str:
-        """SHA-256 of the tokenizer's files, and of code that may run."""
-        if self.path.is_file():
+        """SHA-256 of all that makes the tokenizer: its files, what chooses its class, and code that may run."""
+        if self.tokenizer_path.is_file():
             return self.content()
-        hashes = {name: sha256(file) for name, file in tokenizer_files(self.path).items()} | self._code_hashes()
-        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        files = tokenizer_files(self.tokenizer_path)
+        hashes = {name: sha256(file) for name, file in files.items()} | self._code_hashes()
+        fields = {field: self.config.get(field) for field in _TOKENIZER_FIELDS}
+        return hashlib.sha256(json.dumps([hashes, fields]).encode()).hexdigest()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Where the tokenizer is: the folder, or a file that holds it too."""
+        return self.path
 
     def _code_hashes(self) -> dict[str, str]:
         return {name: sha256(file) for name, file in self.code_files().items()}

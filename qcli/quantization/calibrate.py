@@ -17,7 +17,7 @@ from torch import Tensor
 from qcli import __version__
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.data.calibration_folder import CALIBRATION
+from qcli.data.calibration_folder import write_record
 from qcli.data.identity import text_identity
 from qcli.data.stored_windows import TOKENS
 from qcli.data.tokens import TokenRequest, calibration_tokens
@@ -26,10 +26,8 @@ from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils import shards
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.utils.errors import StateError
-from qcli.utils.files import write_json
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import RunFolder, refuse_existing
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -88,8 +86,7 @@ def calibrate(
         StateError: `out` exists, or is being written by something else.
         ResourceError: no space.
     """
-    if out.exists():
-        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+    refuse_existing(out)
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     source = open_source(recipe.model, trust)
     linears = source.linears()
@@ -136,7 +133,7 @@ def calibrate(
                 progress("calibrate", index + 1, stream.n_blocks)
         shards.write_tensors(folder / "statistics.safetensors", statistics)
         result = Calibration(out, settings, layers)
-        write_json(folder / CALIBRATION, result.record())
+        write_record(folder, result.record())
         run.publish()
     return result
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from qcli.data.identity import text_sha256
 from qcli.models.manifest import versions
 from qcli.models.open import ModelSource
 from qcli.quantization.block_loop import BlockQuantizer, quantize_blocks
@@ -22,7 +21,7 @@ from qcli.quantization.sequential import Sequential
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
-from qcli.utils.files import require_space
+from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
@@ -77,6 +76,6 @@ def run_identity(
         "versions": versions(),
         "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
         "source": source.state(),
-        "data": text_sha256(recipe.calibration.data) if reads_text else None,
+        "data": content_hash(Path(recipe.calibration.data)) if reads_text else None,
         "recipe": recipe.fingerprint_fields(),
     }

@@ -21,7 +21,7 @@ class Finding:
     Attributes:
         label: its values on the axes, in words.
         protocol: what it was evaluated on, in words; runs with different protocols cannot be compared.
-        texts: hashes of the windows of each text.
+        texts: hashes and shapes of the windows of each text.
         bits: stored bits per weight of all quantizable layers, those that the run leaves dense included.
         kl: nats per token; None: not finite.
         perplexity: mean over texts; None: not finite.
@@ -118,7 +118,7 @@ def _finding(row: Row) -> Finding:
             f"{portable_name(text)}: {score['windows']} windows of {score['window']} tokens"
             for text, score in row["perplexity"].items()
         ),
-        texts=tuple(score["sha256"] for score in row["perplexity"].values()),
+        texts=tuple(f"{score['sha256']} {score['windows']}x{score['window']}" for score in row["perplexity"].values()),
         bits=row.get("linear_bits_per_weight", row["bits_per_weight"]),  # absent from rows of earlier versions
         kl=row["kl"],
         perplexity=mean,

@@ -11,10 +11,10 @@ from typing import Any
 
 from qcli.study.findings import Finding, best_within, findings, gains, method_comparisons, other_axes, pareto
 from qcli.study.plots import plot_front, plot_gains
+from qcli.study.report_files import write_in_place
 from qcli.study.rows import read_rows
 from qcli.utils.environment import can_plot
 from qcli.utils.errors import StateError, UnsupportedError
-from qcli.utils.files import write_bytes
 from qcli.utils.markdown import plain, plain_html
 from qcli.utils.paths import portable_name
 
@@ -53,8 +53,9 @@ def write_report(out: Path) -> list[Path]:
     of an earlier report are replaced.
 
     Raises:
-        StateError: `out` is not a study, or none of its runs succeeded.
+        StateError: `out` is not a study, none of its runs succeeded, or a file of the report was edited.
         UnsupportedError: matplotlib is not installed.
+        QcliError: a file cannot be written; see `os_problem`.
     """
     rows = read_rows(out)
     runs = findings(rows)
@@ -62,10 +63,6 @@ def write_report(out: Path) -> list[Path]:
         raise StateError(f"{out}: no run has succeeded", hint=f"run the study: qcli study STUDY.yaml --out {out}")
     if not can_plot():
         raise UnsupportedError("matplotlib is not installed", hint="pip install matplotlib")
-    folder = out / "report"
-    folder.mkdir(exist_ok=True)
-    for old in (*folder.glob("recipe-*.yaml"), *folder.glob("figure-*.png")):
-        old.unlink()
     sections: list[Section] = []
     recipes: dict[str, str] = {}
     for number, key in enumerate(dict.fromkeys((run.model, run.texts) for run in runs)):
@@ -75,13 +72,11 @@ def write_report(out: Path) -> list[Path]:
     if failed:
         errors = [(str(row["point"]), row["error"]) for row in failed]
         sections.append(Section("Runs that failed", table=Table(("run", "error"), errors)))
-    for name, text in recipes.items():
-        write_bytes(folder / name, text.encode())
-    figures = {f"figure-{n}.png": section.figure for n, section in enumerate(sections) if section.figure is not None}
-    for name, figure in figures.items():
-        write_bytes(folder / name, figure)
-    write_bytes(folder / "report.md", _markdown(sections).encode())
-    write_bytes(folder / "report.html", _html(sections).encode())
+    files = {name: text.encode() for name, text in recipes.items()}
+    files |= {f"figure-{n}.png": section.figure for n, section in enumerate(sections) if section.figure is not None}
+    files |= {"report.md": _markdown(sections).encode(), "report.html": _html(sections).encode()}
+    folder = out / "report"
+    write_in_place(folder, files)
     return [folder / "report.html", folder / "report.md", *(folder / name for name in recipes)]
 
 

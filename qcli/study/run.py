@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 
 from qcli.study.grid import Run
 from qcli.study.rows import CACHE, RUNS, Row
 from qcli.utils.cache import Cache
-from qcli.utils.errors import QcliError, StateError
-from qcli.utils.files import disk_problem
-from qcli.utils.lock import FolderLock
+from qcli.utils.errors import ResourceError, StateError, expected
+from qcli.utils.owned_folder import FolderKind, OwnedFolder
 from qcli.utils.progress import Progress, silent
 from qcli.utils.trust import NOTHING, Trust
 
+KIND = FolderKind("study-run", ("quantized*", "distilled*", "eval.json", "stages.json", ".*.partial"))
 TRIES = 3  # of a run whose worker dies; each resumes after the last finished block
 
 
 def make_row(run: Run, out: Path, progress: Progress = silent, trust: Trust = NOTHING) -> Row:
     """Execute a run in the study's folder `out`; if it fails, the row has the error.
 
+    The folder of a run that ran out of memory or disk is kept, so that it can be resumed.
+
     Raises:
-        StateError: another process is working on it.
-        ResourceError: its folder cannot be created.
+        StateError: another process is working on it, or its folder was not created by qcli.
+        QcliError: its folder cannot be created; see `os_problem`.
     """
     from qcli.models.manifest import versions
 
-    started = time.time()
-    with _locked(out / RUNS / run.address) as lock:
+    started, work = time.time(), out / RUNS / run.address
+    with OwnedFolder(work, KIND, StateError(f"another qcli is using {work}", hint="wait for it")) as folder:
         try:
-            results = _results(run, lock.folder, Cache(out / CACHE), progress, trust)
-        except QcliError as error:
-            results = failure(error.message, error.exit_code) | {"hint": error.hint}
+            results = _results(run, work, Cache(out / CACHE), progress, trust)
         except Exception as error:  # no failure of a run ends the study
-            results = failure(f"{type(error).__name__}: {error}".splitlines()[0])
-        with contextlib.suppress(OSError):
-            lock.remove()
+            problem = expected(error)
+            if problem is None:
+                results = failure(f"{type(error).__name__}: {error}".splitlines()[0])
+            else:
+                results = failure(problem.message, problem.exit_code) | {"hint": problem.hint}
+        if results.get("exit_code") != ResourceError.exit_code:
+            folder.remove()
     head = row_head(run) | {"started": round(started, 1)}
     return head | results | {"versions": versions(), "total_seconds": round(time.time() - started, 1)}
 
@@ -49,14 +52,6 @@ def row_head(run: Run) -> Row:
 def failure(error: str, exit_code: int = 1) -> Row:
     """The further fields of the row of a failed run."""
     return {"status": "failed", "error": error, "exit_code": exit_code}
-
-
-def _locked(folder: Path) -> FolderLock:
-    """Create and lock a run's folder, which a worker of a killed study may still be using."""
-    try:
-        return FolderLock(folder, StateError(f"another qcli is using {folder}", hint="wait for it"))
-    except OSError as error:
-        raise disk_problem(folder, error) from None
 
 
 def _results(run: Run, folder: Path, cache: Cache, progress: Progress, trust: Trust) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -75,6 +76,12 @@ def has_fast_matmul(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What kind of unit computes, as far as results depend on it; plain data."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": device.type, "name": name, "fast": has_fast_matmul(device)}
 
 
 @contextmanager

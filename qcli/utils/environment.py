@@ -53,6 +53,11 @@ def packages() -> list[dict[str, str | None]]:
     return [{"name": name, "version": _version(name), "needed": why} for name, why in needed.items()]
 
 
+def versions_of(*names: str) -> dict[str, str | None]:
+    """Installed versions of packages; None: missing."""
+    return {name: _version(name) for name in names}
+
+
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None

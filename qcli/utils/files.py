@@ -1,28 +1,40 @@
-"""Files that are complete or absent: atomic writes, hashes, and what a full disk means."""
+"""Files that are complete or absent: atomic writes, copies, hashes, and errors of the operating system."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qcli.utils.errors import ResourceError, UsageError
+from qcli.utils.errors import ResourceError, StateError, UsageError, os_problem, warn
+
+_CHUNK = 1 << 24  # bytes of a copy in memory
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write indented UTF-8 JSON atomically."""
-    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(file, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The content of a file of `write_json`."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(file: Path) -> Any:
-    """The value in a UTF-8 JSON file."""
-    return json.loads(file.read_bytes())
+    """The value in a UTF-8 JSON file.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    return parse_json(file.read_bytes())
 
 
 def parse_json(content: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -68,7 +80,7 @@ def write_bytes(file: Path, content: bytes) -> None:
     """Write a file atomically.
 
     Raises:
-        ResourceError: the disk is full.
+        QcliError: it cannot be written; see `os_problem`.
     """
     write_chunks(file, [content])
 
@@ -77,25 +89,82 @@ def write_chunks(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file atomically: after a crash it is complete and on disk, or its previous version is untouched.
 
     Raises:
-        ResourceError: the disk is full.
+        QcliError: it cannot be written; see `os_problem`.
     """
     partial = file.with_name(f".{file.name}.partial")
-    try:
+    with _no_remainder(partial), writing(file):
         with partial.open("wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
+        sync_folder(file.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file; on return it is on disk.
+
+    Raises:
+        QcliError: one of them cannot be read or written; see `os_problem`.
+    """
+    with reading(source):
+        stream = source.open("rb")
+    with stream, writing(target), target.open("wb") as copy:
+        while chunk := read_chunk(stream, source, _CHUNK):
+            copy.write(chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def read_chunk(stream: Any, source: Path, count: int) -> bytes:
+    """At most `count` bytes of an open file.
+
+    Raises:
+        QcliError: it cannot be read; see `os_problem`.
+    """
+    with reading(source):
+        data: bytes = stream.read(count)
+    return data
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn errors of the operating system in the body into QcliErrors that name `file`."""
+    try:
+        yield
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_problem(file, error) from None
-    sync_folder(file.parent)
+        raise os_problem(error, f"{file} cannot be written") from error
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn errors of the operating system in the body into QcliErrors that name `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise os_problem(error, f"{file} cannot be read") from error
+
+
+@contextlib.contextmanager
+def _no_remainder(partial: Path) -> Iterator[None]:
+    """Remove a half-written file if the body fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_file(file: Path) -> None:
-    """Flush a file written by someone else to disk."""
-    with file.open("r+b" if sys.platform == "win32" else "rb") as stream:  # Windows syncs only what it may write
+    """Flush a file written by someone else to disk.
+
+    Raises:
+        QcliError: it cannot be written; see `os_problem`.
+    """
+    mode = "r+b" if sys.platform == "win32" else "rb"  # Windows syncs only what it may write
+    with writing(file), file.open(mode) as stream:
         os.fsync(stream.fileno())
 
 
@@ -111,15 +180,45 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Rename a finished folder to its final name: readers see all of it or nothing."""
-    sync_folder(partial)
-    partial.rename(out)
-    sync_folder(out.parent)
+    """Rename a finished folder to its final name: readers see all of it or nothing.
+
+    Raises:
+        StateError: something else has created `out`.
+        QcliError: it cannot be written; see `os_problem`.
+    """
+    with writing(out):
+        sync_folder(partial)
+        if os.path.lexists(out):
+            raise StateError(f"{out} has been created by something else", hint="move it away and try again")
+        partial.rename(out)
+    with warned(f"{out} is complete, but may not survive a power failure"):
+        sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def warned(message: str) -> Iterator[None]:
+    """Turn errors of the operating system in the body into warnings."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{message}: {error.strerror or error}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to), or a folder with all that is in it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -132,14 +231,6 @@ def content_hash(path: Path) -> str | None:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     entries = [[file.relative_to(path).as_posix(), sha256(file)] for file in files]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def disk_problem(file: Path, error: OSError) -> ResourceError:
-    """The error to raise for a failed write."""
-    return ResourceError(
-        f"{file} cannot be written: {error.strerror}",
-        hint="free some space and run the same command again: finished blocks are kept",
-    )
 
 
 def require_space(folder: Path, needed: int) -> None:

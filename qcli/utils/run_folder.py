@@ -8,21 +8,25 @@ its last complete part. Renaming the assembled result to `OUT` publishes it.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from qcli.utils import journal, shards
-from qcli.utils.errors import StateError
-from qcli.utils.files import disk_problem, publish, read_json, sha256, write_json
-from qcli.utils.lock import FolderLock
+from qcli.utils import journal, sealed, shards
+from qcli.utils.errors import StateError, UsageError, warn
+from qcli.utils.files import publish, remove, sha256, writing
+from qcli.utils.owned_folder import FolderKind, OwnedFolder, refuse_foreign
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_IDENTITY, _JOURNAL, _RESULT = "run.json", "journal.jsonl", "result"
+_IDENTITY, _JOURNAL, _RESULT, TRIALS = "run.json", "journal.jsonl", "result", "trials"
+_STATE = "state-*"  # shards of a training state, written by several processes
+_PARTIAL = ".*.partial"  # a file that was being written when the process ended
+_KIND = FolderKind("run", (_IDENTITY, _JOURNAL, _RESULT, TRIALS, _STATE, _PARTIAL, "part-*.safetensors"))
+_ENTRY = {"part", "sha256", "report"}  # fields of a journal entry
 Resume = Literal["auto", "required", "never"]
 
 
@@ -35,24 +39,22 @@ class RunFolder:
         resume: `auto` resumes an interrupted run if there is one, `required` fails without one, `never` starts over.
 
     Raises:
-        StateError: `out` exists, another process writes it, `required` found no interrupted run, or the interrupted run
-            has another identity (the message names the differences).
-        ResourceError: the folder cannot be created.
+        StateError: `out` exists, another process writes it, `OUT.partial` was not created by qcli, `required` found no
+            interrupted run, or the interrupted run is damaged or has another identity (the message names the
+            differences).
+        QcliError: the folder cannot be created; see `os_problem`.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Resume) -> None:
+        refuse_existing(out)
         self.out = out.absolute()
         self.path = partial(self.out)
-        refuse_existing(self.out)
         busy = StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out")
-        try:
-            self._lock = FolderLock(self.path, busy)
-        except OSError as error:
-            raise disk_problem(self.path, error) from None
+        self._folder = OwnedFolder(self.path, _KIND, busy)
         try:
             self._entries = self._opened(identity, resume)
         except BaseException:
-            self._lock.release()
+            self._folder.release()
             raise
         self._intact: dict[str, bool] = {}
 
@@ -60,14 +62,16 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._lock.release()
+        self._folder.release()
 
     def done(self, part: str) -> Path | None:
         """The file of a finished part; None if there is none or it does not match its journal entry."""
         file = self.file(part)
         if part not in self._intact:
             entry = self._entries.get(part)
-            self._intact[part] = entry is not None and file.exists() and sha256(file) == entry["sha256"]
+            self._intact[part] = entry is not None and file.is_file() and sha256(file) == entry["sha256"]
+            if entry is not None and not self._intact[part]:
+                warn(f"{file} is damaged or missing: recomputing it")
         return file if self._intact[part] else None
 
     def report(self, part: str) -> Any:
@@ -89,36 +93,58 @@ class RunFolder:
     def result(self) -> Path:
         """An empty folder to assemble the result in."""
         folder = self.path / _RESULT
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with writing(folder):
+            if os.path.lexists(folder):
+                remove(folder)
+            folder.mkdir()
         return folder
 
     def publish(self) -> None:
         """Rename the assembled result to `out` and remove the folder."""
         publish(self.path / _RESULT, self.out)
-        self._lock.remove()
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder, and with it a result that was not published."""
+        self._folder.remove()
 
     def size(self) -> int:
         """Bytes of the finished parts."""
-        return sum(self.file(part).stat().st_size for part in self._entries if self.done(part))
+        return sum(file.stat().st_size for part in self._entries if (file := self.done(part)) is not None)
 
     def _opened(self, identity: Mapping[str, Any], resume: Resume) -> dict[str, dict[str, Any]]:
         """Journal entries by part; a run that is not resumed starts with an empty folder."""
         refuse_existing(self.out)  # another process may have finished in between
-        journal.cut_torn_line(self.path / _JOURNAL)
-        entries = [json.loads(line) for line in journal.complete_lines(self.path / _JOURNAL)]
+        entries = {} if resume == "never" else self._interrupted()
         if resume == "required" and not entries:
-            self._lock.remove()
+            self._folder.remove()
             raise StateError(f"there is no interrupted run of {self.out} to resume", hint="leave out --resume required")
-        if entries and resume != "never":
+        if entries:
             self._compare(identity)
-            return {entry["part"]: entry for entry in entries}
-        self._lock.clear()
-        write_json(self.path / _IDENTITY, identity)
-        return {}
+        else:
+            self._folder.clear()
+            sealed.write_json(self.path / _IDENTITY, identity)
+        return entries
+
+    def _interrupted(self) -> dict[str, dict[str, Any]]:
+        """Journal entries by part of an interrupted run; empty if there is none."""
+        file = self.path / _JOURNAL
+        journal.cut_torn_line(file)
+        try:
+            entries = journal.entries(file)
+        except sealed.Damaged as problem:
+            raise _damaged(str(problem)) from None
+        if not all(entry.keys() == _ENTRY for entry in entries):
+            raise _damaged(f"{file} is not the journal of a run: it is damaged")
+        return {entry["part"]: entry for entry in entries}
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
-        described = differences(read_json(self.path / _IDENTITY), identity)
+        file = self.path / _IDENTITY
+        try:
+            before = sealed.load_json(file)
+        except sealed.Damaged as problem:
+            raise _damaged(str(problem)) from None
+        described = differences(before, identity)
         if described:
             raise StateError(
                 f"{self.path} holds an interrupted run with other settings: {described}",
@@ -126,15 +152,41 @@ class RunFolder:
             )
 
 
+def _damaged(message: str) -> StateError:
+    return StateError(message, hint="start over with --resume never, or remove it")
+
+
 def partial(out: Path) -> Path:
-    """Path of the folder of the run that writes `out`."""
-    return out.absolute().with_name(f"{out.name}.partial")
+    """Path of the folder of the run that writes `out`.
+
+    Raises:
+        UsageError: nothing can be written beside `out`.
+    """
+    try:
+        return out.absolute().with_name(f"{out.absolute().name}.partial")
+    except ValueError:  # it has no name
+        raise UsageError(f"{out} cannot be the folder of a result", hint="choose another --out") from None
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise StateError if the output exists."""
-    if out.exists():
-        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+    """Refuse, before any work, an output that exists or that nothing can be written to.
+
+    Raises:
+        StateError: it exists, is a dangling symbolic link, or `OUT.partial` was not created by qcli.
+        UsageError: there can be no such folder.
+        QcliError: it cannot be looked up; see `os_problem`.
+    """
+    with writing(out):
+        if out.exists():
+            raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+        if out.is_symlink():
+            raise StateError(f"{out} is a dangling symbolic link", hint="choose another --out, or remove it")
+        parent = next(parent for parent in out.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise UsageError(f"{out} cannot be written: {parent} is not a folder", hint="choose another --out")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{out} cannot be written: {parent} is not writable", hint="choose another --out")
+    refuse_foreign(partial(out), _KIND)
 
 
 def has_parts(out: Path) -> bool:

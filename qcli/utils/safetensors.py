@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.utils.dtypes import DTYPES, StoredTensor
-from qcli.utils.errors import UsageError
-from qcli.utils.files import parse_json, require_regular
+from qcli.utils.errors import UsageError, os_problem
+from qcli.utils.files import parse_json, reading, require_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -44,25 +45,8 @@ def read_header(file: Path) -> dict[str, Extent]:
     Raises:
         UsageError: the file is missing, truncated or malformed, or has two tensors of one name.
     """
-    try:
-        require_regular(file)
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise _broken(file, "its header is longer than the file")
-            text = stream.read(length)
-    except FileNotFoundError:
-        raise UsageError(f"{file} is missing", hint="download the model again") from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    try:
-        header = parse_json(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
-    except ValueError:
-        raise _broken(file, "its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise _broken(file, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    header, length, size = _parsed_header(file)
+    header.pop(_METADATA, None)
     extents = {name: _extent(file, name, entry, 8 + length) for name, entry in header.items()}
     expected = 8 + length
     for extent in sorted(extents.values(), key=lambda extent: (extent.start, extent.bytes)):
@@ -74,9 +58,19 @@ def read_header(file: Path) -> dict[str, Extent]:
     return extents
 
 
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The `__metadata__` of a safetensors file; empty if it has none.
+
+    Raises:
+        UsageError: as `read_header`, but extents are not looked at.
+    """
+    metadata = _parsed_header(file)[0].get(_METADATA)
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def read_bytes(extent: Extent) -> bytes:
     """The raw bytes of a tensor."""
-    with extent.file.open("rb") as stream:
+    with reading(extent.file), extent.file.open("rb") as stream:
         stream.seek(extent.start)
         return stream.read(extent.bytes)
 
@@ -86,17 +80,41 @@ def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
 
     Raises:
         UsageError: a file is shorter than its header said.
+        QcliError: it cannot be read; see `os_problem`.
     """
     import torch
 
     tensors = {}
     for name, extent in extents:
         buffer = torch.empty(extent.bytes, dtype=torch.uint8)
-        with extent.file.open("rb", buffering=0) as stream:
+        with reading(extent.file), extent.file.open("rb", buffering=0) as stream:
             stream.seek(extent.start)
             _fill(stream, memoryview(buffer.numpy().data), extent.file)
         tensors[name] = buffer.view(extent.stored.torch_dtype).view(extent.stored.shape)
     return tensors
+
+
+def _parsed_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, its length and the size of the file, both in bytes."""
+    try:
+        require_regular(file)
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER):
+                raise _broken(file, "its header is longer than the file")
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise UsageError(f"{file} is missing", hint="download the model again") from None
+    except OSError as error:
+        raise os_problem(error, f"{file} cannot be read") from error
+    try:
+        header = parse_json(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
+    except ValueError:
+        raise _broken(file, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is not a JSON object")
+    return header, length, size
 
 
 def _fill(stream: Any, view: memoryview, file: Path) -> None:

@@ -6,16 +6,15 @@ memory.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.utils.dtypes import STORED_NAME, StoredTensor
-from qcli.utils.files import disk_problem, write_chunks, write_json
+from qcli.utils.errors import VerificationError
+from qcli.utils.files import read_chunk, reading, write_chunks, write_json, writing
 from qcli.utils.safetensors import Extent
 
 if TYPE_CHECKING:
@@ -23,27 +22,33 @@ if TYPE_CHECKING:
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_SIZE = 5 * 10**9  # bytes, by default
+_CHUNK = 1 << 24  # bytes of a copy in memory
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically.
 
     Raises:
-        ResourceError: the disk is full.
+        QcliError: it cannot be written; see `os_problem`.
     """
+    entries, contents = serialized(tensors)
+    write_chunks(file, [header_text(entries), *contents])
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredTensor], list[memoryview]]:
+    """Headers and bytes of tensors, in their order; on the CPU the bytes are views."""
     import torch
 
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {
         name: StoredTensor(STORED_NAME[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in contents.items()
     }
-    raw = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values())
-    write_chunks(file, chain([header_text(entries)], raw))
+    return entries, [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in contents.values()]
 
 
-def header_text(tensors: Mapping[str, StoredTensor]) -> bytes:
+def header_text(tensors: Mapping[str, StoredTensor], **metadata: str) -> bytes:
     """Header of a safetensors file with these tensors in this order, including its length."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -88,7 +93,8 @@ def join(parts: Sequence[Mapping[str, Extent]], out: Path, shard_size: int) -> N
         shard_size: bytes; a larger part becomes a shard of its own.
 
     Raises:
-        ResourceError: the disk is full.
+        QcliError: a file cannot be read or written; see `os_problem`.
+        VerificationError: a file is shorter than its header said.
     """
     stored = [{name: extent.stored for name, extent in part.items()} for part in parts]
     shards = grouped(stored, shard_size)
@@ -105,23 +111,23 @@ def join(parts: Sequence[Mapping[str, Extent]], out: Path, shard_size: int) -> N
 
 
 def _write_shard(file: Path, extents: Mapping[str, Extent]) -> None:
-    try:
-        with file.open("wb") as stream:
-            stream.write(header_text({name: extent.stored for name, extent in extents.items()}))
-            for extent in extents.values():
-                with extent.file.open("rb") as source:
-                    source.seek(extent.start)
-                    _copy(source, stream, extent.bytes)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise disk_problem(file, error) from None
+    with writing(file), file.open("wb") as stream:
+        stream.write(header_text({name: extent.stored for name, extent in extents.items()}))
+        for extent in extents.values():
+            _copy(extent, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
-def _copy(source: Any, target: Any, count: int, chunk: int = 1 << 24) -> None:
-    while count:
-        data = source.read(min(chunk, count))
-        if not data:
-            raise OSError(errno.EIO, "a source file has become shorter")
-        target.write(data)
-        count -= len(data)
+def _copy(extent: Extent, target: Any) -> None:
+    with reading(extent.file):
+        source = extent.file.open("rb")
+    with source:
+        source.seek(extent.start)
+        left = extent.bytes
+        while left:
+            data = read_chunk(source, extent.file, min(_CHUNK, left))
+            if not data:
+                raise VerificationError(f"{extent.file} has become shorter while it was copied")
+            target.write(data)
+            left -= len(data)

@@ -9,6 +9,7 @@ import pytest
 
 from qcli.utils.registry import names
 from tests.cli.conftest import Invoke
+from tests.manifests import edit_manifest
 from tests.tiny import with_merge
 
 
@@ -165,8 +166,7 @@ def test_manifest_of_other_layers_is_detected(invoke: Invoke, symmetric: Path, t
     for format in ("gguf", "gptq"):
         packed = tmp_path / format
         assert invoke("pack", symmetric, "--out", packed, "--format", format).code == 0
-        file = packed / "qcli.manifest.json"
-        file.write_text(file.read_text().replace("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"))
+        edit_manifest(packed, lambda text: text.replace("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"))
         for command in ("inspect", "verify"):
             code, out, err = invoke(command, packed)
             assert (code, out) == (4, "")

@@ -43,13 +43,40 @@ def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     assert err.splitlines() == [f"{out / name}: done already, skipped" for name in again["skipped"]]
 
 
-def test_figures_of_an_earlier_version_are_shown(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+def test_damaged_records_and_figures_are_not_believed(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert invoke("run", recipe, "--out", out).code == 0
-    evaluation = json.loads((out / "eval.json").read_text())
-    del evaluation["fitted_to"]
-    (out / "eval.json").write_text(json.dumps(evaluation))
-    assert "KL to baseline" in invoke("run", recipe, "--out", out).out
+    for name, problem in (("eval.json", "was damaged or edited"), ("stages.json", "is damaged")):
+        file, content = out / name, (out / name).read_bytes()
+        for damaged in (
+            content.replace(b"0.", b"1.", 1).replace(b'"bits": 3', b'"bits": 2'),
+            content[:-20],
+            b"[]",
+            b"",
+        ):
+            file.write_bytes(damaged)
+            code, stdout, err = invoke("run", recipe, "--out", out)
+            assert (code, stdout) == (3, "") and f"error: {file} {problem}" in err
+        file.write_bytes(content)
+    assert invoke("run", recipe, "--out", out).code == 0
+
+
+@pytest.mark.parametrize("name", ["stages.json", "eval.json"])
+def test_files_of_the_users_are_not_replaced(invoke: Invoke, recipe: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}')
+    code, _, err = invoke("run", recipe, "--out", out)
+    assert code == 3 and f"error: {out / name} " in err
+    assert (out / name).read_text() == '{"mine": 1}'
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_work(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for out, code, problem in (("link", 3, "link is a dangling symbolic link"), ("file", 2, "file is not a folder")):
+        ended = invoke("run", recipe, "--out", tmp_path / out)
+        assert ended.code == code and problem in ended.err
 
 
 def test_missing_stage_alone_is_repeated(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:

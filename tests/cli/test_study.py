@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from qcli.study import processes as module
 from qcli.study.content import address_by_content
 from qcli.study.grid import Run, load_study
 from qcli.study.rows import VERSION, read_rows
-from qcli.study.run import row_head
-from qcli.utils.errors import StateError
-from qcli.utils.lock import FolderLock
+from qcli.study.run import KIND, row_head
+from qcli.utils.errors import ResourceError, StateError
+from qcli.utils.journal import line
+from qcli.utils.owned_folder import OwnedFolder
+from qcli.utils.run_folder import RunFolder
 from qcli.utils.trust import Trust
 from tests.cli.conftest import Invoke
 
@@ -143,7 +146,7 @@ def test_calibration_tokens_and_baselines_are_made_once(
     assert made.count(WINDOWS) <= 2, "read by the model's tokenizer, and by the copies that the checkpoints have"
     assert made.count(BASELINE) == 3, "two models and one baseline"
     kept = {row["address"]: row.get("kl") for row in rows(tmp_path / "out")}
-    monkeypatch.setattr("qcli.utils.cache.Cache.tensors", lambda self, key, make: make())
+    monkeypatch.setattr("qcli.utils.cache.Cache.tensors", lambda self, key, make, fits: make())
     assert invoke("study", study, "--out", tmp_path / "fresh").code == 0
     assert {row["address"]: row.get("kl") for row in rows(tmp_path / "fresh")} == kept
 
@@ -217,9 +220,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 def test_a_run_that_another_process_executes_ends_the_study(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     folder = out / "runs" / address_by_content(load_study(study).runs)[1].address
-    folder.mkdir(parents=True)
-    (out / "study.json").write_text('{"version": 1}')
-    with FolderLock(folder, StateError("busy")):
+    with OwnedFolder(folder, KIND, StateError("busy")):
+        (out / "study.json").write_text('{"version": 2}')
         code, _, err = invoke("study", study, "--out", out)
         assert code == 3 and f"error: another qcli is using {folder}" in err
         assert folder.exists() and len(rows(out)) == 1, "the first run has its row"
@@ -230,11 +232,66 @@ def test_a_run_that_another_process_executes_ends_the_study(invoke: Invoke, stud
 def test_damaged_rows_are_named(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
+    row = {"address": "a", "status": "done", "point": {}, "recipe": "", "kl": 0.25}
+    old = f'{json.dumps(row)}\n{{"addr\n{{"half'
+    new = (line(row) + line(row)).decode().replace("0.25", "0.24", 1)
+    for version, lines, problem in ((1, old, "2: damaged: not JSON"), (2, new, "1: damaged: its checksum")):
+        (out / "study.json").write_text(json.dumps({"version": version}))
+        (out / "results.jsonl").write_text(lines)
+        for command in (("study", study, "--out", out), ("study", "report", out)):
+            code, _, err = invoke(*command)
+            assert code == 3 and f"error: {out}/results.jsonl:{problem}" in err
+    for content in ("[]", "{}", "[" * 10**5, '{"version": "2"}', "\xff"):
+        (out / "study.json").write_text(content, encoding="latin-1")
+        assert invoke("study", study, "--out", out).code == 3
+
+
+def test_studies_of_the_version_before_go_on(invoke: Invoke, study: Path, tmp_path: Path) -> None:
+    """Their rows had no checksums."""
+    out = tmp_path / "out"
+    assert invoke("study", study, "--out", out).code == 0
+    before = rows(out)[1:]
+    for row in before:
+        assert len(str(row.pop("checksum"))) == 64
+    shutil.rmtree(out)
+    out.mkdir()
     (out / "study.json").write_text('{"version": 1}')
-    (out / "results.jsonl").write_text('{"address": "a", "status": "done", "point": {}, "recipe": ""}\n{"addr\n{"half')
-    for command in (("study", study, "--out", out), ("study", "report", out)):
-        code, _, err = invoke(*command)
-        assert code == 3 and f"error: {out}/results.jsonl:2: not a row of a study" in err
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    assert read_rows(out) == before
+    code, stdout, err = invoke("study", study, "--out", out, "--json")
+    assert (code, json.loads(stdout)["kept"]) == (0, 2), err
+    assert [{**row, "checksum": None} for row in rows(out)[:2]] == [{**row, "checksum": None} for row in before]
+    assert json.loads((out / "study.json").read_text()) == {"version": VERSION}
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_resumes(
+    invoke: Invoke, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, commit = tmp_path / "out", RunFolder.commit
+
+    def full(self: RunFolder, part: str, *rest: Any) -> None:
+        if part == "00001":
+            raise ResourceError("the disk is full")
+        commit(self, part, *rest)
+
+    monkeypatch.setattr(RunFolder, "commit", full)
+    assert invoke("study", study, "--out", out).code == 5, "each run met it"
+    monkeypatch.undo()
+    folders = sorted((out / "runs").iterdir())
+    assert len(folders) == 2 and all((folder / "quantized.partial" / "journal.jsonl").exists() for folder in folders)
+    resumed: list[bool] = []
+    done = RunFolder.done
+
+    def watched(self: RunFolder, part: str) -> Path | None:
+        file = done(self, part)
+        resumed.append(part == "00000" and file is not None and self.path.name == "quantized.partial")
+        return file
+
+    monkeypatch.setattr(RunFolder, "done", watched)
+    code, stdout, _ = invoke("study", study, "--out", out, "--json", "--retry")
+    assert (code, json.loads(stdout)["done"]) == (0, 2)
+    assert any(resumed) and not list((out / "runs").iterdir())
 
 
 def test_dry_run_shows_what_runs_would_cost(invoke: Invoke, study: Path, tmp_path: Path) -> None:
@@ -275,4 +332,3 @@ def test_what_is_not_a_study_is_refused(
     monkeypatch.setattr("qcli.cli.study.LIMIT", 2)
     code, _, err = invoke("study", study, "--out", tmp_path / "many")
     assert code == 2 and "has 3 runs" in err and "--yes" in err
-    assert VERSION == 1

@@ -14,8 +14,8 @@ from qcli.export.targets import dense
 from qcli.export.verify import verify
 from qcli.models.open import open_source
 from qcli.utils import shards
-from qcli.utils.errors import QcliError, ResourceError, StateError, UsageError, VerificationError
-from qcli.utils.files import disk_problem
+from qcli.utils.errors import QcliError, ResourceError, StateError, UsageError, VerificationError, os_problem
+from qcli.utils.run_folder import RunFolder
 from tests.quantizing import run
 from tests.tiny import tiny_model
 
@@ -73,7 +73,7 @@ def test_a_weight_that_reads_back_changed_is_detected(
 
 def test_a_full_disk_does_not_promise_to_resume(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def join(*_: Any) -> None:
-        raise disk_problem(tmp_path, OSError(28, "No space left on device"))
+        raise os_problem(OSError(28, "No space left on device"), tmp_path)
 
     monkeypatch.setattr(shards, "join", join)
     hint = failed(native, tmp_path / "packed", ResourceError, "No space left").hint
@@ -81,10 +81,9 @@ def test_a_full_disk_does_not_promise_to_resume(native: Path, tmp_path: Path, mo
 
 
 def test_a_killed_pack_starts_over(native: Path, tmp_path: Path) -> None:
-    half = tmp_path / "packed.partial" / "result"
-    half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
-    (half.parent / "run.json").write_text('{"pack": "dense"}')
+    with RunFolder(tmp_path / "packed", {"pack": "dense"}, "never") as killed:
+        half = killed.result()
+        (half / "model.safetensors").write_bytes(b"half")
     pack(native, tmp_path / "packed", format="dense", shard_size=10**9)
     assert verify(tmp_path / "packed").unlisted == []
     assert not half.parent.exists()

@@ -12,12 +12,13 @@ import pytest
 from qcli.algorithms.training.outcome import Outcome
 from qcli.models.manifest import AllocationReport, DistillationReport, Manifest, TrialReport
 from qcli.utils.errors import VerificationError
+from qcli.utils.sealed import digest
 from tests.manifests import layer_report, manifest_of
 
 QUANTIZED = (
     *("format_version", "recipe_sha256", "versions", "recipe", "source", "calibration_tokens_sha256"),
     *("calibration_text_identity", "seed", "bits_per_weight", "model_bits_per_weight", "bytes", "layers", "training"),
-    *("unscaled", "dense", "seconds", "peak_memory", "files"),
+    *("unscaled", "dense", "seconds", "peak_memory", "files", "sha256"),
 )
 OUTCOME = Outcome(before=0.5, after=0.25, best_step=2, steps=4, curve=((0, None, 0.5), (2, 0.75, 0.25)))
 
@@ -34,7 +35,9 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, content: dict[str, Any]) -> None:
-    (folder / "qcli.manifest.json").write_text(json.dumps(content))
+    """Write a manifest with the checksum of its content."""
+    del content["sha256"]
+    (folder / "qcli.manifest.json").write_text(json.dumps(content | {"sha256": digest(content)}))
 
 
 def test_what_is_written_is_read(folder: Path) -> None:
@@ -75,7 +78,9 @@ def test_what_later_commands_add_comes_in_order(folder: Path) -> None:
     )
     manifest.write(folder)
     content = written(folder)
-    assert tuple(content) == (*QUANTIZED[:-1], "allocation", "files", "distilled", "packed_as", "rounded", "notes")
+    assert tuple(content) == (
+        *(*QUANTIZED[:-2], "allocation", "files", "distilled", "packed_as", "rounded", "notes", "sha256"),
+    )
     assert content["allocation"] == asdict(allocation)
     assert content["distilled"] == json.loads(json.dumps([asdict(distilled)]))
     read = Manifest.read(folder)
@@ -87,13 +92,13 @@ def test_manifests_of_older_versions_are_read_and_gain_nothing(folder: Path) -> 
     old = written(folder)
     for later in ("calibration_text_identity", "training", "unscaled"):
         del old[later]
-    del old["layers"][0]["facts"]
-    rewrite(folder, old)
+    del old["layers"][0]["facts"], old["sha256"]
+    (folder / "qcli.manifest.json").write_text(json.dumps(old))
     manifest = Manifest.read(folder)
     assert (manifest.calibration_text_identity, manifest.training, manifest.distilled) == (None, {}, [])
     assert manifest.layers == [layer_report()]
     manifest.write(folder)
-    assert written(folder).keys() == old.keys()
+    assert written(folder).keys() == old.keys() | {"sha256"}
 
 
 def test_keys_of_newer_versions_are_ignored(folder: Path) -> None:
@@ -107,6 +112,17 @@ def test_keys_of_newer_versions_are_ignored(folder: Path) -> None:
     assert manifest.layers == [layer_report()]
     manifest.write(folder)
     assert "signature" not in written(folder) and "outliers" not in written(folder)["layers"][0]
+
+
+@pytest.mark.parametrize("part", ['"error": 0.02', '"seed": 0', '"method": "rtn"', '"sha256": "', '"sha256"'])
+def test_changed_manifests_are_not_believed(folder: Path, part: str) -> None:
+    """Also where the change hits the checksum, or its name."""
+    manifest_of(layer_report()).write(folder)
+    file = folder / "qcli.manifest.json"
+    head, _, tail = file.read_text().rpartition(part)
+    file.write_text(f"{head}{part[:-2]}{'1' if part[-2] != '1' else '2'}{part[-1]}{tail}")
+    with pytest.raises(VerificationError, match=r"qcli\.manifest\.json (was damaged or edited|is not a manifest)"):
+        Manifest.read(folder)
 
 
 @pytest.mark.parametrize(

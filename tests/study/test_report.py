@@ -10,6 +10,7 @@ import pytest
 
 from qcli.study.findings import best_within, findings, gains, method_comparisons, method_name, other_axes, pareto
 from qcli.study.report import write_report
+from qcli.study.report_files import write_in_place
 from qcli.utils.errors import StateError
 
 
@@ -99,11 +100,29 @@ def test_reports_are_complete_and_escape_names(tmp_path: Path) -> None:
     assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
     assert [file.name for file in recipes] == ["recipe-3bpw.yaml", "recipe-4bpw.yaml", "recipe-4.25bpw.yaml"]
     assert recipes[0].read_text() == ROWS[2]["recipe"]
-    (tmp_path / "report" / "recipe-9bpw.yaml").write_text("of an earlier report")
     first = html.read_bytes()
     write_report(tmp_path)
     assert html.read_bytes() == first
-    assert not (tmp_path / "report" / "recipe-9bpw.yaml").exists()
+
+
+def test_reports_replace_what_a_report_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    write_in_place(folder, {"report.md": b"1", "recipe-9bpw.yaml": b"1"})
+    (folder / "recipe-mine.yaml").write_text("mine")
+    write_in_place(folder, {"report.md": b"2", "recipe-8bpw.yaml": b"2"})
+    names = {"report.md": b"2", "recipe-8bpw.yaml": b"2", "recipe-mine.yaml": b"mine"}
+    assert {file.name: file.read_bytes() for file in folder.glob("r*")} == names
+    for name in ("recipe-mine.yaml", "recipe-8bpw.yaml"):
+        (folder / name).write_text("mine")
+        with pytest.raises(StateError, match=f"{name} was edited or is not of a report"):
+            write_in_place(folder, {"report.md": b"3", "recipe-mine.yaml": b"3"})
+        assert (folder / name).read_text() == "mine" and (folder / "report.md").read_bytes() == b"2"
+        (folder / name).unlink()
+    write_in_place(folder, {"report.md": b"3"})
+    assert [file.name for file in folder.glob("r*")] == ["report.md"]
+    (folder / ".qcli-report.json").write_text("{}")
+    with pytest.raises(StateError, match="has no checksum"):
+        write_in_place(folder, {"report.md": b"3"})
 
 
 @pytest.mark.slow

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
+from qcli.cli.ui.streams import tell
 from qcli.cli.ui.tables import duration
 from qcli.utils.text import printable
 
@@ -35,7 +35,7 @@ class Lines:
         else:
             timing = f", {duration(elapsed)}" if done == total else ""
         line = f"{stage} {done}/{total}{timing}{f'; {detail}' if detail else ''}"
-        print(printable(line), file=sys.stderr, flush=True)
+        tell(printable(line))
 
 
 class Bars:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qcli.cli.ui.errors import INTERRUPTED, STATE, TERMINATED, USAGE, describe, show_error, terminate
 from qcli.cli.ui.progress import Bars, Lines
+from qcli.cli.ui.streams import abandon_stdout, tell
 from qcli.cli.ui.tables import Tables, console
 from qcli.utils.distributed import is_main_process, world_size
+from qcli.utils.errors import QcliWarning
 from qcli.utils.memory import return_large_blocks
 from qcli.utils.progress import silent
 from qcli.utils.text import printable
@@ -66,14 +68,16 @@ class Session:
     def __enter__(self) -> Self:
         self.stdout = sys.stdout
         self._exits.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._exits.enter_context(warnings.catch_warnings())
         if self.verbose < 2:
-            self._exits.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if self.quiet:
             os.environ.setdefault("TQDM_DISABLE", "1")  # read when a library imports tqdm
             self._exits.callback(logging.disable, logging.root.manager.disable)
             logging.disable(logging.WARNING)
+        warnings.simplefilter("always", QcliWarning)
+        warnings.showwarning = self._showwarning(warnings.showwarning)
         if self.quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with contextlib.suppress(ValueError):  # not the main thread
@@ -96,15 +100,15 @@ class Session:
         self._exits.close()
         if error is None or isinstance(error, SystemExit):
             return
-        if isinstance(error, BrokenPipeError):  # the interpreter would report it again at exit
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if isinstance(error, BrokenPipeError):
+            abandon_stdout()
         message, hint, code = describe(error, resumable=self.resumable, memory_hint=self.memory_hint)
         if code in (USAGE, STATE) and not is_main_process():  # every process meets these; the main one reports
             raise SystemExit(code) from None
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
         if code in (INTERRUPTED, TERMINATED):
-            print(message, file=sys.stderr)
+            tell(message)
         else:
             show_error(message, hint)
         raise SystemExit(code) from None
@@ -112,7 +116,7 @@ class Session:
     def note(self, text: str) -> None:
         """Print a remark that is not part of the result."""
         if not self.quiet:
-            print(printable(text), file=sys.stderr)
+            tell(printable(text))
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print the command's result: drawn by `show`, or as one JSON object with `--json` or without `show`."""
@@ -130,6 +134,17 @@ class Session:
         """Print a result that is text already, such as YAML."""
         self.stdout.write(text)
         self.stdout.flush()
+
+    def _showwarning(self, show_others: Callable[..., None]) -> Callable[..., None]:
+        """What shows warnings: qcli's own are notes."""
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, QcliWarning):
+                self.note(f"warning: {message}")
+            else:
+                show_others(message, category, *place)
+
+        return show
 
     def _progress(self) -> Progress:
         if self.quiet:

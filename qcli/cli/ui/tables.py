@@ -79,7 +79,13 @@ def console(stream: TextIO) -> Console:
     """A rich console on `stream`, as wide as its terminal."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
+    class UnixConsole(Console):
+        """Raises BrokenPipeError if the reader has gone, where rich ends the process with exit code 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return UnixConsole(file=stream, width=None if stream.isatty() else _PIPE_WIDTH)
 
 
 def bits(result: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from qcli.models.native import NativeSource
 from qcli.models.open import PACKED_GGUF, ModelSource
 from qcli.utils.dtypes import WEIGHT_DTYPES, torch_dtype
 from qcli.utils.errors import UnsupportedError
-from qcli.utils.files import disk_problem, write_json
+from qcli.utils.files import write_json, writing
 from qcli.utils.progress import Progress
 from qcli.utils.trust import Trust
 
@@ -83,10 +83,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         """Write a single file whatever `shard_size` is: llama.cpp maps it into memory."""
-        try:
+        with writing(folder / PACKED_GGUF):
             self._write(source, folder / PACKED_GGUF, progress)
-        except OSError as error:
-            raise disk_problem(folder / PACKED_GGUF, error) from None
         write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
 

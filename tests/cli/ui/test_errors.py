@@ -7,7 +7,15 @@ import errno
 import pytest
 
 from qcli.cli.ui.errors import Terminated, describe
-from qcli.utils.errors import StateError, UnsupportedError, UsageError
+from qcli.utils.errors import PATH_ERRNOS, RESOURCE_ERRNOS, StateError, UnsupportedError, UsageError
+
+SOME = "a file cannot be read or written"
+
+
+def raised(error: Exception, cause: Exception) -> Exception:
+    """`error`, raised while `cause` was handled."""
+    error.__context__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
@@ -18,8 +26,17 @@ from qcli.utils.errors import StateError, UnsupportedError, UsageError
         (UnsupportedError("gone"), 6, "gone"),
         (KeyboardInterrupt(), 130, "interrupted; resume with the same command"),
         (Terminated(), 143, "interrupted; resume with the same command"),
-        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), 5, "disk full: /out/x"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), 5, "disk full"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), 5, "/out/x: No space left on device"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 5, f"{SOME}: No space left on device"),
+        (OSError("cannot load it: [Errno 24] Too many open files"), 5, f"{SOME}: Too many open files"),
+        (ImportError("x.so: cannot open shared object file: Too many open files"), 5, f"{SOME}: Too many open files"),
+        (OSError(errno.EIO, "Input/output error"), 5, f"{SOME}: Input/output error"),
+        (raised(ValueError("no"), OSError(errno.EMFILE, "Too many", "x")), 5, "x: Too many open files"),
+        (raised(ValueError("no"), OSError(errno.ENOENT, "No such file", "x")), 1, "ValueError: no"),
+        (OSError(errno.EROFS, "Read-only file system", "/out"), 2, "/out: Read-only file system"),
+        (FileExistsError(errno.EEXIST, "File exists", "/out"), 2, "/out: File exists"),
+        (OSError(errno.ESTALE, "Stale file handle", "/out"), 5, "/out: Stale file handle"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (MemoryError(), 5, "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), 5, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 5, "out of memory"),
@@ -31,3 +48,9 @@ from qcli.utils.errors import StateError, UnsupportedError, UsageError
 def test_errors_have_one_line_and_their_code(error: BaseException, code: int, message: str) -> None:
     description = describe(error, resumable=True)
     assert (description.message, description.exit_code) == (message, code)
+
+
+def test_space_is_asked_for_only_where_it_is_missing() -> None:
+    hints = {number: describe(OSError(number, "", "x")).hint for number in (*RESOURCE_ERRNOS, *PATH_ERRNOS)}
+    assert {number for number, hint in hints.items() if hint and "space" in hint} == {errno.ENOSPC, errno.EDQUOT}
+    assert hints[errno.EMFILE] == "allow this process more open files: `ulimit -n`"

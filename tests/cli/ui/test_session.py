@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from qcli.cli.ui.session import Session
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UsageError, warn
 
 
 def test_bugs_hint_at_the_traceback_and_vv_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +73,27 @@ def test_quiet_silences_bars_and_logs_of_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "afterwards\n"
+
+
+def test_warnings_are_notes_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, False, True):
+        with Session(quiet=quiet):
+            for _ in range(2):
+                warn("left behind \x1b")
+            warnings.warn("a library's", stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == ["warning: left behind \\x1b"] * 4
+
+
+def test_nobody_has_to_read_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> int:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys.stderr, "write", gone)
+        with Session(json=True) as session:
+            session.note("a note")
+            session.progress("stage", 0, 1)
+            session.result({"a": 1})
+            raise UsageError("wrong")
+    assert caught.value.code == 2
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
