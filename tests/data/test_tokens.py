@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qcli.data.calibration_folder import write_record
 from qcli.data.datasets import read_text, require_text
+from qcli.data.identity import text_identity
 from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
 from qcli.models.open import ModelSource, open_source
 from qcli.utils.errors import UsageError
@@ -284,7 +287,27 @@ def test_folders_that_are_no_calibration(source: ModelSource, tmp_path: Path) ->
     options = {"samples": 1, "seq_len": 8, "seed": 0}
     assert "no tokens.safetensors" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     (folder / "tokens.safetensors").write_bytes(b"torn")
-    assert "damaged" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
+    assert "truncated or broken" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     save_file({"ids": torch.full((1, 8), 320)}, folder / "tokens.safetensors")
     assert "vocabulary of 320" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
     assert "vocabulary of 320" in problem(evaluation_tokens, str(folder), source, window=8)
+
+
+def test_calibration_folders_are_checked_when_they_are_read(source: ModelSource, tmp_path: Path) -> None:
+    ids = torch.arange(16).view(2, 8)
+    save_file({"ids": ids}, tmp_path / "tokens.safetensors")
+    record = {"tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(), "text_identity": "00"}
+    write_record(tmp_path, record)
+    request = TokenRequest(str(tmp_path), samples=1, seq_len=8, seed=0)
+    assert torch.equal(calibration_tokens(request, source).ids, ids)
+    assert text_identity(str(tmp_path)) == "00"
+    save_file({"ids": ids ^ 1}, tmp_path / "tokens.safetensors")
+    assert "its hash is not the one in calibration.json" in problem(calibration_tokens, request, source)
+    file = tmp_path / "calibration.json"
+    for damaged in (file.read_text().replace('"00"', '"01"'), "[]", "no json"):
+        file.write_text(damaged)
+        assert "calibration.json: damaged" in problem(calibration_tokens, request, source)
+        with pytest.raises(UsageError, match=r"calibration\.json: damaged"):
+            text_identity(str(tmp_path))
+    file.write_text(json.dumps(record))  # as earlier versions wrote it
+    assert text_identity(str(tmp_path)) == "00"

@@ -23,6 +23,7 @@ from qcli.quantization.calibrate import calibrate
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Calibration
 from qcli.utils.errors import StateError, UsageError
+from qcli.utils.sealed import digest
 from tests.tiny import tiny_model
 
 FAMILIES = ["llama", "gpt2", "falcon"]
@@ -127,6 +128,7 @@ def test_the_folder_says_where_it_comes_from(tmp_path: Path, text: str) -> None:
     folder, out = tiny_model("llama", tmp_path), tmp_path / "out"
     result = calibrate(recipe(folder, text), out)
     record = json.loads((out / "calibration.json").read_text())
+    assert record.pop("sha256") == digest(record)
     assert {"out": str(out), **record} == json.loads(json.dumps(result.to_json()))
     assert record["source_fingerprint"] == open_source(str(folder)).fingerprint()
     assert (record["data"], record["samples"], record["seq_len"], record["seed"]) == (text, 5, 32, 3)
