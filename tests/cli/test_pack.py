@@ -82,7 +82,7 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
     code, out, _ = invoke("inspect", checkpoint, "--json")
     assert code == 0
     report = json.loads(out)
-    assert report["model"] == str(model)
+    assert report["model"] == model.name
     assert {layer["bits"] for layer in report["layers"] if layer["method"]} == {3}
     code, out, _ = invoke("inspect", checkpoint)
     assert code == 0
@@ -116,7 +116,7 @@ def test_every_target_is_inspected_and_verified(
     code, _, err = invoke("pack", symmetric, "--out", packed, "--format", format)
     assert code == 0, err
     report = json.loads(invoke("inspect", packed, "--json").out)
-    assert (report["packed_as"], report["model"], len(report["layers"])) == (format, str(model), 14)
+    assert (report["packed_as"], report["model"], len(report["layers"])) == (format, model.name, 14)
     stored_as, bits = STORED[format]
     layer = next(layer for layer in report["layers"] if layer["name"] == "model.layers.1.self_attn.o_proj")
     assert layer.get("stored_as") == stored_as
