@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qcli.models.families import FAMILIES, Linear
 from qcli.models.open import open_source
 from qcli.utils.errors import QcliError, UnsupportedError, UsageError
+from qcli.utils.trust import Trust
 from tests.tiny import HIDDEN, VOCAB, tiny_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -186,6 +188,28 @@ def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     refused("some-org/some-model", UsageError, "some-org/some-model is not a local folder, and the hub cannot")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_downloaded_from_the_hub(
+    trusted: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"config.json", "model.safetensors", "tokenizer.model", "qwen.tiktoken", "LICENSE", "License.txt", "NOTICE"}
+    kept |= {"chat_template.jinja", "additional_chat_templates/tool_use.jinja", "merges.txt"}
+    code = {"modeling.py", "custom_generate/generate.py"}
+    other = {"pytorch_model.bin", "original/model.safetensors", "onnx/config.json", "README.png", "tokenizer.pkl"}
+    fetched: set[str] = set()
+    snapshot = tmp_path / "0123abc"
+
+    def snapshot_download(model: str, revision: str | None = None, **patterns: Any) -> str:
+        assert revision in (None, snapshot.name)
+        fetched.update(filter_repo_objects(kept | code | other, **patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    llama.rename(snapshot)
+    assert len(open_source("org/name", Trust(remote_code=trusted)).linears()) == 14
+    assert fetched == kept | (code if trusted else set())
 
 
 def test_a_file_that_is_no_gguf_is_refused(llama: Path) -> None:

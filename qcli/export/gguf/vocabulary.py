@@ -8,6 +8,7 @@ the negative rank of the merge that makes it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,22 @@ def write(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
         if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
     writer.add_add_bos_token(tokenizer.bos_token_id in tokenizer("a").input_ids[:1])
-    if isinstance(template := tokenizer.chat_template, str):
-        writer.add_chat_template(template)
+    _write_chat_templates(writer, tokenizer.chat_template)
+
+
+def _write_chat_templates(writer: Any, templates: Any) -> None:
+    """One template, or several by name, of which the writer of gguf would list the names in an order of chance."""
+    import gguf
+
+    keys = gguf.Keys.Tokenizer
+    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    if (default := named.pop("default", None)) is not None:
+        writer.add_string(keys.CHAT_TEMPLATE, default)
+    names = {name: re.sub(r"\W", "_", name, flags=re.ASCII) for name in sorted(named)}
+    for name, key in names.items():
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=key), named[name])
+    if names:
+        writer.add_array(keys.CHAT_TEMPLATES, list(names.values()))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:

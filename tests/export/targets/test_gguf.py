@@ -275,6 +275,21 @@ def test_byte_level_tokenizer_survives(tmp_path: Path) -> None:
     assert tokenizer("cab naïve 123").input_ids == expected
 
 
+def test_named_chat_templates_survive(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    (model / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (model / "additional_chat_templates" / f"{name}.jinja").write_text(f"{name}: {{{{ messages }}}}")
+    (model / "LICENSE").write_text("mine")
+    out, _ = packed(tmp_path, model)
+    fields = gguf.GGUFReader(out / "model.gguf").fields
+    assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
+    assert fields["tokenizer.chat_template.rag"].contents() == "rag: {{ messages }}"
+    assert fields["tokenizer.chat_template"].contents() == tiny_tokenizer().chat_template
+    assert (out / "additional_chat_templates" / "rag.jinja").exists() and (out / "LICENSE").read_text() == "mine"
+    assert verify(out).unlisted == []
+
+
 def test_tokenizers_without_merges_are_refused(tmp_path: Path) -> None:
     run(tiny_model("llama", tmp_path), tmp_path / "native", method__name="rtn")
     with pytest.raises(UnsupportedError, match="has no merges"):
