@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # One thread per worker: with two, the workers spend their time waiting for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: setup demo test test-fast lint reference bench bench-quality clean
+.PHONY: setup demo test test-fast soak lint reference bench bench-quality clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ test: setup
 # Without the tests marked `slow`, which quantize whole models, train or start processes: under a minute on two cores.
 test-fast: setup
 	$(PYTEST) -m 'not slow'
+
+# Faults of the system, for twenty minutes; exits with 1 if one was found that is not handled.
+soak: setup
+	$(BIN)/python -m tests.faults.soak --minutes 20
 
 lint: setup
 	$(BIN)/ruff check .
