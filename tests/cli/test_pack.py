@@ -125,7 +125,7 @@ def test_every_target_is_inspected_and_verified(
     assert 0 < layer["error"] < 1
     shown = {line.split("  ")[0].strip(): line for line in invoke("inspect", packed).out.splitlines()}
     assert shown["packed as"].split()[-1] == format
-    assert str(model) in shown["made from"]
+    assert shown["made from"].split("  ")[-1].strip() == f"{model.name} (llama)"
     code, out, err = invoke("verify", packed, "--json")
     assert code == 0, err
     checked = json.loads(out)
