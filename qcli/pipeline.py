@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.recipe import Recipe
@@ -195,6 +196,8 @@ class Pipeline:
         """Whether a stage has to run."""
         if not self.record.done(name, inputs):
             return True
+        if (self.folder / name / MANIFEST).exists():
+            Manifest.read(self.folder / name).require_weights(self.folder / name)
         self.result.skipped.append(name)
         self.skip(self.folder / name)
         return False

@@ -54,16 +54,19 @@ def distill(
     Raises:
         UsageError, ResourceError: as `plan_distillation`, and if the text cannot be used.
         StateError: the output exists or belongs to another run.
+        VerificationError: weights of the student have changed since they were written.
     """
     plan_distillation(student, recipe, trust)
     started, options = time.monotonic(), recipe.distill or Distillation()
     student_source, teacher_source = open_pair(student, recipe.model, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
+    manifest = Manifest.read(student)
+    manifest.require_weights(student)
     identity = {
         "versions": versions(),
         "compute": {"device": device.type, "bf16": fast, "processes": world_size()},
-        "student": {name: asdict(file) for name, file in Manifest.read(student).files.items()},
+        "student": {name: asdict(file) for name, file in manifest.files.items()},
         "teacher": teacher_source.state(),
         "text": recipe.distill_text.model_dump(mode="json"),
         "data": content_hash(Path(recipe.distill_text.data)),

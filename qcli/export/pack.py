@@ -51,7 +51,8 @@ def pack(
         UsageError: `run` is not a qcli checkpoint, or there is no such target.
         UnsupportedError: the layout cannot store something in `run`.
         StateError: `out` exists.
-        VerificationError: what was written does not read back, or computes something else.
+        VerificationError: weights of `run` have changed since they were written, or what was written does not read
+            back, or computes something else.
         QcliError: something cannot be written; see `os_problem`.
     """
     target = load_target(format, requantize)
@@ -63,6 +64,7 @@ def pack(
         )
     source.companions()  # what cannot be copied is refused before any work
     target.check(source)
+    Manifest.read(run).require_weights(run)
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
             result = _write(source, target, folder.result(), out, shard_size, evaluation, progress, trust)

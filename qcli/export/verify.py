@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qcli.models.manifest import MANIFEST, Manifest
+from qcli.models.manifest import MANIFEST, WEIGHT_FILES, Manifest
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import QcliError, VerificationError
@@ -58,7 +58,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     progress("hash", len(listed), len(listed))
     present = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     unlisted = sorted(name for name in present if name not in listed and name != MANIFEST)
-    weights = [name for name in unlisted if name.endswith((".safetensors", ".gguf"))]
+    weights = [name for name in unlisted if name.endswith(WEIGHT_FILES)]
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights but is not listed in the manifest")
     source = open_source(str(folder))

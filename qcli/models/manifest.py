@@ -20,6 +20,7 @@ from qcli.utils.sealed import digest
 FORMAT_VERSION = 2
 _CHECKSUM = "sha256"  # of everything else in the file
 _COPY_AGAIN = "copy the checkpoint again"
+WEIGHT_FILES = (".safetensors", ".gguf")
 MANIFEST, RECIPE = "qcli.manifest.json", "recipe.yaml"
 
 
@@ -238,6 +239,21 @@ class Manifest(BaseModel):
         if not manifest.files:
             raise VerificationError(f"{file} is not a manifest: files: no file is listed", hint=_COPY_AGAIN)
         return manifest
+
+    def require_weights(self, folder: Path) -> None:
+        """Refuse to build on weights that are not those that were written: what is made of them would hide it.
+
+        Raises:
+            VerificationError: a file of weights is missing, or its hash differs.
+        """
+        for name, entry in self.files.items():
+            if not name.endswith(WEIGHT_FILES):
+                continue
+            file = folder / Path(name).name
+            if not file.is_file():
+                raise VerificationError(f"{file} is listed in the manifest but missing", hint=_COPY_AGAIN)
+            if sha256(file) != entry.sha256:
+                raise VerificationError(f"{file} has changed: its hash differs from the manifest", hint=_COPY_AGAIN)
 
     def write(self, folder: Path) -> None:
         """Hash all files of a finished folder and write the manifest, which must be its last file."""

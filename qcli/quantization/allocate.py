@@ -74,6 +74,8 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, 
             if not (folder / name).exists():
                 step = trial.recipe.model_copy(update={"resume": "auto"})
                 quantize_as_written(step, folder / name, progress, cache, trust)
+            else:  # of an interrupted run
+                Manifest.read(folder / name).require_weights(folder / name)
         measured = _measure(trials, folder, recipe, tokens[-held_out:], progress, trust)
         shipped = min(trials, key=lambda name: (measured[name] is None, measured[name]))
         report = AllocationReport(

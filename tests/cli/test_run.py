@@ -61,6 +61,19 @@ def test_damaged_records_and_figures_are_not_believed(invoke: Invoke, recipe: Pa
     assert invoke("run", recipe, "--out", out).code == 0
 
 
+def test_stages_do_not_go_on_from_changed_weights(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", recipe, "--out", out).code == 0
+    (out / "eval.json").unlink()
+    file = out / "quantized" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, _, err = invoke("run", recipe, "--out", out)
+    assert code == 4 and f"error: {file} has changed: its hash differs" in err
+    assert not (out / "eval.json").exists()
+
+
 @pytest.mark.parametrize("name", ["stages.json", "eval.json"])
 def test_files_of_the_users_are_not_replaced(invoke: Invoke, recipe: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"

@@ -80,6 +80,15 @@ def test_a_full_disk_does_not_promise_to_resume(native: Path, tmp_path: Path, mo
     assert hint is not None and "free some space" in hint and "kept" not in hint
 
 
+def test_changed_weights_are_not_packed(native: Path, tmp_path: Path) -> None:
+    """The manifest of what is packed would vouch for them."""
+    file = native / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    failed(native, tmp_path / "packed", VerificationError, "model.safetensors has changed: its hash differs")
+
+
 def test_a_killed_pack_starts_over(native: Path, tmp_path: Path) -> None:
     with RunFolder(tmp_path / "packed", {"pack": "dense"}, "never") as killed:
         half = killed.result()
