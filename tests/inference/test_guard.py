@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from qcli.export.pack import pack
 from qcli.export.verify import verify
+from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
@@ -51,6 +52,7 @@ def make_old(checkpoint: Path) -> None:
     del tensors[GUARD]
     shards.write_tensors(checkpoint / "model.safetensors", tensors)
     edit(checkpoint, format_version=1, guard=None)
+    Manifest.read(checkpoint).write(checkpoint)
 
 
 def edit(checkpoint: Path, **fields: Any) -> None:
