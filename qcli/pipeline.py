@@ -22,7 +22,7 @@ from qcli.utils.cache import Cache
 from qcli.utils.errors import StateError, UsageError
 from qcli.utils.files import content_hash, json_bytes, parse_json, reading, write_bytes, writing
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import differences
+from qcli.utils.run_folder import differences, remove_remainder
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ class Pipeline:
             return True
         if (self.folder / name / MANIFEST).exists():
             Manifest.read(self.folder / name).require_weights(self.folder / name)
+            remove_remainder(self.folder / name)
         self.result.skipped.append(name)
         self.skip(self.folder / name)
         return False

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from qcli.cli import calibrate, distill, doctor, eval, inspect, pack, quantize, recipe, run, study, verify
-from qcli.cli.ui.errors import BROKEN_PIPE, show_error
-from qcli.cli.ui.streams import abandon_stdout, open_closed_streams
+from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, Terminated, show_error
+from qcli.cli.ui.streams import abandon_stdout, open_closed_streams, tell
 from qcli.utils.paths import expanded
 from qcli.utils.text import printable
 
@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = context.command_path if context else "qcli"
         show_error(printable(error.format_message()), hint=f"see `{name} --help`")
         sys.exit(error.exit_code)
+    except Terminated:  # before a session had begun, or after its end
+        tell("interrupted")
+        sys.exit(TERMINATED)
     except BrokenPipeError:
         abandon_stdout()
         sys.exit(BROKEN_PIPE)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.utils.distributed import Processes
-from qcli.utils.files import sha256
+from qcli.utils.files import files_below, sha256
 from qcli.utils.run_folder import RunFolder
 
 _PARTS = ("state-0", "state-1")
@@ -66,4 +66,4 @@ class TrainingState:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.glob("*"))}
+    return {file.name: sha256(file) for file in files_below(folder)} if folder.is_dir() else {}

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.utils.files import sha256
+from qcli.utils.files import files_below, sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -103,7 +103,7 @@ def _data_files(configs: Iterable[Mapping[str, Any]]) -> Iterator[Path]:
         for name in dict.fromkeys([*named["data_files"], *folders]):
             for match in glob.glob(os.path.join(folder, name), recursive=True) if name else ():
                 path = Path(match)
-                yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+                yield from (file for file in files_below(path) if file.is_file()) if path.is_dir() else [path]
 
 
 def _collect(value: Any, named: dict[str, list[str]]) -> None:

@@ -10,7 +10,7 @@ from qcli.models.manifest import MANIFEST, WEIGHT_FILES, Manifest
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import QcliError, VerificationError
-from qcli.utils.files import sha256
+from qcli.utils.files import files_below, sha256
 from qcli.utils.progress import Progress, silent
 
 
@@ -56,7 +56,7 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
         if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
             raise VerificationError(f"{file} has changed: its size or hash differs from the manifest")
     progress("hash", len(listed), len(listed))
-    present = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    present = (file.relative_to(folder).as_posix() for file in files_below(folder))
     unlisted = sorted(name for name in present if name not in listed and name != MANIFEST)
     weights = [name for name in unlisted if name.endswith(WEIGHT_FILES)]
     if weights:

@@ -114,7 +114,8 @@ def _companion_files(folder: Path) -> dict[str, Path]:
     files = [file for file in sorted(folder.iterdir()) if _is_known(file.name)]
     templates = folder / CHAT_TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
-        files += [file for file in sorted(templates.glob("*.jinja")) if file.name.isprintable()]
+        names = sorted(file.name for file in templates.iterdir() if file.suffix == ".jinja")
+        files += [templates / name for name in names if name.isprintable()]
     real = ((file.relative_to(folder).as_posix(), _real(folder, file)) for file in files)
     return {name: file for name, file in real if file is not None}
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
-from qcli.utils.files import parse_json, read_regular, reading, sha256, sync_file, sync_folder, write_json
+from qcli.utils.files import files_below, parse_json, read_regular, reading, sha256, sync_file, sync_folder, write_json
 from qcli.utils.sealed import digest
 
 FORMAT_VERSION = 2
@@ -257,7 +257,7 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Hash all files of a finished folder and write the manifest, which must be its last file."""
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+        files = [file for file in files_below(folder) if file.is_file() and file.name != MANIFEST]
         for file in files:
             sync_file(file)
         for inner in {file.parent for file in files} - {folder}:

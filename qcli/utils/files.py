@@ -216,6 +216,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Everything in a folder and its subfolders that is not a folder, sorted; links to folders are not followed.
+
+    Raises:
+        QcliError: a folder cannot be listed, where `Path.rglob` would leave it out; see `os_problem`.
+    """
+
+    def fail(error: OSError) -> None:
+        raise os_problem(error, f"{error.filename or folder} cannot be read") from error
+
+    walked = os.walk(folder, onerror=fail)
+    return sorted(Path(inner) / name for inner, _, names in walked for name in names)
+
+
 def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with reading(file), file.open("rb") as stream:
@@ -228,7 +242,7 @@ def content_hash(path: Path) -> str | None:
         return sha256(path)
     if not path.is_dir():
         return None
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files_below(path) if file.is_file()]
     entries = [[file.relative_to(path).as_posix(), sha256(file)] for file in files]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 

@@ -189,6 +189,13 @@ def refuse_existing(out: Path) -> None:
     refuse_foreign(partial(out), _KIND)
 
 
+def remove_remainder(out: Path) -> None:
+    """Remove what is left of the run that has published `out`: it could not be cleaned up, or was killed meanwhile."""
+    folder = partial(out)
+    if _KIND.marks(folder):
+        OwnedFolder(folder, _KIND, StateError(f"another qcli is writing {out}", hint="wait for it")).remove()
+
+
 def has_parts(out: Path) -> bool:
     """Whether an interrupted run of `out` has finished parts."""
     return (partial(out) / _JOURNAL).exists()

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from qcli import __version__
 from qcli.cli.main import app
+from qcli.cli.ui.errors import Terminated
 from tests.cli.conftest import Invoke
 
 COMMANDS = ("calibrate", "quantize", "distill", "eval", "pack", "run", "inspect", "verify", "recipe", "study", "doctor")
@@ -67,6 +68,14 @@ def test_wrong_usage_is_one_line_and_a_hint(invoke: Invoke, arguments: list[str]
     assert first.startswith("error: ")
     assert message in first
     assert second == f"hint: {hint}"
+
+
+def test_a_signal_before_the_session_has_begun(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arrive() -> int:
+        raise Terminated
+
+    monkeypatch.setattr("qcli.cli.ui.session.world_size", arrive)
+    assert invoke("doctor") == (143, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

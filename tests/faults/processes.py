@@ -86,6 +86,8 @@ def _serve() -> None:
     for line in sys.stdin:
         arguments, watched, fault, kill_after, environment = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="qcli-fork-") as folder:
+            for name in ("out", "err"):  # a child may be killed before it writes
+                (Path(folder) / name).touch()
             child = os.fork()
             if child == 0:
                 os.environ.update(environment)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qcli.utils import files
-from qcli.utils.errors import ResourceError
+from qcli.utils.errors import ResourceError, UsageError
 
 
 def test_json_is_indented_utf8(tmp_path: Path) -> None:
@@ -43,6 +43,24 @@ def test_content_hashes_cover_names_and_contents(tmp_path: Path) -> None:
     (folder / "inner" / "b").write_bytes(b"2")
     assert len({first, renamed, files.content_hash(folder)}) == 3
     assert files.content_hash(tmp_path / "none") is None
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert files.files_below(tmp_path) == [tmp_path / "a" / "b" / "file"]
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for walk in (files.files_below, files.content_hash):
+        with pytest.raises(UsageError, match="b cannot be read: Permission denied"):
+            walk(tmp_path)
 
 
 def test_required_space_is_checked_before_the_folder_exists(tmp_path: Path) -> None:

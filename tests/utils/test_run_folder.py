@@ -79,6 +79,16 @@ def test_what_cannot_be_cleaned_up_after_publishing_is_a_warning(out: Path, monk
     assert contents(out) == {"config.json": b""}
 
 
+def test_what_is_left_of_a_published_run_is_removed(out: Path) -> None:
+    out.mkdir()
+    run_folder.remove_remainder(out)
+    assert not out.with_name("out.partial").exists()
+    users = out.with_name("other.partial")
+    users.mkdir()
+    run_folder.remove_remainder(out.with_name("other"))
+    assert users.exists()
+
+
 def flipped(content: bytes) -> bytes:
     return content.replace(b"0.25", b"0.24", 1).replace(b'"bits": 3', b'"bits": 4')
 
