@@ -118,7 +118,7 @@ def test_measured_allocations_are_shown(invoke: Invoke, model: Path, text: Path,
     code, out, err = invoke("quantize", model, *auto, *data, "--out", tmp_path / "out")
     assert code == 0, err
     assert "target" in out and "shipped" in out and "on 4 held-out samples" in out
-    assert invoke("quantize", model, *auto, "--fused", *data, "--out", tmp_path / "fused").code == 0
+    assert invoke("quantize", model, *auto, "--fused", "--symmetric", *data, "--out", tmp_path / "fused").code == 0
     packed = ("--format", "compressed-tensors", "--out", tmp_path / "packed")
     assert invoke("pack", tmp_path / "fused", *packed).code == 0
     code, _, err = invoke("quantize", model, "--bits", "auto", "--target-bpw", 1, "--group-size", 32, "--dry-run")
