@@ -90,7 +90,7 @@ class Format(BaseModel):
             module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
-        """Tensors on disk for a weight of `shape`, by suffix (`weight_packed`, ...)."""
+        """Tensors on disk for a weight of `shape`, by suffix; `weight_packed` are the codes, by `pack_bits`."""
         raise NotImplementedError
 
     def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class Format(BaseModel):
         raise NotImplementedError
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
-        """Inverse of `to_stored`."""
+        """Inverse of `to_stored`; of the codes, only the rows that `weight_packed` has."""
         raise NotImplementedError
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

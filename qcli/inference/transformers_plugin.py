@@ -100,6 +100,7 @@ def _replace_linears(model: nn.Module, storage: NativeStorage) -> dict[str, Quan
             raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {layer.shape}")
         bias: Tensor | None = None if module.bias is None else module.bias.detach()
         replaced[name] = QuantLinear(layer.format, columns, rows, bias).to(module.weight.device)
+        replaced[name].name = name
         if storage.activations is not None:
             storage.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])

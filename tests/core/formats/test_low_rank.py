@@ -14,7 +14,7 @@ from qcli.algorithms.solvers import grid
 from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.formats.low_rank import FactorBits, LowRank
 from qcli.core.weight import QuantizedWeight, from_spec
-from qcli.inference import linear
+from qcli.inference.backends import reference
 from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 
@@ -106,7 +106,7 @@ def test_factors_are_rounded_to_the_nearest(factor_bits: FactorBits) -> None:
 def test_quant_linear_computes_with_the_decoded_weight(
     zero_point: ZeroPoint, factor_bits: FactorBits, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_TILE", tile)
+    monkeypatch.setattr(reference, "_TILE", tile)
     format = low_rank(zero_point=zero_point, factor_bits=factor_bits)
     weight, bias, x = weight_of(format, (24, 40)), drawn(24, seed=5), drawn(3, 5, 40, seed=6)
     layer = QuantLinear(format, 40, 24, bias)
