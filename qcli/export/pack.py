@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _write(
         kl=difference.kl,
         notes=target.notes(source),
     )
-    changed = {
+    changed: dict[str, Any] = {
         "bits_per_weight": result.bits_per_weight,
         "model_bits_per_weight": result.model_bits_per_weight,
         "bytes": result.bytes,
@@ -138,7 +139,10 @@ def _write(
         "rounded": target.rounded(),
         "notes": result.notes,
     }
-    manifest = portable_manifest(Manifest.read(source.path).model_copy(update=changed))
+    manifest = Manifest.read(source.path)
+    if manifest.facts and written.formats() != source.formats():  # they are of codes that the layout does not keep
+        changed |= {"layers": [replace(layer, facts={}) for layer in manifest.layers], "facts": {}}
+    manifest = portable_manifest(manifest.model_copy(update=changed))
     recipe = recipe_yaml(manifest)
     write_bytes(folder / RECIPE, recipe.encode())
     loading = target.loading_in(target.refusals(source))
