@@ -1,7 +1,7 @@
 """QuantizedWeight, integer codes and their tables, and Format, what they mean: the base class of `formats/`.
 
 A format is a small frozen record (`bits`, `group_size`, ...) that the checkpoint's `config.json` stores as it is. This
-module and the formats import no torch at the top, so that recipes and `--dry-run` stay fast.
+module and the formats import no torch at the top, so that recipes stay fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan of a quantization, from headers alone: layers, bits, bytes on disk, peak memory. No torch."""
+"""The plan of a quantization, from headers alone: layers, bits, bytes on disk, peak memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.models.families import Linear
+from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
 from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
@@ -179,8 +180,8 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     With `bits: auto` the plan is that of the largest uniform width within the target.
 
     Raises:
-        UsageError: the model is not supported, overrides match nothing, groups do not divide rows (every problem is
-            listed), or there is no such calibration text.
+        UsageError: the model is not supported, its config and weights do not belong together, overrides match nothing,
+            groups do not divide rows (every problem is listed), or there is no such calibration text.
         UnsupportedError: the model is already quantized by qcli.
     """
     source = open_source(recipe.model, trust)
@@ -188,6 +189,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
+    require_loadable(source)
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
     methods = assign(recipe, layers)
