@@ -15,6 +15,7 @@ from qcli.core.formats.low_rank import LowRank
 from qcli.core.weight import Format, QuantizedWeight, from_spec
 from qcli.inference.backend import choose, warn_of_reference
 from qcli.inference.backends.reference import input_gradient
+from qcli.utils.errors import UnsupportedError
 
 
 def packed_linear(
@@ -56,25 +57,51 @@ def _low_rank_term(x: Tensor, format: LowRank, tensors: Mapping[str, Tensor]) ->
     return F.linear(inner, a)
 
 
-class QuantLinear(nn.Module):
+class _Decoded(Tensor):
+    """A decoded weight. Assigning to its `data`, as peft does to merge an adapter, would change a copy: it raises."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedError(
+            "a packed weight cannot be changed, so that no adapter can be merged into it",
+            hint="`qcli pack DIR --format dense --out DENSE`, load DENSE and merge the adapter there",
+        )
+
+
+class QuantLinear(nn.Linear):
     """A linear layer whose weight stays packed; its buffers have the names, shapes and dtypes of the tensors on disk.
 
     The backend that computes it is chosen by device, dtype and format (`qcli.inference.backend`). Gradients flow to
-    the input, as adapters need, and not to the weight.
+    the input, as adapters need, and to the bias, not to the weight. A subclass of `nn.Linear`, so that peft puts
+    adapters on it.
 
     Attributes:
         name: of the layer in its model, for messages.
+        compute_dtype: of the activations that the layer expects; peft creates adapters in it.
     """
 
-    def __init__(self, format: Format, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        format: Format,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)  # not that of nn.Linear, which creates a dense weight
         self.format, self.in_features, self.out_features = format, in_features, out_features
-        self.name = "a layer"
+        self.name, self.compute_dtype = "a layer", compute_dtype
         self._suffixes = tuple(format.stored(self.shape))
         self._spec = json.dumps(format.spec())
         for name, stored in format.stored(self.shape).items():
             self.register_buffer(name, torch.empty(stored.shape, dtype=stored.torch_dtype))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         format.attach(self)
 
     @property
@@ -93,13 +120,15 @@ class QuantLinear(nn.Module):
         return self.format.from_stored(self.tensors, self.shape)
 
     @property
-    def weight(self) -> Tensor:
-        """The decoded weight, float32 `[out_features, in_features]`; a new tensor at each access."""
-        return self.quantized.dense()
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded weight, float32 `[out_features, in_features]`; a new tensor at each access, whose `data` cannot
+        be replaced."""
+        return self.quantized.dense().as_subclass(_Decoded)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W_hat^T + bias`: x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        needs_grad = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if torch.compiler.is_compiling() or (needs_grad and torch.is_grad_enabled()):
             tensors = [getattr(self, name) for name in self._suffixes]
             y: Tensor = _linear_op(x, tensors, self.bias, self._spec, list(self.shape))
             return y
@@ -109,6 +138,7 @@ class QuantLinear(nn.Module):
         """Follow `model.to(device)` but not `model.to(dtype)`: tables keep the precision they were stored in."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name, table in before.items():
             moved = self._buffers[name]
             if table is not None and moved is not None and moved.dtype != table.dtype:
@@ -127,7 +157,7 @@ def _format_of(spec: str) -> Format:
 
 @torch.library.custom_op("qcli::linear", mutates_args=())
 def _linear_op(x: Tensor, tensors: list[Tensor], bias: Tensor | None, spec: str, shape: list[int]) -> Tensor:
-    """`packed_linear` as an operator: opaque to `torch.compile`, differentiable in x.
+    """`packed_linear` as an operator: opaque to `torch.compile`, differentiable in x and bias.
 
     Args:
         tensors: in the order of `Format.stored`.
@@ -151,7 +181,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     format, (out_features, in_features) = _format_of(ctx.spec), ctx.shape
     named = dict(zip(format.stored((out_features, in_features)), ctx.saved_tensors, strict=True))
-    return input_gradient(gradient, format, (out_features, in_features), named), [None] * len(named), None, None, None
+    of_x = input_gradient(gradient, format, (out_features, in_features), named) if ctx.needs_input_grad[0] else None
+    of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    return of_x, [None] * len(named), of_bias, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_keep_for_backward)
