@@ -69,7 +69,12 @@ class Format(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
 
-    bits: int = Field(ge=1, le=8)
+    bits: int = Field(ge=1, le=8)  # of a weight's code
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded to codes. If not, nothing can be trained or compensated."""
+        return True
 
     @property
     def has_output_norm(self) -> bool:
@@ -90,7 +95,8 @@ class Format(BaseModel):
             module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
-        """Tensors on disk for a weight of `shape`, by suffix; `weight_packed` are the codes, by `pack_bits`."""
+        """Tensors on disk for a weight of `shape`, by suffix; `weight_packed` are the codes, by `pack_bits`, and
+        missing where `rounds` is false."""
         raise NotImplementedError
 
     def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def inspect(folder: Path) -> Inspection:
         notes=manifest.notes,
         recipe=manifest.recipe,
         fallbacks=sum(bool(layer.fallbacks) for layer in manifest.layers),
-        activations=None if source.activations is None else source.activations.model_dump(),
+        activations=None if source.activations is None else source.activations.spec(),
         facts=manifest.facts,
         layers=rows,
     )

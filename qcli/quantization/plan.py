@@ -192,7 +192,11 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     require_loadable(source)
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
-    methods = assign(recipe, layers)
+    stored_weights = source.tensors()
+    methods = {
+        name: method and method.for_weights_of(stored_weights[f"{name}.weight"].dtype)
+        for name, method in assign(recipe, layers).items()
+    }
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()
     formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}
@@ -204,7 +208,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
                 parts[layer.block][f"{layer.name}.{suffix}"] = stored
     outside: dict[str, StoredTensor] = {}
     prefix = f"{source.family.blocks}."
-    for name, tensor in source.tensors().items():
+    for name, tensor in stored_weights.items():
         if name in quantized:
             continue
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""

@@ -41,7 +41,10 @@ def decoded_tiles(
     Args:
         tensors: by suffix, as `Format.stored` describes them.
     """
-    packed = tensors["weight_packed"]
+    packed = tensors.get("weight_packed")
+    if packed is None:  # the weight is stored as it is
+        yield slice(0, shape[0]), format.from_stored(tensors, shape).dense()
+        return
     tables = format.float_tables(format.from_stored({**tensors, "weight_packed": packed[:0]}, shape).tables)
     step = max(1, _TILE // shape[1])
     for start in range(0, shape[0], step):
