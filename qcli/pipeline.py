@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.models.manifest import MANIFEST, Manifest
+from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.recipe import Recipe
@@ -180,7 +180,6 @@ class Pipeline:
                 format=options.format,
                 shard_size=options.shard_bytes,
                 requantize=options.requantize,
-                allow_refused=options.allow_refused,
                 evaluation=self.result.evaluation,
                 progress=self.progress,
                 trust=self.trust,
@@ -197,7 +196,7 @@ class Pipeline:
         """Whether a stage has to run."""
         if not self.record.done(name, inputs):
             return True
-        if (self.folder / name / MANIFEST).exists():
+        if name != EVALUATION:  # a checkpoint
             Manifest.read(self.folder / name).require_weights(self.folder / name)
             remove_remainder(self.folder / name)
         self.result.skipped.append(name)
@@ -212,11 +211,10 @@ class Pipeline:
         from qcli.export.packable import require_packable
         from qcli.quantization.search_space import mixed_recipe
 
-        plans = [self.plan]
+        require_packable(self.plan, self.folder, options.format, options.requantize)
         if self.recipe.allocation is not None:
-            plans.append(make_plan(mixed_recipe(self.recipe, self.plan.layers), self.trust))
-        for plan in plans:
-            require_packable(plan, self.folder, options.format, options.requantize, allow_refused=options.allow_refused)
+            mixture = make_plan(mixed_recipe(self.recipe, self.plan.layers), self.trust)
+            require_packable(mixture, self.folder, options.format, options.requantize)
 
     def _check_distillation(self) -> None:
         if self.recipe.distill is None or (self.folder / DISTILLED).exists():

@@ -26,6 +26,8 @@ from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qcli.models.source import ModelSource
 
 _SELF_WINDOWS = 32  # evaluation windows that are sampled by default
@@ -275,14 +277,20 @@ def _encode(source: ModelSource, text: str) -> Tensor:
     tokenizer = source.tokenizer()
     with reported(f"{source.path}: the tokenizer fails on the text"):
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids):
+        require_known_ids(source, tokenizer, int(ids.max()))
+    return ids
+
+
+def require_known_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:
+    """Raise UsageError if the model has no embedding for the largest id that its tokenizer gave."""
     vocabulary = source.hf_config().get_text_config().vocab_size
-    if len(ids) and (largest := int(ids.max())) >= vocabulary:
+    if largest >= vocabulary:
         raise UsageError(
             f"{source.path}: the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, the "
             f"model's vocabulary ends at {vocabulary - 1}",
             hint="tokenizer and model do not belong together, or tokens were added without resizing the embedding",
         )
-    return ids
 
 
 def _require_context(length: int, source: ModelSource) -> None:

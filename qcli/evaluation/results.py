@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError, model_validator
 
 from qcli import __version__
 from qcli.evaluation.layer_errors import BlockErrors
@@ -149,7 +150,54 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+class _Perplexity(BaseModel):
+    value: float | None
+    windows: int
+    window: int
+
+
+class _Task(BaseModel):
+    metric: str
+    score: float | None
+    baseline: float | None
+    samples: int
+
+
+class _Baseline(BaseModel):
+    perplexity: dict[str, float | None]
+
+
+class _Output(BaseModel):
+    """What of `Evaluation.to_json` later commands read."""
+
+    perplexity: dict[str, _Perplexity]
+    kl: float | None
+    worst_window_kl: float | None
+    top1_agreement: float | None
+    baseline: _Baseline | None
+    tasks: dict[str, _Task]
+    fitted_to: list[str] = []  # evaluations of earlier versions have none
+
+    @model_validator(mode="after")
+    def _complete(self) -> _Output:
+        if self.kl is not None and (self.worst_window_kl is None or self.top1_agreement is None):
+            raise ValueError("kl comes with worst_window_kl and top1_agreement")
+        if self.baseline is not None and self.perplexity.keys() - self.baseline.perplexity.keys():
+            raise ValueError("baseline has no perplexity of a text")
+        return self
+
+
 _KEYS = {"perplexity", "kl", "worst_window_kl", "top1_agreement", "baseline", "tasks"}
+
+
+def _require_types(file: Path, evaluation: Any) -> None:
+    try:
+        _Output.model_validate(evaluation, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UsageError(f"{file} is not the output of `qcli eval --json`: {reason}") from None
 
 
 def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
@@ -162,14 +210,16 @@ def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
         output = read_json(file)
         models = [*output["models"]] if "models" in output else [output]
         names = [str(each["model"]) for each in models]
+        places = [Path(name).resolve() for name in names]
         if not all(each.keys() >= _KEYS for each in models):  # output of another command, such as `inspect`
             raise KeyError
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise UsageError(f"{file} is not the output of `qcli eval --json`") from None
-    for name, each in zip(names, models, strict=True):
-        if Path(name).resolve() == model.resolve():
+    for place, each in zip(places, models, strict=True):
+        if place == model.resolve():
+            _require_types(file, each)
             return dict(each)
     raise UsageError(
         f"{file} is an evaluation of {', '.join(names)}, not of {model}", hint=f"qcli eval {model} --json > {file}"

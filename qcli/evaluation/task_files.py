@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -10,24 +11,47 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcli.utils.files import files_below, sha256
+from qcli.utils.errors import UsageError
+from qcli.utils.files import files_below, read_regular, require_regular, sha256
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
 
+_DEPTH = 100  # of a task file
+
 
 def task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     """lm-eval's index of task files. Its own, which take seconds to read, are left out if `include_path` has all
-    that `names` need."""
+    that `names` need.
+
+    Raises:
+        UsageError: a file of `include_path` is one that lm-eval's reader would not return from.
+    """
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
         return _builtin()
+    for file in files_below(Path(include_path)):
+        if file.suffix == ".yaml":
+            _require_shallow(file)
     own = TaskManager(include_path=include_path, include_defaults=False)
     entries = members(own.task_index, names)
     needed = [*names, *(name for entry in entries.values() for name in _named_by(entry))]
     return own if entries.keys() >= set(needed) else TaskManager(include_path=include_path)
+
+
+def _require_shallow(file: Path) -> None:
+    """Refuse a FIFO, and YAML nested so deeply that the reader, which calls itself, would crash."""
+    import yaml  # type: ignore[import-untyped]
+
+    content, depth = read_regular(file), 0
+    with contextlib.suppress(yaml.YAMLError, ValueError):  # reported where the task is loaded
+        for event in yaml.parse(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            opens = isinstance(event, yaml.CollectionStartEvent)
+            depth += opens - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise UsageError(f"{file}: nested more than {_DEPTH} levels deep", hint="is this a task file?")
 
 
 @cache
@@ -43,6 +67,8 @@ def definition(index: Mapping[str, Entry], names: Sequence[str]) -> list[Any]:
     configs = [entry.cfg for entry in entries.values() if entry.cfg is not None]  # with what they include
     files = {file for entry in entries.values() for file in _siblings(entry)}
     files |= {file for config in configs for file in code_files(config)} | set(_data_files(configs))
+    for file in files:
+        require_regular(file)
     described = [(name, repr(entry.cfg)) for name, entry in sorted(entries.items())]
     return [
         list(names),

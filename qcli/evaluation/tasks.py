@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from qcli.evaluation.task_files import code_files, definition, is_own, members, task_manager
+from qcli.evaluation.task_model import hushed, wrapped
 from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.task_sandbox import TRUST, sandboxed
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource, reported
+from qcli.models.source import ModelSource, first_line, reported
 from qcli.utils.errors import UsageError
-from qcli.utils.progress import Progress
+from qcli.utils.progress import Progress, silent
 
 _ADAPTER = "adapter_config.json"
 _UNSAFE = "which is marked as unsafe"  # in the error of lm-eval
@@ -114,18 +115,17 @@ class Tasks:
             UsageError: a task's data cannot be loaded, its templates or its code fail on it, or it gives no number.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         tasks, stage = list(dict.fromkeys(self.names)), f"tasks of {name}"
         progress(stage, 0, len(tasks))
         with reported(f"{source.path}: transformers cannot load this model"):
             loaded = _load(source, device, dtype)
-        wrapped = HFLM(pretrained=loaded, tokenizer=source.tokenizer(), batch_size=8)
+            model = wrapped(loaded, source)
         results: dict[str, TaskResult] = {}
         for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
-            with self._errors(task), self._restrictions(task):
+            with self._errors(task), self._restrictions(task), hushed(bars=progress is not silent):
                 output = simple_evaluate(
-                    wrapped,
+                    model,
                     tasks=[task],
                     num_fewshot=self.fewshot,
                     limit=self.limit,
@@ -149,7 +149,7 @@ class Tasks:
         Raises:
             UsageError: it does.
         """
-        with self._restrictions(name):
+        with self._restrictions(name), hushed(bars=True):
             loaded = self._manager.load([name])["tasks"]
         for task, loaded_task in loaded.items():
             if getattr(loaded_task, "UNSAFE_CODE", False):
@@ -157,7 +157,7 @@ class Tasks:
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        """Turn errors of a task's data, templates and code into UsageError; others pass."""
+        """Turn errors of a task's data, templates and code into UsageError; those of the machine pass."""
         from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
         from jinja2 import TemplateError
         from jinja2.exceptions import SecurityError
@@ -165,7 +165,8 @@ class Tasks:
         try:
             yield
         except (ConnectionError, FileNotFoundError, DatasetsError) as error:
-            raise UsageError(f"the data of task {name} cannot be loaded: {error}") from None
+            reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            raise UsageError(f"the data of task {name} cannot be loaded: {reason}") from None
         except SecurityError as error:
             raise UsageError(
                 f"a template of task {name} does what only trusted ones may: {error}", hint=TRUST
@@ -175,9 +176,10 @@ class Tasks:
         except Exception as error:
             if _UNSAFE in str(error):
                 raise _unsafe(name) from None
-            if not (place := self._own_line(name, error)):
+            if place := self._own_line(name, error):
+                raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
+            with reported(f"task {name} cannot be run", hint="do its fields fit its data? -vv shows where it fails"):
                 raise
-            raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
 
     def _own_line(self, name: str, error: Exception) -> str | None:
         """The innermost line of the task's own code in an error's traceback."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from qcli.models import families
 from qcli.models.companions import code_files, companions
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource, first_line
+from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import QcliError, UsageError
+from qcli.utils.errors import UsageError
 from qcli.utils.files import parse_json, read_regular
 from qcli.utils.safetensors import Extent, read_header, read_tensors
 
@@ -44,14 +44,10 @@ class FolderSource(ModelSource):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        try:
+        with reported(f"{self.path} has no usable tokenizer"):
             tokenizer: PreTrainedTokenizerBase = pretrained(
                 AutoTokenizer, self.path, trust_remote_code=self.trust_remote_code
             )
-        except QcliError:
-            raise
-        except Exception as error:  # as above
-            raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
     def companions(self) -> Mapping[str, Path | bytes]:
@@ -102,12 +98,8 @@ def read_hf_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    try:
+    with reported(str(path / "config.json")):
         config: PreTrainedConfig = pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
-    except QcliError:
-        raise
-    except Exception as error:  # transformers reports a bad value by whatever exception its class raises
-        raise UsageError(f"{path / 'config.json'}: {first_line(error)}") from error
     return config
 
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qcli.models.companions import code_files, companions
 from qcli.models.folder import read_hf_config
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource, first_line, reported
+from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import QcliError, UnsupportedError, UsageError
+from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,13 +66,9 @@ class GGUFSource(ModelSource):
             import gguf  # noqa: F401
         except ImportError:
             raise UnsupportedError(f"{path} needs the package gguf", hint="install it: pip install gguf") from None
-        try:
+        with reported(f"{path} is truncated or not a GGUF file", hint="download it again"):
             reader = _parse(path)
             self._architecture = str(reader.fields["general.architecture"].contents())
-        except Exception as error:  # of whatever type the damage leads to
-            raise UsageError(
-                f"{path} is truncated or not a GGUF file: {first_line(error)}", hint="download it again"
-            ) from error
         self._in_file = [
             _Entry(
                 tensor.name,
@@ -108,7 +104,7 @@ class GGUFSource(ModelSource):
         from transformers import AutoTokenizer
 
         trust = self.trust_remote_code
-        try:
+        with reported(f"{self.path} has no usable tokenizer"):
             if self._beside is not None:
                 beside: PreTrainedTokenizerBase = pretrained(AutoTokenizer, self._beside, trust_remote_code=trust)
                 return beside
@@ -116,10 +112,6 @@ class GGUFSource(ModelSource):
                 tokenizer: PreTrainedTokenizerBase = pretrained(
                     AutoTokenizer, self.path.parent, trust_remote_code=trust, gguf_file=self.path.name
                 )
-        except QcliError:
-            raise
-        except Exception as error:  # of whatever type a missing or odd field leads to
-            raise UsageError(f"{self.path} has no usable tokenizer: {first_line(error)}") from error
         return tokenizer
 
     def companions(self) -> Mapping[str, Path | bytes]:
@@ -169,15 +161,9 @@ class GGUFSource(ModelSource):
         trust = self.trust_remote_code
         if self._beside is not None:
             return read_hf_config(self._beside, trust_remote_code=trust)
-        try:
+        place = f"{path}: transformers cannot read this {self._architecture} file"
+        with reported(place, UnsupportedError, hint=_OTHER_FILES):
             config: PreTrainedConfig = pretrained(AutoConfig, path.parent, trust_remote_code=trust, gguf_file=path.name)
-        except QcliError:
-            raise
-        except Exception as error:  # ValueError for an unknown architecture, anything for a missing field
-            raise UnsupportedError(
-                f"{path}: transformers cannot read this {self._architecture} file: {first_line(error)}",
-                hint=_OTHER_FILES,
-            ) from error
         return config
 
     @cached_property
@@ -191,7 +177,7 @@ class GGUFSource(ModelSource):
         """Dtypes and shapes of the file's tensors, and where they are, by their names in the causal LM."""
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        from qcli.models.loadable import skeleton
+        from qcli.models.stream import skeleton
 
         with reported(f"{self.path}: transformers cannot build this model", UnsupportedError, hint=_OTHER_FILES):
             model = skeleton(self._config, trust_remote_code=self.trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,54 @@ def test_missing_data_is_reported_before_a_model_is_loaded(folder: Path) -> None
     (folder / "times.jsonl").unlink()
     with pytest.raises(UsageError, match="the data of task our_times cannot be loaded: .*times.jsonl"):
         Tasks(["our_times"], str(folder)).require_data()
+
+
+@pytest.mark.parametrize(("old", "new"), [('"label": 1', '"label": 1e30'), ('"choices": [', '"choices": ["", ')])
+def test_data_that_do_not_fit_a_task_are_one_line(folder: Path, tmp_path: Path, old: str, new: str) -> None:
+    file = folder / "times.jsonl"
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(UsageError, match="task our_times cannot be (run|loaded): "):
+        measure(Tasks(["our_times"], str(folder)), tiny_model("llama", tmp_path))
+
+
+def test_files_that_the_readers_of_lm_eval_do_not_return_from_are_refused(folder: Path) -> None:
+    deep = folder / "deep.yaml"
+    deep.write_text(f"task: deep\nextra: {'[' * 5000}{']' * 5000}\n")
+    with pytest.raises(UsageError, match=r"deep.yaml: nested more than 100 levels deep"):
+        Tasks(["our_times"], str(folder))
+    deep.unlink()
+    data = folder / "times.jsonl"
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(UsageError, match=r"times.jsonl is not a regular file"):
+        _ = Tasks(["our_times"], str(folder)).key
+    os.mkfifo(deep)
+    with pytest.raises(UsageError, match=r"deep.yaml is not a regular file"):
+        Tasks(["our_times"], str(folder))
+
+
+def test_ids_beyond_the_vocabulary_are_one_line(folder: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["t"] = 400
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="the tokenizer gives 't' the id 400, the model's vocabulary ends at 319"):
+        measure(Tasks(["our_times"], str(folder)), model)
+
+
+def test_without_progress_lm_eval_prints_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama", tmp_path)
+    monkeypatch.chdir(tmp_path)  # no repository
+    tasks = Tasks(["our_times"], str(folder))
+    tasks.require_data()
+    capfd.readouterr()
+    measure(tasks, model)
+    shown = capfd.readouterr().err
+    assert "it/s" not in "".join(line for line in shown.splitlines() if "Loading weights" not in line)
+    assert "fatal" not in shown
 
 
 def test_the_first_filter_counts_and_directions_are_kept() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -14,12 +16,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.inject import Fault, Injector
 
 _HANG = 300.0  # seconds, on a busy machine
+_MEMORY = 4 << 30  # bytes that a command may take
 
 
 class Ended(NamedTuple):
@@ -45,6 +49,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # `--quiet` comes after the imports
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.processes"],
             stdin=subprocess.PIPE,
@@ -66,6 +71,8 @@ class ForkServer:
         fault: Fault | None = None,
         kill_after: tuple[str, float] | None = None,
         environment: dict[str, str] | None = None,
+        counted: bool = True,
+        limit: float = _HANG,
     ) -> Ended:
         """Run a command in `watched`.
 
@@ -73,27 +80,37 @@ class ForkServer:
             fault: at a call on the files of `watched`.
             kill_after: a signal, and the seconds after which it is sent.
             environment: variables that are changed.
+            counted: whether calls are counted, and can fail.
+            limit: seconds after which the command hangs.
         """
-        request = [list(map(str, arguments)), str(watched), fault, kill_after, environment or {}]
+        request = [list(map(str, arguments)), str(watched), fault, kill_after, environment or {}, counted, limit]
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Ended(*json.loads(self._server.stdout.readline()))
 
 
+@cache
+def fork_server() -> ForkServer:
+    """The one of this process."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
 def _serve() -> None:
     _import_everything()
     for line in sys.stdin:
-        arguments, watched, fault, kill_after, environment = json.loads(line)
+        arguments, watched, fault, kill_after, environment, counted, limit = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="qcli-fork-") as folder:
             for name in ("out", "err"):  # a child may be killed before it writes
                 (Path(folder) / name).touch()
             child = os.fork()
             if child == 0:
                 os.environ.update(environment)
-                _run(arguments, Path(watched), fault and Fault(*fault), Path(folder))
+                _run(arguments, Path(watched), fault and Fault(*fault), Path(folder), counted=counted)
             started = time.monotonic()
-            code = _wait(child, kill_after)
+            code = _wait(child, kill_after, limit)
             seconds = time.monotonic() - started
             calls, fired = 0, None
             with contextlib.suppress(OSError, ValueError):
@@ -102,7 +119,7 @@ def _serve() -> None:
         print(json.dumps([code, *texts, calls, fired, seconds]), flush=True)
 
 
-def _wait(child: int, kill_after: tuple[str, float] | None) -> int | None:
+def _wait(child: int, kill_after: tuple[str, float] | None, limit: float) -> int | None:
     started, hung = time.monotonic(), False
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -112,15 +129,18 @@ def _wait(child: int, kill_after: tuple[str, float] | None) -> int | None:
         if kill_after is not None and passed >= kill_after[1]:
             os.kill(child, getattr(signal, kill_after[0]))
             kill_after = None
-        if passed > _HANG:
+        if passed > limit:
             os.kill(child, signal.SIGKILL)
             hung = True
         select.select([], [], [], 0.002)
 
 
-def _run(arguments: list[str], watched: Path, fault: Fault | None, folder: Path) -> None:
+def _run(arguments: list[str], watched: Path, fault: Fault | None, folder: Path, *, counted: bool) -> None:
     """Run a command and end the process."""
     os.chdir(watched)
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     for name, descriptor in (("out", 1), ("err", 2)):
         opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)
@@ -129,7 +149,8 @@ def _run(arguments: list[str], watched: Path, fault: Fault | None, folder: Path)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     injector, code = Injector(watched, fault), 1
     real_open, real_exit = os.open, os._exit
-    injector.install()
+    if counted:
+        injector.install()
     try:
         from qcli.cli.main import main
 
@@ -160,8 +181,15 @@ def _import_everything() -> None:
     for module in pkgutil.walk_packages(qcli.__path__, "qcli."):
         if not module.name.startswith(skipped):
             importlib.import_module(module.name)
-    for name in ("llama", "auto"):
-        importlib.import_module(f"transformers.models.{name}")
+    for name in (
+        "transformers.models.llama",
+        "transformers.models.auto",
+        "lm_eval.models.huggingface",
+        "lm_eval.tasks",
+    ):
+        importlib.import_module(name)
+    for name in ("datasets", "pyarrow.parquet", "gguf"):
+        importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
     _: Any = (AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast)

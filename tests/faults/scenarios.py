@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.faults.processes import Ended, ForkServer
+from tests.faults.processes import Ended, ForkServer, fork_server
 from tests.quantizing import write_text
 from tests.tiny import tiny_model
 
@@ -55,7 +55,7 @@ SCENARIOS = {
         Scenario("study", ("study", "study.yaml", "-q", "--out", "out"), again=("--retry",), in_place=True),
     )
 }
-_RECIPE = """
+RECIPE = """
 model: model
 calibration: {data: text.txt, samples: 6, seq_len: 16}
 method: {name: gptq-like, bits: 4, group_size: 32}
@@ -63,7 +63,7 @@ distill: {data: text.txt, samples: 6, seq_len: 16, steps: 2, judgements: 1}
 eval: {perplexity: [text.txt], window: 32, max_windows: 2}
 pack: {format: qcli}
 """
-_STUDY = """
+STUDY = """
 base:
   model: model
   calibration: {data: text.txt, samples: 6, seq_len: 16}
@@ -84,8 +84,8 @@ class Bench:
         self.folder, self.server = folder.resolve(), server
         shutil.move(tiny_model("llama", self.folder), self.folder / "model")
         write_text(self.folder)
-        (self.folder / "recipe.yaml").write_text(_RECIPE)
-        (self.folder / "study.yaml").write_text(_STUDY)
+        (self.folder / "recipe.yaml").write_text(RECIPE)
+        (self.folder / "study.yaml").write_text(STUDY)
         self._inputs: dict[str, str] = {}
         self._expected: dict[str, Any] = {}
         made = self.run(["quantize", "model", "--method", "rtn", "--group-size", "32", "-q", "--out", "student"])
@@ -114,7 +114,7 @@ class Bench:
 
     def result(self) -> Any:
         """What `out` holds, without times: comparable."""
-        return _described(self.folder / "out")
+        return described(self.folder / "out")
 
     def untouched(self) -> bool:
         """Whether all inputs are as they were."""
@@ -138,31 +138,32 @@ def bench() -> Bench:
     """The bench of this process."""
     folder = Path(tempfile.mkdtemp(prefix="qcli-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    server = ForkServer()
-    atexit.register(server.close)
-    return Bench(folder, server)
+    return Bench(folder, fork_server())
 
 
-def _described(path: Path) -> Any:
+def described(path: Path) -> Any:
     """Names and hashes of all files; JSON as data without what differs between runs; rows of studies in any order."""
     if path.is_dir():
         skipped = ("lock", "cache", "runs")
-        return {entry.name: _described(entry) for entry in sorted(path.iterdir()) if entry.name not in skipped}
+        return {entry.name: described(entry) for entry in sorted(path.iterdir()) if entry.name not in skipped}
     if path.suffix == ".jsonl":
-        rows = [_stable(json.loads(line)) for line in path.read_text().splitlines()]
+        rows = [stable(json.loads(line)) for line in path.read_text().splitlines()]
         return sorted((row for row in rows if row.get("status") != "failed"), key=str)
     if path.suffix == ".json":
-        return _stable(json.loads(path.read_text()))
+        return stable(json.loads(path.read_text()))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _stable(value: Any) -> Any:
+def stable(value: Any) -> Any:
+    """Plain data of a result without times and what depends on them."""
     if isinstance(value, dict):
         kept = {key: inner for key, inner in value.items() if key not in _VOLATILE}
-        return {key: _weights(inner) if key == "files" else _stable(inner) for key, inner in kept.items()}
-    return [_stable(each) for each in value] if isinstance(value, list) else value
+        return {key: _weights(inner) if key == "files" else stable(inner) for key, inner in kept.items()}
+    return [stable(each) for each in value] if isinstance(value, list) else value
 
 
 def _weights(files: Any) -> Any:
-    """A manifest's `files` without those that hold times."""
+    """A manifest's `files` without those that hold times; of another result, their number."""
+    if not isinstance(files, dict):
+        return files
     return {name: entry for name, entry in files.items() if not name.endswith((".json", ".md"))}
