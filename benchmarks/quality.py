@@ -45,6 +45,7 @@ PLAIN = {
     "residual": False,
     "refit_tables": False,
 }
+AS_ROUNDED = {"refit_target": False, "error_feedback": False, "refit_tables": False}
 
 
 def _bits(width: str) -> dict[str, Any]:
@@ -180,6 +181,13 @@ SUITES: dict[str, list[Row]] = {
             _lcq(width, steps=0, error_feedback=False),
         )
     ],
+    "dbllm": [  # at equal bits: the paper's levels and start, signs for bits, a uniform grid with two tables
+        *(
+            _row("dbllm", "w2g64", 16, options)
+            for options in ({}, {"levels": "symmetric"}, {"start": "published"}, {"start": "published", **AS_ROUNDED})
+        ),
+        _gptq("w2g64", 16, **FLOAT),
+    ],
     "auto": [
         ("gptq-like auto 3.3", 16, {"name": "gptq-like", "bits": "auto", "target_bpw": 3.3}),
         _gptq("w3g64", 16),
@@ -233,6 +241,7 @@ def _quantized(flags: dict[str, Any], out: str) -> dict[str, Any]:
         "fallbacks": len(result.fallbacks),
         "training": result.training,
         **({"allocation": result.allocation} if result.allocation else {}),
+        **result.facts,
     }
 
 

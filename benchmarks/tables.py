@@ -13,6 +13,7 @@ COLUMNS = {
     "bits_per_weight": "bits/weight",
     "kl": "KL",
     "perplexity": "perplexity",
+    "additions_per_weight": "additions/weight",
     "seconds": "seconds",
     "cpu_seconds": "CPU seconds",
 }

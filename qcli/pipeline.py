@@ -180,6 +180,7 @@ class Pipeline:
                 format=options.format,
                 shard_size=options.shard_bytes,
                 requantize=options.requantize,
+                allow_refused=options.allow_refused,
                 evaluation=self.result.evaluation,
                 progress=self.progress,
                 trust=self.trust,
@@ -211,10 +212,11 @@ class Pipeline:
         from qcli.export.packable import require_packable
         from qcli.quantization.search_space import mixed_recipe
 
-        require_packable(self.plan, self.folder, options.format, options.requantize)
+        plans = [self.plan]
         if self.recipe.allocation is not None:
-            mixture = make_plan(mixed_recipe(self.recipe, self.plan.layers), self.trust)
-            require_packable(mixture, self.folder, options.format, options.requantize)
+            plans.append(make_plan(mixed_recipe(self.recipe, self.plan.layers), self.trust))
+        for plan in plans:
+            require_packable(plan, self.folder, options.format, options.requantize, allow_refused=options.allow_refused)
 
     def _check_distillation(self) -> None:
         if self.recipe.distill is None or (self.folder / DISTILLED).exists():

@@ -15,6 +15,8 @@ from qcli.core.weight import Format, QuantizedWeight
 from qcli.utils.options import Options
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
 
     from qcli.algorithms.refine import Refine
@@ -59,6 +61,10 @@ class Method(Options):
     def format(self) -> Format:
         """The format of the quantized layers."""
         raise NotImplementedError
+
+    def for_weights_of(self, dtype: str) -> Self:
+        """The method for a weight that the model stores in `dtype` (safetensors' name): by default this one."""
+        return self
 
     def unsupported_reason(self, shape: tuple[int, int]) -> str | None:
         """The reason why a weight of `shape` `(out, in)` cannot be quantized with these options; None if it can."""

@@ -9,6 +9,7 @@ from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
+from qcli.models.facts import facts_in_words
 
 
 def inspect(
@@ -43,6 +44,7 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
             **{name: options for name, options in sections.items() if options},
             "by": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
             "bits per weight": bits(report),
+            **facts_in_words(report["facts"]),
             "size": size(report["bytes"]),
             "time": duration(report["seconds"]),
             "fallbacks": f"in {report['fallbacks']} layers" if report["fallbacks"] else "none",

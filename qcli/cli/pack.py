@@ -8,12 +8,13 @@ import typer
 from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
+from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
 
 
 def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `qcli quantize` or `qcli distill`.")],
-    out: flags.Out,
+    out: flags.OptionalOut = None,
     format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest size of a weight file, such as 500MB or 5GB.")
@@ -25,10 +26,15 @@ def pack(
             help="gguf: round layers that no type stores exactly to this type, such as Q8_0. Default: refuse them.",
         ),
     ] = None,
+    allow_refused: Annotated[
+        bool,
+        typer.Option("--allow-refused", help="Write also what an engine that the format is meant for does not load."),
+    ] = False,
     evaluation: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Output of `qcli eval RUN --json`, for the model card."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and report what would be written.")] = False,
     trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -36,27 +42,56 @@ def pack(
 ) -> None:
     """Write a deployable checkpoint and read it back.
 
-    Every weight and the logits of one batch are compared. Layers that the format cannot store exactly are refused. The
-    folder also gets a manifest for `qcli verify` and a model card."""
+    Every weight and the logits of one batch are compared. Layers that the format cannot store exactly, and checkpoints
+    that its engines do not load, are refused before any work. The folder also gets a manifest for `qcli verify` and a
+    model card."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.evaluation.results import read_evaluation
         from qcli.export.pack import pack as pack_checkpoint
+        from qcli.export.pack import plan_pack
         from qcli.recipe.load import from_flags
         from qcli.recipe.sections import Pack
         from qcli.utils.trust import Trust
 
-        options = from_flags(Pack, {"format": format, "shard_size": shard_size, "requantize": requantize})
+        given = {"format": format, "shard_size": shard_size, "requantize": requantize, "allow_refused": allow_refused}
+        options, trust = from_flags(Pack, given), Trust(remote_code=trust_remote_code)
+        results = None if evaluation is None else read_evaluation(evaluation, run)
+        if dry_run:
+            plan = plan_pack(
+                run,
+                format=options.format,
+                requantize=options.requantize,
+                allow_refused=options.allow_refused,
+                trust=trust,
+            )
+            session.result(plan.to_json(), show_plan)
+            return
+        if out is None:
+            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         result = pack_checkpoint(
             run,
             out,
             format=options.format,
             shard_size=options.shard_bytes,
             requantize=options.requantize,
-            evaluation=None if evaluation is None else read_evaluation(evaluation, run),
+            allow_refused=options.allow_refused,
+            evaluation=results,
             progress=session.progress,
-            trust=Trust(remote_code=trust_remote_code),
+            trust=trust,
         )
         session.result(result.to_json(), show_packed)
+
+
+def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
+    """What `--dry-run` reports."""
+    tables.pairs(
+        {
+            "checkpoint": plan["run"],
+            "format": plan["format"],
+            "layers": f"{plan['layers']}" + (f", {plan['rounded']} of them rounded" if plan["rounded"] else ""),
+            **plan["notes"],
+        }
+    )
 
 
 def show_packed(tables: Tables, packed: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
+from qcli.models.facts import facts_in_words
 from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
 
@@ -145,6 +146,7 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
         {
             "written": result["out"],
             "bits per weight": bits(result),
+            **facts_in_words(result["facts"]),
             **_allocation(result["allocation"]),
             "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
             "time": duration(result["seconds"]),

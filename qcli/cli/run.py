@@ -9,7 +9,7 @@ from qcli.cli import _flags as flags
 from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation
 from qcli.cli.pack import show_packed
-from qcli.cli.quantize import show_result
+from qcli.cli.quantize import show_plan, show_result
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
 from qcli.utils.errors import UsageError
@@ -22,6 +22,9 @@ def run(
     ] = None,
     device: flags.Device = None,
     set_: flags.Sets = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every stage, and show what would be quantized.")
+    ] = False,
     trust_remote_code: flags.TrustRemoteCode = False,
     trust_tasks: flags.TrustTasks = False,
     json: flags.Json = False,
@@ -32,8 +35,8 @@ def run(
 
     Quantizes, then distills, evaluates and packs if the recipe has these sections. Results are DIR/quantized,
     DIR/distilled, DIR/eval.json and DIR/packed; finished stages are skipped. Texts that are missing or too short, and
-    methods that the packed layout cannot hold, are reported before anything is quantized. If a quality gate fails,
-    nothing is packed and the exit code is 4.
+    methods that the packed layout cannot hold or its engines do not load, are reported before anything is quantized.
+    If a quality gate fails, nothing is packed and the exit code is 4.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.recipe.gates import require
@@ -54,6 +57,10 @@ def run(
             skip=lambda result: session.note(f"{result}: done already, skipped"),
             trust=Trust(remote_code=trust_remote_code, tasks=trust_tasks),
         )
+        if dry_run:
+            pipeline.check()
+            session.result(pipeline.plan.to_json(), show_plan)
+            return
         result = pipeline.run()
         session.result(result.to_json(), show)
         if resolved.eval is not None and result.evaluation is not None:

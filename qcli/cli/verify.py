@@ -18,7 +18,8 @@ def verify(
 ) -> None:
     """Check a checkpoint against its manifest.
 
-    Checks the hash of every file, the shape and dtype of every tensor, and every value."""
+    Checks the hash of every file, the shape and dtype of every tensor, and every value, and that transformers can build
+    the model for them."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.verify import verify as verify_checkpoint
 

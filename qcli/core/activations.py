@@ -6,9 +6,9 @@ floating point: the simulation shows the quality loss, not the speed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qcli.utils.options import Options
 
@@ -21,7 +21,8 @@ class Activations(Options):
     """The grid that inputs of quantized layers are rounded to while the model runs.
 
     Token-wise dynamic quantization as in ZeroQuant-V2 (arXiv 2303.08302). Grids are those of `rtn`: the range always
-    includes 0, and a symmetric grid uses all its codes, with the end of larger magnitude at the lowest one.
+    includes 0, and a symmetric grid uses all its codes, with the end of larger magnitude at the lowest one, unless its
+    range is restricted as in the paper: then it has as many levels below 0 as above.
     """
 
     bits: int = Field(default=8, ge=4, le=8, description="bits of an activation's code")
@@ -30,6 +31,23 @@ class Activations(Options):
     )
     block_size: int = Field(default=128, ge=1, description="channels per block; the last block may be shorter")
     symmetric: bool = Field(default=False, description="no zero point; the end of larger magnitude gets the extra code")
+
+    symmetric_range: Literal["full", "restricted"] = Field(
+        default="full", description="symmetric: all codes, or without the lowest one, as in ZeroQuant-V2"
+    )
+
+    @model_validator(mode="after")
+    def _restricted_is_symmetric(self) -> Self:
+        if self.symmetric_range == "restricted" and not self.symmetric:
+            raise ValueError("symmetric_range restricted needs symmetric: true")
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """Fields for a checkpoint's config; a full range is left out: it means the same in every version."""
+        fields = self.model_dump()
+        return (
+            fields if self.symmetric_range == "restricted" else {k: fields[k] for k in fields if k != "symmetric_range"}
+        )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Round x to its own grids: `[..., features]`, in x's dtype, computed in float32.
@@ -41,10 +59,15 @@ class Activations(Options):
         blocks = self._blocks(x.detach().float())
         low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
         codes = 1 << self.bits
-        longer = torch.where(high > -low, high, low)
-        scale = longer / (-codes // 2) if self.symmetric else (high - low) / (codes - 1)
+        if not self.symmetric:
+            scale = (high - low) / (codes - 1)
+        elif self.symmetric_range == "restricted":
+            codes -= 1
+            scale = torch.maximum(high, -low) / (codes // 2)
+        else:
+            scale = torch.where(high > -low, high, low) / (-codes // 2)
         scale = torch.where(scale == 0, 1.0, scale)
-        least = torch.full_like(scale, -codes // 2) if self.symmetric else (low / scale).round()
+        least = torch.full_like(scale, -(codes // 2)) if self.symmetric else (low / scale).round()
         rounded = (blocks / scale).round().clamp(least, least + codes - 1) * scale
         rounded = rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
         return x + (rounded - x).detach() if x.requires_grad else rounded

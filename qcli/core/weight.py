@@ -1,7 +1,7 @@
 """QuantizedWeight, integer codes and their tables, and Format, what they mean: the base class of `formats/`.
 
 A format is a small frozen record (`bits`, `group_size`, ...) that the checkpoint's `config.json` stores as it is. This
-module and the formats import no torch at the top, so that recipes and `--dry-run` stay fast.
+module and the formats import no torch at the top, so that recipes stay fast.
 """
 
 from __future__ import annotations
@@ -69,7 +69,12 @@ class Format(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
 
-    bits: int = Field(ge=1, le=8)
+    bits: int = Field(ge=1, le=8)  # of a weight's code
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded to codes. If not, nothing can be trained or compensated."""
+        return True
 
     @property
     def has_output_norm(self) -> bool:
@@ -90,7 +95,8 @@ class Format(BaseModel):
             module.register_forward_hook(_normalize)
 
     def stored(self, shape: tuple[int, int]) -> dict[str, StoredTensor]:
-        """Tensors on disk for a weight of `shape`, by suffix (`weight_packed`, ...)."""
+        """Tensors on disk for a weight of `shape`, by suffix; `weight_packed` are the codes, by `pack_bits`, and
+        missing where `rounds` is false."""
         raise NotImplementedError
 
     def to_stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -98,7 +104,7 @@ class Format(BaseModel):
         raise NotImplementedError
 
     def from_stored(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
-        """Inverse of `to_stored`."""
+        """Inverse of `to_stored`; of the codes, only the rows that `weight_packed` has."""
         raise NotImplementedError
 
     def encode(self, weight: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.plots import plot_training
 from qcli.distillation.result import DistillationResult
 from qcli.distillation.student import StoredTensors
-from qcli.models.manifest import DistillationReport, Manifest
+from qcli.models.facts import mean_facts
+from qcli.models.manifest import DistillationReport, LayerReport, Manifest
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.record import write_record
 from qcli.utils import shards
@@ -55,5 +58,17 @@ def publish_checkpoint(
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )
-    write_record(manifest.model_copy(update={"recipe": fields, "distilled": [*manifest.distilled, report]}), folder)
+    changed: dict[str, Any] = {"recipe": fields, "distilled": [*manifest.distilled, report]}
+    layers = [_remeasured(layer, job, trained) for layer in manifest.layers]
+    if facts := mean_facts(layers, {name: storage.shape for name, storage in job.student.quantized.items()}):
+        changed |= {"layers": layers, "facts": facts}
+    write_record(manifest.model_copy(update=changed), folder)
     run.publish()
+
+
+def _remeasured(layer: LayerReport, job: DistillationJob, trained: StoredTensors) -> LayerReport:
+    """The report with the facts of the trained weight; codes have changed."""
+    storage = job.student.quantized[layer.name]
+    if not layer.facts or not storage.stored(layer.name).keys() <= trained.keys():
+        return layer
+    return replace(layer, facts=storage.format.facts(storage.restore(layer.name, trained)))

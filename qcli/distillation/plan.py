@@ -96,6 +96,9 @@ def require_feasible(
         UsageError, ResourceError: as `plan_distillation`.
     """
     options, text, processes = recipe.distill or Distillation(), recipe.distill_text, world_size()
+    exact = next((name for name, layer in layers.items() if not layer.format.rounds), None)
+    if exact is not None:
+        raise UsageError(f"{exact} is in full precision: there are no codes and tables to train")
     if options.scope == "block" and processes > 1:
         raise UsageError("distill.scope: block uses a single process", hint="run without torchrun")
     if options.accumulate % processes:

@@ -25,6 +25,7 @@ class Inspection:
         notes: the target's remarks, by label.
         fallbacks: number of layers with steps that did not go as configured.
         activations: how the inputs of quantized layers are quantized; None: not at all.
+        facts: mean over the weights of what formats report of them.
         layers: a row for every quantizable layer.
     """
 
@@ -41,6 +42,7 @@ class Inspection:
     recipe: dict[str, Any]
     fallbacks: int
     activations: dict[str, Any] | None
+    facts: dict[str, float]
     layers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def inspect(folder: Path) -> Inspection:
         notes=manifest.notes,
         recipe=manifest.recipe,
         fallbacks=sum(bool(layer.fallbacks) for layer in manifest.layers),
-        activations=None if source.activations is None else source.activations.model_dump(),
+        activations=None if source.activations is None else source.activations.spec(),
+        facts=manifest.facts,
         layers=rows,
     )
 

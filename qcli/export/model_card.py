@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcli.export.result import PackResult
-from qcli.export.target import ExportTarget
 from qcli.models.card import card
 from qcli.models.manifest import Manifest
 from qcli.utils.markdown import plain
@@ -16,17 +15,20 @@ from qcli.utils.paths import portable_name
 def model_card(
     manifest: Manifest,
     result: PackResult,
-    target: ExportTarget,
+    loading: str,
     recipe: str,
     evaluation: Mapping[str, Any] | None = None,
+    *,
+    library: str = "transformers",
 ) -> str:
     """The card as Markdown, with the front matter that the hub reads.
 
     Args:
         manifest: of the packed checkpoint.
-        target: what wrote the result.
+        loading: how to load it, as Markdown.
         recipe: the checkpoint's recipe as YAML.
         evaluation: `Evaluation.to_json` of the checkpoint.
+        library: what the hub calls the software that loads it.
     """
     facts = {
         "layout": result.format,
@@ -35,7 +37,7 @@ def model_card(
         f"(KL {result.kl:.3g})",
         **(_measured(evaluation) if evaluation is not None else {}),
     }
-    return card(manifest, facts, loading=target.loading, recipe=recipe, library=target.hub_library)
+    return card(manifest, facts, loading=loading, recipe=recipe, library=library)
 
 
 def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:

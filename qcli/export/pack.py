@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qcli.export.model_card import model_card
 from qcli.export.readback import compare
-from qcli.export.result import PackResult
-from qcli.export.target import ExportTarget, load_target
+from qcli.export.result import PackPlan, PackResult
+from qcli.export.target import ExportTarget, load_target, require_engines
 from qcli.models.card import CARD
 from qcli.models.manifest import MANIFEST, RECIPE, Manifest
 from qcli.models.native import NativeSource
@@ -30,6 +31,7 @@ def pack(
     format: str,
     shard_size: int,
     requantize: str | None = None,
+    allow_refused: bool = False,
     evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     trust: Trust = NOTHING,
@@ -44,12 +46,13 @@ def pack(
         format: name of the export target.
         shard_size: largest size of a weight file, in bytes of tensors.
         requantize: the type that layers are rounded to if the layout cannot store them exactly; None: refuse them.
+        allow_refused: write also what an engine that the layout is meant for does not load.
         evaluation: `Evaluation.to_json` of `run`, for the model card.
         trust: whether Python files of the checkpoint may run; then they are copied, too.
 
     Raises:
         UsageError: `run` is not a qcli checkpoint, or there is no such target.
-        UnsupportedError: the layout cannot store something in `run`.
+        UnsupportedError: the layout cannot store something in `run`, or an engine would refuse it.
         StateError: `out` exists.
         VerificationError: weights of `run` have changed since they were written, or what was written does not read
             back, or computes something else.
@@ -62,8 +65,7 @@ def pack(
         raise StateError(
             f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
         )
-    source.companions()  # what cannot be copied is refused before any work
-    target.check(source)
+    _require_packable(source, target, allow_refused)
     Manifest.read(run).require_weights(run)
     with RunFolder(out, {"pack": format}, "never") as folder:
         try:
@@ -73,6 +75,23 @@ def pack(
             folder.remove()
             raise
     return result
+
+
+def plan_pack(
+    run: Path, *, format: str, requantize: str | None = None, allow_refused: bool = False, trust: Trust = NOTHING
+) -> PackPlan:
+    """Check what `pack` checks before it writes: arguments and errors as there, except those about `out`."""
+    target = load_target(format, requantize)
+    source = _open_native(run, trust)
+    _require_packable(source, target, allow_refused)
+    return PackPlan(run, target.name, len(source.quantized), len(target.rounded()), target.notes(source))
+
+
+def _require_packable(source: NativeSource, target: ExportTarget, allow_refused: bool) -> None:
+    source.companions()  # what cannot be copied is refused before any work
+    target.check(source)
+    if not allow_refused:
+        require_engines(target, source)
 
 
 def _open_native(run: Path, trust: Trust) -> NativeSource:
@@ -112,7 +131,7 @@ def _write(
         kl=difference.kl,
         notes=target.notes(source),
     )
-    changed = {
+    changed: dict[str, Any] = {
         "bits_per_weight": result.bits_per_weight,
         "model_bits_per_weight": result.model_bits_per_weight,
         "bytes": result.bytes,
@@ -120,9 +139,14 @@ def _write(
         "rounded": target.rounded(),
         "notes": result.notes,
     }
-    manifest = portable_manifest(Manifest.read(source.path).model_copy(update=changed))
+    manifest = Manifest.read(source.path)
+    if manifest.facts and written.formats() != source.formats():  # they are of codes that the layout does not keep
+        changed |= {"layers": [replace(layer, facts={}) for layer in manifest.layers], "facts": {}}
+    manifest = portable_manifest(manifest.model_copy(update=changed))
     recipe = recipe_yaml(manifest)
     write_bytes(folder / RECIPE, recipe.encode())
-    write_bytes(folder / CARD, model_card(manifest, result, target, recipe, evaluation).encode())
+    loading = target.loading_in(target.refusals(source))
+    described = model_card(manifest, result, loading, recipe, evaluation, library=target.hub_library)
+    write_bytes(folder / CARD, described.encode())
     manifest.write(folder)
     return result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qcli.core.activations import Activations
 from qcli.core.weight import Format
-from qcli.export.target import load_target
+from qcli.export.target import load_target, require_engines
 from qcli.models.families import Family, Linear
 from qcli.models.quantized import LayerStorage
 from qcli.quantization.plan import Plan
@@ -21,13 +21,21 @@ if TYPE_CHECKING:
     from qcli.core.weight import QuantizedWeight
 
 
-def require_packable(plan: Plan, out: Path, format: str, requantize: str | None) -> None:
+def require_packable(
+    plan: Plan, out: Path, format: str, requantize: str | None, *, allow_refused: bool = False
+) -> None:
     """Refuse a plan whose checkpoint `pack` would refuse whatever its values; what depends on them is left to `pack`.
+
+    Args:
+        allow_refused: as `pack`.
 
     Raises:
         UsageError, UnsupportedError: as `pack`.
     """
-    load_target(format, requantize).check(PlannedCheckpoint(plan, out))
+    target, planned = load_target(format, requantize), PlannedCheckpoint(plan, out)
+    target.check(planned)
+    if not allow_refused:
+        require_engines(target, planned)
 
 
 class PlannedCheckpoint:

@@ -8,6 +8,25 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class PackPlan:
+    """What `qcli pack` would write; attributes as in `PackResult`.
+
+    Attributes:
+        layers: number of quantized layers.
+    """
+
+    run: Path
+    format: str
+    layers: int
+    rounded: int
+    notes: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"run": str(self.run)}
+
+
+@dataclass(frozen=True)
 class PackResult:
     """A packed checkpoint.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from qcli.models.native import NativeSource
 from qcli.models.open import ModelSource, open_packed
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from qcli.utils.dtypes import StoredTensor
 
 TARGETS = "qcli.export.targets"
+
+
+class Refusal(NamedTuple):
+    """Why an engine does not load a checkpoint, and flags of `qcli quantize` each of which gives one that it loads."""
+
+    reason: str
+    fitting: tuple[str, ...]
 
 
 class Packable(Protocol):
@@ -81,6 +88,14 @@ class ExportTarget:
             UnsupportedError: with the layer, the reason, and a target that can store it.
         """
 
+    def refusals(self, source: Packable) -> dict[str, Refusal]:
+        """Engines, of those that `loading` names, that do not load what the layout can store; known before writing."""
+        return {}
+
+    def loading_in(self, refused: Collection[str]) -> str:
+        """`loading` without the engines that refuse this checkpoint."""
+        return self.loading
+
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         """Write weights, config and tokenizer, in weight files of at most `shard_size` bytes of tensors."""
         raise NotImplementedError
@@ -89,7 +104,7 @@ class ExportTarget:
         """Read back what was written."""
         return open_packed(folder, trust)
 
-    def notes(self, source: NativeSource) -> dict[str, str]:
+    def notes(self, source: Packable) -> dict[str, str]:
         """Remarks on the result, by label, for the terminal, the manifest and the model card."""
         return {}
 
@@ -117,6 +132,23 @@ def load_target(name: str, requantize: str | None) -> ExportTarget:
         raise UsageError(f"unknown export target {name!r}", hint=f"known: {', '.join(known)}")
     target: ExportTarget = registry.load(TARGETS, name)(requantize)
     return target
+
+
+def require_engines(target: ExportTarget, source: Packable) -> None:
+    """Refuse a checkpoint that an engine of the target would not load.
+
+    Raises:
+        UnsupportedError: with the engines, their reasons, and flags that would fit.
+    """
+    refusals = target.refusals(source)
+    if refusals:
+        first, *others = (refusal.fitting for refusal in refusals.values())
+        fitting = [flag for flag in first if all(flag in flags for flags in others)]
+        raise UnsupportedError(
+            *(f"{engine} does not load this as {target.name}: {why.reason}" for engine, why in refusals.items()),
+            hint=f"quantize with {' or '.join(fitting)}; or pack it as qcli or dense; --allow-refused (in a recipe "
+            "`pack.allow_refused: true`) writes it for another engine",
+        )
 
 
 def refuse_extra_computation(source: Packable, layout: str) -> None:

@@ -1,4 +1,4 @@
-"""Check a checkpoint against its manifest: hashes of files, headers and values of tensors."""
+"""Check a checkpoint against its manifest: hashes of files, headers and values of tensors; and that it loads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qcli.models.loadable import require_loadable
 from qcli.models.manifest import MANIFEST, WEIGHT_FILES, Manifest
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
-from qcli.utils.errors import QcliError, VerificationError
+from qcli.utils.errors import QcliError, UsageError, VerificationError
 from qcli.utils.files import files_below, sha256
 from qcli.utils.progress import Progress, silent
 
@@ -62,6 +63,10 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
     if weights:
         raise VerificationError(f"{folder / weights[0]} holds weights but is not listed in the manifest")
     source = open_source(str(folder))
+    try:
+        require_loadable(source)
+    except UsageError as problem:
+        raise VerificationError(problem.message, hint=problem.hint) from None
     _check_values(source, progress)
     layers = [layer.name for layer in manifest.layers]
     if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():

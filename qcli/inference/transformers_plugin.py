@@ -7,7 +7,7 @@ the checkpoint's config before any weight is read and raises an error for every 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from qcli.models.native import GUARD, NativeStorage
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_header
+
+_LM_HEADS = ("lm_head.", "embed_out.")
 
 
 class QcliConfig(QuantizationConfigMixin):
@@ -68,7 +70,8 @@ class QcliQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is written
             return None, {}
         layer = next(name for name, module in model.named_modules() if isinstance(module, QuantLinear))
-        vars(self.quantization_config).update(format_version=FORMAT_VERSION, guard=f"{layer}.weight")
+        in_causal_model = layer if self.storage.layer(layer) else f"{model.base_model_prefix}.{layer}"
+        vars(self.quantization_config).update(format_version=FORMAT_VERSION, guard=f"{in_causal_model}.weight")
         return {**model.state_dict(), f"{layer}.weight": torch.empty(GUARD.shape, dtype=GUARD.torch_dtype)}, {}
 
     def is_serializable(self) -> bool:
@@ -77,8 +80,8 @@ class QcliQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """No: codes are fixed."""
-        return False
+        """Adapters beside the packed weights are; the codes themselves are fixed."""
+        return True
 
 
 def register() -> None:
@@ -88,29 +91,36 @@ def register() -> None:
         register_quantizer("qcli")(QcliQuantizer)
 
 
-def _replace_linears(model: nn.Module, storage: NativeStorage) -> dict[str, QuantLinear]:
+def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinear]:
     """Replace every linear layer that the checkpoint stores quantized; returns the new ones by module name."""
     replaced: dict[str, QuantLinear] = {}
     for name, module in list(model.named_modules()):
-        layer = storage.layer(name)
+        # The layers of a model without a head are named without the prefix that they have in the checkpoint.
+        layer = storage.layer(name) or storage.layer(f"{model.base_model_prefix}.{name}")
         if layer is None or not isinstance(module, nn.Linear | Conv1D):
             continue
         rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         if (rows, columns) != layer.shape:
             raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {layer.shape}")
         bias: Tensor | None = None if module.bias is None else module.bias.detach()
-        replaced[name] = QuantLinear(layer.format, columns, rows, bias).to(module.weight.device)
+        packed = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype)
+        replaced[name] = packed.to(module.weight.device)
+        replaced[name].name = name
         if storage.activations is not None:
             storage.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])
     return replaced
 
 
-def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLinear], guard: str | None) -> None:
+def _check_files(files: list[str], model: Any, replaced: dict[str, QuantLinear], guard: str | None) -> None:
     """Raise VerificationError unless the files hold exactly the tensors that the model needs, and the guard."""
-    tensors = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
-    if guard is not None and tensors.pop(guard, None) != GUARD:
-        raise VerificationError(f"the guard {guard} is missing", hint="run `qcli verify` on the folder")
+    on_disk = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    if guard is not None:
+        stored_as = guard if guard in on_disk else guard.removeprefix(f"{model.base_model_prefix}.")
+        if on_disk.pop(stored_as, None) != GUARD:
+            raise VerificationError(f"the guard {guard} is missing", hint="run `qcli verify` on the folder")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {_name_in_model(name, model.base_model_prefix, expected): stored for name, stored in on_disk.items()}
     for layer, module in replaced.items():
         for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
             name = f"{layer}.{suffix}"
@@ -119,21 +129,37 @@ def _check_files(files: list[str], model: nn.Module, replaced: dict[str, QuantLi
                 raise VerificationError(
                     f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
                 )
-    linears = {name for name, module in model.named_modules() if isinstance(module, QuantLinear | nn.Linear | Conv1D)}
-    unknown = sorted(tensors.keys() - model.state_dict().keys())
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    unknown = sorted(tensors.keys() - expected.keys())
     surplus = [name for name in unknown if name.rpartition(".")[0] in linears or name.endswith(".weight_packed")]
     if surplus:
         raise VerificationError(f"{surplus[0]} belongs to no quantized layer of config.json")
-    _check_dense(tensors, model)
+    _check_dense(tensors, expected, model)
 
 
-def _check_dense(tensors: Mapping[str, StoredTensor], model: nn.Module) -> None:
+def _name_in_model(name: str, prefix: str, expected: Container[str]) -> str:
+    """A tensor's name in a model that may have no head, or a head on a checkpoint without; as transformers decides."""
+    bare = name.removeprefix(f"{prefix}.")
+    return next((known for known in (bare, f"{prefix}.{name}") if known in expected), name)
+
+
+def _check_dense(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], model: Any) -> None:
     """Check tensors outside the quantized layers. transformers may rename some while it loads, so a missing name alone
-    proves nothing; more missing names than surplus ones do."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    proves nothing; more missing names than surplus ones do.
+
+    A class made for another task has a head of its own, which is new, and does not need the checkpoint's.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    missing = [name for name in expected if name not in tensors and name not in tied]
-    surplus = [name for name in tensors if name not in expected and name not in tied]
+    other_task = type(model).__name__ not in (model.config.architectures or ())
+    has_lm_head = model.get_output_embeddings() is not None
+
+    def of_task(name: str) -> bool:
+        if name.startswith(_LM_HEADS):
+            return not has_lm_head
+        return other_task and hasattr(model, model.base_model_prefix) and not name.startswith(model.base_model_prefix)
+
+    missing = [name for name in expected if name not in tensors and name not in tied and not of_task(name)]
+    surplus = [name for name in tensors if name not in expected and name not in tied and not of_task(name)]
     if len(missing) > len(surplus):
         raise VerificationError(f"{missing[0]} is missing from the checkpoint", hint="copy it again")
     for name, shape in expected.items():

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from qcli.core import packing
 from qcli.core.weight import QuantizedWeight
-from qcli.inference.linear import linear
+from qcli.inference.backends.reference import weight_linear
 from qcli.models.native import GUARD, NativeStorage
 from qcli.models.quantized import LayerStorage
 from qcli.utils.errors import UnsupportedError
@@ -180,7 +180,7 @@ class _Shard(nn.Module):
         """x `[..., columns]` -> `[..., rows]`."""
         codes = packing.unpack_bits(self.codes, self.storage.format.bits, self.shape[1])
         tables = {name: getattr(self, name) for name in self._tables}
-        return linear(x, QuantizedWeight(self.storage.format, self.shape, codes, tables))
+        return weight_linear(x, QuantizedWeight(self.storage.format, self.shape, codes, tables))
 
     def _check(self, ranks: int) -> None:
         format, columns = self.storage.format, self.shape[1]

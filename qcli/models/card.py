@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from qcli.models.facts import facts_in_words
 from qcli.models.manifest import LayerReport, Manifest
 from qcli.utils.markdown import code, plain
 
@@ -32,6 +33,7 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
         "method": plain(_counted(_method(layer) for layer in manifest.layers)),
         "bits per weight": f"{manifest.bits_per_weight:.3g} in the quantized layers, "
         f"{manifest.model_bits_per_weight:.3g} in the whole model, every stored table counted",
+        **facts_in_words(manifest.facts),
         **facts,
         "relative error": plain(_errors(manifest.layers)),
     }

@@ -177,7 +177,7 @@ class GGUFSource(ModelSource):
         """Dtypes and shapes of the file's tensors, and where they are, by their names in the causal LM."""
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        from qcli.models.stream import skeleton
+        from qcli.models.loadable import skeleton
 
         with reported(f"{self.path}: transformers cannot build this model", UnsupportedError, hint=_OTHER_FILES):
             model = skeleton(self._config, trust_remote_code=self.trust_remote_code)

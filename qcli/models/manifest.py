@@ -157,6 +157,7 @@ class Manifest(BaseModel):
         bits_per_weight: of the quantized layers, every stored table counted.
         model_bits_per_weight: of the whole model.
         bytes: of the weights.
+        facts: mean of each of the layers' `facts` over their weights.
         training: outcome of each training, by its name, such as `block 0 refine`.
         unscaled: paths in a block of linears whose inputs no transform can scale.
         dense: the reason why a layer or tensor was not quantized, by name.
@@ -182,6 +183,7 @@ class Manifest(BaseModel):
     model_bits_per_weight: float
     bytes: int
     layers: list[LayerReport]
+    facts: dict[str, float] = Field(default_factory=dict)
     training: dict[str, Outcome] = Field(default_factory=dict)
     unscaled: list[str] = Field(default_factory=list)
     dense: dict[str, str]

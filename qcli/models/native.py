@@ -91,7 +91,7 @@ def quantization_config(
         "layers": entries,
         "dense": dense,
     }
-    return config if activations is None else config | {"activations": activations.model_dump()}
+    return config if activations is None else config | {"activations": activations.spec()}
 
 
 class NativeSource(QuantizedSource):

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.pretrained import pretrained
+from qcli.models.loadable import require_tensors, skeleton, tied_tensors
 from qcli.models.source import ModelSource, reported
-from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.errors import UnsupportedError
 
 BATCH_TOKENS = 4096  # in one pass through a block
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
@@ -38,12 +38,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
-    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
-    with torch.device("meta"):
-        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
 
 
 class ModelStream:
@@ -67,8 +61,8 @@ class ModelStream:
         with reported(self._problem):
             self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
         self.model.eval().requires_grad_(False)
-        self._tied = self._tied_tensors()
-        self._check_tensors()
+        require_tensors(source, self.model)
+        self._tied = tied_tensors(self.model, source.tensors())
         container = self.model.get_submodule(self.family.blocks)
         self._blocks = list(container)
         self._stand_ins = [_StandIn(block, self.family.tuple_output) for block in self._blocks]
@@ -238,34 +232,6 @@ class ModelStream:
                 raise UnsupportedError(f"transformers cannot recompute {name} of {type(module).__name__}")
         for child in module.children():
             self._compute_tables(child, owner)
-
-    def _tied_tensors(self) -> dict[str, str]:
-        """Tensors that are not stored because they share the memory of another: name -> name of the other."""
-        stored, tied = self.source.tensors(), {}
-        for name, origin in self.model.all_tied_weights_keys.items():
-            if name not in stored:
-                tied[name] = origin
-            elif origin not in stored:
-                tied[origin] = name
-        return tied
-
-    def _check_tensors(self) -> None:
-        stored = self.source.tensors()
-        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        missing = [name for name in expected if name not in stored and name not in self._tied]
-        unexpected = [name for name in stored if name not in expected]
-        misshapen = [name for name in expected if name in stored and stored[name].shape != expected[name]]
-        for names, problem in (
-            (missing, "missing tensors"),
-            (unexpected, "unexpected tensors"),
-            (misshapen, "tensors of another shape than config.json implies:"),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UsageError(
-                    f"{self.source.path}: {problem} {', '.join(names[:3])}{more}",
-                    hint="config.json and weights must belong to the same model",
-                )
 
 
 class _StandIn(nn.Module):

@@ -47,6 +47,8 @@ def publish_checkpoint(result: Result, parts: BlockParts, tokens: CalibrationTok
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )
+    if facts := result.facts:
+        manifest = manifest.model_copy(update={"facts": facts})
     write_record(manifest, folder)
     run.publish()
     progress("write", 1, 1)

@@ -1,4 +1,4 @@
-"""The plan of a quantization, from headers alone: layers, bits, bytes on disk, peak memory. No torch."""
+"""The plan of a quantization, from headers alone: layers, bits, bytes on disk, peak memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.models.families import Linear
+from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
 from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
@@ -179,8 +180,8 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     With `bits: auto` the plan is that of the largest uniform width within the target.
 
     Raises:
-        UsageError: the model is not supported, overrides match nothing, groups do not divide rows (every problem is
-            listed), or there is no such calibration text.
+        UsageError: the model is not supported, its config and weights do not belong together, overrides match nothing,
+            groups do not divide rows (every problem is listed), or there is no such calibration text.
         UnsupportedError: the model is already quantized by qcli.
     """
     source = open_source(recipe.model, trust)
@@ -188,9 +189,14 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
+    require_loadable(source)
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
-    methods = assign(recipe, layers)
+    stored_weights = source.tensors()
+    methods = {
+        name: method and method.for_weights_of(stored_weights[f"{name}.weight"].dtype)
+        for name, method in assign(recipe, layers).items()
+    }
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()
     formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}
@@ -202,7 +208,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
                 parts[layer.block][f"{layer.name}.{suffix}"] = stored
     outside: dict[str, StoredTensor] = {}
     prefix = f"{source.family.blocks}."
-    for name, tensor in source.tensors().items():
+    for name, tensor in stored_weights.items():
         if name in quantized:
             continue
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""

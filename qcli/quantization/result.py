@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcli.models.facts import mean_facts
 from qcli.models.manifest import LayerReport
 from qcli.quantization.plan import Plan
 
@@ -44,6 +45,11 @@ class Result:
         stopped = {what: outcome["stopped"] for what, outcome in self.training.items()}
         return layers | {what: [reason] for what, reason in stopped.items() if reason is not None}
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """Mean of each of the layers' `facts` over their weights."""
+        return mean_facts(self.layers, {layer.name: layer.shape for layer in self.plan.layers})
+
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         return {
@@ -61,5 +67,6 @@ class Result:
             "training": self.training,
             "unscaled": self.plan.unscaled,
             "allocation": self.allocation,
+            "facts": self.facts,
             "layers": [asdict(layer) for layer in self.layers],
         }

@@ -80,9 +80,24 @@ def _unfit_formats(recipe: Recipe, assigned: Mapping[str, Method | None]) -> lis
     steps: list[tuple[KeyPath, Transform | Refine]] = [*recipe.transforms_by_path()]
     if recipe.refinement is not None:
         steps.append((("refine",), recipe.refinement))
-    return [
+    problems = [
         Issue(path, reason) for path, step in steps for format in formats if (reason := step.unsupported_reason(format))
     ]
+    if not all(format.rounds for format in formats):
+        problems += _needless_steps(recipe)
+    return problems
+
+
+def _needless_steps(recipe: Recipe) -> list[Issue]:
+    """Sections that contradict weights in full precision."""
+    problems = []
+    if recipe.activations is None:
+        message = "method full-precision quantizes inputs alone, by `activations`, which the recipe lacks"
+        problems.append(Issue(("method",), f"{message}; layers to be left as they are: `dense: true` in an override"))
+    for name in ("low_rank", "refine", "distill"):
+        if getattr(recipe, name) is not None:
+            problems.append(Issue((name,), "weights in full precision have no error to reduce"))
+    return problems
 
 
 def _overridden_steps(recipe: Recipe, methods: Sequence[Method | None]) -> list[Issue]:

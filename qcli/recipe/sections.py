@@ -54,6 +54,9 @@ class Pack(Options):
     requantize: str | None = Field(
         default=None, description="gguf: type for layers that no GGUF type holds exactly; default: refuse them"
     )
+    allow_refused: bool = Field(
+        default=False, description="write also what an engine that the format is meant for does not load"
+    )
 
     @field_validator("format")
     @classmethod

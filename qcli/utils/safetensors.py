@@ -1,7 +1,7 @@
 """Reading safetensors files: validated headers, and single tensors.
 
 The format is eight bytes of header length, a JSON header, and the contiguous bytes of each tensor. Our own reader does
-what the library does not: it rejects duplicate names, needs no torch for a dry run, and reads each tensor into memory
+what the library does not: it rejects duplicate names, needs no torch for headers, and reads each tensor into memory
 of its own, where the library maps the whole file.
 """
 

@@ -257,3 +257,32 @@ def test_folders_that_qcli_did_not_write_are_refused(invoke: Invoke, model: Path
     assert code in (2, 4)
     assert out == ""
     assert err.splitlines()[-1].startswith(("error: ", "hint: "))
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_what_vllm_refuses_exits_with_6_before_any_work(
+    invoke: Invoke, model: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    native, packed = tmp_path / "native", tmp_path / "packed"
+    assert invoke("quantize", model, "--method", "rtn", "--bits", 3, "--group-size", 32, "--out", native).code == 0
+    arguments = ("pack", native, "--format", "compressed-tensors", "--out", packed)
+    code, out, err = invoke(*arguments, *flags)
+    assert (code, out) == (6, "")
+    assert err.startswith("error: vLLM does not load this as compressed-tensors: ")
+    assert "--symmetric or --bits 4" in err.splitlines()[-1] and "--allow-refused" in err.splitlines()[-1]
+    code, out, err = invoke(*arguments, "--allow-refused", "--json", *flags)
+    assert code == 0, err
+    assert json.loads(out)["notes"]["vLLM"].startswith("does not load it: model.layers.0.self_attn.q_proj has 3 bits")
+    assert packed.exists() == (not flags)
+
+
+def test_a_dry_run_of_pack_writes_nothing(invoke: Invoke, checkpoint: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = invoke("pack", checkpoint, "--format", "gguf", "--dry-run")
+    assert (code, out) == (6, ""), "the tokenizer has no merges"
+    code, out, err = invoke("pack", checkpoint, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"run": str(checkpoint), "format": "qcli", "layers": 12, "rounded": 0, "notes": {}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    code, out, err = invoke("pack", checkpoint)
+    assert (code, out) == (2, "") and err.startswith("error: --out: required")

@@ -197,6 +197,22 @@ def test_what_later_stages_refuse_is_reported_before_the_first(
     assert not Path("out").exists()
 
 
+def test_a_dry_run_checks_what_the_run_would(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
+    """Three asymmetric bits, which vLLM does not load."""
+    flags = ("--out", tmp_path / "out", "--set", "pack.format=compressed-tensors")
+    for dry in ((), ("--dry-run",)):
+        code, out, err = invoke("run", recipe, *flags, *dry)
+        assert (code, out) == (6, "") and err.startswith("error: vLLM does not load this")
+    code, out, err = invoke("run", recipe, *flags, "--set", "pack.allow_refused=true", "--dry-run", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["layers"]) == 14
+    assert not (tmp_path / "out").exists()
+    code, _, err = invoke("run", recipe, *flags, "--set", "pack.allow_refused=true")
+    assert code == 0, err
+    card = (tmp_path / "out" / "packed" / "README.md").read_text()
+    assert "Does not load in vLLM" in card and "vllm serve" not in card
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "fused", "refusal"),

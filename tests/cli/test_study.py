@@ -77,6 +77,24 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
 
 
+def test_a_study_compares_inputs_with_weights(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"base: {{model: {model}, eval: {{perplexity: [{text}], window: 32, max_windows: 4}}}}\n"
+        "names:\n  method: {W16: {name: full-precision}, W4: {name: rtn, bits: 4, group_size: 64}}\n"
+        "  activations: {A8: {bits: 8}, A8-restricted: {symmetric: true, symmetric_range: restricted}}\n"
+        "grid:\n  method: [W16, W4]\n  activations: [A8, A8-restricted]\n"
+    )
+    code, _, err = invoke("study", study, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    kl: dict[str, list[float]] = {}
+    for row in rows(tmp_path / "out"):
+        assert row["status"] == "done", row
+        kl.setdefault(row["point"]["method"], []).append(row["kl"])  # type: ignore
+    assert len(kl["W16"]) == 2 and max(kl["W16"]) < min(kl["W4"])
+    assert invoke("study", "report", tmp_path / "out").code == 0
+
+
 def test_a_missing_text_fails_before_any_run(invoke: Invoke, study: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").unlink()
     for flags in (("--dry-run",), ("--out", tmp_path / "out")):

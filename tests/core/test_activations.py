@@ -21,6 +21,10 @@ EVERY = [
     Activations(bits=bits, granularity=granularity, block_size=16, symmetric=symmetric)
     for bits, granularity, symmetric in product((4, 5, 8), GRANULARITIES, (True, False))
 ]
+EVERY += [
+    Activations(bits=bits, granularity=granularity, block_size=16, symmetric=True, symmetric_range="restricted")
+    for bits, granularity in product((4, 8), GRANULARITIES)
+]
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +34,10 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def by_hand(values: list[float], activations: Activations) -> list[float]:
     """Reference: one range of one token, value by value."""
     low, high, codes = min(0.0, *values), max(0.0, *values), 2**activations.bits
-    if activations.symmetric:
+    if activations.symmetric_range == "restricted":
+        codes -= 1
+        scale, first = max(high, -low) / (codes // 2), -(codes // 2)
+    elif activations.symmetric:
         scale, first = (high if high > -low else low) / -(codes // 2), -(codes // 2)
     else:
         scale = (high - low) / (codes - 1)
@@ -38,7 +45,7 @@ def by_hand(values: list[float], activations: Activations) -> list[float]:
     return [min(max(round(value / scale), first), first + codes - 1) * scale if scale else 0.0 for value in values]
 
 
-@pytest.mark.parametrize("activations", EVERY, ids=lambda a: f"{a.bits}-{a.granularity}-{a.symmetric}")
+@pytest.mark.parametrize("activations", EVERY, ids=str)
 @pytest.mark.parametrize("kind", ["mixed", "positive", "negative"])
 def test_values_agree_with_the_scalar_reference(activations: Activations, kind: str) -> None:
     """40 channels in blocks of 16: the last block is shorter."""
@@ -71,7 +78,7 @@ def test_eight_bits_lose_little_and_four_bits_lose_more(symmetric: bool) -> None
     assert all(lost[bits, "block"] < lost[bits, "token"] for bits in (4, 6, 8))
 
 
-@pytest.mark.parametrize("activations", EVERY, ids=lambda a: f"{a.bits}-{a.granularity}-{a.symmetric}")
+@pytest.mark.parametrize("activations", EVERY, ids=str)
 def test_zeros_ends_and_tiny_values_are_kept(activations: Activations) -> None:
     x = drawn(4, 40)
     x[:, ::3] = 0
@@ -80,7 +87,7 @@ def test_zeros_ends_and_tiny_values_are_kept(activations: Activations) -> None:
     assert bool((rounded[x == 0] == 0).all()), "the range always includes 0"
     longest = x.abs().argmax(-1)
     rows = torch.tensor([0, 2, 3])
-    step = x.abs().amax(-1) / (2 ** (activations.bits - 1))
+    step = x.abs().amax(-1) / (2 ** (activations.bits - 1) - 1)
     assert bool(((rounded - x)[rows, longest[rows]].abs() <= step[rows]).all())
     assert bool(activations.fake_quantize(torch.full((1, 40), 1e-45)).isfinite().all())
     assert bool(activations.fake_quantize(torch.full((1, 40), torch.nan)).isnan().all())
@@ -135,7 +142,31 @@ def test_keyword_inputs_are_quantized() -> None:
     assert torch.equal(linear(input=x), linear(x))
 
 
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 9}, {"granularity": "tensor"}, {"block_size": 0}, {"b": 8}])
+def test_a_restricted_range_has_as_many_levels_below_0_as_above() -> None:
+    activations = Activations(bits=4, symmetric=True, symmetric_range="restricted")
+    x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([-1.0, 1.0])])[None]
+    levels = activations.fake_quantize(x).unique()
+    torch.testing.assert_close(levels, torch.arange(-7, 8) / 7)
+    assert torch.equal(activations.fake_quantize(-x), -activations.fake_quantize(x))
+
+
+def test_a_spec_of_a_full_range_is_that_of_earlier_versions() -> None:
+    assert "symmetric_range" not in Activations(symmetric=True).spec()
+    restricted = Activations(symmetric=True, symmetric_range="restricted")
+    assert Activations.model_validate(restricted.spec()) == restricted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric_range": "restricted"},
+        {"bits": 3},
+        {"bits": 9},
+        {"granularity": "tensor"},
+        {"block_size": 0},
+        {"b": 8},
+    ],
+)
 def test_invalid_options_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Activations.model_validate(options)

@@ -61,7 +61,7 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
 
     manifest = manifest_of(layer(3, 0.02), layer(3, 0.04), layer(4, 0.0))
     result = replace(RESULT, format="gguf", bits_per_weight=4.5, max_logit_difference=0.5, notes={"exact": "none"})
-    card = model_card(manifest, result, GGUF(), "bits: 3\n")
+    card = model_card(manifest, result, GGUF.loading, "bits: 3\n", library=GGUF.hub_library)
     front = YAML(typ="safe", pure=True).load(card.split("---\n")[1])
     assert (front["base_model"], front["library_name"]) == ("org/name", "gguf")
     assert "| method | gptq-like (3 bits, rows): 2 layers, gptq-like (4 bits, rows): 1 layers |" in card
@@ -69,7 +69,7 @@ def test_card_of_a_mixed_checkpoint_from_the_hub(tmp_path: Path, monkeypatch: py
     assert "| exact | none |" in card
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    local = model_card(portable_manifest(manifest), result, GGUF(), "bits: 3\n")
+    local = model_card(portable_manifest(manifest), result, GGUF.loading, "bits: 3\n", library=GGUF.hub_library)
     assert "base_model" not in local and "# name, quantized" in local, "a folder of that name is here"
 
 
@@ -87,7 +87,7 @@ def test_card_reports_the_evaluation() -> None:
         "tasks": {"arc_easy": {"metric": "acc", "score": 0.5, "baseline": 0.625, "samples": 40}},
     }
     manifest = manifest_of(layer_report(measure="weight"))
-    card = model_card(manifest, RESULT, Dense(), "bits: 3\n", evaluation)
+    card = model_card(manifest, RESULT, Dense.loading, "bits: 3\n", evaluation)
     for row in (
         "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",
         "| measured on text it was fitted to | b.txt: on other text it loses more |",

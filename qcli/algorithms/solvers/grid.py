@@ -25,7 +25,8 @@ def minmax(weight: Tensor, format: Affine) -> dict[str, Tensor]:
     """Grids that cover each group's range, 0 included.
 
     Asymmetric: `scale = (max - min) / (2**bits - 1)`. Symmetric: the side with the larger magnitude lands on the lowest
-    code `-2**(bits-1)`, so that all codes are used; the scale is negative where that side is positive.
+    code `-2**(bits-1)`, so that all codes are used; the scale is negative where that side is positive. Restricted:
+    `scale = max(-min, max) / (2**(bits-1) - 1)`.
 
     Args:
         weight: float32 `[out, in]`.
@@ -55,7 +56,7 @@ def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, T
         groups = format.grouped(tile[: len(part)].copy_(part) if part.dtype != torch.float32 else part)
         scale, zero_point = _covering(*_range(groups), format)
         stepped = torch.div(groups, scale[..., None], out=steps[: len(part)])
-        stepped.add_(zero_point[..., None]).round_().clamp_(0, (1 << format.bits) - 1)
+        stepped.add_(zero_point[..., None]).round_().clamp_(format.lowest, format.highest)
         signed[start : start + rows] = stepped.view(len(part), -1)[:, : weight.shape[1]]
         parts.append(_tables(scale, zero_point, format))
     return codes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -172,7 +173,7 @@ class _BestGrid:
 
     def _codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         codes = (self.groups / scale[..., None]).add_(zero_point[..., None])
-        return codes.round_().clamp_(0, (1 << self.format.bits) - 1)
+        return codes.round_().clamp_(self.format.lowest, self.format.highest)
 
 
 def _fit_groups(
@@ -210,6 +211,9 @@ def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
 def _covering(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers `low <= 0 <= high`, rounded as stored, in float32."""
     if format.zero_point == "none":
+        if format.restricted:
+            scale = _round_scale(torch.maximum(-low, high) / (format.center - 1))
+            return scale, torch.full_like(scale, format.center)
         longest = torch.where(-low >= high, low, high)
         scale = _round_scale(longest / -format.center)
         return scale, torch.full_like(scale, format.center)

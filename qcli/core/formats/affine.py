@@ -2,13 +2,16 @@
 
 Layout of compressed-tensors `pack-quantized`: codes packed along a row, integer zero points packed along
 a column of groups. Symmetric has no zero point: codes are centred on `2**(bits - 1)` and a negative scale
-flips the longer side of the range.
+flips the longer side of the range. A restricted range, as in ZeroQuant-V2 (arXiv 2303.08302), is symmetric without the
+lowest code: as many levels below 0 as above.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from qcli.core.formats._grouped import Grouped
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE
@@ -36,6 +39,28 @@ class Affine(Grouped):
     name: ClassVar[str] = "affine"
 
     zero_point: ZeroPoint = "integer"
+    restricted: bool = False
+
+    @model_validator(mode="after")
+    def _restricted_is_symmetric(self) -> Self:
+        if self.restricted and (self.zero_point != "none" or self.bits < 2):
+            raise ValueError("restricted needs zero_point none and 2 bits or more")
+        return self
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code in use."""
+        return 1 if self.restricted else 0
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return (1 << self.bits) - 1
+
+    def spec(self) -> dict[str, Any]:
+        """Without `restricted` where it is false: such layers mean the same in every version."""
+        spec = super().spec()
+        return spec if self.restricted else {key: spec[key] for key in spec if key != "restricted"}
 
     @property
     def center(self) -> int:
@@ -88,7 +113,7 @@ class Affine(Grouped):
         import torch
 
         scale, zero_point = self._per_group(tables)
-        codes = (self.grouped(weight.float()) / scale).add_(zero_point).round_().clamp_(0, (1 << self.bits) - 1)
+        codes = (self.grouped(weight.float()) / scale).add_(zero_point).round_().clamp_(self.lowest, self.highest)
         return codes.to(torch.uint8).view(weight.shape[0], -1)[:, : weight.shape[1]]
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
@@ -105,10 +130,9 @@ class Affine(Grouped):
             zero_point = torch.full((len(columns), 1), float(self.center), device=columns.device)
         else:
             zero_point = tables["weight_zero_point"].float().T[groups]
-        top = (1 << self.bits) - 1
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = (values / scale[column]).add_(zero_point[column]).round_().clamp_(0, top)
+            codes = (values / scale[column]).add_(zero_point[column]).round_().clamp_(self.lowest, self.highest)
             return codes, (codes - zero_point[column]).mul_(scale[column])
 
         return nearest
@@ -121,6 +145,8 @@ class Affine(Grouped):
             raise VerificationError("weight_scale holds zeros")
         if int(weight.codes.max()) >> self.bits:
             raise VerificationError(f"a code does not fit {self.bits} bits")
+        if self.restricted and int(weight.codes.min()) < self.lowest:
+            raise VerificationError("a code is below the restricted range")
 
     @property
     def largest_weight(self) -> float:

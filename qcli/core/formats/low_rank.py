@@ -135,6 +135,9 @@ class LowRank(Format):
     def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
         return self.base.imprecise_scales(self._without_factors(weight), target)
 
+    def facts(self, weight: QuantizedWeight) -> dict[str, float]:
+        return self.base.facts(self._without_factors(weight))
+
     def product(self, tables: Mapping[str, Tensor]) -> Tensor:
         """`A B`, float32 `[out, in]`."""
         return self.factor("a", tables) @ self.factor("b", tables)

@@ -9,31 +9,40 @@ model_executor/layers/linear.py (at 0036d38).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from qcli.core.formats.affine import Affine
+from qcli.export.target import Packable, Refusal
 from qcli.models.families import Linear
-from qcli.models.quantized import QuantizedSource
 
 SYMMETRIC_BITS, ASYMMETRIC_BITS = (2, 3, 4, 5, 6, 7, 8), (4, 8)
 MARLIN_BITS, MARLIN_GROUPS, MARLIN_ROWS, MARLIN_COLUMNS = (4, 8), (-1, 32, 64, 128), 64, 128
 RANKS = (1, 2, 4, 8)
 
 
-def describe(source: QuantizedSource, formats: Mapping[str, Affine]) -> str:
-    """The tensor-parallel sizes that vLLM's rules allow, and why not others: a line for a person."""
+def refusal(source: Packable, formats: Mapping[str, Affine]) -> Refusal | None:
+    """Why vLLM refuses the checkpoint even on a single device; None: by its rules it does not."""
+    if (reason := _refusal(source, formats, 1)) is None:
+        return None
+    asymmetric = any(format.zero_point != "none" and format.bits not in ASYMMETRIC_BITS for format in formats.values())
+    return Refusal(reason, ("--symmetric", "--bits 4") if asymmetric else ("--symmetric",))
+
+
+def describe(source: Packable, formats: Mapping[str, Affine]) -> str:
+    """The tensor-parallel sizes that vLLM's rules allow, and why not others: a line for a person.
+
+    Args:
+        formats: by layer name, without a `refusal`.
+    """
     refusals = {ranks: _refusal(source, formats, ranks) for ranks in RANKS}
     fits = [str(ranks) for ranks, reason in refusals.items() if reason is None]
     reason = next((f"; {ranks} not: {reason}" for ranks, reason in refusals.items() if reason), "")
-    if not fits:
-        return f"refused: {refusals[1]}"
     slower = "" if _marlin(source, formats) else "; outside of what its Marlin kernels take, so slower"
     return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
 
 
-def _refusal(source: QuantizedSource, formats: Mapping[str, Affine], ranks: int) -> str | None:
+def _refusal(source: Packable, formats: Mapping[str, Affine], ranks: int) -> str | None:
     """The rule that forbids this number of devices; None: no rule does."""
-    heads, kv_heads = _heads(source.config)
+    heads, kv_heads = _heads(source)
     if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
         return f"{heads} heads, {kv_heads} of them for keys and values"
     for layer in source.linears():
@@ -41,7 +50,7 @@ def _refusal(source: QuantizedSource, formats: Mapping[str, Affine], ranks: int)
         # With more devices than key/value heads, several devices hold the same head.
         parts = min(ranks, kv_heads) if layer.name.endswith((".k_proj", ".v_proj")) else ranks
         if format is not None and (reason := _misfit(layer, format, _splits_inputs(source, layer), parts)):
-            return f"{layer.name}: {reason}"
+            return f"{layer.name} has {reason}"
     return None
 
 
@@ -64,12 +73,12 @@ def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> s
     return None
 
 
-def _splits_inputs(source: QuantizedSource, layer: Linear) -> bool:
+def _splits_inputs(source: Packable, layer: Linear) -> bool:
     """Whether the layer is split by inputs (output and down projections) and not by outputs."""
     return source.family.groups[layer.group].leads_out
 
 
-def _marlin(source: QuantizedSource, formats: Mapping[str, Affine]) -> bool:
+def _marlin(source: Packable, formats: Mapping[str, Affine]) -> bool:
     shapes = {layer.name: layer.shape for layer in source.linears()}
     return all(
         format.bits in MARLIN_BITS
@@ -80,7 +89,7 @@ def _marlin(source: QuantizedSource, formats: Mapping[str, Affine]) -> bool:
     )
 
 
-def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
-    text = config.get("text_config") or config
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 1)
-    return heads, int(text.get("num_key_value_heads") or heads)
+def _heads(source: Packable) -> tuple[int, int]:
+    text = source.hf_config().get_text_config()
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
+    return heads, int(getattr(text, "num_key_value_heads", None) or heads)

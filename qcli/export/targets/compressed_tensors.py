@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation, write_layers
+from qcli.core.formats.affine import Affine
+from qcli.export.target import ExportTarget, Packable, Refusal, dense_config, refuse_extra_computation, write_layers
 from qcli.export.targets import _vllm_rules
 from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
 from qcli.models.layouts import compressed_tensors as layout
@@ -20,25 +22,28 @@ if TYPE_CHECKING:
 __all__ = ["CompressedTensors"]
 
 
-class CompressedTensors(ExportTarget):
-    """`quant_method: compressed-tensors`, format `pack-quantized`."""
-
-    name: ClassVar[str] = layout.NAME
-    loading: ClassVar[
-        str
-    ] = """Loads in vLLM, and in transformers with the package `compressed-tensors` (0.18 or later).
+_VLLM, _TRANSFORMERS = "vLLM", "transformers"
+_LOADING = {
+    _VLLM: """Loads in vLLM, by its rules.
 
 ```console
 $ vllm serve DIR
-```
+```""",
+    _TRANSFORMERS: """Loads in transformers with the package `compressed-tensors` (0.18 or later).
 
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("DIR", dtype="float16")
-```
+```""",
+}
 
-Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision."""
+
+class CompressedTensors(ExportTarget):
+    """`quant_method: compressed-tensors`, format `pack-quantized`."""
+
+    name: ClassVar[str] = layout.NAME
+    loading: ClassVar[str] = "\n\n".join(_LOADING.values())
 
     def check(self, source: Packable) -> None:
         refuse_extra_computation(source, self.name)
@@ -48,6 +53,18 @@ Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision."
                 hint="pack it as qcli or dense",
             )
         refuse_mixed_fusions(source.linears(), affine_formats(source, self.name), self.name)
+
+    def refusals(self, source: Packable) -> dict[str, Refusal]:
+        formats = affine_formats(source, self.name)
+        refusals = {_VLLM: _vllm_rules.refusal(source, formats), _TRANSFORMERS: _transformers_refusal(formats)}
+        return {engine: refusal for engine, refusal in refusals.items() if refusal is not None}
+
+    def loading_in(self, refused: Collection[str]) -> str:
+        loading = [text for engine, text in _LOADING.items() if engine not in refused]
+        if refused:
+            loading.append(f"Does not load in {' and '.join(refused)}, for the reason in the table above.")
+        loading.append("Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision.")
+        return "\n\n".join(loading)
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         formats = affine_formats(source, self.name)
@@ -66,9 +83,12 @@ Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision."
         write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
 
-    def notes(self, source: NativeSource) -> dict[str, str]:
-        formats = affine_formats(source, self.name)
-        notes = {"vLLM": _vllm_rules.describe(source, formats)}
-        if not layout.transformers_reads(formats.values()):
-            notes["transformers"] = "refuses it: asymmetric layers beside others"
-        return notes
+    def notes(self, source: Packable) -> dict[str, str]:
+        refused = {engine: f"does not load it: {why.reason}" for engine, why in self.refusals(source).items()}
+        return {_VLLM: _vllm_rules.describe(source, affine_formats(source, self.name))} | refused
+
+
+def _transformers_refusal(formats: Mapping[str, Affine]) -> Refusal | None:
+    if layout.transformers_reads(formats.values()):
+        return None
+    return Refusal("asymmetric layers beside layers of another format", ("--symmetric",))

@@ -100,7 +100,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
     def rounded(self) -> list[str]:
         return [layer for layer, type in self._types.items() if type is None]
 
-    def notes(self, source: NativeSource) -> dict[str, str]:
+    def notes(self, source: Packable) -> dict[str, str]:
         rounded = len(self.rounded())
         types = Counter(type.name for type in self._types.values() if type is not None)
         exact = ", ".join(f"{count} layers {name}" for name, count in types.most_common())

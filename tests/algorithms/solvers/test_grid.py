@@ -40,6 +40,27 @@ def test_symmetric_grids_give_the_extra_code_to_the_side_of_larger_magnitude() -
     assert torch.equal(format.decode(format.encode(weight, tables), tables)[:, 0], weight[:, 0])
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_restricted_ranges_are_zeroquants(bits: int) -> None:
+    """`scale = max |w| / (2^(bits-1) - 1)`, codes within as many steps on either side; searched ones lose no more."""
+    format, weight, importance = (
+        Affine(bits=bits, group_size=16, zero_point="none", restricted=True),
+        normal(40, 48),
+        normal(48).square(),
+    )
+    codes, tables = grid.round_to_minmax(weight, format)
+    half = 2 ** (bits - 1) - 1
+    scale = (format.grouped(weight).abs().amax(-1) / half).half()
+    assert torch.equal(tables["weight_scale"], scale)
+    expected = (format.grouped(weight) / scale.float()[..., None]).round().clamp(-half, half) + 2 ** (bits - 1)
+    assert torch.equal(codes.float(), expected.flatten(1))
+    searched = grid.search(weight, format, importance)
+    assert int(format.encode(weight, searched).min()) >= 1
+    assert bool(
+        (error(weight, format, searched, importance) <= error(weight, format, tables, importance) * (1 + 1e-5)).all()
+    )
+
+
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_search_is_never_worse_than_minmax(bits: int, zero_point: ZeroPoint) -> None:

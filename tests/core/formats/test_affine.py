@@ -14,7 +14,7 @@ from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.weight import Format, QuantizedWeight, from_spec
 from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
-from tests.core.formats.checks import round_trip
+from tests.core.formats.checks import round_trip, rounder_agrees_with_encode
 
 ZERO_POINTS: tuple[ZeroPoint, ...] = ("none", "integer", "float")
 
@@ -54,6 +54,26 @@ def test_encode_finds_the_nearest_value(bits: int, zero_point: ZeroPoint) -> Non
     best = (every - weight).abs().amin(0)
     chosen = (format.decode(format.encode(weight, tables), tables) - weight).abs()
     assert torch.allclose(chosen, best, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_restricted_range_never_uses_the_lowest_code(bits: int) -> None:
+    """Nearest among its levels by brute force, also of weights beyond its range; column by column alike."""
+    format = Affine(bits=bits, group_size=8, zero_point="none", restricted=True)
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(bits))
+    tables = {name: table * 0.5 for name, table in grid.minmax(weight, format).items()}
+    half = 2 ** (bits - 1) - 1
+    levels = torch.arange(-half, half + 1) * tables["weight_scale"].float().repeat_interleave(8, 1)[..., None]
+    nearest = (levels - weight[..., None]).abs().amin(-1)
+    quantized = QuantizedWeight(format, (6, 24), format.encode(weight, tables), tables)
+    torch.testing.assert_close((quantized.dense() - weight).abs(), nearest)
+    rounder_agrees_with_encode(quantized, weight)
+    round_trip(quantized).check()
+    assert from_spec(format.spec()) == format
+    assert "restricted" not in Affine(bits=bits, group_size=8, zero_point="none").spec()
+    quantized.codes[0, 0] = 0
+    with pytest.raises(VerificationError, match="below the restricted range"):
+        quantized.check()
 
 
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)

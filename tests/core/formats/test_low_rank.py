@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcli.algorithms.solvers import grid
+from qcli.algorithms.solvers.dual_binary import published
 from qcli.core.formats.affine import Affine, ZeroPoint
+from qcli.core.formats.dual_binary import DualBinary
 from qcli.core.formats.low_rank import FactorBits, LowRank
 from qcli.core.weight import QuantizedWeight, from_spec
-from qcli.inference import linear
+from qcli.inference.backends import reference
 from qcli.inference.linear import QuantLinear
 from qcli.utils.errors import VerificationError
 
@@ -106,7 +108,7 @@ def test_factors_are_rounded_to_the_nearest(factor_bits: FactorBits) -> None:
 def test_quant_linear_computes_with_the_decoded_weight(
     zero_point: ZeroPoint, factor_bits: FactorBits, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_TILE", tile)
+    monkeypatch.setattr(reference, "_TILE", tile)
     format = low_rank(zero_point=zero_point, factor_bits=factor_bits)
     weight, bias, x = weight_of(format, (24, 40)), drawn(24, seed=5), drawn(3, 5, 40, seed=6)
     layer = QuantLinear(format, 40, 24, bias)
@@ -125,6 +127,17 @@ def test_row_slices_decode_the_same() -> None:
     rows = slice(5, 18)
     tile = format.decode(weight.codes[rows], format.slice_rows(weight.tables, rows))
     torch.testing.assert_close(tile, weight.dense()[rows])
+
+
+def test_facts_are_those_of_the_base() -> None:
+    base = DualBinary(group_size=16)
+    plain = QuantizedWeight(
+        base, (12, 40), base.encode(drawn(12, 40), tables := published(drawn(12, 40), base)), tables
+    )
+    format = LowRank.around(base, 2, 8)
+    factors = format.round_factor("a", drawn(12, 2)) | format.round_factor("b", drawn(2, 40))
+    wrapped = format.wrap(plain, factors)
+    assert format.facts(wrapped) == base.facts(plain) != {}
 
 
 def test_decode_is_differentiable_in_the_factors() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qcli.core.formats.affine import Affine
 from qcli.core.weight import QuantizedWeight
-from qcli.export.pack import pack
+from qcli.export.pack import pack, plan_pack
 from qcli.export.targets import _vllm_rules
 from qcli.export.targets._affine import affine_formats
 from qcli.export.verify import verify
@@ -35,7 +35,7 @@ def packed(model: Path, folder: Path, **flags: Any) -> tuple[Path, Path]:
     """A native checkpoint, and the same packed as compressed-tensors."""
     native, out = folder / "native", folder / "packed"
     run(model, native, method__name="rtn", **flags)
-    pack(native, out, format="compressed-tensors", shard_size=10**9)
+    pack(native, out, format="compressed-tensors", shard_size=10**9, allow_refused=True)
     return native, out
 
 
@@ -93,7 +93,50 @@ def test_transformers_refuses_what_it_would_decode_wrongly(other: dict[str, Any]
     _, out = packed(llama, tmp_path, overrides=[{"match": "*.down_proj", "method": other}])
     with pytest.raises(RuntimeError, match="mismatch"):
         load_with_transformers(out)
-    assert "| transformers | refuses it: asymmetric layers beside others |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "| transformers | does not load it: asymmetric layers beside layers of another format |" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused", "fitting", "loads"),
+    [
+        ({"method__bits": 3}, ["vLLM"], "--symmetric or --bits 4", "from_pretrained"),
+        (
+            {"overrides": [{"match": "*.down_proj", "method": {"group_size": 64}}]},
+            ["transformers"],
+            "--symmetric",
+            "vllm serve",
+        ),
+        (
+            {"method__bits": 3, "overrides": [{"match": "*.down_proj", "method": {"bits": 4}}]},
+            ["vLLM", "transformers"],
+            "--symmetric",
+            "Does not load in vLLM and transformers",
+        ),
+    ],
+)
+def test_what_an_engine_refuses_is_packed_only_on_request(
+    flags: dict[str, Any], refused: list[str], fitting: str, loads: str, llama: Path, tmp_path: Path
+) -> None:
+    native, out = tmp_path / "native", tmp_path / "packed"
+    run(llama, native, method__name="rtn", **flags)
+    for attempt in (
+        lambda: plan_pack(native, format="compressed-tensors"),
+        lambda: pack(native, out, format="compressed-tensors", shard_size=10**9),
+    ):
+        with pytest.raises(UnsupportedError) as raised:
+            attempt()
+        lines = raised.value.message.splitlines()
+        assert [line.split(" does not load this as compressed-tensors: ")[0] for line in lines] == refused
+        hint = raised.value.hint or ""
+        assert hint.startswith(f"quantize with {fitting}; or pack it as qcli or dense; --allow-refused")
+        assert [path.name for path in tmp_path.iterdir()] == ["native"]
+    result = pack(native, out, format="compressed-tensors", shard_size=10**9, allow_refused=True)
+    assert plan_pack(native, format="compressed-tensors", allow_refused=True).notes == result.notes
+    card = (out / "README.md").read_text()
+    assert loads in card and f"Does not load in {' and '.join(refused)}" in card
+    for engine, command in (("vLLM", "vllm serve"), ("transformers", "from_pretrained")):
+        assert (command in card) != (engine in refused)
 
 
 def test_qcli_opens_the_packed_folder(llama: Path, tmp_path: Path) -> None:
@@ -232,10 +275,13 @@ def test_tensor_parallel_sizes_that_vllm_allows(flags: dict[str, Any], ranks: st
     run(model, tmp_path / "native", method__name="rtn", **flags)
     source = open_source(str(tmp_path / "native"))
     assert isinstance(source, NativeSource)
-    described = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
+    formats = affine_formats(source, "compressed-tensors")
+    refusal = _vllm_rules.refusal(source, formats)
     if ranks is None:
-        assert described.startswith("refused: model.layers.0.self_attn.q_proj: 3 bits asymmetric")
+        assert refusal == ("model.layers.0.self_attn.q_proj has 3 bits asymmetric", ("--symmetric", "--bits 4"))
     else:
+        assert refusal is None
+        described = _vllm_rules.describe(source, formats)
         assert described.split("; ")[0] == f"by its rules with tensor parallel {ranks}"
 
 

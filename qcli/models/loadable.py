@@ -1,0 +1,97 @@
+"""Whether config.json and weights belong together, so that transformers can load them: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qcli.models.families import text_config
+from qcli.models.pretrained import pretrained
+from qcli.models.source import ModelSource, reported
+from qcli.utils.dtypes import StoredTensor
+from qcli.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_HINT = "config.json and weights must belong to the same model"
+
+
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
+    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+
+
+def require_loadable(source: ModelSource) -> None:
+    """Build the model without weights, and compare its tensors with those that are stored.
+
+    Raises:
+        UsageError: transformers cannot build the model of this config, its special tokens are outside of the
+            vocabulary, or tensors are missing, unexpected, or of another shape than the config implies.
+    """
+    with reported(f"{source.path}: transformers cannot build this model"):
+        model = skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
+    require_tensors(source, model)
+
+
+def tied_tensors(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Tensors that are not stored because they share the memory of another: name -> name of the other.
+
+    Args:
+        model: its skeleton.
+        stored: the tensors that are stored, by name.
+    """
+    tied = {}
+    for name, origin in model.all_tied_weights_keys.items():
+        if name not in stored:
+            tied[name] = origin
+        elif origin not in stored:
+            tied[origin] = name
+    return tied
+
+
+def require_tensors(source: ModelSource, model: Any) -> None:
+    """Compare the tensors of a skeleton with those that are stored.
+
+    Raises:
+        UsageError: as `require_loadable`.
+    """
+    stored = source.tensors()
+    tied = tied_tensors(model, stored)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing = [name for name in expected if name not in stored and name not in tied]
+    unexpected = [name for name in stored if name not in expected]
+    misshapen = [
+        f"{name} ({_shape(stored[name].shape)}, not {_shape(shape)})"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    for names, problem in (
+        (missing, "missing tensors"),
+        (unexpected, "unexpected tensors"),
+        (misshapen, "tensors of another shape than config.json implies:"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UsageError(f"{source.path}: {problem} {', '.join(names[:3])}{more}", hint=_HINT)
+    _require_special_tokens(source, model.get_input_embeddings().num_embeddings)
+
+
+def _require_special_tokens(source: ModelSource, rows: int) -> None:
+    """Refuse ids of config.json that the embedding has no row for; a negative one counts from the end, as in torch."""
+    for name in _SPECIAL:
+        value = text_config(source.config).get(name, source.config.get(name))
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not -rows <= token < rows:
+                raise UsageError(
+                    f"{source.path}: config.json: {name} is {token}, the embedding has {rows} rows", hint=_HINT
+                )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
