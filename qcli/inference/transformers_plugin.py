@@ -149,7 +149,8 @@ def _check_dense(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tup
 
     A class made for another task has a head of its own, which is new, and does not need the checkpoint's.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    keys: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {*keys, *(origin for name, origin in keys.items() if name in tensors)}  # one of a pair is enough
     other_task = type(model).__name__ not in (model.config.architectures or ())
     has_lm_head = model.get_output_embeddings() is not None
 

@@ -81,6 +81,8 @@ class Family:
         variants: other groups and folds, by settings of the config; the first match applies.
         defaults: values of settings in `variants` and `folds` that a config may omit.
         renames: prefixes of tensor names in older checkpoints, and the current ones.
+        embedding_name: name of the token embedding, which is beside the list of blocks.
+        tied: whether head and embedding are one matrix if a config does not have `tie_word_embeddings`.
     """
 
     model_type: str
@@ -93,6 +95,13 @@ class Family:
     variants: tuple[Variant, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    embedding_name: str = "embed_tokens"
+    tied: bool = False
+
+    @property
+    def embedding(self) -> str:
+        """Path of the token embedding in the causal LM."""
+        return f"{self.blocks.rpartition('.')[0]}.{self.embedding_name}"
 
     def unscaled(self, has_weight: Callable[[str], bool]) -> list[str]:
         """Paths of linears whose inputs cannot be scaled, in order of computation.
@@ -251,11 +260,12 @@ def _falcon_one_norm(**when: Any) -> Variant:
 _ROWS = (
     *(
         Family(model_type, "model.layers", _LLAMA, _LLAMA_FOLDS)
-        for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+        for model_type in ("llama", "mistral", "qwen2", "qwen3")
     ),
-    Family("gemma", "model.layers", _LLAMA, _LLAMA_FOLDS, norm_offset=1.0),
+    Family("smollm3", "model.layers", _LLAMA, _LLAMA_FOLDS, tied=True),
+    Family("gemma", "model.layers", _LLAMA, _LLAMA_FOLDS, norm_offset=1.0, tied=True),
     *(
-        Family(model_type, "model.layers", _POST_NORM, _SANDWICH_FOLDS, norm_offset=1.0)
+        Family(model_type, "model.layers", _POST_NORM, _SANDWICH_FOLDS, norm_offset=1.0, tied=True)
         for model_type in ("gemma2", "gemma3_text")
     ),
     Family("olmo2", "model.layers", _POST_NORM, _INSIDE),
@@ -273,6 +283,7 @@ _ROWS = (
             ("vision_tower.", "model.vision_tower."),
             ("multi_modal_projector.", "model.multi_modal_projector."),
         ),
+        tied=True,
     ),
     Family("phi3", "model.layers", _PHI3, _PHI3_FOLDS),
     Family(
@@ -290,8 +301,9 @@ _ROWS = (
         _OPT_FOLDS,
         variants=(_OPT_POST_NORM,),
         defaults={"do_layer_norm_before": True, "activation_function": "relu"},
+        tied=True,
     ),
-    Family("gpt2", "transformer.h", _GPT2, _GPT2_FOLDS, conv1d=True),
+    Family("gpt2", "transformer.h", _GPT2, _GPT2_FOLDS, conv1d=True, embedding_name="wte", tied=True),
     Family(
         "gpt_neox",
         "gpt_neox.layers",
@@ -306,6 +318,7 @@ _ROWS = (
         ),
         defaults={"use_parallel_residual": True},
         renames=(("embed_out.", "lm_head."),),
+        embedding_name="embed_in",
     ),
     Family(
         "bloom",
@@ -321,6 +334,8 @@ _ROWS = (
             ),
         ),
         defaults={"apply_residual_connection_post_layernorm": False},
+        embedding_name="word_embeddings",
+        tied=True,
     ),
     Family(
         "falcon",
@@ -338,6 +353,8 @@ _ROWS = (
             _falcon_one_norm(parallel_attn=True),
         ),
         defaults={"new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "parallel_attn": True},
+        embedding_name="word_embeddings",
+        tied=True,
     ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

@@ -13,7 +13,7 @@ from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UsageError
 from qcli.utils.files import parse_json, read_regular
-from qcli.utils.safetensors import Extent, read_header, read_tensors
+from qcli.utils.safetensors import Extent, read_header, read_tensors, same_content
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _UNNAMED = "unnamed method"
+_TIED = "tie_word_embeddings"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # Buffers that older checkpoints store and current models compute.
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -34,12 +35,16 @@ class FolderSource(ModelSource):
         super().__init__(path, config, trust_remote_code=trust_remote_code)
         families.block_count(config)  # transformers would make lists of any length
         self.extents = _normalise(self.family, _shards(path))
+        self._settle_head()
 
     def tensors(self) -> dict[str, StoredTensor]:
         return {name: extent.stored for name, extent in self.extents.items()}
 
     def hf_config(self) -> PreTrainedConfig:
-        return read_hf_config(self.path, trust_remote_code=self.trust_remote_code)
+        config = read_hf_config(self.path, trust_remote_code=self.trust_remote_code)
+        if self.config.get(_TIED) is False:  # also where config.json says something else
+            config.tie_word_embeddings = False
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -61,6 +66,21 @@ class FolderSource(ModelSource):
             if name not in self.extents:
                 raise UsageError(f"{self.path} has no tensor {name}", hint="download the model again")
         return read_tensors((name, self.extents[name]) for name in names)
+
+    def _settle_head(self) -> None:
+        """Let the tensors and the flag of tied embeddings say the same, namely what transformers makes of them: a head
+        stored alone is the embedding, a copy of the embedding is left out, and another matrix clears the flag."""
+        head, embedding = "lm_head.weight", f"{self.family.embedding}.weight"
+        if head not in self.extents or not self.config.get(_TIED, self.family.tied):
+            return
+        if embedding not in self.extents:
+            self.extents = {embedding if name == head else name: extent for name, extent in self.extents.items()}
+        elif same_content(self.extents[embedding], self.extents[head]):
+            del self.extents[head]
+        else:
+            text = self.config.get("text_config")
+            nested = {"text_config": {**text, _TIED: False}} if isinstance(text, dict) and _TIED in text else {}
+            self.config = {**self.config, **nested, _TIED: False}
 
     def _stored_bytes(self, name: str) -> int:
         return self.extents[name].bytes
@@ -120,6 +140,11 @@ def _shards(path: Path) -> dict[str, Extent]:
     weight_map = _read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{path / _INDEX} has no weight_map", hint="download the model again")
+    if (path / _WEIGHTS).exists() and _WEIGHTS not in weight_map.values():
+        raise UsageError(
+            f"{path} holds two models: {_WEIGHTS}, which transformers would load, and the files of {_INDEX}",
+            hint="remove the one that is not meant",
+        )
     extents: dict[str, Extent] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         if shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
@@ -172,6 +197,12 @@ def _normalise(family: families.Family, extents: Mapping[str, Extent]) -> dict[s
         else:
             if bare and not name.startswith("lm_head."):
                 name = f"{prefix}.{name}"
-        if not name.endswith(_BUFFERS):
-            _join(normal, {name: extent})
+        if name.endswith(_BUFFERS):
+            continue
+        if name in normal:
+            raise UsageError(
+                f"{normal[name].file.parent} holds {name} twice, under an old and a new name",
+                hint="the folder mixes two checkpoints; download the model again",
+            )
+        normal[name] = extent
     return normal

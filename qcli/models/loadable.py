@@ -46,13 +46,7 @@ def tied_tensors(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, st
         model: its skeleton.
         stored: the tensors that are stored, by name.
     """
-    tied = {}
-    for name, origin in model.all_tied_weights_keys.items():
-        if name not in stored:
-            tied[name] = origin
-        elif origin not in stored:
-            tied[origin] = name
-    return tied
+    return {name: origin for name, origin in model.all_tied_weights_keys.items() if name not in stored}
 
 
 def require_tensors(source: ModelSource, model: Any) -> None:

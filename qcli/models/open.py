@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qcli.models.companions import CHAT_TEMPLATES
+from qcli.models.companions import CHAT_TEMPLATES, tokenizer_files
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
 from qcli.models.manifest import MANIFEST, Manifest
@@ -44,13 +44,20 @@ def open_source(model: str, trust: Trust = NOTHING) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"{model} is neither a folder nor a .gguf file", hint="give the model's folder")
+        if _is_packed_gguf(path):
+            return GGUFSource(path, beside=path.parent, trust_remote_code=trust.remote_code)
+        if beside := tokenizer_files(path.parent):
+            raise UsageError(
+                f"{model} has a tokenizer, and beside it lies another: {min(beside)}, which transformers would take",
+                hint="move the .gguf file into a folder of its own, or give the folder of the model it was made from",
+            )
         return GGUFSource(path, trust_remote_code=trust.remote_code)
     if not path.is_dir():
         path = _download(model, trust)
     for file in path.iterdir():  # transformers would wait for a FIFO forever
         require_regular(file)
     # Someone may have put a converted file beside another checkpoint; the manifest says which of them was packed.
-    if (path / PACKED_GGUF).exists() and (path / MANIFEST).exists() and Manifest.read(path).packed_as == "gguf":
+    if _is_packed_gguf(path / PACKED_GGUF):
         return GGUFSource(path / PACKED_GGUF, beside=path, trust_remote_code=trust.remote_code)
     config = read_config(path)
     source = _source_class(path, quant_method(config), packed=(path / MANIFEST).exists())
@@ -66,6 +73,13 @@ def open_packed(folder: Path, trust: Trust = NOTHING) -> ModelSource:
     """
     config = read_config(folder)
     return _source_class(folder, quant_method(config), packed=True)(folder, config, trust_remote_code=trust.remote_code)
+
+
+def _is_packed_gguf(file: Path) -> bool:
+    """Whether `qcli pack` wrote the file, with the model's own tokenizer beside it."""
+    folder = file.parent
+    there = file.name == PACKED_GGUF and file.exists() and (folder / MANIFEST).exists()
+    return there and Manifest.read(folder).packed_as == "gguf"
 
 
 def _source_class(path: Path, method: str | None, *, packed: bool) -> type[FolderSource]:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.utils.dtypes import DTYPES, StoredTensor
 from qcli.utils.errors import UsageError, os_problem
-from qcli.utils.files import parse_json, reading, require_regular
+from qcli.utils.files import parse_json, read_chunk, reading, require_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _METADATA = "__metadata__"
+_CHUNK = 1 << 24  # bytes of a tensor in memory
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -73,6 +74,26 @@ def read_bytes(extent: Extent) -> bytes:
     with reading(extent.file), extent.file.open("rb") as stream:
         stream.seek(extent.start)
         return stream.read(extent.bytes)
+
+
+def same_content(one: Extent, two: Extent) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes, which are read in pieces up to the first difference.
+
+    Raises:
+        QcliError: a file cannot be read; see `os_problem`.
+    """
+    if one.stored != two.stored:
+        return False
+    with reading(one.file):
+        first = one.file.open("rb")
+    with first, reading(two.file), two.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(two.start)
+        for start in range(0, one.bytes, _CHUNK):
+            count = min(_CHUNK, one.bytes - start)
+            if read_chunk(first, one.file, count) != read_chunk(second, two.file, count):
+                return False
+    return True
 
 
 def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:

@@ -93,7 +93,9 @@ def test_a_config_beside_a_gguf_file_runs_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     arm(tmp_path, proof)
     edit(tmp_path / "config.json", model_type="evil")
+    with pytest.raises(UsageError, match=r"beside it lies another: tokenizer_config\.json"):
+        open_source(str(file))
+    (tmp_path / "tokenizer_config.json").unlink()
     open_source(str(file)).hf_config()
-    with pytest.raises(UsageError, match="needs Python code of its own"):
-        open_source(str(file)).tokenizer()
+    open_source(str(file)).tokenizer()
     assert not proof.exists()

@@ -73,8 +73,6 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         config = source.hf_config()
         known = metadata.architecture(config)
         vocabulary.write(gguf.GGUFWriter(None, known.name), source.tokenizer(), config.vocab_size)
-        if config.tie_word_embeddings and "lm_head.weight" in source.tensors():
-            raise UnsupportedError(f"{source.path} stores its tied lm_head twice", hint="pack it as qcli or dense")
         for layer in source.quantized:
             self._types[layer] = blocks.exact_type(source.read_quantized(layer))
             if self._types[layer] is None:
