@@ -11,12 +11,12 @@ import random
 from collections.abc import Iterator
 from inspect import signature
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
+from qcli.models.kv_cache import empty_cache
 from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
 from qcli.utils.device import has_fast_matmul
@@ -26,6 +26,7 @@ from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers.cache_utils import Cache
 
 _GREEDY = 4
 _BATCH = 32
@@ -69,35 +70,13 @@ def sample(
         numbers = range(first, min(first + batch, samples))
         generators = [random.Random(f"{seed}:{number}") for number in numbers]
         ids = torch.empty(len(numbers), length, dtype=torch.int64)
-        cache = Cache(layers=[_PreallocatedLayer(length) for _ in range(stream.n_blocks)])
+        cache = empty_cache(stream.n_blocks, length)
         positions = _sample_positions(stream.model, cache, generators, length, starts, ends, device)
         for step, tokens in enumerate(positions):
             ids[:, step] = tokens
             progress("sampling text from the model", first // batch * length + step + 1, steps)
         windows.append(ids)
     return torch.cat(windows)
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, allocated for a whole window: appending does not copy earlier ones."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._length = length
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = tuple(
-                states.new_empty(*states.shape[:-2], self._length, states.shape[-1])
-                for states in (key_states, value_states)
-            )
-        stop = start + key_states.shape[-2]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:stop, :] = states
-        self.keys, self.values = (buffer[..., :stop, :] for buffer in self._buffers)
-        return self.keys, self.values
 
 
 @torch.inference_mode()

@@ -89,7 +89,12 @@ class FolderSource(ModelSource):
         return sorted({extent.file for extent in self.extents.values()})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder.
+
+    Raises:
+        UsageError: it is missing or not a JSON object.
+    """
     try:
         content = parse_json(read_regular(file))
     except FileNotFoundError:
@@ -107,7 +112,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is missing or not a JSON object.
     """
-    return _read_json(path / "config.json")
+    return read_json(path / "config.json")
 
 
 def read_hf_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -137,7 +142,7 @@ def _shards(path: Path) -> dict[str, Extent]:
         if not (path / _WEIGHTS).exists():
             raise _no_weights(path)
         return read_header(path / _WEIGHTS)
-    weight_map = _read_json(path / _INDEX).get("weight_map")
+    weight_map = read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{path / _INDEX} has no weight_map", hint="download the model again")
     if (path / _WEIGHTS).exists() and _WEIGHTS not in weight_map.values():

@@ -120,6 +120,14 @@ class QuantizedSource(FolderSource):
         extents = ((name, self.extents[name]) for name in storage.stored(layer))
         return storage.restore(layer, read_tensors(extents))
 
+    def read_packed(self, layer: str) -> dict[str, Tensor]:
+        """The tensors of a quantized layer by suffix, as its format stores them, whatever the layout."""
+        storage = self.quantized[layer]
+        suffixes = storage.format.stored(storage.shape)
+        if all(f"{layer}.{suffix}" in self.extents for suffix in suffixes):
+            return read_tensors((suffix, self.extents[f"{layer}.{suffix}"]) for suffix in suffixes)
+        return storage.format.to_stored(self.read_quantized(layer))
+
     def stored_as(self, name: str) -> str:
         storage = self.quantized.get(name.removesuffix(".weight"))
         return super().stored_as(name) if storage is None else storage.format.name

@@ -62,6 +62,7 @@ class ModelStream:
             self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
         self.model.eval().requires_grad_(False)
         require_tensors(source, self.model)
+        self._stored = frozenset(source.tensors())
         self._tied = tied_tensors(self.model, source.tensors())
         container = self.model.get_submodule(self.family.blocks)
         self._blocks = list(container)
@@ -80,20 +81,29 @@ class ModelStream:
         """Number of blocks."""
         return len(self._blocks)
 
-    def load_block(self, index: int) -> nn.Module:
+    def load_block(self, index: int, packed: Callable[[str, nn.Module], nn.Module] | None = None) -> nn.Module:
         """Block `index` with its weights, in the stream's dtype on its device; a new module at every call.
 
         If the source quantizes activations or normalizes outputs of layers, so does the block.
+
+        Args:
+            packed: makes the module of a quantized layer from its name and the linear layer whose place it takes, with
+                all tensors but a bias; None: the linear layer stays, with the decoded weight.
         """
         block: nn.Module = copy.deepcopy(self._blocks[index])
         prefix = f"{self.family.blocks}.{index}."
+        layers = {layer: format for layer, format in self.source.formats().items() if layer.startswith(prefix)}
+        if packed is not None:
+            for layer in layers:
+                path = layer.removeprefix(prefix)
+                block.set_submodule(path, packed(layer, block.get_submodule(path)))
         self._load(block, prefix=prefix)
-        for layer, format in self.source.formats().items():
-            if layer.startswith(prefix):
-                linear = block.get_submodule(layer.removeprefix(prefix))
+        for layer, format in layers.items():
+            linear = block.get_submodule(layer.removeprefix(prefix))
+            if packed is None:
                 format.attach(linear)
-                if self.source.activations is not None:
-                    self.source.activations.simulate(linear)
+            if self.source.activations is not None:
+                self.source.activations.simulate(linear)
         return block
 
     @torch.no_grad()
@@ -209,7 +219,7 @@ class ModelStream:
     def _load(self, module: nn.Module, prefix: str = "") -> None:
         """Load `module`, which is on the meta device: weights stored under `prefix`, and computed buffers."""
         self._compute_tables(module, self.model)
-        names = [name for name in module.state_dict() if prefix + name not in self._tied]
+        names = [name for name in module.state_dict() if prefix + name in self._stored]
         weights = self.source.read(prefix + name for name in names)
         real = {name: weights.pop(prefix + name).to(self.device, self.dtype) for name in names}
         module.load_state_dict(real, strict=False, assign=True)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from unicodedata import category
+
 
 def printable(text: str) -> str:
     """Text in one line, without control characters: these and all others that do not print are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_controls(text: str) -> str:
+    """Text in any number of lines, its control characters escaped except newlines and tabs."""
+    return "".join(c.encode("unicode_escape").decode() if category(c) == "Cc" and c not in "\n\t" else c for c in text)

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,7 +26,7 @@ from qcli.utils.distributed import is_main_process, world_size
 from qcli.utils.errors import QcliWarning
 from qcli.utils.memory import return_large_blocks
 from qcli.utils.progress import silent
-from qcli.utils.text import printable
+from qcli.utils.text import printable, without_controls
 
 if TYPE_CHECKING:
     from qcli.utils.progress import Progress
@@ -134,6 +134,30 @@ class Session:
         """Print a result that is text already, such as YAML."""
         self.stdout.write(text)
         self.stdout.flush()
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[Callable[[str], None]]:
+        """Within: what prints a result piece by piece. Its last line is ended, at an exception too if it has begun.
+
+        On a terminal, control characters are escaped: the text may be anyone's.
+        """
+        if isinstance(self.progress, Bars):
+            self.progress.stop()
+        terminal, last = self.stdout.isatty(), ""
+
+        def write(piece: str) -> None:
+            nonlocal last
+            last = piece
+            self.text(without_controls(piece) if terminal else piece)
+
+        try:
+            yield write
+        except BaseException:
+            if last and not last.endswith("\n"):
+                self.text("\n")
+            raise
+        if not last.endswith("\n"):
+            self.text("\n")
 
     def _showwarning(self, show_others: Callable[..., None]) -> Callable[..., None]:
         """What shows warnings: qcli's own are notes."""

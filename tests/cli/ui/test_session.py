@@ -97,3 +97,28 @@ def test_nobody_has_to_read_stderr(capsys: pytest.CaptureFixture[str], monkeypat
             raise UsageError("wrong")
     assert caught.value.code == 2
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_streamed_text_ends_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for pieces, printed in ((["a", "b"], "ab\n"), (["a\n"], "a\n"), ([], "\n")):
+        with Session() as session, session.stream() as write:
+            for piece in pieces:
+                write(piece)
+        assert capsys.readouterr().out == printed
+    for pieces, printed in (([], ""), (["a"], "a\n")):
+        with pytest.raises(SystemExit), Session() as session, session.stream() as write:
+            for piece in pieces:
+                write(piece)
+            raise KeyboardInterrupt
+        assert capsys.readouterr().out == printed
+
+
+def test_a_terminal_gets_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a\x1b[31m\tb\n\u200d\x9b"
+    for terminal, printed in ((True, "a\\x1b[31m\tb\n\u200d\\x9b\n"), (False, text + "\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        with Session() as session, session.stream() as write:
+            write(text)
+        assert capsys.readouterr().out == printed

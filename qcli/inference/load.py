@@ -1,0 +1,98 @@
+"""A whole model in memory, ready to generate, from anything that `open_source` opens; packed layers stay packed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcli.core.formats.low_rank import LowRank
+from qcli.core.weight import Format
+from qcli.inference.backend import Choice, choose
+from qcli.inference.linear import QuantLinear
+from qcli.models.quantized import QuantizedSource
+from qcli.models.source import ModelSource
+from qcli.models.stream import ModelStream
+from qcli.utils.device import has_fast_matmul
+from qcli.utils.dtypes import COMPUTE_DTYPES, torch_dtype
+from qcli.utils.errors import ResourceError
+from qcli.utils.memory import free_memory
+from qcli.utils.progress import Progress, silent
+
+
+def own_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
+    """The dtype to run a model in: that of its config, but float32 or bfloat16 where the device is slow in it."""
+    name = str(source.config.get("dtype") or source.config.get("torch_dtype"))
+    dtype = torch_dtype(name if name in COMPUTE_DTYPES else "float32")
+    if dtype == torch.float32:
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if has_fast_matmul(device) else torch.float32
+    return dtype if has_fast_matmul(device) else torch.float16
+
+
+def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, progress: Progress = silent) -> Any:
+    """The causal LM of transformers, in evaluation mode, with a `QuantLinear` for each layer that is stored packed.
+
+    Args:
+        dtype: of activations and dense weights.
+
+    Raises:
+        UsageError: config and tensors do not belong together.
+        ResourceError: it does not fit in memory.
+    """
+    needed, free = loaded_bytes(source, dtype), free_memory(device)
+    if free is not None and needed > free:
+        raise ResourceError(f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    stream = ModelStream(source, device=device, dtype=dtype)
+
+    def packed(name: str, linear: nn.Module) -> nn.Module:
+        assert isinstance(source, QuantizedSource)
+        storage = source.quantized[name]
+        bias = getattr(linear, "bias", None)
+        layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias)
+        layer.name = name
+        tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name).items()}
+        layer.load_state_dict(tensors, strict=False, assign=True)
+        return layer
+
+    blocks = stream.model.get_submodule(stream.family.blocks)
+    for index in range(stream.n_blocks):
+        progress("loading the model", index, stream.n_blocks)
+        blocks[index] = stream.load_block(index, packed if isinstance(source, QuantizedSource) else None)
+    progress("loading the model", stream.n_blocks, stream.n_blocks)
+    return stream.model
+
+
+def loaded_bytes(source: ModelSource, dtype: torch.dtype) -> int:
+    """Memory of the tensors that `load_model` loads: packed ones as they are stored, others in `dtype`."""
+    quantized = source.quantized if isinstance(source, QuantizedSource) else {}
+    return sum(
+        sum(tensor.bytes for tensor in layer.format.stored(layer.shape).values())
+        if (layer := quantized.get(name.removesuffix(".weight"))) is not None
+        else prod(stored.shape) * dtype.itemsize
+        for name, stored in source.tensors().items()
+    )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Memory of a model's parameters and buffers; tied ones count once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def backend_of(format: Format, shape: tuple[int, int], device_type: str, dtype: torch.dtype) -> Choice:
+    """The backend that computes a layer; a low-rank term is computed by torch, whatever serves the rest."""
+    return choose(format.base if isinstance(format, LowRank) else format, shape, device_type, dtype)
+
+
+def backend_counts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """Number of packed layers by the backend that computes them."""
+    layers = (module for module in model.modules() if isinstance(module, QuantLinear))
+    return dict(Counter(backend_of(layer.format, layer.shape, device.type, dtype).backend.name for layer in layers))
