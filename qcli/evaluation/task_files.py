@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcli.models.source import reported
 from qcli.utils.errors import UsageError
 from qcli.utils.files import files_below, read_regular, require_regular, sha256
 
@@ -26,7 +27,7 @@ def task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     that `names` need.
 
     Raises:
-        UsageError: a file of `include_path` is one that lm-eval's reader would not return from.
+        UsageError: lm-eval cannot read `include_path`, or would not return from reading a file of it.
     """
     from lm_eval.tasks import TaskManager
 
@@ -35,10 +36,11 @@ def task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     for file in files_below(Path(include_path)):
         if file.suffix == ".yaml":
             _require_shallow(file)
-    own = TaskManager(include_path=include_path, include_defaults=False)
-    entries = members(own.task_index, names)
-    needed = [*names, *(name for entry in entries.values() for name in _named_by(entry))]
-    return own if entries.keys() >= set(needed) else TaskManager(include_path=include_path)
+    with reported(f"{include_path}: lm-eval cannot read its task files"):
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        entries = members(own.task_index, names)
+        needed = [*names, *(name for entry in entries.values() for name in _named_by(entry))]
+        return own if entries.keys() >= set(needed) else TaskManager(include_path=include_path)
 
 
 def _require_shallow(file: Path) -> None:

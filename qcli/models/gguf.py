@@ -36,7 +36,7 @@ _PROCESSORS = {"gemma": "gemma2"}  # architectures that transformers has no proc
 
 
 class _Entry(NamedTuple):
-    """A tensor in the file: its GGUF name and type, where its bytes are, and the array that they form."""
+    """A tensor in the file: its GGUF name and type, where its bytes are, the array that they form, and its weights."""
 
     name: str
     type: Any
@@ -44,6 +44,7 @@ class _Entry(NamedTuple):
     bytes: int
     dtype: Any
     shape: tuple[int, ...]
+    weights: int
 
 
 class GGUFSource(ModelSource):
@@ -77,6 +78,7 @@ class GGUFSource(ModelSource):
                 int(tensor.n_bytes),
                 tensor.data.dtype,
                 tuple(tensor.data.shape),
+                int(tensor.n_elements),
             )
             for tensor in reader.tensors
             if beside is None or tensor.name != _ROPE_FACTORS
@@ -200,6 +202,12 @@ class GGUFSource(ModelSource):
                 hint=_OTHER_FILES,
             )
         entries = {names[entry.name]: entry for entry in self._in_file}
+        for name, entry in entries.items():
+            if entry.weights != prod(shapes[name]):
+                raise UsageError(
+                    f"{self.path}: {entry.name} has {entry.weights} weights, its metadata say {list(shapes[name])}",
+                    hint="the file is damaged: download it again",
+                )
         return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries
 
 

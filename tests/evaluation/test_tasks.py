@@ -230,6 +230,9 @@ def test_files_that_the_readers_of_lm_eval_do_not_return_from_are_refused(folder
     deep.write_text(f"task: deep\nextra: {'[' * 5000}{']' * 5000}\n")
     with pytest.raises(UsageError, match=r"deep.yaml: nested more than 100 levels deep"):
         Tasks(["our_times"], str(folder))
+    deep.write_text("task: null\n")
+    with pytest.raises(UsageError, match="lm-eval cannot read its task files: "):
+        Tasks(["deep"], str(folder))
     deep.unlink()
     data = folder / "times.jsonl"
     data.unlink()

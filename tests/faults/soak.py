@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import qcli
+from benchmarks.common import machine
 from tests.faults.registry import PROBLEMS, Trial, all_campaigns
 
 _TURN = 20.0  # seconds of a campaign before the next one's turn
@@ -44,13 +43,9 @@ def main() -> int:
     found = sum(row[problem] for row in counts.values() for problem in PROBLEMS)
     _show(counts, time.monotonic() - started)
     if options.results is not None:
-        results = {
-            "qcli": qcli.__version__,
-            "minutes": options.minutes,
-            "machine": platform.machine(),
-            "seed": options.seed,
-        }
-        options.results.write_text(json.dumps({**results, "counts": counts}, indent=2) + "\n")
+        settings = {key: getattr(options, key) for key in ("minutes", "processes", "seed")}
+        results = {"machine": machine(), "settings": settings, "counts": counts}
+        options.results.write_text(json.dumps(results, indent=2) + "\n")
     return 1 if found or not all(row["tried"] for row in counts.values()) else 0
 
 
@@ -105,11 +100,15 @@ def _work(options: argparse.Namespace) -> None:
                     print(json.dumps({"campaign": name, **next(stream)._asdict()}), flush=True)
 
 
-def _show(counts: dict[str, dict[str, int]], seconds: float) -> None:
+def table(counts: dict[str, dict[str, int]]) -> str:
+    """The counts as a Markdown table."""
     columns = ("tried", *PROBLEMS)
-    print(f"{'campaign':<24}" + "".join(f"{column:>15}" for column in columns))
-    for name, row in counts.items():
-        print(f"{name:<24}" + "".join(f"{row[column]:>15}" for column in columns))
+    rows = [f"| {name} | {' | '.join(f'{row[column]:,}' for column in columns)} |" for name, row in counts.items()]
+    return "\n".join([f"| campaign | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns), *rows])
+
+
+def _show(counts: dict[str, dict[str, int]], seconds: float) -> None:
+    print(table(counts))
     print(f"{sum(row['tried'] for row in counts.values())} tried in {seconds / 60:.0f} minutes")
 
 

@@ -142,6 +142,16 @@ def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
     assert "\n" not in raised.value.message
 
 
+def test_tensors_of_another_size_than_the_metadata_say_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    content = file.read_bytes()
+    place = content.index(b"blk.0.attn_norm.weight") + len(b"blk.0.attn_norm.weight") + 4  # after the number of axes
+    assert content[place : place + 8] == (64).to_bytes(8, "little")
+    file.write_bytes(content[:place] + (32).to_bytes(8, "little") + content[place + 8 :])
+    with pytest.raises(UsageError, match=r"blk.0.attn_norm.weight has 32 weights, its metadata say \[64\]"):
+        open_source(str(file))
+
+
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_gguf(tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
