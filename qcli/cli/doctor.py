@@ -10,11 +10,13 @@ from qcli.cli.ui.tables import Tables, size
 def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.Verbose = 0) -> None:
     """Describe this machine and installation.
 
-    Versions, devices, memory, disk and missing packages."""
+    Versions, devices, memory, disk, missing packages, and what computes packed layers; the kernels for this CPU are
+    built if they are not yet."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.inference import backend
         from qcli.utils.environment import examine
 
-        session.result(examine(), show)
+        session.result({**examine(), "backends": backend.examine()}, show)
 
 
 def show(tables: Tables, report: dict[str, Any]) -> None:
@@ -34,6 +36,10 @@ def show(tables: Tables, report: dict[str, Any]) -> None:
     tables.table(
         ("device", "name", "memory", "fast bfloat16"),
         [(d["device"], d["name"], d["memory"] and size(d["memory"]), d["bf16"]) for d in report["devices"]],
+    )
+    tables.table(
+        ("backend", "devices", "available"),
+        [(b["name"], b["devices"], f"no: {b['reason']}" if b["reason"] else "yes") for b in report["backends"]],
     )
     tables.table(
         ("package", "version", "needed"),

@@ -87,6 +87,21 @@ def load(name: str) -> Backend:
     return backend
 
 
+def examine() -> list[dict[str, str | None]]:
+    """Every backend, and why this machine cannot run it (None: it can), as plain data."""
+    import torch
+
+    present = {"cpu", *(("cuda",) if torch.cuda.is_available() else ())}
+    report: list[dict[str, str | None]] = []
+    for name in registry.names(_PACKAGE):
+        backend = load(name)
+        types = backend.device_types
+        absent = types is not None and not types & present
+        reason = f"there is no {min(types)} device" if types is not None and absent else backend.unavailable_reason()
+        report.append({"name": name, "devices": "all" if types is None else ", ".join(sorted(types)), "reason": reason})
+    return report
+
+
 @cache
 def warn_of_reference(layer: str, reasons: tuple[tuple[str, str], ...]) -> None:
     """Say once per reason that a layer is computed by the reference."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcli.utils import sealed
 from qcli.utils.errors import QcliError, StateError, warn
-from qcli.utils.files import remove
+from qcli.utils.files import remove, writing
 from qcli.utils.owned_folder import FolderKind, mark, refuse_foreign
 from qcli.utils.paths import expanded
 
@@ -30,6 +30,20 @@ def default_folder() -> Path:
     if folder := os.environ.get("QCLI_CACHE"):
         return Path(expanded(folder))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcli"
+
+
+def subfolder(name: str) -> Path:
+    """A folder inside the default one for files that are no results; created if it does not exist.
+
+    Raises:
+        QcliError: it cannot be created, or the default folder contains files that are not of a cache.
+    """
+    folder = default_folder()
+    _refuse_foreign(folder)
+    mark(folder, _KIND)
+    with writing(folder):
+        (folder / name).mkdir(exist_ok=True)
+    return folder / name
 
 
 class Cache:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
+from qcli.inference import backend
+from qcli.inference.backends import cpu
 from tests.cli.conftest import Invoke
 
 
 def test_report_as_json_and_as_tables(invoke: Invoke) -> None:
+    cpu.kernels()  # built now if they are not yet, which is worth a line
     code, out, err = invoke("doctor", "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
@@ -18,6 +22,16 @@ def test_report_as_json_and_as_tables(invoke: Invoke) -> None:
     assert report["plugin"] == "registered"
     assert report["devices"][0]["device"] == "cpu"
     assert report["memory"]["available"] <= report["memory"]["total"]
+    assert {"name": "reference", "devices": "all", "reason": None} in report["backends"]
     code, out, err = invoke("doctor")
     assert (code, err) == (0, "")
     assert "transformers plug-in  registered" in out
+
+
+def test_why_a_backend_is_missing(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "kernels", lambda: "there is no C++ compiler")
+    code, out, _ = invoke("doctor")
+    assert code == 0
+    assert "no: there is no C++ compiler" in out
+    (found,) = (entry for entry in backend.examine() if entry["name"] == "cpu")
+    assert found == {"name": "cpu", "devices": "cpu", "reason": "there is no C++ compiler"}
