@@ -156,7 +156,8 @@ def _gomp_parallel() -> int | None:
     """The address of `GOMP_parallel` in the OpenMP runtime that torch uses: a second runtime's threads would compete
     with its own. None: it has another interface, and the kernels start threads themselves."""
     folder = Path(torch.__file__).parent
-    candidates = [None, *sorted({*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*")})]
+    names = ("lib/libgomp*", "lib/libiomp*", "lib/libomp*")
+    candidates = [*(file for name in names for file in sorted(folder.glob(name))), None]
     for candidate in candidates:
         try:
             runtime = ctypes.CDLL(None if candidate is None else str(candidate))
