@@ -209,7 +209,10 @@ def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
     trust = source.trust_remote_code
     if source.path.is_file():
         folder, name = source.path.parent, source.path.name
-        loaded = pretrained(AutoModelForCausalLM, folder, trust_remote_code=trust, dtype=dtype, gguf_file=name)
+        config = source.hf_config()  # transformers' own reading of the file drops settings
+        loaded = pretrained(
+            AutoModelForCausalLM, folder, trust_remote_code=trust, dtype=dtype, gguf_file=name, config=config
+        )
     else:
         if (source.path / _ADAPTER).exists():
             raise UsageError(

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qcli.models import families, gguf_config
 from qcli.models.companions import code_files, companions
 from qcli.models.folder import read_hf_config
 from qcli.models.pretrained import pretrained
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 
 _OTHER_FILES = "use the model's safetensors folder"
-_ROPE_FACTORS = "rope_freqs.weight"  # computed from the config
+_EMBEDDING = "token_embd.weight"
+_TEMPLATE = "tokenizer.chat_template"
+_LONG = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 _PROCESSORS = {"gemma": "gemma2"}  # architectures that transformers has no processor for, by one that does the same
 
 
@@ -81,10 +84,10 @@ class GGUFSource(ModelSource):
                 int(tensor.n_elements),
             )
             for tensor in reader.tensors
-            if beside is None or tensor.name != _ROPE_FACTORS
+            if tensor.name not in gguf_config.FACTORS
         ]
         with _shared_reader(reader):
-            self._config = self._converted_config(path)
+            self._config = self._converted_config(path, reader)
         super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
         self._stored, self._entries = self._mapped()
 
@@ -114,7 +117,15 @@ class GGUFSource(ModelSource):
                 tokenizer: PreTrainedTokenizerBase = pretrained(
                     AutoTokenizer, self.path.parent, trust_remote_code=trust, gguf_file=self.path.name
                 )
+        if named := self._named_templates():
+            default = {} if tokenizer.chat_template is None else {"default": tokenizer.chat_template}
+            tokenizer.chat_template = {**default, **named}
         return tokenizer
+
+    def _named_templates(self) -> dict[str, str]:
+        """Chat templates besides the default one, which transformers reads."""
+        prefix = f"{_TEMPLATE}."
+        return {k.removeprefix(prefix): str(v) for k, v in self._settings.items() if k.startswith(prefix)}
 
     def companions(self) -> Mapping[str, Path | bytes]:
         return {} if self._beside is None else companions(self._beside, trusted=self.trust_remote_code)
@@ -129,7 +140,10 @@ class GGUFSource(ModelSource):
         from transformers import GenerationConfig
 
         self.tokenizer().save_pretrained(out)
-        GenerationConfig.from_model_config(self._config).save_pretrained(out)
+        generation = GenerationConfig.from_model_config(self._config)
+        if len(ends := gguf_config.end_tokens(self._settings)) > 1:
+            generation.eos_token_id = ends
+        generation.save_pretrained(out)
 
     def stored_as(self, name: str) -> str:
         return str(self._entries[name].type.name)
@@ -157,7 +171,7 @@ class GGUFSource(ModelSource):
     def weight_files(self) -> list[Path]:
         return [self.path]
 
-    def _converted_config(self, path: Path) -> PreTrainedConfig:
+    def _converted_config(self, path: Path, reader: Any) -> PreTrainedConfig:
         from transformers import AutoConfig
 
         trust = self.trust_remote_code
@@ -166,7 +180,21 @@ class GGUFSource(ModelSource):
         place = f"{path}: transformers cannot read this {self._architecture} file"
         with reported(place, UnsupportedError, hint=_OTHER_FILES):
             config: PreTrainedConfig = pretrained(AutoConfig, path.parent, trust_remote_code=trust, gguf_file=path.name)
-        return config
+        families.family(_raw(config))  # an unsupported model is told before a setting of it
+        embedding = next((entry for entry in self._in_file if entry.name == _EMBEDDING), None)
+        if embedding is None:
+            raise UsageError(f"{path} has no tensor {_EMBEDDING}", hint="download it again")
+        try:
+            with reported("its settings cannot be read", UnsupportedError, hint=_OTHER_FILES):
+                self._settings = {key: field.contents() for key, field in reader.fields.items() if key not in _LONG}
+                factors = {
+                    tensor.name: tensor.data.astype("float32").tolist()
+                    for tensor in reader.tensors
+                    if tensor.name in gguf_config.FACTORS
+                }
+                return gguf_config.complete(config, self._settings, factors, embedding.shape[0])
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error.message}", hint=error.hint) from None
 
     @cached_property
     def _processor(self) -> Any:
