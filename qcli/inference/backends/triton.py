@@ -1,0 +1,301 @@
+"""Triton kernels on NVIDIA GPUs: matrix-vector products from packed weights, and tensor cores for more rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qcli.core.formats.affine import Affine
+from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, Codebook
+from qcli.core.formats.dual_binary import ALPHA1, ALPHA2, DualBinary
+from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
+from qcli.core.weight import Format
+from qcli.inference.backend import Backend
+from qcli.inference.cuda import tuning
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["Triton"]
+
+_CHUNK = 32  # codes whose words are whole, see kernels.py
+GEMV_ROWS = 4  # of the inputs, computed by `gemv`
+MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
+_MAX_CHUNKS = 512  # of one program of `gemv`
+_TILE = 1 << 24  # weights decoded at a time
+_OLDEST = (7, 5)  # compute capability
+
+
+class Triton(Backend):
+    """Reads the tensors on disk as they are."""
+
+    name: ClassVar[str] = "triton"
+    device_types: ClassVar[frozenset[str] | None] = frozenset({"cuda"})
+
+    def unavailable_reason(self) -> str | None:
+        return _unavailable_reason()
+
+    def unsupported_reason(self, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
+        if not isinstance(format, Affine | Codebook | DualBinary | Sign):
+            return f"it has no kernel for the format {format.name}"
+        if dtype not in _X:
+            return f"its kernels do not take {dtype}"
+        if not isinstance(format, Sign) and _group(format, shape[1]) is None:
+            return f"groups of {format.group_size} are neither 8, 16 nor a multiple of 32"
+        return None
+
+    def linear(
+        self, x: Tensor, format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        flat = x.reshape(-1, shape[1])
+        if len(flat) == 0:
+            return x.new_empty(*x.shape[:-1], shape[0])
+        call = prepare(format, shape, tensors)
+        with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
+            if len(flat) <= GEMV_ROWS:
+                y = gemv(flat, call, bias)
+            elif len(flat) <= MATMUL_ROWS and x.dtype != torch.float32 and call.constants["GROUP"] not in (8, 16):
+                y = matmul(flat, call, bias)
+            else:
+                y = decoded(flat, call, bias)
+        return y.view(*x.shape[:-1], shape[0])
+
+
+class Call(NamedTuple):
+    """A layer's tensors, numbers and compile-time constants, as the kernels name them."""
+
+    shape: tuple[int, int]
+    in_scale: Tensor | None
+    words: Tensor
+    scale: Tensor
+    scale_scale: Tensor
+    zero: Tensor
+    zero_scale: Tensor
+    basis: Tensor
+    groups: int
+    constants: Mapping[str, Any]
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return self.words, self.scale, self.scale_scale, self.zero, self.zero_scale, self.basis
+
+    @property
+    def chunks(self) -> int:
+        return _cdiv(self.shape[1], _CHUNK)
+
+
+_X = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def prepare(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Call:
+    """What the kernels take of a layer; the tensors are those on disk."""
+    words, none = tensors["weight_packed"], tensors["weight_packed"]
+    constants: dict[str, Any] = {
+        "BITS": format.bits,
+        "ZERO": "none",
+        "RANK": 1,
+        "EIGHT": False,
+        "BASIS_ROWS": 0,
+        "EVEN": shape[1] % _CHUNK == 0,
+    }
+    if isinstance(format, Sign):
+        constants |= {"KIND": "affine", "ZERO": "half", "GROUP": 0}
+        scale = 2 * tensors[OUT_SCALE].float()
+        return Call(shape, tensors[IN_SCALE], words, scale, none, none, none, none, 1, constants)
+    assert isinstance(format, Affine | Codebook | DualBinary)
+    groups = format.groups(shape[1])
+    constants["GROUP"] = _group(format, shape[1])
+    if isinstance(format, Affine):
+        constants |= {"KIND": "affine", "ZERO": {"integer": "packed"}.get(format.zero_point, format.zero_point)}
+        zero = tensors.get("weight_zero_point", none)
+        return Call(shape, None, words, tensors["weight_scale"], none, zero, none, none, groups, constants)
+    if isinstance(format, DualBinary):
+        constants["KIND"] = "planes" if format.levels == "fdb" else "signs"
+        return Call(shape, None, words, tensors[ALPHA1], none, tensors[ALPHA2], none, none, groups, constants)
+    eight = format.table_bits == 8
+    constants |= {"KIND": "table", "RANK": format.rank, "EIGHT": eight, "BASIS_ROWS": format.basis_rows}
+    scales = (tensors[f"{name}_scale"] if eight else none for name in (SCALE, OFFSET))
+    scale_scale, offset_scale = scales
+    tables = (tensors[SCALE], scale_scale, tensors[OFFSET], offset_scale, tensors[BASIS])
+    return Call(shape, None, words, *tables, groups, constants)
+
+
+def _group(format: Affine | Codebook | DualBinary, in_features: int) -> int | None:
+    """The kernels' GROUP; None: they cannot."""
+    width = format.group_width(in_features)
+    if width == in_features:
+        return 0
+    return width if width % _CHUNK == 0 or width in (8, 16) else None
+
+
+def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None = None) -> Tensor:
+    """x `[rows, in]`, up to `GEMV_ROWS` -> `[rows, out]`."""
+    (out_features, in_features), rows = call.shape, len(x)
+    constants, each = call.constants, 8 // x.element_size()
+    if in_features % each or not x.is_contiguous() or x.data_ptr() % 8:
+        x = F.pad(x, (0, -in_features % each)).contiguous()
+    in_scale = call.in_scale
+    if in_scale is not None and (in_features % 4 or in_scale.data_ptr() % 8):
+        in_scale = F.pad(in_scale, (0, -in_features % 4)).clone()
+    chunks = min(_MAX_CHUNKS, max(16, _power_of_2(call.chunks)))
+    splits = _cdiv(call.chunks, chunks)
+    block, warps_at_work = tuned or tuning.gemv(constants["BITS"], rows)
+    warps = max(1, min(16, chunks // 32))
+    programs = _processors(x.device) * max(1, warps_at_work // warps)
+    per_program = _cdiv(_cdiv(out_features * splits, programs), block) * block
+    y = x.new_empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32)
+    pairs = constants["KIND"] == "table" and constants["BITS"] == 2 and constants["BASIS_ROWS"] == 0
+    _kernels().gemv[(_cdiv(out_features, per_program), splits)](
+        x.view(torch.int64),
+        x if in_scale is None else in_scale.view(torch.int64),
+        *call.tables,
+        y if bias is None else bias,
+        torch.empty(constants["RANK"] * 16, dtype=torch.int64, device=x.device) if pairs else y,
+        y,
+        rows,
+        out_features,
+        in_features,
+        call.words.shape[1],
+        constants["BITS"],
+        call.groups,
+        per_program,
+        x.shape[1] // each,
+        **constants,
+        X=_X[x.dtype],
+        ROWS=_power_of_2(rows),
+        IN_SCALE=in_scale is not None,
+        BIAS=bias is not None and splits == 1,
+        PAIRS=pairs,
+        BN=block,
+        BJ=chunks,
+        num_warps=warps,
+    )
+    if splits == 1:
+        return y[0]
+    total = y.sum(0)
+    return (total if bias is None else total + bias).to(x.dtype)
+
+
+def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | None = None) -> Tensor:
+    """x `[rows, in]`, up to `MATMUL_ROWS` -> `[rows, out]`."""
+    (out_features, in_features), rows = call.shape, len(x)
+    if call.in_scale is not None:
+        x = (x.float() * call.in_scale.float()).to(x.dtype)
+    bits, step, columns = call.constants["BITS"], _chunks_within_group(call), max(16, _power_of_2(rows))
+    block, warps, stages, programs = tuned or tuning.matmul(bits, rows)
+    tiles = _cdiv(out_features, block)
+    splits = max(1, min(call.chunks // step, programs * _processors(x.device) // tiles))
+    per_program = _cdiv(_cdiv(call.chunks, step), splits) * step
+    splits = _cdiv(call.chunks, per_program)
+    y = x.new_empty(splits, out_features, columns, dtype=torch.float32)
+    words = call.words if 32 % bits == 0 else call.words.view(torch.uint8)
+    _kernels().matmul[(tiles, splits)](
+        x.contiguous(),
+        words,
+        *call.tables[1:],
+        y,
+        rows,
+        out_features,
+        in_features,
+        call.words.shape[1],
+        call.groups,
+        per_program,
+        **{name: value for name, value in call.constants.items() if name != "EVEN"},
+        BASE=1024 if x.dtype == torch.float16 else 128 if bits < 8 else 0,
+        DOT32=_interpreted(),
+        BN=block,
+        BJ=step,
+        BM=columns,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    total = (y[0] if splits == 1 else y.sum(0)).T[:rows]
+    return (total if bias is None else total + bias).to(x.dtype)
+
+
+def _chunks_within_group(call: Call) -> int:
+    """Chunks of a tile of `matmul`: a power of 2, up to 4, so that no tile leaves a group."""
+    chunks = (call.constants["GROUP"] or 4 * _CHUNK) // _CHUNK
+    return min(4, chunks & -chunks)
+
+
+def decoded(x: Tensor, call: Call, bias: Tensor | None) -> Tensor:
+    """x `[rows, in]` -> `[rows, out]` by the vendor's matrix product with a decoded tile at a time."""
+    (out_features, in_features), chunks = call.shape, call.chunks
+    columns = _by_place(x, call).reshape(len(x), -1)
+    step = min(out_features, max(64, _TILE // in_features // 64 * 64))
+    tile = x.new_empty(step, _CHUNK * chunks)
+    y = x.new_empty(len(x), out_features)
+    for start in range(0, out_features, step):
+        rows = min(step, out_features - start)
+        grid = (_cdiv(rows, 4), _cdiv(chunks, 128))
+        _kernels().decode[grid](
+            *call.tables,
+            tile,
+            start,
+            rows,
+            out_features,
+            in_features,
+            chunks,
+            call.words.shape[1],
+            call.constants["BITS"],
+            call.groups,
+            **call.constants,
+            BN=4,
+            BJ=128,
+            num_warps=4,
+        )
+        part = slice(start, start + rows)
+        y[:, part] = F.linear(columns, tile[:rows], None if bias is None else bias[part].to(x.dtype))
+    return y
+
+
+def _by_place(x: Tensor, call: Call) -> Tensor:
+    """Inputs in the kernels' order of columns, times their scales: `[rows, in]` -> `[rows, 32, chunks]`, a view."""
+    if call.in_scale is not None:
+        x = (x.float() * call.in_scale.float()).to(x.dtype)
+    return F.pad(x, (0, -x.shape[1] % _CHUNK)).view(len(x), call.chunks, _CHUNK).transpose(1, 2)
+
+
+@cache
+def _unavailable_reason() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is missing: install torch with CUDA, which brings it, or `pip install triton`"
+    if not _interpreted() and torch.cuda.get_device_capability() < _OLDEST:
+        return f"the GPU's compute capability is below {_OLDEST[0]}.{_OLDEST[1]}"
+    return None
+
+
+@cache
+def _kernels() -> ModuleType:
+    from qcli.inference.cuda import kernels
+
+    return kernels
+
+
+@cache
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _cdiv(number: int, divisor: int) -> int:
+    """Quotient, rounded up."""
+    return -(-number // divisor)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

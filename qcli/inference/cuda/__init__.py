@@ -1,0 +1,1 @@
+"""Triton kernels of the packed formats; importing the package imports no Triton."""
