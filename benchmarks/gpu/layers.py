@@ -89,7 +89,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1000 / calls
+    return float(begin.elapsed_time(end)) * 1000 / calls
 
 
 def compared(arms: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
@@ -138,7 +138,7 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
         for count in rows:
             result = {"format": name, "shape": list(shape), "rows": count, **measure(layer, count, rounds)}
             results.append(result)
-            line = "{format:10} {shape} {rows:5}: {us:8.1f} us, {ratio:5.2f} of bf16, {gb_per_s:6.0f} GB/s, error {error:.1e}"
+            line = "{format:10} {shape} {rows:5}: {us:8.1f} us, {ratio:5.2f} of bf16, {gb_per_s:6.0f} GB/s, {error:.1e}"
             print(line.format(**result), flush=True)
             save("gpu_layers", {"rows": results})
         del layer
