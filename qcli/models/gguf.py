@@ -139,11 +139,13 @@ class GGUFSource(ModelSource):
             return
         from transformers import GenerationConfig
 
-        self.tokenizer().save_pretrained(out)
-        generation = GenerationConfig.from_model_config(self._config)
-        if len(ends := gguf_config.end_tokens(self._settings)) > 1:
-            generation.eos_token_id = ends
-        generation.save_pretrained(out)
+        tokenizer = self.tokenizer()
+        with reported(f"{self.path}: transformers cannot write what the file has of tokenizer and generation config"):
+            tokenizer.save_pretrained(out)
+            generation = GenerationConfig.from_model_config(self._config)
+            if len(ends := gguf_config.end_tokens(self._settings)) > 1:
+                generation.eos_token_id = ends
+            generation.save_pretrained(out)
 
     def stored_as(self, name: str) -> str:
         return str(self._entries[name].type.name)

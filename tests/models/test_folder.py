@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qcli.models.families import FAMILIES, Linear
 from qcli.models.open import open_source
-from qcli.utils.errors import QcliError, UnsupportedError, UsageError
+from qcli.utils.errors import QcliError, ResourceError, UnsupportedError, UsageError, expected
 from qcli.utils.trust import Trust
 from tests.tiny import HIDDEN, VOCAB, tiny_model
 
@@ -243,6 +244,19 @@ def test_a_config_that_transformers_rejects_is_one_line(llama: Path) -> None:
     with pytest.raises(UsageError, match=r"config\.json: ") as raised:
         open_source(str(llama)).hf_config()
     assert "\n" not in raised.value.message
+
+
+def test_errors_of_the_machine_are_not_blamed_on_the_model(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(llama))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "config.json")
+
+    monkeypatch.setattr("qcli.models.folder.pretrained", fail)
+    for read in (source.hf_config, source.tokenizer):
+        with pytest.raises(OSError) as caught:
+            read()
+        assert isinstance(expected(caught.value), ResourceError)
 
 
 def test_models_that_others_quantized_are_refused(llama: Path) -> None:
