@@ -62,6 +62,11 @@ class Method(Options):
         """The format of the quantized layers."""
         raise NotImplementedError
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether each row is scaled by a power of two, which is stored with it."""
+        return False
+
     def for_weights_of(self, dtype: str) -> Self:
         """The method for a weight that the model stores in `dtype` (safetensors' name): by default this one."""
         return self

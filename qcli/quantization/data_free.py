@@ -44,7 +44,7 @@ class DataFree:
         """Quantize one layer."""
         ((path, weight),) = collected.training.weights.items()
         method = self.plan.methods_of(block.index)[path]
-        solution = solve(self.plan.recipe, method, collected.training)[path]
+        solution = solve(method, self.plan.recipe.low_rank, collected.training)[path]
         name = self.plan.prefix(block.index) + path
         block.reports.append(layer_report(name, method, solution, weight, collected.training))
         return {path: solution.weight}

@@ -34,7 +34,7 @@ def layer_report(name: str, method: Method, solution: Solution, original: Tensor
     except QcliError as problem:
         raise type(problem)(f"{name}: {problem.message}", hint=problem.hint) from None
     imprecise = weight.format.imprecise_scales(weight, target)
-    note = f"{imprecise} scales are too small for float16's full precision"
+    note = f"{imprecise} scales are too small for float16's full precision; row_exponents: true keeps it"
     difference = target - weight.dense()
     if group.hessian is not None:
         error = ((difference @ group.hessian) * difference).sum()
@@ -62,5 +62,6 @@ def _require_scales_in_range(name: str, solution: Solution, target: Tensor) -> N
     raise UsageError(
         f"{name}: weights of up to {largest:.3g} need scales beyond float16's range, "
         f"{SMALLEST_SCALE:.2g} to {LARGEST_SCALE:g}",
-        hint=f"keep the layer in full precision: an override with `match: {name}` and `dense: true`",
+        hint=f"store exponents of its rows: an override with `match: {name}` and `method: {{row_exponents: true}}`; "
+        "or keep it in full precision: `dense: true`",
     )

@@ -17,6 +17,7 @@ from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.models.source import ModelSource
 from qcli.quantization.search_space import uniform_recipe
+from qcli.quantization.solve import stored_format
 from qcli.recipe.assign import assign
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
@@ -199,7 +200,9 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     }
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
     quantized: set[str] = set()
-    formats = {name: None if method is None else _format(method, recipe) for name, method in methods.items()}
+    formats = {
+        name: None if method is None else stored_format(method, recipe.low_rank) for name, method in methods.items()
+    }
     for layer in layers:
         format = formats[layer.name]
         if format is not None:
@@ -218,10 +221,6 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     if plan.calibrated:
         require_text(recipe.calibration.data)
     return plan
-
-
-def _format(method: Method, recipe: Recipe) -> Format:
-    return method.format if recipe.low_rank is None else recipe.low_rank.format(method.format)
 
 
 def _divides(layer: Linear, method: Method, ranks: int) -> bool:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from qcli.algorithms.method import Method
 from qcli.models.families import fused
+from qcli.quantization.solve import stored_format
 from qcli.recipe.allocation import Allocation
 from qcli.recipe.errors import Issue
 from qcli.recipe.plugins import build_method, named_options
@@ -197,8 +198,8 @@ def _size(recipe: Recipe, method: Method, layer: Linear) -> int | None:
     """Bits on disk; None where the layer does not fit."""
     if _misfit(recipe, method, layer):
         return None
-    format = method.format if recipe.low_rank is None else recipe.low_rank.format(method.format)
-    return 8 * sum(tensor.bytes for tensor in format.stored(layer.shape).values())
+    stored = stored_format(method, recipe.low_rank).stored(layer.shape)
+    return 8 * sum(tensor.bytes for tensor in stored.values())
 
 
 def _misfit(recipe: Recipe, method: Method, layer: Linear) -> str | None:

@@ -191,7 +191,7 @@ def _predicted(space: SearchSpace, layers: Sequence[Linear], statistics: _Gradie
 
 
 def _quantized(space: SearchSpace, method: Method, group: LinearGroup) -> dict[str, Tensor]:
-    solutions = solve(space.recipe, method, group)
+    solutions = solve(method, space.recipe.low_rank, group)
     return {name: solution.weight.dense() for name, solution in solutions.items()}
 
 

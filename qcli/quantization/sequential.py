@@ -129,7 +129,7 @@ class Sequential:
         for method in dict.fromkeys(methods.values()):
             paths = [path for path in methods if methods[path] == method]
             part = collected.only(paths)
-            solutions = solve(self.plan.recipe, method, part.training)
+            solutions = solve(method, self.plan.recipe.low_rank, part.training)
             if part.held_out is not None:
                 solutions = self._refine_linears(block, part, solutions)
             for path in paths:

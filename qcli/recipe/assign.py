@@ -92,8 +92,8 @@ def _needless_steps(recipe: Recipe) -> list[Issue]:
     """Sections that contradict weights in full precision."""
     problems = []
     if recipe.activations is None:
-        message = "method full-precision quantizes inputs alone, by `activations`, which the recipe lacks"
-        problems.append(Issue(("method",), f"{message}; layers to be left as they are: `dense: true` in an override"))
+        message = "required by method full-precision, which quantizes inputs alone"
+        problems.append(Issue(("activations",), f"{message}; `dense: true` in an override leaves layers as they are"))
     for name in ("low_rank", "refine", "distill"):
         if getattr(recipe, name) is not None:
             problems.append(Issue((name,), "weights in full precision have no error to reduce"))

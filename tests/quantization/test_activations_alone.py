@@ -86,7 +86,7 @@ def test_half_precision_weights_of_a_float32_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activations": None}, "quantizes inputs alone, by `activations`, which the recipe lacks"),
+        ({"activations": None}, "activations: required by method full-precision, which quantizes inputs alone"),
         ({"low_rank": {"rank": 2}}, "low.rank: weights in full precision have no error to reduce"),
         ({"refine": {"steps": 2}}, "refine: weights in full precision have no error to reduce"),
         ({"distill": {"steps": 2}}, "distill: weights in full precision have no error to reduce"),

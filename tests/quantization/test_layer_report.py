@@ -14,7 +14,9 @@ from qcli.algorithms.methods.gptq_like import GPTQLike
 from qcli.algorithms.methods.lcq import LCQ
 from qcli.algorithms.methods.onebit import OneBit
 from qcli.algorithms.methods.rtn import RTN
+from qcli.core.formats.row_scaled import RowScaled
 from qcli.quantization.layer_report import layer_report
+from qcli.quantization.solve import solve
 from qcli.utils.errors import UsageError
 from tests.algorithms.tensors import normal
 
@@ -37,7 +39,7 @@ def group_of(weight: Tensor, inputs: Tensor) -> LinearGroup:
 
 def reported(method: Method, weight: Tensor) -> list[str]:
     group = group_of(weight, normal(256, weight.shape[1], seed=1))
-    return layer_report("w", method, method.quantize(group)["w"], weight, group).fallbacks
+    return layer_report("w", method, solve(method, None, group)["w"], weight, group).fallbacks
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -49,7 +51,7 @@ def test_scales_too_small_for_float16_are_reported(method: Method) -> None:
     weight[7] = 0
     (note,) = [note for note in reported(method, weight) if "refit" not in note]
     count = 7 + 64 if isinstance(method, OneBit) else 14 if shared else 8
-    assert note == f"{count} scales are too small for float16's full precision"
+    assert note == f"{count} scales are too small for float16's full precision; row_exponents: true keeps it"
     assert reported(method, normal(8, 64)) == []
 
 
@@ -58,6 +60,31 @@ def test_scales_beyond_float16_are_refused(method: Method) -> None:
     with pytest.raises(UsageError, match=r"^w: weights of up to .* beyond float16's range, 6e-08 to 65504") as refused:
         reported(method, normal(8, 64) * 1e12)
     assert "dense: true" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_exponents_of_rows_make_the_size_of_weights_irrelevant(method: Method, compensated: bool) -> None:
+    """Rows of 1e-30 to 1e30 are quantized as rows of one size, bit for bit."""
+    method = method.model_copy(update={"row_exponents": True})
+    weight, sizes = normal(8, 64), torch.tensor([-100, -60, -40, -20, 0, 20, 60, 100], dtype=torch.int8)
+    weight[4] = 0
+    losses = []
+    for target in (weight, RowScaled.shifted(weight, sizes)):
+        group = LinearGroup({"w": target}, hessian := normal_hessian(64), hessian)
+        solutions = solve(method, LowRankCompensation(rank=2) if compensated else None, group)
+        report = layer_report("w", method, solutions["w"], target, group)
+        quantized = solutions["w"].weight
+        quantized.check()
+        assert bool(quantized.dense().isfinite().all())
+        assert [note for note in report.fallbacks if "refit" not in note] == []  # of the row of zeros
+        losses.append(quantized.dense())
+    assert torch.equal(RowScaled.shifted(losses[0], sizes), losses[1])
+
+
+def normal_hessian(width: int) -> Tensor:
+    inputs = normal(256, width, seed=1)
+    return inputs.T @ inputs / len(inputs)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

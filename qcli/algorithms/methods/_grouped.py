@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from qcli.algorithms.method import Method
+from qcli.algorithms.methods._rows import RowScaledMethod
 
 
-class GroupedMethod(Method):
+class GroupedMethod(RowScaledMethod):
     """A method whose format has table entries for each group of weights in a row."""
 
     bits: int = Field(default=4, ge=2, le=8, description="bits per weight's code")

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Solution
 from qcli.algorithms.methods._feedback import PerLayerFeedback
+from qcli.algorithms.methods._rows import RowScaledMethod
 from qcli.core.formats.sign import Sign
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["OneBit"]
 _NOT_IN_PAPER = ("refit_target", "error_feedback", "refit_scales")
 
 
-class OneBit(PerLayerFeedback):
+class OneBit(RowScaledMethod, PerLayerFeedback):
     """One bit per weight; a start for block reconstruction and distillation."""
 
     name: ClassVar[str] = "onebit"
