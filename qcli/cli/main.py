@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from qcli.cli import calibrate, distill, doctor, eval, generate, inspect, pack, quantize, recipe, run, study, verify
+from qcli.cli import (
+    bench,
+    calibrate,
+    distill,
+    doctor,
+    eval,
+    generate,
+    inspect,
+    pack,
+    quantize,
+    recipe,
+    run,
+    study,
+    verify,
+)
 from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, Terminated, show_error
 from qcli.cli.ui.streams import abandon_stdout, open_closed_streams, tell
 from qcli.utils.paths import expanded
@@ -49,6 +63,7 @@ app.command("distill")(distill.distill)
 app.command("eval")(eval.evaluate)
 app.command("pack")(pack.pack)
 app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 app.command("run")(run.run)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)

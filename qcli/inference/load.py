@@ -51,13 +51,7 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
 
     def packed(name: str, linear: nn.Module) -> nn.Module:
         assert isinstance(source, QuantizedSource)
-        storage = source.quantized[name]
-        bias = getattr(linear, "bias", None)
-        layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias)
-        layer.name = name
-        tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name).items()}
-        layer.load_state_dict(tensors, strict=False, assign=True)
-        return layer
+        return packed_layer(source, name, device, getattr(linear, "bias", None))
 
     blocks = stream.model.get_submodule(stream.family.blocks)
     for index in range(stream.n_blocks):
@@ -65,6 +59,18 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
         blocks[index] = stream.load_block(index, packed if isinstance(source, QuantizedSource) else None)
     progress("loading the model", stream.n_blocks, stream.n_blocks)
     return stream.model
+
+
+def packed_layer(
+    source: QuantizedSource, name: str, device: torch.device, bias: torch.Tensor | None = None
+) -> QuantLinear:
+    """A quantized layer of a checkpoint, by its module name, with the tensors that are stored."""
+    storage = source.quantized[name]
+    layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias)
+    layer.name = name
+    tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name).items()}
+    layer.load_state_dict(tensors, strict=False, assign=True)
+    return layer
 
 
 def loaded_bytes(source: ModelSource, dtype: torch.dtype) -> int:
