@@ -96,6 +96,8 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
 
 def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
     """What was written, and the differences to the quantized checkpoint."""
+    from qcli.export.result import Proof
+
     files = f"{packed['files']} file{'s' if packed['files'] > 1 else ''}"
     equal = f"all weights equal except in {packed['rounded']} layers" if packed["rounded"] else "weights equal"
     tables.pairs(
@@ -105,6 +107,7 @@ def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
             "size": f"{size(packed['bytes'])} in {files}",
             "read back": f"{equal}; logits differ by at most {packed['max_logit_difference']:.3g}, "
             f"KL {packed['kl']:.3g}",
+            "run in": Proof(**packed["proof"]).described(),
             **packed["notes"],
         }
     )

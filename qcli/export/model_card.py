@@ -35,6 +35,7 @@ def model_card(
         **{label: plain(note) for label, note in result.notes.items()},
         "read back": f"logits differ from the quantized checkpoint's by at most {result.max_logit_difference:.3g} "
         f"(KL {result.kl:.3g})",
+        "run in": plain(result.proof.described()),
         **(_measured(evaluation) if evaluation is not None else {}),
     }
     return card(manifest, facts, loading=loading, recipe=recipe, library=library)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.export.model_card import model_card
+from qcli.export.proof import prove
 from qcli.export.readback import compare
 from qcli.export.result import PackPlan, PackResult
 from qcli.export.target import ExportTarget, load_target, require_engines
@@ -119,6 +120,7 @@ def _write(
     target.write(source, folder, shard_size, progress)
     written = target.open(folder, trust)
     difference = compare(source, written, target, progress)
+    proof = prove(source, folder, target, trust, progress)
     result = PackResult(
         out=out,
         format=target.name,
@@ -130,6 +132,7 @@ def _write(
         max_logit_difference=difference.maximum,
         kl=difference.kl,
         notes=target.notes(source),
+        proof=proof,
     )
     changed: dict[str, Any] = {
         "bits_per_weight": result.bits_per_weight,

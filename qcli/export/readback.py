@@ -44,13 +44,24 @@ def compare(source: NativeSource, written: ModelSource, target: ExportTarget, pr
             )
     before, after = (_logits(model, source.dtype) for model in (source, written))
     progress("compare", len(names), len(names))
-    kl = float((before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean())
+    maximum, kl = difference(before, after)
     if not target.rounded() and before.isfinite().all() and not kl <= _MAX_KL:
         raise VerificationError(
             f"all weights read back, but the logits differ from those of the quantized checkpoint (KL {kl:.3g})",
             hint="this is a bug of qcli",
         )
-    return LogitDifference(float((before - after).abs().max()), kl)
+    return LogitDifference(maximum, kl)
+
+
+def difference(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """Largest absolute difference of two logits `[batch, length, vocab]`, and their KL in nats per token."""
+    kl = float((before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean())
+    return float((before - after).abs().max()), kl
+
+
+def probe(vocabulary: int) -> torch.Tensor:
+    """The tokens of the compared batch: int64 `[1, length]`, the same at every call."""
+    return torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def _close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> bool:
@@ -62,7 +73,6 @@ def _close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> bo
 @torch.no_grad()
 def _logits(model: ModelSource, dtype: torch.dtype) -> torch.Tensor:
     stream = ModelStream(model, device=torch.device("cpu"), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = stream.model.get_input_embeddings().num_embeddings
+    tokens = probe(stream.model.get_input_embeddings().num_embeddings)
     with matmul_precision(fast=False):
-        return stream.logits_of(torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=generator)).float()
+        return stream.logits_of(tokens).float()

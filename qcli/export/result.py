@@ -27,6 +27,34 @@ class PackPlan:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What an engine made of a packed checkpoint.
+
+    Attributes:
+        engine: with versions; None: nothing that is installed loads the layout.
+        why_not: the reason where there is no engine.
+        blocks: number of blocks that ran, the first ones.
+        of: number of blocks of the model.
+        max_logit_difference: largest absolute difference to the logits of the quantized checkpoint, in float32.
+        kl: of the same logits, nats per token.
+    """
+
+    engine: str | None
+    why_not: str | None = None
+    blocks: int = 0
+    of: int = 0
+    max_logit_difference: float = 0.0
+    kl: float = 0.0
+
+    def described(self) -> str:
+        """A line for a person."""
+        if self.engine is None:
+            return f"not tried: {self.why_not}"
+        part = "" if self.blocks == self.of else f" the first {self.blocks} of {self.of} blocks:"
+        return f"{self.engine},{part} logits differ by at most {self.max_logit_difference:.3g} (KL {self.kl:.3g})"
+
+
+@dataclass(frozen=True)
 class PackResult:
     """A packed checkpoint.
 
@@ -40,6 +68,7 @@ class PackResult:
         max_logit_difference: largest absolute difference to the logits of the quantized checkpoint, on one batch.
         kl: KL divergence of the same logits, nats per token.
         notes: remarks of the target, by label.
+        proof: what the software that the layout is made for made of it.
     """
 
     out: Path
@@ -52,6 +81,7 @@ class PackResult:
     max_logit_difference: float
     kl: float
     notes: dict[str, str]
+    proof: Proof
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -92,6 +92,10 @@ class ExportTarget:
         """Engines, of those that `loading` names, that do not load what the layout can store; known before writing."""
         return {}
 
+    def proven_with(self, source: Packable) -> Sequence[str] | str:
+        """Packages with which transformers loads the result, itself among them, to prove that it runs; or why none."""
+        return ["transformers"]
+
     def loading_in(self, refused: Collection[str]) -> str:
         """`loading` without the engines that refuse this checkpoint."""
         return self.loading
@@ -146,8 +150,9 @@ def require_engines(target: ExportTarget, source: Packable) -> None:
         fitting = [flag for flag in first if all(flag in flags for flags in others)]
         raise UnsupportedError(
             *(f"{engine} does not load this as {target.name}: {why.reason}" for engine, why in refusals.items()),
-            hint=f"quantize with {' or '.join(fitting)}; or pack it as qcli or dense; --allow-refused (in a recipe "
-            "`pack.allow_refused: true`) writes it for another engine",
+            hint=(f"quantize with {' or '.join(fitting)}; or " if fitting else "")
+            + "pack it as qcli or dense; --allow-refused (in a recipe `pack.allow_refused: true`) writes it for "
+            "another engine",
         )
 
 

@@ -83,6 +83,9 @@ class Family:
         renames: prefixes of tensor names in older checkpoints, and the current ones.
         embedding_name: name of the token embedding, which is beside the list of blocks.
         tied: whether head and embedding are one matrix if a config does not have `tie_word_embeddings`.
+        own_linear: whether linear layers are a class of the family's own, which reads the weight itself.
+        dense_parts: modules beside the language model whose linear layers stay dense, by the names that they have in
+            every engine.
     """
 
     model_type: str
@@ -97,6 +100,8 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     embedding_name: str = "embed_tokens"
     tied: bool = False
+    own_linear: bool = False
+    dense_parts: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:
@@ -284,6 +289,7 @@ _ROWS = (
             ("multi_modal_projector.", "model.multi_modal_projector."),
         ),
         tied=True,
+        dense_parts=("vision_tower", "multi_modal_projector"),
     ),
     Family("phi3", "model.layers", _PHI3, _PHI3_FOLDS),
     Family(
@@ -355,6 +361,7 @@ _ROWS = (
         defaults={"new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "parallel_attn": True},
         embedding_name="word_embeddings",
         tied=True,
+        own_linear=True,
     ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

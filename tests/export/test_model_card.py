@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from qcli.export.model_card import model_card
 from qcli.export.pack import pack
-from qcli.export.result import PackResult
+from qcli.export.result import PackResult, Proof
 from qcli.export.targets.dense import Dense
 from qcli.export.targets.gguf import GGUF
 from qcli.export.verify import verify
@@ -32,6 +32,7 @@ RESULT = PackResult(
     max_logit_difference=0.0,
     kl=0.0,
     notes={},
+    proof=Proof("transformers 5.0", blocks=2, of=8, max_logit_difference=0.25),
 )
 
 
@@ -89,6 +90,7 @@ def test_card_reports_the_evaluation() -> None:
     manifest = manifest_of(layer_report(measure="weight"))
     card = model_card(manifest, RESULT, Dense.loading, "bits: 3\n", evaluation)
     for row in (
+        "| run in | transformers 5.0, the first 2 of 8 blocks: logits differ by at most 0.25 (KL 0) |",
         "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",
         "| measured on text it was fitted to | b.txt: on other text it loses more |",
         "| same likeliest token | 95.1% |",

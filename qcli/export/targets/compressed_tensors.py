@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcli.core.formats.affine import Affine
-from qcli.export.target import ExportTarget, Packable, Refusal, dense_config, refuse_extra_computation, write_layers
+from qcli.export.target import (
+    ExportTarget,
+    Packable,
+    Refusal,
+    dense_config,
+    refuse_extra_computation,
+    write_layers,
+)
 from qcli.export.targets import _vllm_rules
 from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
+from qcli.models.families import Family
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
 from qcli.utils.errors import UnsupportedError
@@ -56,8 +64,15 @@ class CompressedTensors(ExportTarget):
 
     def refusals(self, source: Packable) -> dict[str, Refusal]:
         formats = affine_formats(source, self.name)
-        refusals = {_VLLM: _vllm_rules.refusal(source, formats), _TRANSFORMERS: _transformers_refusal(formats)}
+        refusals = {
+            _VLLM: _vllm_rules.refusal(source, formats),
+            _TRANSFORMERS: _transformers_refusal(formats, source.family),
+        }
         return {engine: refusal for engine, refusal in refusals.items() if refusal is not None}
+
+    def proven_with(self, source: Packable) -> Sequence[str] | str:
+        refusal = self.refusals(source).get(_TRANSFORMERS)
+        return ["transformers", "compressed-tensors"] if refusal is None else "transformers does not load it"
 
     def loading_in(self, refused: Collection[str]) -> str:
         loading = [text for engine, text in _LOADING.items() if engine not in refused]
@@ -78,7 +93,7 @@ class CompressedTensors(ExportTarget):
         write_layers(source, folder, shard_size, progress, packed)
         layers = source.linears()
         quantization = layout.quantization_config(
-            layers, source.family.blocks, {layer.name: formats.get(layer.name) for layer in layers}
+            layers, source.family, {layer.name: formats.get(layer.name) for layer in layers}
         )
         write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
@@ -88,7 +103,9 @@ class CompressedTensors(ExportTarget):
         return {_VLLM: _vllm_rules.describe(source, affine_formats(source, self.name))} | refused
 
 
-def _transformers_refusal(formats: Mapping[str, Affine]) -> Refusal | None:
-    if layout.transformers_reads(formats.values()):
+def _transformers_refusal(formats: Mapping[str, Affine], family: Family) -> Refusal | None:
+    if layout.transformers_reads(formats.values(), family):
         return None
+    if family.own_linear:
+        return Refusal(f"layers of several formats in a {family.model_type} model", ("one format for all layers",))
     return Refusal("asymmetric layers beside layers of another format", ("--symmetric",))

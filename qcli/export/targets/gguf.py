@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -85,6 +85,9 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             self._write(source, folder / PACKED_GGUF, progress)
         write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
+
+    def proven_with(self, source: Packable) -> Sequence[str] | str:
+        return "llama.cpp; its files were read back with the package gguf and transformers' converters"
 
     def open(self, folder: Path, trust: Trust) -> ModelSource:
         return GGUFSource(folder / PACKED_GGUF, beside=folder, trust_remote_code=trust.remote_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,7 +40,15 @@ $ vllm serve DIR --dtype float16
             raise UnsupportedError(
                 f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
             )
+        if source.family.dense_parts:
+            raise UnsupportedError(
+                f"{self.name} cannot say that {source.family.dense_parts[0]} is dense",
+                hint="pack it as compressed-tensors, qcli or dense",
+            )
         _format(source)
+
+    def proven_with(self, source: Packable) -> Sequence[str] | str:
+        return "engines of this layout need kernels of their own; its files were read back by qcli"
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         def packed(name: str) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ config has one group for each distinct scheme, which finds its layers by regular
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcli.core.activations import Activations
 from qcli.core.formats.affine import Affine
-from qcli.models.families import Linear
+from qcli.models.families import Family, Linear
 from qcli.models.quantized import LayerStorage, QuantizedSource, stored_tensors
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
@@ -39,12 +39,13 @@ def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return stored_tensors(layer, weight) | {f"{layer}.weight_shape": torch.tensor(weight.shape)}
 
 
-def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[str, Affine | None]) -> dict[str, Any]:
+def quantization_config(
+    layers: Sequence[Linear], family: Family, formats: Mapping[str, Affine | None]
+) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
     Args:
         layers: all quantizable layers of the model.
-        blocks: path of the model's list of blocks.
         formats: by layer name; None: dense.
     """
     schemes: dict[Affine | None, list[Linear]] = {}
@@ -54,7 +55,7 @@ def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[
     count = 1 + max(layer.block for layer in layers)
     groups = {
         f"group_{number}": {
-            "targets": _patterns(members, blocks, count),
+            "targets": _patterns(members, family, count),
             "weights": _arguments(format),
             "input_activations": None,
             "output_activations": None,
@@ -70,19 +71,28 @@ def quantization_config(layers: Sequence[Linear], blocks: str, formats: Mapping[
         "config_groups": groups,
         "ignore": ["lm_head", *(layer.name for layer in dense)],
     }
-    asymmetric = any(format is not None and format.zero_point != "none" for format in schemes)
+    if family.dense_parts:  # an engine names modules of such a model in its own way, and refuses what nothing matches
+        outside = [rf"re:.*{part}\..*" for part in family.dense_parts]
+        config["ignore"] = [r"re:.*lm_head$", *outside, *_patterns(dense, family, count)]
+    decoded = {format for format in schemes if format is not None}
     # Where transformers cannot read it, the flag would make it decode wrongly; without the flag it refuses.
-    return config | {"dequantize": True} if asymmetric and transformers_reads(filter(None, schemes)) else config
+    decode = _transformers_decodes(decoded, family) and transformers_reads(decoded, family)
+    return config | {"dequantize": True} if decode else config
 
 
-def transformers_reads(formats: Iterable[Affine]) -> bool:
+def transformers_reads(formats: Iterable[Affine], family: Family) -> bool:
     """Whether transformers 5.23 can load a checkpoint with layers of these formats.
 
-    It keeps layers packed only if they have no zero points. Otherwise it decodes them at load time, and applies the
-    first group's scheme to all of them.
+    Where it decodes layers at load time, it applies the first group's scheme to all of them.
     """
     distinct = set(formats)
-    return len(distinct) == 1 or all(format.zero_point == "none" for format in distinct)
+    return len(distinct) == 1 or not _transformers_decodes(distinct, family)
+
+
+def _transformers_decodes(formats: Collection[Affine], family: Family) -> bool:
+    """Whether transformers has to decode layers at load time: it keeps those packed that are nn.Linear itself, and
+    have no zero points."""
+    return family.own_linear or any(format.zero_point != "none" for format in formats)
 
 
 class CompressedTensorsSource(QuantizedSource):
@@ -123,13 +133,19 @@ class _StorageConfig:
         return _LayerStorage(format, (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")))
 
 
-def _patterns(members: Sequence[Linear], blocks: str, count: int) -> list[str]:
-    """Regular expressions that match these layers, one for each kind, whatever prefix an engine gives their names."""
+def _patterns(members: Sequence[Linear], family: Family, count: int) -> list[str]:
+    """Regular expressions that match these layers, one for each kind, whatever prefix an engine gives their names.
+
+    transformers has `model.language_model.layers` where vLLM has `language_model.model.layers`
+    (vllm/model_executor/models/gemma3_mm.py).
+    """
+    blocks = family.blocks
+    path = re.escape(blocks).replace(r"model\.language_model\.", r"language_model\.(model\.)?")
     kinds: dict[str, list[int]] = {}
     for layer in members:
         kinds.setdefault(layer.name.removeprefix(f"{blocks}.{layer.block}."), []).append(layer.block)
     return [
-        rf"re:.*{re.escape(blocks)}\."
+        rf"re:.*{path}\."
         + (r"\d+" if len(numbers) == count else f"({'|'.join(map(str, numbers))})")
         + rf"\.{re.escape(kind)}$"
         for kind, numbers in kinds.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,44 @@ def test_layers_the_layout_cannot_store_are_refused(
         pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
     assert raised.value.hint is not None and "pack it as qcli" in raised.value.hint
     assert [path.name for path in tmp_path.iterdir() if "packed" in path.name] == []
+
+
+NAMES = {
+    "transformers": ("model.language_model.layers.{}.", "model.vision_tower.encoder.layers.0.", "lm_head"),
+    "vLLM": (
+        "language_model.model.layers.{}.",
+        "vision_tower.vision_model.encoder.layers.0.",
+        "language_model.lm_head",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", NAMES)
+def test_targets_of_a_multimodal_model_match_as_every_engine_names_its_modules(engine: str, tmp_path: Path) -> None:
+    """vLLM's names are those of gemma3_mm.py; it refuses modules that are neither a target nor ignored."""
+    overrides = [{"match": "*.layers.1.mlp.*", "dense": True}]
+    _, out = packed(tiny_model("gemma3", tmp_path), tmp_path, method__symmetric=True, overrides=overrides)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+
+    def found(name: str, patterns: list[str]) -> bool:
+        return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+
+    block, vision, head = NAMES[engine]
+    quantized = [
+        block.format(0) + "self_attn.q_proj",
+        block.format(0) + "mlp.down_proj",
+        block.format(1) + "self_attn.o_proj",
+    ]
+    dense = [block.format(1) + "mlp.down_proj", vision + "self_attn.q_proj", vision + "mlp.fc1", head]
+    assert all(found(name, targets) and not found(name, config["ignore"]) for name in quantized)
+    assert all(found(name, config["ignore"]) and not found(name, targets) for name in dense)
+
+
+def test_gptq_of_a_multimodal_model_is_refused(tmp_path: Path) -> None:
+    run(tiny_model("gemma3", tmp_path), tmp_path / "native", method__name="rtn", method__symmetric=True)
+    with pytest.raises(UnsupportedError, match="gptq cannot say that vision_tower is dense"):
+        pack(tmp_path / "native", tmp_path / "packed", format="gptq", shard_size=10**9)
 
 
 def test_conv1d_models_are_refused(tmp_path: Path) -> None:
