@@ -179,8 +179,13 @@ def _import_everything() -> None:
 
     skipped = ("qcli.__main__", "qcli.inference.vllm", "qcli.study.ray")
     for module in pkgutil.walk_packages(qcli.__path__, "qcli."):
-        if not module.name.startswith(skipped):
+        if module.name.startswith(skipped):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as error:  # a package of another platform
+            if (error.name or "qcli").startswith("qcli"):
+                raise
     for name in (
         "transformers.models.llama",
         "transformers.models.auto",
