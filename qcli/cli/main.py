@@ -21,6 +21,7 @@ from qcli.cli import (
     study,
     verify,
 )
+from qcli.cli._command import Command
 from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, Terminated, show_error
 from qcli.cli.ui.streams import abandon_stdout, open_closed_streams, tell
 from qcli.utils.paths import expanded
@@ -57,19 +58,19 @@ def qcli(
         print(context.get_help())
 
 
-app.command("calibrate")(calibrate.calibrate)
-app.command("quantize")(quantize.quantize)
-app.command("distill")(distill.distill)
-app.command("eval")(eval.evaluate)
-app.command("pack")(pack.pack)
-app.command("generate")(generate.generate)
-app.command("bench")(bench.bench)
-app.command("run")(run.run)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
+app.command("calibrate", cls=Command)(calibrate.calibrate)
+app.command("quantize", cls=Command)(quantize.quantize)
+app.command("distill", cls=Command)(distill.distill)
+app.command("eval", cls=Command)(eval.evaluate)
+app.command("pack", cls=Command)(pack.pack)
+app.command("generate", cls=Command)(generate.generate)
+app.command("bench", cls=Command)(bench.bench)
+app.command("run", cls=Command)(run.run)
+app.command("inspect", cls=Command)(inspect.inspect)
+app.command("verify", cls=Command)(verify.verify)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(study.app, name="study")
-app.command("doctor")(doctor.doctor)
+app.command("doctor", cls=Command)(doctor.doctor)
 
 
 def _expanded(argument: str) -> str:

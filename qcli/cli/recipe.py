@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._command import Command
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
 
@@ -19,7 +20,7 @@ def recipe(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@app.command()
+@app.command(cls=Command)
 def validate(
     recipes: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML recipes.")],
     json: flags.Json = False,
@@ -49,7 +50,7 @@ def show_valid(tables: Tables, result: dict[str, Any]) -> None:
         tables.line(f"{file}: valid")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     recipe: Annotated[Path | None, typer.Argument(metavar="FILE", help="YAML recipe.")] = None,
     set_: flags.Sets = None,
@@ -68,7 +69,7 @@ def show(
             session.text(resolved.to_yaml(origins=True))
 
 
-@app.command()
+@app.command(cls=Command)
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     with Session() as session:

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from qcli.cli import _flags as flags
+from qcli.cli._command import Command
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 
-@app.command("run")
+@app.command("run", cls=Command)
 def run(
     study: Annotated[
         Path, typer.Argument(metavar="STUDY.yaml", help="Study file with base, names, grid, include and exclude.")
@@ -95,7 +96,7 @@ def run(
         result.require_success()
 
 
-@app.command("report")
+@app.command("report", cls=Command)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study's rows.")],
     json: flags.Json = False,

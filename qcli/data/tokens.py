@@ -125,7 +125,7 @@ def evaluation_tokens(
         data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; `self`, sampled
             from `source` independently of any calibration, 32 windows unless `max_windows` is given; or a folder
             written by `qcli calibrate`, whose windows are truncated to `window`.
-        window: tokens per window, at least 2.
+        window: tokens per window, at least 2; at most those of the calibration folder.
         max_windows: use only the first ones.
         device, cache: as for `calibration_tokens`.
 
@@ -136,7 +136,13 @@ def evaluation_tokens(
     if window < 2:
         raise UsageError(f"a window of {window} leaves no token to predict", hint="a window has at least 2 tokens")
     if is_folder(data):
-        return Tokens(_from_folder(data, source)[:max_windows, :window].contiguous(), data)
+        ids = _from_folder(data, source)
+        if window > ids.shape[1]:
+            raise UsageError(
+                f"{data} has windows of {ids.shape[1]} tokens, {window} are asked for",
+                hint=f"--window {ids.shape[1]} or less, or none",
+            )
+        return Tokens(ids[:max_windows, :window].contiguous(), data)
     return _cached(
         data,
         source,

@@ -21,7 +21,7 @@ class EvalOptions:
     Attributes:
         texts: as `evaluation_tokens` takes them; `self` is sampled from the baseline, or without one from the only
             model.
-        window: tokens per window; None: 2048, or the models' context if that is shorter.
+        window: tokens per window; None: 2048, or the models' context or the calibration folder's windows, if shorter.
         max_windows: of each text, use only the first ones.
         tasks: lm-eval tasks, for which a model is in memory as a whole.
         layers: also measure the error of every block and layer against the baseline, on the first text.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from qcli.data.datasets import SELF
+from qcli.data.datasets import SELF, is_folder
+from qcli.data.stored_windows import stored_windows
 from qcli.data.tokens import Tokens, evaluation_tokens
 from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
 from qcli.models.open import ModelSource
@@ -31,7 +33,11 @@ def evaluation_windows(
     length = options.window
     if length is None:
         length = min([DEFAULT_WINDOW, *(source.context_length or DEFAULT_WINDOW for source in sources)])
-    return [_windows(data, length, options, sources, cache, progress) for data in dict.fromkeys(options.texts)]
+    windows = []
+    for data in dict.fromkeys(options.texts):
+        own = stored_windows(Path(data)) if options.window is None and is_folder(data) else None
+        windows.append(_windows(data, min(length, own[1]) if own else length, options, sources, cache, progress))
+    return windows
 
 
 def _windows(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +136,35 @@ def test_a_gate_on_a_group_without_a_score_is_refused_before_work(invoke: Invoke
     code, _, err = invoke("eval", model, "--include-path", tmp_path, "--tasks", "bare", "--min-task", "bare=0.1")
     assert code == 2
     assert "bare is a group of tasks without a score of its own" in err
+
+
+_TASK = """
+task: our_{kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+{more}
+"""
+_KINDS = {
+    "multiple_choice": 'doc_to_choice: ["1", "2", "3"]\nmetric_list: [{metric: acc}]',
+    "generate_until": 'generation_kwargs: {until: ["x"], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]',
+    "loglikelihood_rolling": "metric_list: [{metric: word_perplexity}]",
+}
+
+
+@pytest.mark.slow
+def test_a_quiet_run_of_tasks_prints_the_result_alone(model: Path, tmp_path: Path) -> None:
+    tasks, file = tmp_path / "tasks", tmp_path / "questions.jsonl"
+    tasks.mkdir()
+    file.write_text("".join(json.dumps({"question": f"{n} is", "answer": str(n)}) + "\n" for n in (1, 2, 3)))
+    for kind, more in _KINDS.items():
+        (tasks / f"{kind}.yaml").write_text(_TASK.format(kind=kind, file=file, more=more))
+    names = ",".join(f"our_{kind}" for kind in _KINDS)
+    command = ["eval", str(model), "--include-path", str(tasks), "--tasks", names, "--json", "--quiet"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "qcli", *command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["tasks"].keys() == set(names.split(","))

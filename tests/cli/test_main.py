@@ -5,17 +5,22 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
 from qcli import __version__
+from qcli.cli._command import Command
 from qcli.cli.main import app
 from qcli.cli.ui.errors import Terminated
 from tests.cli.conftest import Invoke
 
-COMMANDS = ("calibrate", "quantize", "distill", "eval", "pack", "run", "inspect", "verify", "recipe", "study", "doctor")
+COMMANDS = (
+    *("calibrate", "quantize", "distill", "eval", "pack", "generate", "bench", "run", "inspect", "verify"),
+    *("recipe", "study", "doctor"),
+)
 
 
 def test_version(invoke: Invoke) -> None:
@@ -68,6 +73,39 @@ def test_wrong_usage_is_one_line_and_a_hint(invoke: Invoke, arguments: list[str]
     assert first.startswith("error: ")
     assert message in first
     assert second == f"hint: {hint}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["quantize", "m", "--bits", "3", "--out", "a", "--bits=4"], "--bits"),
+        (["quantize", "m", "--symmetric", "--asymmetric"], "--symmetric/--asymmetric"),
+        (["eval", "m", "--window", "8", "--window", "8"], "--window"),
+        (["inspect", "m", "-q", "--quiet"], "--quiet"),
+        (["study", "s.yaml", "--workers", "2", "--workers", "3"], "--workers"),
+        (["recipe", "show", "r.yaml", "--json", "--json"], "--json"),
+    ],
+)
+def test_a_flag_with_one_value_is_given_once(invoke: Invoke, arguments: list[str], names: str) -> None:
+    code, out, err = invoke(*arguments)
+    assert (code, out) == (2, "")
+    assert f"{names} is given 2 times" in err.splitlines()[0]
+
+
+def test_repeatable_flags_may_be_repeated(invoke: Invoke) -> None:
+    code, _, err = invoke("quantize", "/nowhere", "--set", "seed=1", "-v", "--set", "seed=2", "-v", "--", "--json")
+    assert code == 2
+    assert "given" not in err
+
+
+def test_every_command_has_that_check() -> None:
+    def commands(group: Any) -> Iterator[Any]:
+        for command in group.commands.values():
+            yield from commands(command) if hasattr(command, "commands") else [command]
+
+    found = list(commands(get_command(app)))
+    assert len(found) >= len(COMMANDS)
+    assert all(isinstance(command, Command) for command in found)
 
 
 def test_a_signal_before_the_session_has_begun(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

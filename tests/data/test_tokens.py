@@ -20,8 +20,12 @@ from qcli.data.calibration_folder import write_record
 from qcli.data.datasets import read_text, require_text
 from qcli.data.identity import text_identity
 from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
+from qcli.evaluation.options import EvalOptions
+from qcli.evaluation.windows import evaluation_windows
 from qcli.models.open import ModelSource, open_source
+from qcli.utils.cache import Cache
 from qcli.utils.errors import UsageError
+from qcli.utils.progress import silent
 from tests.tiny import VOCAB, tiny_model
 
 TEXT = " ".join(f"{n} times {n + 1} is {n * (n + 1)};" for n in range(60))
@@ -139,8 +143,14 @@ def test_a_calibration_folder_gives_its_tokens_verbatim(source: ModelSource, tmp
     save_file({"ids": ids}, tmp_path / "calibration" / "tokens.safetensors")
     tokens = calibration_tokens(TokenRequest(str(tmp_path / "calibration"), samples=9, seq_len=99, seed=5), source)
     assert torch.equal(tokens.ids, ids)
-    cut = evaluation_tokens(str(tmp_path / "calibration"), source, window=30, max_windows=3)
+    cut = evaluation_tokens(str(tmp_path / "calibration"), source, window=20, max_windows=3)
     assert torch.equal(cut.ids, ids[:3])
+    with pytest.raises(UsageError, match="has windows of 20 tokens, 21 are asked for"):
+        evaluation_tokens(str(tmp_path / "calibration"), source, window=21)
+    for window, length in ((None, 20), (12, 12)):
+        options = EvalOptions([str(tmp_path / "calibration")], window)
+        (tokens,) = evaluation_windows(options, [source], Cache(None), silent)
+        assert torch.equal(tokens.ids, ids[:, :length])
     assert torch.equal(evaluation_tokens(str(tmp_path / "calibration"), source, window=8).ids, ids[:, :8])
 
 
