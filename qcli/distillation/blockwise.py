@@ -125,7 +125,12 @@ def _train_block(
         error = held_out()
         return {}, Outcome(before=error, after=error, best_step=0, steps=0, curve=((0, None, error),))
     outcome = optimize(
-        parameter_groups(block.layers.values(), tables_lr=options.tables_lr, weights_lr=options.weights_lr),
+        parameter_groups(
+            block.layers.values(),
+            block.biases.values(),
+            tables_lr=options.tables_lr,
+            weights_lr=options.weights_lr,
+        ),
         backward,
         held_out,
         job.schedule,
@@ -135,13 +140,16 @@ def _train_block(
 
 
 def _trained_block(job: DistillationJob, stream: ModelStream, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The student's block with the weights of its trained layers."""
+    """The student's block with the weights and biases of its trained layers."""
     block = stream.load_block(index)
     prefix = f"{stream.family.blocks}.{index}."
     for name, layer in job.student.quantized.items():
         if name.startswith(prefix):
             weight = layer.restore(name, tensors).to(stream.device)
-            stream.set_weight(block.get_submodule(name.removeprefix(prefix)), weight.dense())
+            module = block.get_submodule(name.removeprefix(prefix))
+            stream.set_weight(module, weight.dense())
+            if (bias := tensors.get(f"{name}.bias")) is not None:
+                module.get_parameter("bias").copy_(bias)
     return block
 
 

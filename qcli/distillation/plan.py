@@ -67,6 +67,7 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
         n_trained += n_weights
     if "tables" in options.train:
         n_trained += _table_entries(source)
+    n_trained += sum(prod(source.extents[f"{name}.bias"].stored.shape) for name in _biased(source))
     pass_tokens = max(1, options.batch_tokens // text.seq_len) * text.seq_len
     n_trainings = source.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1
     return DistillationPlan(
@@ -144,6 +145,11 @@ def open_pair(student: Path, teacher: str, trust: Trust = NOTHING) -> tuple[Nati
             hint=f"the checkpoint was made from {Manifest.read(student).source.model}",
         )
     return source, teacher_source
+
+
+def _biased(source: NativeSource) -> list[str]:
+    """Quantized layers that have a bias."""
+    return [name for name in source.quantized if f"{name}.bias" in source.extents]
 
 
 def _table_entries(source: NativeSource) -> int:

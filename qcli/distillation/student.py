@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qcli.algorithms.training.outcome import Outcome
+from qcli.algorithms.training.trainable_bias import TrainableBias
 from qcli.algorithms.training.trainable_weight import TrainableWeight
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.predictions import Predictions, predict
@@ -26,29 +27,42 @@ StoredTensors = dict[str, Tensor]
 
 
 class StudentBlock(nn.Module):
-    """Block `index` of a stream with trained weights in place of its own.
+    """Block `index` of a stream with trained weights and biases in place of its own.
 
     Args:
         layers: by path of a linear in the block.
+        biases: of those layers that have one.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         fast: whether matrix products with activations may use bf16 or TF32 units; those that compute weights never do.
     """
 
     def __init__(
-        self, stream: ModelStream, index: int, layers: Mapping[str, TrainableWeight], *, checkpointing: bool, fast: bool
+        self,
+        stream: ModelStream,
+        index: int,
+        layers: Mapping[str, TrainableWeight],
+        biases: Mapping[str, TrainableBias],
+        *,
+        checkpointing: bool,
+        fast: bool,
     ) -> None:
         super().__init__()
         self.stream, self.index, self.checkpointing, self.fast = stream, index, checkpointing, fast
         self.block = stream.load_block(index)
         for path in layers:
             self.block.get_submodule(path).register_parameter("weight", None)
-        self.paths = list(layers)
-        self._layers = nn.ModuleList(layers.values())
+        self.paths, self._biased = list(layers), list(biases)
+        self._layers, self._biases = nn.ModuleList(layers.values()), nn.ModuleList(biases.values())
 
     @property
     def layers(self) -> dict[str, TrainableWeight]:
         """By path."""
         return dict(zip(self.paths, cast("Iterable[TrainableWeight]", self._layers), strict=True))
+
+    @property
+    def biases(self) -> dict[str, TrainableBias]:
+        """By path, of the layers that have one."""
+        return dict(zip(self._biased, cast("Iterable[TrainableBias]", self._biases), strict=True))
 
     def forward(self, hidden: Tensor, final: bool) -> Tensor:
         """`[batch, length, hidden]` -> the same shape; `final`: with weights exactly as they will be stored."""
@@ -62,14 +76,20 @@ class StudentBlock(nn.Module):
         for path, layer in self.layers.items():
             weight = (layer.quantized() if outcome.best_step else layer.initial).to("cpu")
             weight.check()
-            tensors |= stored_tensors(f"{self.stream.family.blocks}.{self.index}.{path}", weight)
+            tensors |= stored_tensors(self._name(path), weight)
+        for path, bias in self.biases.items():
+            tensors[f"{self._name(path)}.bias"] = (bias.stored() if outcome.best_step else bias.initial).cpu()
         return tensors
+
+    def _name(self, path: str) -> str:
+        return f"{self.stream.family.blocks}.{self.index}.{path}"
 
     def _run(self, hidden: Tensor, final: bool) -> Tensor:
         with matmul_precision(fast=False):
             weights = {path: layer.dense(as_stored=final) for path, layer in self.layers.items()}
+        biases = {path: bias.value(as_stored=final) for path, bias in self.biases.items()}
         with matmul_precision(fast=self.fast, device=self.stream.device):
-            return self.stream.run_block(self.block, self.index, hidden, weights)
+            return self.stream.run_block(self.block, self.index, hidden, weights, biases)
 
 
 class Student(nn.Module):
@@ -91,8 +111,17 @@ class Student(nn.Module):
 
 
 def load_student_block(job: DistillationJob, stream: ModelStream, index: int) -> StudentBlock:
-    """Block `index` of the student, with trainable quantized layers."""
+    """Block `index` of the student, with trainable quantized layers; their biases are trained, too."""
     prefix = f"{stream.family.blocks}.{index}."
+    stored = job.student.read(
+        bias
+        for name in job.student.quantized
+        if name.startswith(prefix) and (bias := f"{name}.bias") in job.student.extents
+    )
+    biases = {
+        name.removeprefix(prefix).removesuffix(".bias"): TrainableBias(bias.to(job.device))
+        for name, bias in stored.items()
+    }
     layers = {
         name.removeprefix(prefix): TrainableWeight(
             job.student.read_quantized(name).to(job.device), None, job.options.train
@@ -100,7 +129,7 @@ def load_student_block(job: DistillationJob, stream: ModelStream, index: int) ->
         for name in job.student.quantized
         if name.startswith(prefix)
     }
-    return StudentBlock(stream, index, layers, checkpointing=job.options.checkpointing, fast=job.fast)
+    return StudentBlock(stream, index, layers, biases, checkpointing=job.options.checkpointing, fast=job.fast)
 
 
 def _forward(block: StudentBlock, final: bool) -> BlockForward:

@@ -42,8 +42,9 @@ def distill_model(
     student = _student(job, processes)
     loss = DistillationLoss(job, student, teacher, processes)
     layers = [layer for block in student.blocks for layer in block.layers.values()]
+    biases = [bias for block in student.blocks for bias in block.biases.values()]
     outcome = optimize(
-        parameter_groups(layers, tables_lr=options.tables_lr, weights_lr=options.weights_lr),
+        parameter_groups(layers, biases, tables_lr=options.tables_lr, weights_lr=options.weights_lr),
         loss.backward,
         loss.held_out,
         job.schedule,

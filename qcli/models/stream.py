@@ -127,12 +127,18 @@ class ModelStream:
         return self._calls[key]
 
     def run_block(
-        self, block: nn.Module, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+        self,
+        block: nn.Module,
+        index: int,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run `block` as block `index`: `[batch, length, hidden]` -> the same shape, on the stream's device.
 
         Args:
             weights: `[out, in]` by path of a linear in the block: replace the block's own, differentiably.
+            biases: `[out]` by path, with `weights`: likewise.
         """
         hidden = hidden.to(self.device)
         call = self.calls(*hidden.shape[:2])[index]
@@ -143,6 +149,7 @@ class ModelStream:
                 f"{path}.weight": (weight.T if self.family.conv1d else weight).to(self.dtype)
                 for path, weight in weights.items()
             }
+            own |= {f"{path}.bias": bias.to(self.dtype) for path, bias in (biases or {}).items()}
             output = functional_call(block, own, (hidden, *call.args), call.kwargs)
         result: Tensor = output[0] if self.family.tuple_output else output
         return result

@@ -51,7 +51,8 @@ class Distillation(Options):
     train: tuple[Literal["tables", "weights"], ...] = Field(
         default=("tables",),
         strict=False,
-        description="tables: scales, offsets and codebooks; weights: the latent weights behind the codes",
+        description="tables: scales, offsets and codebooks; weights: the latent weights behind the codes; biases of "
+        "the layers are trained with either",
     )
     steps: int = Field(default=1000, ge=1, description="optimizer steps; with scope block, for each block")
     tables_lr: float = Field(default=2e-3, gt=0, description="learning rate of tables, relative to their magnitude")

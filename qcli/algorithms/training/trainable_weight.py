@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcli.algorithms.training.straight_through import straight_through
+from qcli.algorithms.training.trainable_bias import TrainableBias
 from qcli.core.weight import QuantizedWeight
 
 
@@ -100,12 +101,14 @@ class TrainableWeight(nn.Module):
 
 
 def parameter_groups(
-    weights: Iterable[TrainableWeight], *, tables_lr: float, weights_lr: float
+    weights: Iterable[TrainableWeight], biases: Iterable[TrainableBias] = (), *, tables_lr: float, weights_lr: float
 ) -> list[dict[str, Any]]:
-    """AdamW parameter groups: all trained tables and all trained latents, each at its own rate; empty ones left out."""
+    """AdamW parameter groups: all trained tables and biases, and all trained latents, each at its own rate; empty ones
+    left out."""
     weights = list(weights)
+    tables = [change for weight in weights for change in weight.table_changes.values()]
     groups: list[dict[str, Any]] = [
-        {"params": [change for weight in weights for change in weight.table_changes.values()], "lr": tables_lr},
+        {"params": [*tables, *(bias.changes for bias in biases)], "lr": tables_lr},
         {
             "params": [weight.latent_changes for weight in weights if weight.latent_changes is not None],
             "lr": weights_lr,
