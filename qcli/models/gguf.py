@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcli.models import families, gguf_config
 from qcli.models.companions import code_files, companions
-from qcli.models.folder import read_hf_config
+from qcli.models.folder import read_config, read_hf_config
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
@@ -86,10 +86,25 @@ class GGUFSource(ModelSource):
             for tensor in reader.tensors
             if tensor.name not in gguf_config.FACTORS
         ]
+        self._require_blocks(path, reader)
         with _shared_reader(reader):
             self._config = self._converted_config(path, reader)
         super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
         self._stored, self._entries = self._mapped()
+
+    def _require_blocks(self, path: Path, reader: Any) -> None:
+        """Refuse a number of blocks that the file does not have: transformers would build as many, however long."""
+        field = reader.fields.get(f"{self._architecture}.block_count")
+        if self._beside is not None:
+            count: Any = families.block_count(read_config(self._beside))
+        else:
+            count = None if field is None else field.contents()
+        blocks = {entry.name.split(".")[1] for entry in self._in_file if entry.name.startswith("blk.")}
+        if count is not None and not (isinstance(count, int) and count <= len(blocks)):
+            raise UsageError(
+                f"{path} has {len(blocks)} blocks, its metadata say {count!r}",
+                hint="the file is damaged: download it again",
+            )
 
     def tensors(self) -> dict[str, StoredTensor]:
         return dict(self._stored)

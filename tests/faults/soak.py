@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from random import Random
+from threading import Thread
 from typing import Any
 
 from benchmarks.common import machine
@@ -73,16 +75,22 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 
 def _reports(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What all processes report, as it comes."""
+    """What all processes report, as it comes; each has a pipe of its own, since long lines mix in a shared one."""
     command = [sys.executable, "-m", "tests.faults.soak", *sys.argv[1:], "--seed", str(options.seed), "--worker"]
-    reader, writer = os.pipe()
-    workers = [subprocess.Popen([*command, str(number)], stdout=writer) for number in range(options.processes)]
-    os.close(writer)
-    with os.fdopen(reader) as lines:
-        for line in lines:
+    lines: Queue[str | None] = Queue()
+
+    def forward(worker: subprocess.Popen[str]) -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    for number in range(options.processes):
+        worker = subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
+        Thread(target=forward, args=[worker], daemon=True).start()
+    for _ in range(options.processes):
+        while (line := lines.get()) is not None:
             yield json.loads(line)
-    for worker in workers:
-        worker.wait()
 
 
 def _work(options: argparse.Namespace) -> None:

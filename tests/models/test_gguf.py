@@ -152,6 +152,16 @@ def test_tensors_of_another_size_than_the_metadata_say_are_refused(tmp_path: Pat
         open_source(str(file))
 
 
+def test_blocks_that_the_file_does_not_have_are_refused_before_they_are_built(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    content = file.read_bytes()
+    place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # after the type
+    assert content[place : place + 4] == (2).to_bytes(4, "little")
+    file.write_bytes(content[:place] + b"\xff" * 4 + content[place + 4 :])
+    with pytest.raises(UsageError, match="has 2 blocks, its metadata say 4294967295"):
+        open_source(str(file))
+
+
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_gguf(tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
