@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcli.core.formats.low_rank import LowRank
+from qcli.core.formats.row_scaled import EXPONENT, RowScaled
 from qcli.core.weight import Format, QuantizedWeight, from_spec
 from qcli.inference.backend import choose, warn_of_reference
 from qcli.inference.backends.reference import input_gradient
@@ -38,11 +39,15 @@ def packed_linear(
     Returns:
         `[..., out_features]` in x's dtype.
     """
+    if isinstance(format, RowScaled):
+        power = format.shifted(torch.ones(shape[0], device=x.device), tensors[EXPONENT])
+        y = (packed_linear(x, format.base, shape, tensors, None, layer).float() * power).to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
     if isinstance(format, LowRank):
         y = packed_linear(x, format.base, shape, tensors, bias, layer)
         return y + _low_rank_term(x, format, tensors)
     choice = choose(format, shape, x.device.type, x.dtype)
-    if choice.backend.device_types is None and choice.reasons:
+    if choice.backend.device_types is None and choice.reasons and format.rounds:  # others have nothing to decode
         warn_of_reference(layer, tuple(choice.reasons.items()))
     return choice.backend.linear(x, format, shape, tensors, bias)
 

@@ -76,7 +76,10 @@ class FullPrecision(Format):
         return torch.zeros(1, 1, dtype=torch.uint8, device=weight.device).expand(weight.shape)
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        return tables[WEIGHT].float()
+        import torch
+
+        # A copy, as of every format: transformers initializes the weights of linear layers in place before it loads.
+        return tables[WEIGHT].to(torch.float32, copy=True)
 
     def table_units(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}  # the weight is not trained
