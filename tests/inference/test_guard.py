@@ -20,7 +20,7 @@ from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
 from qcli.utils import shards
 from qcli.utils.errors import VerificationError
-from tests.quantizing import logits, run, streamed
+from tests.quantizing import TOKENS, logits, run, streamed
 from tests.tiny import tiny_model
 
 GUARD = "model.layers.0.self_attn.q_proj.weight"
@@ -123,3 +123,15 @@ def test_the_guard_takes_no_space_and_is_planned(checkpoint: Path, tmp_path: Pat
     assert make_plan(recipe).bytes == (checkpoint / "model.safetensors").stat().st_size
     assert GUARD in open_source(str(checkpoint)).tensors(), "the decoded weight"
     assert verify(checkpoint).layers == 14
+
+
+def test_ignoring_mismatched_sizes_is_the_one_way_around_it(
+    checkpoint: Path, request: pytest.FixtureRequest
+) -> None:  # docs/reliability.md says so
+    loaded = LOADERS[0].from_pretrained(checkpoint, dtype=torch.float32, ignore_mismatched_sizes=True)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(TOKENS).logits, logits(checkpoint)), "harmless with the plug-in"
+    request.getfixturevalue("without_plugin")
+    _, report = LOADERS[0].from_pretrained(checkpoint, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert [name for name, *_ in report["mismatched_keys"]] == [GUARD]
+    assert len(report["missing_keys"]) == 13, "all quantized layers but the guard's"
