@@ -26,6 +26,7 @@ from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils import shards
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.paths import portable_name
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder, refuse_existing
 from qcli.utils.trust import NOTHING, Trust
@@ -67,8 +68,9 @@ class Calibration:
         return {"out": str(self.out), **self.record()}
 
     def record(self) -> dict[str, Any]:
-        """The content of `calibration.json`."""
-        return {**self.settings, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        """The content of `calibration.json`, with names and hashes for paths: the same on every machine."""
+        names = {name: portable_name(self.settings[name]) for name in ("model", "data")}
+        return {**self.settings, **names, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
 
 
 def calibrate(

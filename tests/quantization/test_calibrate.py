@@ -131,7 +131,7 @@ def test_the_folder_says_where_it_comes_from(tmp_path: Path, text: str) -> None:
     assert record.pop("sha256") == digest(record)
     assert {"out": str(out), **record} == json.loads(json.dumps(result.to_json()))
     assert record["source_fingerprint"] == open_source(str(folder)).fingerprint()
-    assert (record["data"], record["samples"], record["seq_len"], record["seed"]) == (text, 5, 32, 3)
+    assert (record["data"], record["samples"], record["seq_len"], record["seed"]) == ("text.txt", 5, 32, 3)
     assert sorted(file.name for file in out.iterdir()) == [
         "calibration.json",
         "statistics.safetensors",
@@ -198,3 +198,16 @@ def test_one_block_at_a_time_is_real(tmp_path: Path, text: str, monkeypatch: pyt
     monkeypatch.setattr(ModelStream, "load_block", counted)
     calibrate(recipe(tiny_model("llama", tmp_path, num_hidden_layers=4), text), tmp_path / "out")
     assert most == [1, 1, 1, 1]
+
+
+def test_no_byte_depends_on_where_model_text_and_folder_are(text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    calibrate(recipe(model, text), tmp_path / "out")
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    for path in (model, Path(text)):
+        path.rename(elsewhere / path.name)
+    calibrate(recipe(elsewhere / model.name, str(elsewhere / "text.txt")), elsewhere / "other")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {file.name: file.read_bytes() for file in (elsewhere / "other").iterdir()} == files
+    assert not any(str(tmp_path).encode() in content for content in files.values())
