@@ -20,7 +20,7 @@ from qcli.models.kv_cache import empty_cache
 from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
 from qcli.utils.device import has_fast_matmul
-from qcli.utils.errors import ResourceError
+from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.memory import free_memory
 from qcli.utils.progress import Progress, silent
 
@@ -50,6 +50,7 @@ def sample(
         int64 `[samples, length]`, on the CPU.
 
     Raises:
+        UsageError: the tokenizer has only special tokens.
         ResourceError: weights and KV cache do not fit in memory.
     """
     device = torch.device(device)
@@ -64,6 +65,11 @@ def sample(
 
     ends = _end_tokens(tokenizer, config)
     starts = _start_tokens(tokenizer, config, ends)
+    if not starts:
+        raise UsageError(
+            f"{source.path}: the tokenizer has only special tokens, no text starts with them",
+            hint="calibrate on text instead: --data FILE, or a named data set",
+        )
     windows = []
     steps = -(-samples // batch) * length
     for first in range(0, samples, batch):

@@ -26,8 +26,6 @@ from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qcli.models.source import ModelSource
 
 _SELF_WINDOWS = 32  # evaluation windows that are sampled by default
@@ -181,7 +179,9 @@ def _cached(
     key = {**settings, **content_key(data, source, calibration="calibration" in settings), **versions()}
     if data == SELF:
         key["computed"] = hardware(device)
-    return Tokens(cache.tensors(key, lambda: {"ids": make()}, _is_tokens)["ids"], data)
+    ids = cache.tensors(key, lambda: {"ids": make()}, _is_tokens)["ids"]
+    require_known_ids(source, int(ids.max()))  # they may be those of a model with the same tokenizer and more rows
+    return Tokens(ids, data)
 
 
 def _is_tokens(tensors: dict[str, Tensor]) -> bool:
@@ -284,17 +284,18 @@ def _encode(source: ModelSource, text: str) -> Tensor:
     with reported(f"{source.path}: the tokenizer fails on the text"):
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids):
-        require_known_ids(source, tokenizer, int(ids.max()))
+        require_known_ids(source, int(ids.max()))
     return ids
 
 
-def require_known_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:
+def require_known_ids(source: ModelSource, largest: int) -> None:
     """Raise UsageError if the model has no embedding for the largest id that its tokenizer gave."""
     vocabulary = source.hf_config().get_text_config().vocab_size
     if largest >= vocabulary:
+        token = source.tokenizer().convert_ids_to_tokens(largest)
         raise UsageError(
-            f"{source.path}: the tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, the "
-            f"model's vocabulary ends at {vocabulary - 1}",
+            f"{source.path}: the tokenizer gives {token!r} the id {largest}, the model's vocabulary ends at "
+            f"{vocabulary - 1}",
             hint="tokenizer and model do not belong together, or tokens were added without resizing the embedding",
         )
 

@@ -8,31 +8,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qcli.data.tokens import require_known_ids
+from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qcli.models.source import ModelSource
 
 _BARS = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")  # modules that draw them
 
 
 def wrapped(loaded: Any, source: ModelSource) -> Any:
-    """The model for `simple_evaluate`; ids that the model has no embedding for are a UsageError, as for texts."""
+    """The model for `simple_evaluate`.
+
+    Raises:
+        UsageError: the tokenizer has neither a begin nor an end token. Later: it gives an id that the model has no
+            embedding for, as for texts.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class Checked(HFLM):  # type: ignore[misc]
         def tok_encode(self, *arguments: Any, **options: Any) -> Any:
             ids = super().tok_encode(*arguments, **options)
             flat = ids if not ids or isinstance(ids[0], int) else [each for inner in ids for each in inner]
-            require_known_ids(source, tokenizer, max(flat, default=0))
+            require_known_ids(source, max(flat, default=0))
             return ids
 
         def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
             ids, mask = super().tok_batch_encode(*arguments, **options)
-            require_known_ids(source, tokenizer, int(ids.max()) if ids.numel() else 0)
+            require_known_ids(source, int(ids.max()) if ids.numel() else 0)
             return ids, mask
 
+        def tok_decode(self, tokens: Any, *arguments: Any, **options: Any) -> Any:
+            # lm-eval decodes the end token to stop at it. Where there is none, there is no such text.
+            return None if tokens is None else super().tok_decode(tokens, *arguments, **options)
+
     tokenizer = source.tokenizer()
+    _require_padding(source, tokenizer)
     return Checked(pretrained=loaded, tokenizer=tokenizer, batch_size=8)
+
+
+def _require_padding(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer pad with a token that the model has: lm-eval would add a new one, for which there is no row.
+
+    What is padded is masked, so any token gives the same results.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"{source.path}: the tokenizer has neither a begin nor an end token, which tasks need in place of an empty "
+            "context",
+            hint="evaluate it without --tasks, or name its `bos_token` in tokenizer_config.json",
+        )
+    vocabulary = source.hf_config().get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+        ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        tokenizer.pad_token_id = next(token for token in ends if token is not None)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qcli.data import generated as self_text
 from qcli.data.generated import sample
 from qcli.models.open import open_source
-from qcli.utils.errors import ResourceError
+from qcli.utils.errors import ResourceError, UsageError
 from tests.tiny import SPECIAL, VOCAB, tiny_model
 
 ENDS = list(range(0, VOCAB, 5))  # random models end a document rarely: let every fifth token end one
@@ -85,6 +86,33 @@ def test_first_tokens_are_spread_over_the_vocabulary_without_special_tokens(tmp_
     assert first.min() >= len(SPECIAL)
     assert first.max() < len(SPECIAL) + 256  # rows beyond the tokenizer stand for nothing
     assert len(set(first.tolist())) > 150
+
+
+def without_special_tokens(model: Path) -> Path:
+    """Its config and tokenizer name no begin, end or padding."""
+    for file, fields in (
+        ("config.json", ("bos_token_id", "eos_token_id", "pad_token_id")),
+        ("tokenizer_config.json", ("bos_token", "eos_token", "pad_token")),
+    ):
+        described = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(described | dict.fromkeys(fields)))
+    return model
+
+
+def test_without_an_end_token_texts_go_on(tmp_path: Path) -> None:
+    source = open_source(str(without_special_tokens(tiny_model("llama", tmp_path))))
+    assert source.tokenizer().eos_token_id is None
+    ids = sample(source, 3, 24, "a")
+    assert ids.shape == (3, 24) and int(ids.max()) < 320
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: n for n, token in enumerate(SPECIAL)}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="the tokenizer has only special tokens"):
+        sample(open_source(str(model)), 2, 16, "a")
 
 
 def test_a_model_that_does_not_fit_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,20 @@ def test_tokens_beyond_the_vocabulary_are_named(source: ModelSource, file: Calla
         assert f"gives '{new}' the id {VOCAB}" in message and f"vocabulary ends at {VOCAB - 1}" in message
 
 
+def test_cached_tokens_of_a_larger_model_are_refused(tmp_path: Path, file: Callable[[str, str], str]) -> None:
+    """The same tokenizer gives the same cache entry."""
+    models = [open_source(str(tiny_model("llama", tmp_path, vocab_size=rows))) for rows in (VOCAB + 8, VOCAB)]
+    for model in models:
+        tokenizer = model.tokenizer()
+        tokenizer.add_tokens([f"<new {n}>" for n in range(VOCAB - len(tokenizer) + 1)])
+        new = tokenizer.convert_ids_to_tokens(VOCAB)
+        tokenizer.save_pretrained(model.path)
+    data, cache = file("a.txt", f"{new} hello " * 20), Cache(tmp_path / "cache")
+    larger, smaller = models
+    assert int(evaluation_tokens(data, larger, window=16, cache=cache).ids.max()) == VOCAB
+    assert f"the id {VOCAB}" in problem(evaluation_tokens, data, smaller, window=16, cache=cache)
+
+
 def test_an_unknown_set_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown data set 'wikitext'") as caught:
         read_text("wikitext", calibration=True)

@@ -254,6 +254,42 @@ def test_ids_beyond_the_vocabulary_are_one_line(folder: Path, tmp_path: Path) ->
         measure(Tasks(["our_times"], str(folder)), model)
 
 
+def retokenized(model: Path, **fields: object) -> Path:
+    """The model with other entries in its tokenizer's config."""
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return model
+
+
+def generating(folder: Path) -> str:
+    """The name of a second task, whose answers are generated, in batches that are padded."""
+    task = (folder / "times.yaml").read_text().replace("our_times", "our_answers")
+    task = task.replace("multiple_choice", "generate_until").replace("doc_to_target: label", 'doc_to_target: "1"')
+    task = task.replace('doc_to_choice: "{{choices}}"\n', 'generation_kwargs: {until: ["x"], max_gen_toks: 3}\n')
+    task = task.replace("{metric: acc,", "{metric: exact_match,")
+    (folder / "answers.yaml").write_text(task)
+    return "our_answers"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"pad_token": None}, {"pad_token": None, "eos_token": None}, {"pad_token": "<padding>"}],
+    ids=["no padding", "no end", "padding beyond the vocabulary"],
+)
+def test_what_is_padded_does_not_matter(fields: dict[str, object], folder: Path, tmp_path: Path) -> None:
+    """lm-eval would add a token for padding, which the embedding has no row for."""
+    tasks = [generating(folder), "our_times"]
+    model = tiny_model("llama", tmp_path, vocab_size=259, eos_token_id=None)
+    expected = measure(Tasks(tasks, str(folder)), model)
+    assert measure(Tasks(tasks, str(folder)), retokenized(model, **fields)) == expected
+
+
+def test_a_tokenizer_without_begin_and_end_is_one_line(folder: Path, tmp_path: Path) -> None:
+    model = retokenized(tiny_model("llama", tmp_path), bos_token=None, eos_token=None)
+    with pytest.raises(UsageError, match="has neither a begin nor an end token, which tasks need"):
+        measure(Tasks(["our_times"], str(folder)), model)
+
+
 def test_without_progress_lm_eval_prints_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
