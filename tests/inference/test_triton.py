@@ -87,7 +87,7 @@ def test_inputs_as_large_as_bfloat16_keeps(rows: int) -> None:
 
 
 def test_more_columns_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcli.inference.backends.triton._MAX_CHUNKS", 16)
+    monkeypatch.setattr("qcli.inference.backends.triton._MAX_SPANS", 8)
     format = Affine(bits=2, group_size=64)
     assert relative_error(format, (12, 1600), 2, torch.float16, bias=True) < TOLERANCES[torch.float16]
 

@@ -28,7 +28,7 @@ __all__ = ["Triton"]
 _CHUNK = 32  # codes whose words are whole, see kernels.py
 GEMV_ROWS = 4  # of the inputs, computed by `gemv`
 MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
-_MAX_CHUNKS = 512  # of one program of `gemv`
+_MAX_SPANS = 512  # of one program of `gemv`
 _TILE = 1 << 24  # weights decoded at a time
 _OLDEST = (7, 5)  # compute capability
 
@@ -144,15 +144,15 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
     in_scale = call.in_scale
     if in_scale is not None and (in_features % 4 or in_scale.data_ptr() % 8):
         in_scale = F.pad(in_scale, (0, -in_features % 4)).clone()
-    chunks = min(_MAX_CHUNKS, max(16, _power_of_2(call.chunks)))
-    splits = _cdiv(call.chunks, chunks)
-    block, warps_at_work = tuned or tuning.gemv(constants["BITS"], rows)
-    warps = max(1, min(16, chunks // 32))
-    programs = _processors(x.device) * max(1, warps_at_work // warps)
-    per_program = _cdiv(_cdiv(out_features * splits, programs), block) * block
+    chunks, block, turns = tuned or tuning.gemv(constants["BITS"], rows)
+    while constants["GROUP"] and constants["GROUP"] % (chunks * _CHUNK) and chunks * _CHUNK % constants["GROUP"]:
+        chunks //= 2
+    count = _cdiv(call.chunks, chunks)
+    spans = min(_MAX_SPANS, max(8, _power_of_2(count)))
+    splits = _cdiv(count, spans)
     y = x.new_empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32)
     pairs = constants["KIND"] == "table" and constants["BITS"] == 2 and constants["BASIS_ROWS"] == 0
-    _kernels().gemv[(_cdiv(out_features, per_program), splits)](
+    _kernels().gemv[(_cdiv(out_features, block * turns), splits)](
         x.view(torch.int64),
         x if in_scale is None else in_scale.view(torch.int64),
         *call.tables,
@@ -163,19 +163,20 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
         out_features,
         in_features,
         call.words.shape[1],
-        constants["BITS"],
+        1,
         call.groups,
-        per_program,
         x.shape[1] // each,
-        **constants,
+        **{**constants, "EVEN": in_features % (_CHUNK * chunks) == 0},
         X=_X[x.dtype],
         ROWS=_power_of_2(rows),
         IN_SCALE=in_scale is not None,
         BIAS=bias is not None and splits == 1,
         PAIRS=pairs,
+        SPAN=_CHUNK * chunks,
+        TURNS=turns,
         BN=block,
-        BJ=chunks,
-        num_warps=warps,
+        BJ=spans,
+        num_warps=max(1, min(16, spans // 32)),
     )
     if splits == 1:
         return y[0]
@@ -185,45 +186,68 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
 
 def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | None = None) -> Tensor:
     """x `[rows, in]`, up to `MATMUL_ROWS` -> `[rows, out]`."""
-    (out_features, in_features), rows = call.shape, len(x)
-    if call.in_scale is not None:
-        x = (x.float() * call.in_scale.float()).to(x.dtype)
-    bits, step, columns = call.constants["BITS"], _chunks_within_group(call), max(16, _power_of_2(rows))
-    block, warps, stages, programs = tuned or tuning.matmul(bits, rows)
-    tiles = _cdiv(out_features, block)
-    splits = max(1, min(call.chunks // step, programs * _processors(x.device) // tiles))
-    per_program = _cdiv(_cdiv(call.chunks, step), splits) * step
-    splits = _cdiv(call.chunks, per_program)
-    y = x.new_empty(splits, out_features, columns, dtype=torch.float32)
-    words = call.words if 32 % bits == 0 else call.words.view(torch.uint8)
-    _kernels().matmul[(tiles, splits)](
-        x.contiguous(),
-        words,
-        *call.tables[1:],
-        y,
+    (out_features, in_features), rows, bits = call.shape, len(x), call.constants["BITS"]
+    outputs, warps, stages, programs = tuned or tuning.matmul(bits, rows)
+    unit, units = _tile(call)
+    tiles, columns = _cdiv(in_features, unit * units), max(16, _power_of_2(rows))
+    kernels, x = _kernels(), x.contiguous()
+    arranged = x.new_empty(tiles, unit, units, columns)
+    sums = x.new_empty(tiles, columns, dtype=torch.float32)
+    kernels.arrange[(tiles,)](
+        x,
+        x if call.in_scale is None else call.in_scale,
+        arranged,
+        sums,
         rows,
-        out_features,
         in_features,
+        in_features,
+        IN_SCALE=call.in_scale is not None,
+        UNIT=unit,
+        UNITS=units,
+        BM=columns,
+    )
+    blocks = _cdiv(out_features, outputs)
+    splits = max(1, min(tiles, programs * _processors(x.device) // blocks))
+    per_program = _cdiv(tiles, splits)
+    splits = _cdiv(tiles, per_program)
+    parts = x.new_empty(splits, out_features, columns, dtype=torch.float32)
+    integers = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+    kernels.matmul[(blocks, splits)](
+        arranged,
+        sums,
+        call.words.view(integers.get(unit * bits, torch.uint8)),
+        *call.tables[1:],
+        parts,
+        out_features,
+        tiles,
         call.words.shape[1],
         call.groups,
         per_program,
         **{name: value for name, value in call.constants.items() if name != "EVEN"},
         BASE=1024 if x.dtype == torch.float16 else 128 if bits < 8 else 0,
         DOT32=_interpreted(),
-        BN=block,
-        BJ=step,
+        UNIT=unit,
+        UNITS=units,
+        BN=outputs,
         BM=columns,
         num_warps=warps,
         num_stages=stages,
     )
-    total = (y[0] if splits == 1 else y.sum(0)).T[:rows]
-    return (total if bias is None else total + bias).to(x.dtype)
+    y = x.new_empty(rows, out_features)
+    kernels.collect[(_cdiv(out_features, 64),)](
+        parts, parts if bias is None else bias, y, splits, rows, out_features, BIAS=bias is not None, BN=64, BM=columns
+    )
+    return y
 
 
-def _chunks_within_group(call: Call) -> int:
-    """Chunks of a tile of `matmul`: a power of 2, up to 4, so that no tile leaves a group."""
-    chunks = (call.constants["GROUP"] or 4 * _CHUNK) // _CHUNK
-    return min(4, chunks & -chunks)
+def _tile(call: Call) -> tuple[int, int]:
+    """Codes of a unit and units of a tile of `matmul`: no tile leaves a group, and a unit has at most 32 bits."""
+    group = call.constants["GROUP"] or 4 * _CHUNK
+    columns = min(4 * _CHUNK, group & -group)
+    unit = columns // 16
+    while unit * call.constants["BITS"] > (32 if unit * call.constants["BITS"] % 8 == 0 else 25):
+        unit //= 2
+    return unit, columns // unit
 
 
 def decoded(x: Tensor, call: Call, bias: Tensor | None) -> Tensor:
@@ -245,7 +269,7 @@ def decoded(x: Tensor, call: Call, bias: Tensor | None) -> Tensor:
             in_features,
             chunks,
             call.words.shape[1],
-            call.constants["BITS"],
+            1,
             call.groups,
             **call.constants,
             BN=4,

@@ -32,44 +32,45 @@ def _element(packed, e: tl.constexpr, X: tl.constexpr):
 
 
 @triton.jit
-def _chunk_of(ptr, chunks, live, K, X: tl.constexpr):
-    """A vector's elements by their place in a chunk: 32 tensors of chunks, float32; beyond K they are 0."""
+def _by_place(ptr, spans, live, K, SPAN: tl.constexpr, X: tl.constexpr):
+    """A vector's elements by their place in a span: SPAN tensors of spans, float32; beyond K they are 0."""
     each: tl.constexpr = 2 if X == "fp32" else 4
     elements = ()
-    for u in tl.static_range(CHUNK // each):
-        packed = tl.load(ptr + chunks * (CHUNK // each) + u, mask=live & (chunks * CHUNK + u * each < K), other=0)
+    for u in tl.static_range(SPAN // each):
+        packed = tl.load(ptr + spans * (SPAN // each) + u, mask=live & (spans * SPAN + u * each < K), other=0)
         for e in tl.static_range(each):
             elements = elements + (_element(packed, e, X),)
     return elements
 
 
+@triton.constexpr_function
+def _words_at_once(count):
+    """Words that one load takes: up to 16 bytes."""
+    return 4 if count % 4 == 0 else 2 if count % 2 == 0 else 1
+
+
 @triton.jit
-def _words(base, chunks, mask, row_words, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """The words of each chunk: BITS tensors in the shape of `base`, pointers to the first ones."""
-    if EVEN and (BITS == 2 or BITS == 4 or BITS == 8):
-        places = base[:, :, None] + tl.arange(0, BITS)[None, None, :]
-        whole = tl.load(places, mask=mask[:, :, None], other=0)
-        if BITS == 2:
-            words = tl.split(whole)
-        elif BITS == 4:
-            even, odd = tl.split(tl.reshape(whole, [base.shape[0], base.shape[1], 2, 2]))
-            w0, w2 = tl.split(even)
-            w1, w3 = tl.split(odd)
-            words = (w0, w1, w2, w3)
-        else:
-            even, odd = tl.split(tl.reshape(whole, [base.shape[0], base.shape[1], 2, 2, 2]))
-            w04, w26 = tl.split(even)
-            w15, w37 = tl.split(odd)
-            w0, w4 = tl.split(w04)
-            w2, w6 = tl.split(w26)
-            w1, w5 = tl.split(w15)
-            w3, w7 = tl.split(w37)
-            words = (w0, w1, w2, w3, w4, w5, w6, w7)
-    else:
-        words = ()
-        for c in tl.static_range(BITS):
-            inside = mask if EVEN else mask & (chunks * BITS + c < row_words)
+def _words(base, first, mask, row_words, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """COUNT words from each pointer of `base`, a tuple of tensors; EVEN: no row ends among them.
+
+    first: the place of the first words in their rows.
+    """
+    words = ()
+    width: tl.constexpr = _words_at_once(COUNT) if EVEN else 1
+    for c in tl.static_range(COUNT // width):
+        if width == 1:
+            inside = mask if EVEN else mask & (first + c < row_words)
             words = words + (tl.load(base + c, mask=inside, other=0),)
+        else:
+            places = (base + c * width)[:, :, None] + tl.arange(0, width)[None, None, :]
+            whole = tl.load(places, mask=mask[:, :, None], other=0)
+            if width == 2:
+                words = words + tl.split(whole)
+            else:
+                even, odd = tl.split(tl.reshape(whole, [base.shape[0], base.shape[1], 2, 2]))
+                w0, w2 = tl.split(even)
+                w1, w3 = tl.split(odd)
+                words = words + (w0, w1, w2, w3)
     return words
 
 
@@ -132,10 +133,8 @@ def _table(ptr, scale_ptr, entry, step: tl.constexpr, r: tl.constexpr, mask, EIG
 
 
 @triton.jit
-def _sum(
-    words, xs, m: tl.constexpr, first: tl.constexpr, last: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr, like
-):
-    """`sum_i part(q_i) x_i 2**-59` over codes first..last-1 of each chunk, for row m of the inputs.
+def _sum(words, xs, first: tl.constexpr, last: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr, like):
+    """`sum_i part(q_i) x_i` over codes first..last-1 of each span.
 
     PART: the mask of bits taken, in place; or "both", bit 0 and bit 1 (of 2-bit codes)."""
     total = tl.zeros(like.shape, tl.float32)
@@ -145,19 +144,19 @@ def _sum(
             bits = word & (word >> 1) & (1 << _shift(i, BITS, 23))
         else:
             bits = word & (PART << _shift(i, BITS, 23))
-        x = xs[m * CHUNK + i] * (2.0 ** (_UP - _shift(i, BITS, 23)))
+        x = xs[i] * (2.0 ** (_UP - _shift(i, BITS, 23)))
         total += bits.to(tl.float32, bitcast=True) * x[:, None]
     return total * (2.0 ** (149 - _UP))
 
 
 @triton.jit
-def _sum_of_pairs(words, xs, m: tl.constexpr, first: tl.constexpr, last: tl.constexpr, pairs, like):
-    """`sum_i v(q_i) x_i` over 2-bit codes first..last-1 of each chunk, for row m of the inputs."""
+def _sum_of_pairs(words, xs, first: tl.constexpr, last: tl.constexpr, pairs, like):
+    """`sum_i v(q_i) x_i` over 2-bit codes first..last-1 of each span."""
     total = tl.zeros(like.shape, tl.float32)
     for p in tl.static_range(first // 2, last // 2):
         both = tl.load(pairs + ((words[p // 8] >> (p % 8 * 4)) & 15))
-        total += _element(both, 0, "fp32") * xs[m * CHUNK + 2 * p][:, None]
-        total += _element(both, 1, "fp32") * xs[m * CHUNK + 2 * p + 1][:, None]
+        total += _element(both, 0, "fp32") * xs[2 * p][:, None]
+        total += _element(both, 1, "fp32") * xs[2 * p + 1][:, None]
     return total
 
 
@@ -180,7 +179,6 @@ def gemv(
     row_words,
     word_step,
     groups,
-    rows_per_program,
     x_stride,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
@@ -195,13 +193,18 @@ def gemv(
     BIAS: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    TURNS: tl.constexpr,
     BN: tl.constexpr,
     BJ: tl.constexpr,
 ):
     """`y[m, n] = sum_k w[n, k] x[m, k]` for a few rows m, summed in float32.
 
-    Program (p, s) computes `rows_per_program` outputs from the columns of BJ chunks; y is `[splits, rows, N]`.
-    GROUP: columns that share scales, a divisor or a multiple of 32, or 0 for the whole row.
+    A thread holds the inputs of a span, SPAN columns in whole chunks, and meets them with the same span of many rows of
+    the weight. Program (p, s) computes `TURNS * BN` outputs from the columns of BJ spans; y is `[splits, rows, N]`.
+
+    word_step: 1, where spans are words; as an argument, so that neighbouring ones go to neighbouring threads.
+    GROUP: columns that share scales, a divisor or a multiple of SPAN, or 0 for the whole row.
     PAIRS: look up the values of two 2-bit codes at once, in scratch memory `[RANK, 16]` for one basis. Every program
     writes it whole, with the same values, so none waits for another.
     """
@@ -212,116 +215,97 @@ def gemv(
             high = tl.load(basis_ptr + r * 4 + pair // 4).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
             tl.store(pairs_ptr + r * 16 + pair, (high << 32) | (low & 0xFFFFFFFF))
         tl.debug_barrier()
-    chunks = tl.program_id(1) * BJ + tl.arange(0, BJ)
-    live = chunks * CHUNK < K
-    xs = ()
+    spans = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    live = spans * SPAN < K
+    inputs = ()
     for m in tl.static_range(ROWS):
-        xs = xs + _chunk_of(x_ptr + tl.minimum(m, rows - 1) * x_stride, chunks, live, K, X)
-    if IN_SCALE:
-        in_scale = _chunk_of(in_scale_ptr, chunks, live, K, "fp16")
-        scaled = ()
-        for m in tl.static_range(ROWS):
-            for i in tl.static_range(CHUNK):
-                scaled = scaled + (xs[m * CHUNK + i] * in_scale[i],)
-        xs = scaled
-    step: tl.constexpr = 32 if GROUP == 0 else min(GROUP, 32)
-    sums = ()  # of the inputs, by row and group of a chunk
-    for m in tl.static_range(ROWS):
-        for part in tl.static_range(CHUNK // step):
-            total = xs[m * CHUNK + part * step]
-            for i in tl.static_range(part * step + 1, (part + 1) * step):
-                total += xs[m * CHUNK + i]
-            sums = sums + (total,)
-    start = tl.program_id(0) * rows_per_program
-    for n0 in range(start, min(start + rows_per_program, N), BN):
-        row = n0 + tl.arange(0, BN)
+        xs = _by_place(x_ptr + tl.minimum(m, rows - 1) * x_stride, spans, live, K, SPAN, X)
+        if IN_SCALE:
+            in_scale = _by_place(in_scale_ptr, spans, live, K, SPAN, "fp16")
+            scaled = ()
+            for i in tl.static_range(SPAN):
+                scaled = scaled + (xs[i] * in_scale[i],)
+            xs = scaled
+        inputs = inputs + (xs,)
+    step: tl.constexpr = SPAN if GROUP == 0 else min(GROUP, SPAN)
+    for turn in tl.static_range(TURNS):
+        row = (tl.program_id(0) * TURNS + turn) * BN + tl.arange(0, BN)
         n = tl.minimum(row, N - 1)
         mask = live[:, None] & (n >= 0)[None, :]
-        base = words_ptr + (chunks * word_step)[:, None] + n[None, :].to(tl.int64) * row_words
-        words = _words(base, chunks[:, None], mask, row_words, BITS, EVEN)
-        ys = ()
+        first = spans * word_step if SPAN * BITS == 32 else spans * (SPAN * BITS // 32)
+        base = words_ptr + first[:, None] + n[None, :].to(tl.int64) * row_words
+        words = _words(base, first[:, None], mask, row_words, SPAN * BITS // 32, EVEN)
         for m in tl.static_range(ROWS):
-            ys = ys + (tl.zeros([BJ, BN], tl.float32),)
-        for part in tl.static_range(CHUNK // step):
-            column = chunks * CHUNK + part * step
-            g = column * 0 if GROUP == 0 else column // GROUP
-            inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
-            terms = _terms(
-                words, xs, sums, part, step, n, g, inside, groups,
-                scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr, pairs_ptr,
-                KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS, ROWS, PAIRS,
-            )  # fmt: skip
-            added = ()
-            for m in tl.static_range(ROWS):
-                added = added + (ys[m] + terms[m],)
-            ys = added
-        for m in tl.static_range(ROWS):
-            y = tl.sum(ys[m], axis=0)
+            y = tl.zeros([BJ, BN], tl.float32)
+            for part in tl.static_range(SPAN // step):
+                column = spans * SPAN + part * step
+                g = column * 0 if GROUP == 0 else column // GROUP
+                inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
+                y += _term(
+                    words, inputs[m], part * step, (part + 1) * step, n, g, inside, groups,
+                    scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr, pairs_ptr,
+                    KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS, PAIRS,
+                )  # fmt: skip
+            total = tl.sum(y, axis=0)
             if BIAS:
-                y += tl.load(bias_ptr + n).to(tl.float32)
+                total += tl.load(bias_ptr + n).to(tl.float32)
             place = y_ptr + (tl.program_id(1) * rows + m) * N + row
-            tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(row < N) & (row * 0 + m < rows))
+            tl.store(place, total.to(y_ptr.dtype.element_ty), mask=(row < N) & (row * 0 + m < rows))
 
 
 @triton.jit
-def _terms(
-    words, xs, sums, part: tl.constexpr, step: tl.constexpr, n, g, mask, groups,
+def _term(
+    words, xs, first: tl.constexpr, last: tl.constexpr, n, g, mask, groups,
     scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr, pairs_ptr,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, RANK: tl.constexpr, EIGHT: tl.constexpr,
-    BASIS_ROWS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BASIS_ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The scaled sums of one group of each chunk: a tensor `[chunks, n]` for each row of the inputs."""
-    first: tl.constexpr = part * step
-    last: tl.constexpr = first + step
+    """The scaled sums of columns first..last-1 of each span, which are in one group: `[spans, n]`."""
     entry = n[None, :] * groups + g[:, None]
-    terms = ()
+    x_sum = xs[first]
+    for i in tl.static_range(first + 1, last):
+        x_sum += xs[i]
+    x_sum = x_sum[:, None]
     if KIND == "affine":
         scale = tl.load(scale_ptr + entry, mask=mask, other=0).to(tl.float32)
         zero = _zero_point(zero_ptr, n[None, :], g[:, None], mask, groups, ZERO, BITS)
-        for m in tl.static_range(ROWS):
-            total = _sum(words, xs, m, first, last, (1 << BITS) - 1, BITS, entry)
-            terms = terms + (scale * (total - zero * sums[m * (CHUNK // step) + part][:, None]),)
+        term = scale * (_sum(words, xs, first, last, (1 << BITS) - 1, BITS, entry) - zero * x_sum)
     elif KIND == "planes" or KIND == "signs":
         alpha1 = tl.load(scale_ptr + entry, mask=mask, other=0).to(tl.float32)
         alpha2 = tl.load(zero_ptr + entry, mask=mask, other=0).to(tl.float32)
-        for m in tl.static_range(ROWS):
-            plane1 = _sum(words, xs, m, first, last, 1, BITS, entry)
-            plane2 = 0.5 * _sum(words, xs, m, first, last, 2, BITS, entry)
-            if KIND == "signs":
-                plane1 = 2 * plane1 - sums[m * (CHUNK // step) + part][:, None]
-                plane2 = 2 * plane2 - sums[m * (CHUNK // step) + part][:, None]
-            terms = terms + (alpha1 * plane1 + alpha2 * plane2,)
+        plane1 = _sum(words, xs, first, last, 1, BITS, entry)
+        plane2 = 0.5 * _sum(words, xs, first, last, 2, BITS, entry)
+        if KIND == "signs":
+            plane1 = 2 * plane1 - x_sum
+            plane2 = 2 * plane2 - x_sum
+        term = alpha1 * plane1 + alpha2 * plane2
     else:
-        offset = _table(zero_ptr, zero_scale_ptr, entry, 1, 0, mask, EIGHT)
+        term = -_table(zero_ptr, zero_scale_ptr, entry, 1, 0, mask, EIGHT) * x_sum
         basis = basis_ptr if BASIS_ROWS == 0 else basis_ptr + (n // BASIS_ROWS)[None, :] * (RANK << BITS)
-        for m in tl.static_range(ROWS):
-            x_sum = sums[m * (CHUNK // step) + part][:, None]
-            term = -offset * x_sum
-            if BITS <= 2 and not PAIRS:
-                bit0 = _sum(words, xs, m, first, last, 1, BITS, entry)
+        if BITS <= 2 and not PAIRS:
+            bit0 = _sum(words, xs, first, last, 1, BITS, entry)
+            if BITS == 2:
+                bit1 = 0.5 * _sum(words, xs, first, last, 2, BITS, entry)
+                both = _sum(words, xs, first, last, "both", BITS, entry)
+        for r in tl.static_range(RANK):
+            values = basis + (r << BITS)
+            if PAIRS:
+                total = _sum_of_pairs(words, xs, first, last, pairs_ptr + r * 16, entry)
+            elif BITS <= 2:
+                v0 = tl.load(values).to(tl.float32)
+                v1 = tl.load(values + 1).to(tl.float32)
+                total = v0 * x_sum + (v1 - v0) * bit0
                 if BITS == 2:
-                    bit1 = 0.5 * _sum(words, xs, m, first, last, 2, BITS, entry)
-                    both = _sum(words, xs, m, first, last, "both", BITS, entry)
-            for r in tl.static_range(RANK):
-                values = basis + (r << BITS)
-                if PAIRS:
-                    total = _sum_of_pairs(words, xs, m, first, last, pairs_ptr + r * 16, entry)
-                elif BITS <= 2:
-                    v0 = tl.load(values).to(tl.float32)
-                    v1 = tl.load(values + 1).to(tl.float32)
-                    total = v0 * x_sum + (v1 - v0) * bit0
-                    if BITS == 2:
-                        v2 = tl.load(values + 2).to(tl.float32)
-                        v3 = tl.load(values + 3).to(tl.float32)
-                        total += (v2 - v0) * bit1 + (v3 - v2 - v1 + v0) * both
-                else:
-                    total = tl.zeros(entry.shape, tl.float32)
-                    for i in tl.static_range(first, last):
-                        value = tl.load(values + _code(words, i, BITS)).to(tl.float32)
-                        total += value * xs[m * CHUNK + i][:, None]
-                term += _table(scale_ptr, scale_scale_ptr, entry, RANK, r, mask, EIGHT) * total
-            terms = terms + (term,)
-    return terms
+                    v2 = tl.load(values + 2).to(tl.float32)
+                    v3 = tl.load(values + 3).to(tl.float32)
+                    total += (v2 - v0) * bit1 + (v3 - v2 - v1 + v0) * both
+            else:
+                total = tl.zeros(entry.shape, tl.float32)
+                for i in tl.static_range(first, last):
+                    value = tl.load(values + _code(words, i, BITS)).to(tl.float32)
+                    total += value * xs[i][:, None]
+            term += _table(scale_ptr, scale_scale_ptr, entry, RANK, r, mask, EIGHT) * total
+    return term
 
 
 @triton.jit
@@ -423,8 +407,9 @@ def decode(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(first_row + row, N - 1)[None, :]
     mask = (chunks * CHUNK < K)[:, None] & (n >= 0)
-    base = words_ptr + (chunks * word_step)[:, None] + n.to(tl.int64) * row_words
-    words = _words(base, chunks[:, None], mask, row_words, BITS, EVEN)
+    first = chunks * word_step if BITS == 1 else chunks * BITS
+    base = words_ptr + first[:, None] + n.to(tl.int64) * row_words
+    words = _words(base, first[:, None], mask, row_words, BITS, EVEN)
     step: tl.constexpr = 32 if GROUP == 0 else min(GROUP, 32)
     for part in tl.static_range(CHUNK // step):
         column = chunks * CHUNK + part * step
@@ -440,53 +425,102 @@ def decode(
 
 
 @triton.jit
-def _codes(ptr, n, j0, K, row_words, BITS: tl.constexpr, BJ: tl.constexpr):
-    """Codes of rows n and BJ chunks from j0, in their low bits: int32 or int64 `[n, words, codes]`.
-
-    ptr: int32, or uint8 where a word holds no whole number of codes: eight codes are BITS bytes.
-    """
-    if 32 % BITS == 0:
-        word = j0 * BITS + tl.arange(0, BJ * BITS)
-        inside = (n >= 0)[:, None] & (word < row_words)[None, :]
-        fields = tl.load(ptr + n[:, None].to(tl.int64) * row_words + word[None, :], mask=inside, other=0)
-        return fields[:, :, None] >> (BITS * tl.arange(0, 32 // BITS))[None, None, :]
-    else:
-        unit = j0 * 4 + tl.arange(0, BJ * 4)
-        start = ptr + n[:, None].to(tl.int64) * (row_words * 4) + unit[None, :] * BITS
-        wide: tl.constexpr = tl.int32 if BITS == 3 else tl.int64
-        fields = tl.zeros(start.shape, wide)
-        for byte in tl.static_range(BITS):
-            inside = (n >= 0)[:, None] & (unit * BITS + byte < row_words * 4)[None, :]
-            fields |= tl.load(start + byte, mask=inside, other=0).to(wide) << (8 * byte)
-        return fields[:, :, None] >> (BITS * tl.arange(0, 8))[None, None, :]
+def arrange(
+    x_ptr,
+    in_scale_ptr,
+    arranged_ptr,
+    sums_ptr,
+    rows,
+    K,
+    x_stride,
+    IN_SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Inputs as `matmul` reads them, a tile of UNIT * UNITS columns in each program: `[tiles, UNIT, UNITS, BM]`, and
+    their float32 sums `[tiles, BM]`."""
+    tile = tl.program_id(0)
+    m = tl.arange(0, BM)
+    sums = tl.zeros([BM], tl.float32)
+    for i in tl.static_range(UNIT):
+        k = tile * UNIT * UNITS + tl.arange(0, UNITS) * UNIT + i
+        inside = (k < K)[:, None] & (m < rows)[None, :]
+        x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None], mask=inside, other=0)
+        if IN_SCALE:
+            x = (x.to(tl.float32) * tl.load(in_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]).to(x.dtype)
+        sums += tl.sum(x.to(tl.float32), axis=0)
+        place = ((tile * UNIT + i) * UNITS + tl.arange(0, UNITS))[:, None] * BM + m[None, :]
+        tl.store(arranged_ptr + place, x)
+    tl.store(sums_ptr + tile * BM + m, sums)
 
 
 @triton.jit
-def _factor(codes, basis, PART: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, BASE: tl.constexpr):
-    """What the inputs of a tile are multiplied by, `[n, columns]`: codes or one bit of them, plus BASE, or the values
-    of a codebook's basis vector.
+def _units(ptr, n, tile, row_words, BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr):
+    """Units of UNIT codes each, of rows n and one tile of columns: `[n, UNITS]`, codes from the lowest bit.
+
+    ptr: integers as wide as a unit; or uint8, where no integer is.
+    """
+    width: tl.constexpr = UNIT * BITS
+    unit = tile * UNITS + tl.arange(0, UNITS)
+    if width == 8 or width == 16 or width == 32:
+        place = n[:, None].to(tl.int64) * (row_words * (32 // width)) + unit[None, :]
+        units = tl.load(ptr + place, mask=(unit < row_words * (32 // width))[None, :] & (n >= 0)[:, None], other=0)
+        return units.to(tl.int32)
+    else:
+        byte = unit * width // 8
+        row = ptr + n[:, None].to(tl.int64) * (row_words * 4)
+        units = tl.zeros([n.shape[0], UNITS], tl.int32)
+        for b in tl.static_range((width + 15 - min(8, width & -width)) // 8):  # a unit may start in a byte's midst
+            inside = (byte + b < row_words * 4)[None, :] & (n >= 0)[:, None]
+            units |= tl.load(row + (byte + b)[None, :], mask=inside, other=0).to(tl.int32) << (8 * b)
+        return units >> (unit * width % 8)[None, :]
+
+
+@triton.jit
+def _factor(units, i: tl.constexpr, basis, PART: tl.constexpr, BITS: tl.constexpr, BASE: tl.constexpr, like):
+    """What inputs i of every unit are multiplied by, in the dtype of `like`: codes or one bit of them, plus BASE, or
+    the values of a codebook's basis vector.
 
     PART: "code", 0 or 1 (a bit), or "basis".
     """
+    codes = units >> (i * BITS)
     if PART == "basis" and BITS <= 2:
         values = tl.where((codes & 1) != 0, basis[1], basis[0])
         if BITS == 2:
             values = tl.where((codes & 2) != 0, tl.where((codes & 1) != 0, basis[3], basis[2]), values)
-        values = values.to(DTYPE)
+        return values.to(like.dtype)
     elif PART == "basis":
-        values = tl.load(basis[0] + (codes & ((1 << BITS) - 1))).to(DTYPE)
+        return tl.load(basis[0] + (codes & ((1 << BITS) - 1))).to(like.dtype)
     else:
         bits = codes & ((1 << BITS) - 1) if PART == "code" else (codes >> PART) & 1
         if BASE == 0:
-            values = bits.to(tl.float32).to(DTYPE)
+            return bits.to(tl.float32).to(like.dtype)
         else:
-            values = (bits | (0x4300 if BASE == 128 else 0x6400)).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.reshape(values, [values.shape[0], values.shape[1] * values.shape[2]])
+            return (bits | (0x4300 if BASE == 128 else 0x6400)).to(tl.int16).to(like.dtype, bitcast=True)
+
+
+@triton.jit
+def _product(
+    units, x_ptr, basis, PART: tl.constexpr, BITS: tl.constexpr, BASE: tl.constexpr, DOT32: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The factors of a tile times its inputs `[UNIT, UNITS, BM]`: float32 `[n, BM]`."""
+    total = tl.zeros([units.shape[0], BM], tl.float32)
+    for i in tl.static_range(UNIT):
+        x = tl.load(x_ptr + (i * UNITS + tl.arange(0, UNITS))[:, None] * BM + tl.arange(0, BM)[None, :])
+        w = _factor(units, i, basis, PART, BITS, BASE, x)
+        if DOT32:  # the interpreter multiplies 16-bit matrices wrongly
+            total += tl.dot(w.to(tl.float32), x.to(tl.float32))
+        else:
+            total = tl.dot(w, x, total)
+    return total
 
 
 @triton.jit
 def matmul(
     x_ptr,
+    sums_ptr,
     words_ptr,
     scale_ptr,
     scale_scale_ptr,
@@ -494,12 +528,11 @@ def matmul(
     zero_scale_ptr,
     basis_ptr,
     y_ptr,
-    rows,
     N,
-    K,
+    tiles,
     row_words,
     groups,
-    chunks_per_program,
+    tiles_per_program,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
@@ -509,45 +542,44 @@ def matmul(
     GROUP: tl.constexpr,
     BASE: tl.constexpr,
     DOT32: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
     BN: tl.constexpr,
-    BJ: tl.constexpr,
     BM: tl.constexpr,
 ):
     """`y[s, n, m] = sum_k w[n, k] x[m, k]` over the columns of split s, on tensor cores, summed in float32.
 
-    The tensor cores multiply codes; their sums over a tile of BJ chunks, which lie in one group, are scaled. Codes come
-    as `BASE + q`, a power of 2 whose mantissa ends in the code's bits, which takes no conversion.
+    The tensor cores multiply codes; their sums over a tile of columns, which is in one group, are scaled. A tile is
+    UNITS units of UNIT codes; a product takes code i of every unit, and its inputs come from `arrange`. Codes come as
+    `BASE + q`, a power of 2 whose mantissa ends in the code's bits, which takes no conversion.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, N - 1)
     m = tl.arange(0, BM)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BN, BM], tl.float32)
-    start = tl.program_id(1) * chunks_per_program
-    for j0 in range(start, min(start + chunks_per_program, tl.cdiv(K, CHUNK)), BJ):
-        codes = _codes(words_ptr, n, j0, K, row_words, BITS, BJ)
-        k = j0 * CHUNK + tl.arange(0, BJ * CHUNK)
-        x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=(k < K)[:, None] & (m < rows)[None, :], other=0)
-        x_sum = tl.sum(x.to(tl.float32), axis=0)[None, :]
-        g = 0 if GROUP == 0 else j0 * CHUNK // GROUP
-        entry = n * groups + g
+    start = tl.program_id(1) * tiles_per_program
+    for tile in range(start, min(start + tiles_per_program, tiles)):
+        units = _units(words_ptr, n, tile, row_words, BITS, UNIT, UNITS)
+        x = x_ptr + tile * (UNIT * UNITS * BM)
+        x_sum = tl.load(sums_ptr + tile * BM + m)[None, :]
+        entry = n * groups + (0 if GROUP == 0 else tile * UNIT * UNITS // GROUP)
         if KIND == "affine":
             scale = tl.load(scale_ptr + entry).to(tl.float32)
-            zero = _zero_point(zero_ptr, n, g, n >= 0, groups, ZERO, BITS)
-            w = _factor(codes, (), "code", BITS, DTYPE, BASE)
-            acc += scale[:, None] * (_dot(w, x, DOT32) - (zero + 1.0 * BASE + scale * 0)[:, None] * x_sum)
+            zero = _zero_point(zero_ptr, n, entry - n * groups, n >= 0, groups, ZERO, BITS) + 0 * scale + BASE
+            product = _product(units, x, (), "code", BITS, BASE, DOT32, UNIT, UNITS, BM)
+            acc += scale[:, None] * (product - zero[:, None] * x_sum)
         elif KIND == "planes" or KIND == "signs":
             alpha1 = tl.load(scale_ptr + entry).to(tl.float32)[:, None]
             alpha2 = tl.load(zero_ptr + entry).to(tl.float32)[:, None]
-            plane1 = _dot(_factor(codes, (), 0, BITS, DTYPE, BASE), x, DOT32) - BASE * x_sum
-            plane2 = _dot(_factor(codes, (), 1, BITS, DTYPE, BASE), x, DOT32) - BASE * x_sum
+            plane1 = _product(units, x, (), 0, BITS, BASE, DOT32, UNIT, UNITS, BM) - BASE * x_sum
+            plane2 = _product(units, x, (), 1, BITS, BASE, DOT32, UNIT, UNITS, BM) - BASE * x_sum
             if KIND == "signs":
                 plane1 = 2 * plane1 - x_sum
                 plane2 = 2 * plane2 - x_sum
             acc += alpha1 * plane1 + alpha2 * plane2
         else:
             acc -= _table(zero_ptr, zero_scale_ptr, entry, 1, 0, n >= 0, EIGHT)[:, None] * x_sum
-            values = basis_ptr if BASIS_ROWS == 0 else basis_ptr + (n // BASIS_ROWS)[:, None, None] * (RANK << BITS)
+            values = basis_ptr if BASIS_ROWS == 0 else basis_ptr + (n // BASIS_ROWS)[:, None] * (RANK << BITS)
             for r in tl.static_range(RANK):
                 basis = (values + (r << BITS),)
                 if BITS <= 2:
@@ -555,12 +587,20 @@ def matmul(
                     for code in tl.static_range(1 << BITS):
                         basis = basis + (tl.load(values + (r << BITS) + code),)
                 scale = _table(scale_ptr, scale_scale_ptr, entry, RANK, r, n >= 0, EIGHT)[:, None]
-                acc += scale * _dot(_factor(codes, basis, "basis", BITS, DTYPE, 0), x, DOT32)
+                acc += scale * _product(units, x, basis, "basis", BITS, 0, DOT32, UNIT, UNITS, BM)
     place = y_ptr + (tl.program_id(1) * N + row[:, None]) * BM + m[None, :]
     tl.store(place, acc, mask=(row < N)[:, None] & (m >= 0)[None, :])
 
 
 @triton.jit
-def _dot(w, x, DOT32: tl.constexpr):
-    """`w x`, float32; DOT32: from float32 operands, as the interpreter needs them."""
-    return tl.dot(w.to(tl.float32), x.to(tl.float32)) if DOT32 else tl.dot(w, x)
+def collect(parts_ptr, bias_ptr, y_ptr, splits, rows, N, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Sum the splits of `matmul`: `[splits, N, BM]` -> y `[rows, N]`."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    inside = (n < N)[:, None] & (m < rows)[None, :]
+    total = tl.zeros([BN, BM], tl.float32)
+    for s in range(splits):
+        total += tl.load(parts_ptr + (s * N + n[:, None]) * BM + m[None, :], mask=inside, other=0)
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[:, None]
+    tl.store(y_ptr + m[None, :] * N + n[:, None], total.to(y_ptr.dtype.element_ty), mask=inside)

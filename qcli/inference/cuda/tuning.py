@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 
 class Gemv(NamedTuple):
-    """Of `gemv`: outputs computed at a time by a program, and warps at work on each processor."""
+    """Of `gemv`: chunks of 32 columns whose inputs a thread holds, outputs computed at a time, and how many times."""
 
+    chunks: int
     outputs: int
-    warps: int
+    turns: int
 
 
 class Matmul(NamedTuple):
@@ -23,7 +24,7 @@ class Matmul(NamedTuple):
 
 def gemv(bits: int, rows: int) -> Gemv:
     """For a weight of this width and so many rows of inputs."""
-    return Gemv(outputs=8 if bits <= 2 and rows == 1 else 4, warps=32)
+    return Gemv(chunks=2 if rows == 1 else 1, outputs=8 if rows == 1 else 4, turns=2)
 
 
 def matmul(bits: int, rows: int) -> Matmul:
