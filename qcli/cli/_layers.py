@@ -20,6 +20,7 @@ COLUMNS = {
     "error": "error",
     "measure": "of",
     "divides_tensor_parallel": "splits over",
+    "backend": "backend",
     "why_dense": "dense because",
 }
 _TO_BLOCK = re.compile(r"^.*?\.\d+\.")

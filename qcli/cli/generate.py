@@ -82,8 +82,9 @@ def generate(
         import torch
 
         from qcli.inference import generate as generation
-        from qcli.inference.load import backend_counts, load_model, own_dtype, tensor_bytes
+        from qcli.inference.load import backend_counts, load_model, tensor_bytes
         from qcli.inference.prompt import Prompts
+        from qcli.inference.served import own_dtype
         from qcli.models.open import open_source
         from qcli.utils.device import resolve_device, resolve_dtype
         from qcli.utils.memory import peak_memory

@@ -18,7 +18,7 @@ def inspect(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Show the layers and sizes of a checkpoint, and how it was made."""
+    """Show the layers and sizes of a checkpoint, how it was made, and what computes its layers on this machine."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.inspect import inspect as inspect_checkpoint
 
@@ -35,6 +35,9 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
         "refined": _options(recipe.get("refine", {})),
         "activations": _options(report["activations"] or {}),
     }
+    runs_on = report["runs_on"]
+    for backend in report["missed_backends"]:
+        tables.line(f"not {backend['name']}, in {backend['layers']} layers: {backend['reason']}")
     tables.pairs(
         {
             "checkpoint": report["folder"],
@@ -46,6 +49,7 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
             "bits per weight": bits(report),
             **facts_in_words(report["facts"]),
             "size": size(report["bytes"]),
+            "backends on": None if runs_on is None else f"{runs_on['device']}, in {runs_on['dtype']}",
             "time": duration(report["seconds"]),
             "fallbacks": f"in {report['fallbacks']} layers" if report["fallbacks"] else "none",
         }

@@ -1,7 +1,8 @@
-"""What a checkpoint holds and how it was made, from its config, headers and manifest. No torch."""
+"""What a checkpoint holds, how it was made, and what computes it here, from its config, headers and manifest."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ class Inspection:
         fallbacks: number of layers with steps that did not go as configured.
         activations: how the inputs of quantized layers are quantized; None: not at all.
         facts: mean over the weights of what formats report of them.
+        runs_on: the device and dtype of this machine that a command would choose; None: no layer is packed.
+        missed_backends: faster backends than those that compute the layers there, with the reason and the number of
+            layers; those of other devices are left out.
         layers: a row for every quantizable layer.
     """
 
@@ -43,6 +47,8 @@ class Inspection:
     fallbacks: int
     activations: dict[str, Any] | None
     facts: dict[str, float]
+    runs_on: dict[str, str] | None
+    missed_backends: list[dict[str, Any]]
     layers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +71,7 @@ def inspect(folder: Path) -> Inspection:
         raise UsageError(f"{folder} is not a qcli checkpoint", hint="`qcli quantize` writes one")
     manifest = Manifest.read(folder)
     rows = _rows(source, manifest)
+    runs_on, missed = _add_backends(rows, source)
     return Inspection(
         folder=str(folder),
         model=manifest.source.model,
@@ -80,6 +87,8 @@ def inspect(folder: Path) -> Inspection:
         fallbacks=sum(bool(layer.fallbacks) for layer in manifest.layers),
         activations=None if source.activations is None else source.activations.spec(),
         facts=manifest.facts,
+        runs_on=runs_on,
+        missed_backends=missed,
         layers=rows,
     )
 
@@ -107,3 +116,24 @@ def _rows(source: ModelSource, manifest: Manifest) -> list[dict[str, Any]]:
             row |= {"error": report.error, "measure": report.measure}
         rows.append(row | {"fallbacks": report.fallbacks} | report.facts)
     return rows
+
+
+def _add_backends(
+    rows: list[dict[str, Any]], source: ModelSource
+) -> tuple[dict[str, str] | None, list[dict[str, Any]]]:
+    """Add to the rows of packed layers the backend that computes them here; `runs_on` and `missed_backends`."""
+    if not isinstance(source, QuantizedSource) or not source.quantized:
+        return None, []
+    from qcli.inference.served import backend_of, own_dtype
+    from qcli.utils.device import resolve_device
+
+    device = resolve_device("auto")
+    dtype = own_dtype(source, device)
+    missed: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        if (layer := source.quantized.get(row["name"])) is not None:
+            choice = backend_of(layer.format, layer.shape, device.type, dtype)
+            row["backend"] = choice.backend.name
+            missed.update(choice.reasons.items())
+    reasons = [{"name": name, "reason": reason, "layers": count} for (name, reason), count in missed.items()]
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}, reasons

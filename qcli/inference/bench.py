@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcli.inference.load import backend_counts, load_model, own_dtype, tensor_bytes
+from qcli.inference.load import backend_counts, load_model, tensor_bytes
+from qcli.inference.served import own_dtype
 from qcli.inference.timing import load_average, seconds
 from qcli.models.families import block_count, text_config
 from qcli.models.kv_cache import empty_cache

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from qcli.core.weight import Format
 from qcli.inference.bench import BenchOptions, setting
 from qcli.inference.linear import QuantLinear
-from qcli.inference.load import backend_of, own_dtype, packed_layer
+from qcli.inference.load import packed_layer
+from qcli.inference.served import backend_of, own_dtype
 from qcli.inference.timing import captured, copy_bandwidth, load_average, seconds
 from qcli.models.open import open_source
 from qcli.models.quantized import QuantizedSource

@@ -9,29 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcli.core.formats.low_rank import LowRank
-from qcli.core.weight import Format
-from qcli.inference.backend import Choice, choose
 from qcli.inference.linear import QuantLinear
+from qcli.inference.served import backend_of
 from qcli.models.quantized import QuantizedSource
 from qcli.models.source import ModelSource
 from qcli.models.stream import ModelStream
-from qcli.utils.device import has_fast_matmul
-from qcli.utils.dtypes import COMPUTE_DTYPES, torch_dtype
 from qcli.utils.errors import ResourceError
 from qcli.utils.memory import free_memory
 from qcli.utils.progress import Progress, silent
-
-
-def own_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
-    """The dtype to run a model in: that of its config, but float32 or bfloat16 where the device is slow in it."""
-    name = str(source.config.get("dtype") or source.config.get("torch_dtype"))
-    dtype = torch_dtype(name if name in COMPUTE_DTYPES else "float32")
-    if dtype == torch.float32:
-        return dtype
-    if device.type == "cpu":
-        return torch.bfloat16 if has_fast_matmul(device) else torch.float32
-    return dtype if has_fast_matmul(device) else torch.float16
 
 
 def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, progress: Progress = silent) -> Any:
@@ -91,11 +76,6 @@ def tensor_bytes(model: nn.Module) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def backend_of(format: Format, shape: tuple[int, int], device_type: str, dtype: torch.dtype) -> Choice:
-    """The backend that computes a layer; a low-rank term is computed by torch, whatever serves the rest."""
-    return choose(format.base if isinstance(format, LowRank) else format, shape, device_type, dtype)
 
 
 def backend_counts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, int]:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from qcli.evaluation.results import read_evaluation
+from qcli.inference.backend import choose
+from qcli.inference.backends import cpu
 from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
 from tests.cli.conftest import Invoke
@@ -120,6 +123,26 @@ def test_inspect_shows_layers_and_origin(invoke: Invoke, model: Path, checkpoint
     code, out, _ = invoke("inspect", checkpoint)
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines() if "recipe override" in line] == [["self_attn.k_proj", "2"]]
+
+
+def test_inspect_tells_what_computes_the_layers_here_and_why_nothing_faster(
+    invoke: Invoke, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose.cache_clear()
+    monkeypatch.setattr(cpu, "kernels", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = json.loads(invoke("inspect", checkpoint, "--json").out)
+    assert report["runs_on"] == {"device": "cpu", "dtype": "float32"}
+    missed = [entry for entry in report["missed_backends"] if entry["name"] == "cpu"]
+    assert missed == [{"name": "cpu", "reason": "there is no C++ compiler", "layers": 12}]
+    assert {layer.get("backend") for layer in report["layers"] if layer["method"]} == {"reference"}
+    assert "not cpu, in 12 layers: there is no C++ compiler" in invoke("inspect", checkpoint).out
+    choose.cache_clear()
+    monkeypatch.setattr(cpu, "kernels", lambda: None)
+    report = json.loads(invoke("inspect", checkpoint, "--json").out)
+    assert {layer["backend"] for layer in report["layers"] if layer["method"]} == {"cpu"}
+    assert not report["missed_backends"]
+    choose.cache_clear()
 
 
 # `stored_as` and bits per weight of a 4-bit layer with 64 inputs: codes, scales, and what the layout adds.

@@ -114,6 +114,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method__name": "rtn", "method__bits": 4, "activations__bits": 8}),
     ("llama", {"method__name": "onebit", "grouped": False}),
     ("llama", {"method__name": "dbllm"}),
+    ("llama", {"method__name": "full-precision", "activations__bits": 4, "grouped": False}),
 ]
 
 
