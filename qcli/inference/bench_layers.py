@@ -57,7 +57,7 @@ def bench_layers(model: str, options: BenchOptions, progress: Progress = silent)
                 "batch": batch,
                 "backend": choice.backend.name,
                 "why_no_other": dict(choice.reasons),
-                **_measure(packed_layer(source, names[0], device), batch, dtype, options.rounds, device, copied),
+                **_measure(packed_layer(source, names[0], device, dtype), batch, dtype, options.rounds, device, copied),
             }
         )
     progress("measuring layers", len(work), len(work))

@@ -36,7 +36,7 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
 
     def packed(name: str, linear: nn.Module) -> nn.Module:
         assert isinstance(source, QuantizedSource)
-        return packed_layer(source, name, device, getattr(linear, "bias", None))
+        return packed_layer(source, name, device, dtype, getattr(linear, "bias", None))
 
     blocks = stream.model.get_submodule(stream.family.blocks)
     for index in range(stream.n_blocks):
@@ -47,11 +47,11 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
 
 
 def packed_layer(
-    source: QuantizedSource, name: str, device: torch.device, bias: torch.Tensor | None = None
+    source: QuantizedSource, name: str, device: torch.device, dtype: torch.dtype, bias: torch.Tensor | None = None
 ) -> QuantLinear:
-    """A quantized layer of a checkpoint, by its module name, with the tensors that are stored."""
+    """A quantized layer of a checkpoint, by its module name, with the stored tensors, for inputs of `dtype`."""
     storage = source.quantized[name]
-    layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias)
+    layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias, dtype)
     layer.name = name
     tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name).items()}
     layer.load_state_dict(tensors, strict=False, assign=True)
