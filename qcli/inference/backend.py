@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PACKAGE = "qcli.inference.backends"
 _REFERENCE = "reference"
+SAID: set[tuple[str, str]] = set()
+"""Backends and the reasons against them that this process has warned of."""
 
 
 class Backend:
@@ -102,8 +104,9 @@ def examine() -> list[dict[str, str | None]]:
     return report
 
 
-@cache
-def warn_of_reference(layer: str, reasons: tuple[tuple[str, str], ...]) -> None:
-    """Say once per reason that a layer is computed by the reference."""
-    for backend, reason in reasons:
-        warn(f"{layer} runs on the slow reference backend: {backend}: {reason}")
+def warn_of_reference(layer: str, reasons: Mapping[str, str]) -> None:
+    """Say that a layer is computed by the reference: once for each reason, however many layers it holds for."""
+    for item in reasons.items():
+        if item not in SAID:
+            SAID.add(item)
+            warn(f"{layer} runs on the slow reference backend: {item[0]}: {item[1]}")

@@ -48,7 +48,7 @@ def packed_linear(
         return y + _low_rank_term(x, format, tensors)
     choice = choose(format, shape, x.device.type, x.dtype)
     if choice.backend.device_types is None and choice.reasons and format.rounds:  # others have nothing to decode
-        warn_of_reference(layer, tuple(choice.reasons.items()))
+        warn_of_reference(layer, choice.reasons)
     return choice.backend.linear(x, format, shape, tensors, bias)
 
 

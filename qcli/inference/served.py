@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qcli.core.formats.low_rank import LowRank
+from qcli.core.formats.row_scaled import RowScaled
 from qcli.core.weight import Format
 from qcli.inference.backend import Choice, choose
 from qcli.models.source import ModelSource
@@ -24,5 +25,7 @@ def own_dtype(source: ModelSource, device: torch.device) -> torch.dtype:
 
 
 def backend_of(format: Format, shape: tuple[int, int], device_type: str, dtype: torch.dtype) -> Choice:
-    """The backend that computes a layer; a low-rank term is computed by torch, whatever serves the rest."""
-    return choose(format.base if isinstance(format, LowRank) else format, shape, device_type, dtype)
+    """The backend that computes a layer; low-rank terms and exponents of rows are torch's, whatever serves the rest."""
+    while isinstance(format, LowRank | RowScaled):
+        format = format.base
+    return choose(format, shape, device_type, dtype)

@@ -152,12 +152,12 @@ def test_layers_on_a_cpu_choose_it() -> None:
 def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A new cache folder; nothing is known of kernels or choices."""
     monkeypatch.setenv("QCLI_CACHE", str(tmp_path / "cache"))
-    known = (cpu.kernels, backend.choose, backend.warn_of_reference)
-    for function in known:
-        function.cache_clear()
+    known = (cpu.kernels.cache_clear, backend.choose.cache_clear, backend.SAID.clear)
+    for forget in known:
+        forget()
     yield tmp_path
-    for function in known:
-        function.cache_clear()
+    for forget in known:
+        forget()
 
 
 def script(file: Path, *lines: str) -> Path:
@@ -187,8 +187,8 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(
     weight = random_weight(format, (48, 96))
     x = torch.randn(2, 96)
     with pytest.warns(QcliWarning) as warned:
-        for _ in range(2):
-            y = packed_linear(x, format, (48, 96), format.to_stored(weight), layer="model.q_proj")
+        for layer in ("model.q_proj", "model.k_proj"):
+            y = packed_linear(x, format, (48, 96), format.to_stored(weight), layer=layer)
     torch.testing.assert_close(y, x @ weight.dense().T, rtol=1e-4, atol=1e-4)
     (only,) = (str(warning.message) for warning in warned)
     assert only == (
