@@ -48,7 +48,7 @@ def test_every_method_keeps_weights_of_any_size(method: str, low_rank: dict[str,
     assert 0 < errors[UP] < 2 * errors["model.layers.1.mlp.up_proj"]
     found = logits(out)
     assert bool(found.isfinite().all())
-    torch.testing.assert_close(found, streamed(out), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, streamed(out), rtol=1e-3, atol=1e-3)
 
 
 def test_without_them_large_weights_are_refused_and_small_ones_reported(tmp_path: Path) -> None:
