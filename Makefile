@@ -30,7 +30,7 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m 'not slow'
 
-# Faults of the system and signals for 20 minutes; fails if it finds anything. See docs/reliability.md.
+# Faults of the system, signals and mutated inputs for 20 minutes; fails if it finds anything. See docs/reliability.md.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --minutes 20 --results benchmarks/results/soak.json
 
