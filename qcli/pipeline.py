@@ -149,7 +149,7 @@ class Pipeline:
             self.result.distilled = distill(student, self.recipe, self.model, self.progress, trust=self.trust)
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`."""
+        """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`, portable."""
         options = self.recipe.eval or Eval()
         texts = [*options.perplexity, *([options.include_path] if options.include_path else [])]
         inputs = self.inputs | {
@@ -160,11 +160,12 @@ class Pipeline:
             inputs["baseline"] = open_source(options.baseline, self.trust).state()
         if self._is_missing(EVALUATION, inputs):
             from qcli.evaluation.from_recipe import evaluate_recipe
+            from qcli.evaluation.results import portable
 
             evaluation = evaluate_recipe(
                 self.recipe, self.model, self.tasks, self.cache, self.progress, trust=self.trust
             )
-            self.record.write(EVALUATION, json_bytes(evaluation.to_json()))
+            self.record.write(EVALUATION, json_bytes(portable(evaluation.to_json())))
         self.result.evaluation = parse_json(self.record.read(EVALUATION))
         return self.result.evaluation
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from qcli.evaluation.layer_errors import BlockErrors
 from qcli.evaluation.task_results import TaskResult
 from qcli.utils.errors import UsageError
 from qcli.utils.files import read_json
+from qcli.utils.paths import portable_name
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,27 @@ def _protocol(score: Score) -> dict[str, Any]:
     return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
 
 
+def portable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation, as `Evaluation.to_json` returns it, that is the same on every machine: names in place of paths.
+
+    The hash of a text's tokens is among its fields; texts of the same name have a part of it in their names, too.
+    """
+    titles = {data: portable_name(data) for data in evaluation["perplexity"]}
+    shared = {name for name, times in Counter(titles.values()).items() if times > 1}
+    for data, score in evaluation["perplexity"].items():
+        if titles[data] in shared:
+            titles[data] = f"{titles[data]} ({score['sha256'][:8]})"
+    fields = {
+        "model": portable_name(evaluation["model"]),
+        "perplexity": {titles[data]: score for data, score in evaluation["perplexity"].items()},
+        "fitted_to": [titles.get(data, portable_name(data)) for data in evaluation["fitted_to"]],
+    }
+    if (baseline := evaluation["baseline"]) is not None:
+        values = {titles[data]: value for data, value in baseline["perplexity"].items()}
+        fields["baseline"] = {"model": portable_name(baseline["model"]), "perplexity": values}
+    return {**evaluation, **fields}
+
+
 def _finite(value: float | None) -> float | None:
     """None for infinity and NaN, which JSON lacks."""
     return value if value is not None and math.isfinite(value) else None
@@ -210,7 +234,7 @@ def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
         output = read_json(file)
         models = [*output["models"]] if "models" in output else [output]
         names = [str(each["model"]) for each in models]
-        places = [Path(name).resolve() for name in names]
+        places = [{Path(name).resolve(), (file.parent / name).resolve()} for name in names]  # `run` writes names
         if not all(each.keys() >= _KEYS for each in models):  # output of another command, such as `inspect`
             raise KeyError
     except OSError as error:
@@ -218,7 +242,7 @@ def read_evaluation(file: Path, model: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         raise UsageError(f"{file} is not the output of `qcli eval --json`") from None
     for place, each in zip(places, models, strict=True):
-        if place == model.resolve():
+        if model.resolve() in place:
             _require_types(file, each)
             return dict(each)
     raise UsageError(

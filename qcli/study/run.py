@@ -72,7 +72,13 @@ def _results(run: Run, folder: Path, cache: Cache, progress: Progress, trust: Tr
         "status": "done",
         **evaluation,
         "model": run.recipe.model,  # not the checkpoint, whose folder is removed
+        "baseline": {**evaluation["baseline"], "model": _baseline(run)},  # in full: the report groups runs by it
         "fallbacks": {layer.name: layer.fallbacks for layer in manifest.layers if layer.fallbacks},
         "peak_memory": manifest.peak_memory,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
+
+
+def _baseline(run: Run) -> str:
+    options = run.recipe.eval
+    return (options.baseline if options is not None else None) or run.recipe.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,38 @@ def recipe(model: Path, text: Path, tmp_path: Path) -> Path:
         f"eval: {{perplexity: [{json.dumps(str(text))}], window: 64, max_windows: 2}}\n"
     )
     return file
+
+
+@pytest.mark.slow
+def test_eval_json_is_the_same_wherever_model_texts_and_output_are(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
+    written = []
+    for place in ("one", "another place"):
+        folder = tmp_path / place
+        texts = [folder / "texts" / text.name, folder / text.name]  # of the same name
+        shutil.copytree(model, folder / "model")
+        texts[0].parent.mkdir()
+        for number, copy in enumerate(texts):
+            copy.write_text(f"{number} {text.read_text()}")
+        recipe, out = folder / "recipe.yaml", folder / f"out of {place}"
+        recipe.write_text(
+            f"model: {json.dumps(str(folder / 'model'))}\n"
+            "method: {name: rtn, bits: 3, group_size: 32}\n"
+            f"eval: {{perplexity: {json.dumps(list(map(str, texts)))}, window: 64, max_windows: 2}}\n"
+        )
+        code, _, err = invoke("run", recipe, "--out", out, "-q")
+        assert code == 0, err
+        written.append((out / "eval.json").read_bytes())
+    assert written[0] == written[1]
+    evaluation = json.loads(written[0])
+    assert (evaluation["model"], evaluation["baseline"]["model"]) == ("quantized", "model")
+    assert len(evaluation["perplexity"]) == 2
+    assert evaluation["perplexity"].keys() == evaluation["baseline"]["perplexity"].keys()
+    assert not any(str(tmp_path) in name for name in evaluation["perplexity"])
+    packing = ("pack", out / "quantized", "--format", "qcli", "--out", tmp_path / "packed", "-q")
+    code, _, err = invoke(*packing, "--evaluation", out / "eval.json")
+    assert code == 0, err
 
 
 def test_stages_run_once(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
