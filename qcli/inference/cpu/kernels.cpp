@@ -137,6 +137,9 @@ void store(void* to, int type, int64_t first, int64_t count, const float* from) 
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
 #define QCLI_512 1
+#if defined(__AVX512BF16__)
+#define QCLI_BFLOAT16 1
+#endif
 constexpr int WIDTH = 64, LOOKUP_BITS = 5;
 const char* const ISA = "AVX-512";
 #elif defined(__AVX2__)
@@ -151,7 +154,8 @@ const char* const ISA = "portable";
 #endif
 
 constexpr int LANES = WIDTH / 4, HALVES = WIDTH / 2, QUADS = WIDTH / 8;
-constexpr int SHARED = 64;  // inputs that share a scale
+constexpr int SHARED = 64;       // inputs that share a scale
+constexpr int64_t AHEAD = 8192;  // bytes of codes fetched in advance: the hardware stops at the end of a page
 
 typedef int32_t Int __attribute__((vector_size(WIDTH)));
 typedef int16_t Short __attribute__((vector_size(WIDTH)));
@@ -206,7 +210,8 @@ inline Float fused(Float a, Float b, Float c) {
 // sum + a[even] * b[even] + a[odd] * b[odd] in every 32-bit lane.
 inline Int dot(Int sum, Short a, Half b) {
 #if defined(QCLI_512) && defined(__AVX512VNNI__)
-    return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));  // gcc 12 copies the intrinsic's operands about
+    return sum;
 #elif defined(QCLI_512)
     return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
@@ -332,6 +337,7 @@ struct Inputs {
     int64_t stride = 0;               // of codes
     std::vector<int16_t> codes;       // [rows][chunk][code of a half][half]
     std::vector<float> scales;        // [rows][block][lane]
+    int64_t groups = 0;               // of a layer, padded to whole vectors
     std::vector<float> sums;          // [rows][groups]
     std::vector<float> values;        // [rows][columns], for layers without a fast kernel
     std::vector<int32_t> group_of;    // [chunks][lane]: first[chunk] + this is a lane's group
@@ -345,6 +351,8 @@ struct Rows {
     const float* tables;      // A, [row][plane][group_stride]
     int64_t group_stride;
     const Lookup* lookups;    // of the planes
+    int64_t ahead;            // bytes from these codes to those that are fetched meanwhile
+    int64_t run;              // chunks in a group, if a group is whole chunks
 };
 
 template <bool SPLIT>
@@ -366,11 +374,13 @@ inline Float group_scales(const float* table, const Inputs& inputs, int64_t chun
     }
 }
 
-// Adds the products of N rows of the weight with M rows of inputs, from `row`, to out[M][N].
+// Adds the products of N rows of the weight with M rows of inputs, from `row`, to out[M][N]: the sum of a vector's lanes.
 template <int BITS, int DECODER, int N, int M, bool SPLIT>
-void product(const Rows& rows, const Inputs& inputs, int64_t row, float* out) {
+void product(const Rows& rows, const Inputs& inputs, int64_t row, Float* out) {
     using P = Packing<BITS>;
     constexpr int D = planes_of(DECODER);
+    // Sums of a block stay below 2^31; one lookup's integers are as large as those of a chunk permit.
+    constexpr bool SUMS_RUNS = !SPLIT && DECODER != ONE_LOOKUP;
     const int16_t* x = inputs.codes.data() + row * inputs.stride;
     const float* scales = inputs.scales.data() + row * inputs.blocks * LANES;
     Lookup lookups[D];
@@ -380,44 +390,50 @@ void product(const Rows& rows, const Inputs& inputs, int64_t row, float* out) {
     for (int64_t block = 0; block < inputs.blocks; block++) {
         const int64_t stop = std::min<int64_t>((block + 1) * P::CHUNKS, inputs.chunks);
         Float part[N][M] = {};
-        for (int64_t chunk = block * P::CHUNKS; chunk < stop; chunk++) {
-            Half words[N];
-#pragma GCC unroll 2
-            for (int n = 0; n < N; n++)
-                words[n] = P::chunk(rows.codes[n] + chunk * P::BYTES, rows.bytes - chunk * P::BYTES);
+        for (int64_t chunk = block * P::CHUNKS; chunk < stop;) {
             Int dots[D][N][M] = {};
-            const int16_t* inputs_of_chunk = x + chunk * P::CODES;
-#pragma GCC unroll 16
-            for (int code = 0; code < P::PER_HALF; code++) {
-                Half planes[D][N];
+            const int64_t first = chunk, next = SUMS_RUNS ? std::min(stop, chunk + rows.run) : chunk + 1;
+            do {
+                Half words[N];
 #pragma GCC unroll 2
                 for (int n = 0; n < N; n++) {
-                    const Half shifted = words[n] >> (BITS * code);
-                    if constexpr (DECODER == CODES) {
-                        planes[0][n] = shifted & uint16_t((1 << BITS) - 1);
-                    } else if constexpr (DECODER == BITS_OF_CODES) {
-                        planes[0][n] = shifted & uint16_t(1);
-                        planes[1][n] = shifted & uint16_t(2);
-                    } else {
+                    const uint8_t* codes = rows.codes[n] + chunk * P::BYTES;
+                    __builtin_prefetch(codes + rows.ahead);
+                    words[n] = P::chunk(codes, rows.bytes - chunk * P::BYTES);
+                }
+                const int16_t* inputs_of_chunk = x + chunk * P::CODES;
+#pragma GCC unroll 16
+                for (int code = 0; code < P::PER_HALF; code++) {
+                    Half planes[D][N];
 #pragma GCC unroll 2
-                        for (int d = 0; d < D; d++) planes[d][n] = lookups[d].template operator()<BITS>(shifted);
+                    for (int n = 0; n < N; n++) {
+                        const Half shifted = words[n] >> (BITS * code);
+                        if constexpr (DECODER == CODES) {
+                            planes[0][n] = shifted & uint16_t((1 << BITS) - 1);
+                        } else if constexpr (DECODER == BITS_OF_CODES) {
+                            planes[0][n] = shifted & uint16_t(1);
+                            planes[1][n] = shifted & uint16_t(2);
+                        } else {
+#pragma GCC unroll 2
+                            for (int d = 0; d < D; d++) planes[d][n] = lookups[d].template operator()<BITS>(shifted);
+                        }
+                    }
+#pragma GCC unroll 4
+                    for (int m = 0; m < M; m++) {
+                        const Short values = read<Short>(inputs_of_chunk + m * inputs.stride + code * HALVES);
+#pragma GCC unroll 2
+                        for (int n = 0; n < N; n++)
+#pragma GCC unroll 2
+                            for (int d = 0; d < D; d++) dots[d][n][m] = dot(dots[d][n][m], values, planes[d][n]);
                     }
                 }
-#pragma GCC unroll 4
-                for (int m = 0; m < M; m++) {
-                    const Short values = read<Short>(inputs_of_chunk + m * inputs.stride + code * HALVES);
-#pragma GCC unroll 2
-                    for (int n = 0; n < N; n++)
-#pragma GCC unroll 2
-                        for (int d = 0; d < D; d++) dots[d][n][m] = dot(dots[d][n][m], values, planes[d][n]);
-                }
-            }
+            } while (++chunk < next);
 #pragma GCC unroll 2
             for (int n = 0; n < N; n++)
 #pragma GCC unroll 2
                 for (int d = 0; d < D; d++) {
                     const float* table = rows.tables + (n * D + d) * rows.group_stride;
-                    const Float scale = group_scales<SPLIT>(table, inputs, chunk);
+                    const Float scale = group_scales<SPLIT>(table, inputs, first);
 #pragma GCC unroll 4
                     for (int m = 0; m < M; m++) part[n][m] = fused(floats(dots[d][n][m]), scale, part[n][m]);
                 }
@@ -429,14 +445,16 @@ void product(const Rows& rows, const Inputs& inputs, int64_t row, float* out) {
             for (int n = 0; n < N; n++) sums[n][m] = fused(part[n][m], scale, sums[n][m]);
         }
     }
+#pragma GCC unroll 4
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) out[m * N + n] += total(sums[n][m]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) out[m * N + n] += sums[n][m];
 }
 
 constexpr int PAIR = 2;  // rows of the weight computed together
 
 template <int BITS, int DECODER, bool SPLIT>
-void products(const Rows& rows, const Inputs& inputs, int64_t count, float* out) {
+void products(const Rows& rows, const Inputs& inputs, int64_t count, Float* out) {
     int64_t row = 0;
     for (; row + 4 <= count; row += 4) product<BITS, DECODER, PAIR, 4, SPLIT>(rows, inputs, row, out + row * PAIR);
     if (row + 2 <= count) {
@@ -446,7 +464,7 @@ void products(const Rows& rows, const Inputs& inputs, int64_t count, float* out)
     if (row < count) product<BITS, DECODER, PAIR, 1, SPLIT>(rows, inputs, row, out + row * PAIR);
 }
 
-typedef void (*Products)(const Rows&, const Inputs&, int64_t, float*);
+typedef void (*Products)(const Rows&, const Inputs&, int64_t, Float*);
 
 template <int BITS, int DECODER>
 Products products_of(bool split) {
@@ -550,7 +568,8 @@ void prepare(const Layer& layer, const Tensors& tensors, const void* x, int type
     const int64_t together = SHARED / lane;
     inputs.blocks = (inputs.chunks + together - 1) / together;
     inputs.stride = inputs.chunks * codes;
-    inputs.sums.resize(rows * layer.groups);
+    inputs.groups = (layer.groups + LANES - 1) / LANES * LANES;
+    inputs.sums.assign(rows * inputs.groups, 0);
     if (fast) {
         inputs.codes.resize(inputs.rows * inputs.stride);
         inputs.scales.resize(inputs.rows * inputs.blocks * LANES);
@@ -581,7 +600,7 @@ void prepare(const Layer& layer, const Tensors& tensors, const void* x, int type
         for (int64_t i = columns; i < width; i++) values[i] = 0;
         for (int64_t g = 0; g < layer.groups; g++) {
             const int64_t start = g * layer.group;
-            inputs.sums[m * layer.groups + g] = sum_of(values + start, std::min(layer.group, columns - start));
+            inputs.sums[m * inputs.groups + g] = sum_of(values + start, std::min(layer.group, columns - start));
         }
         float* scales = inputs.scales.data() + m * inputs.blocks * LANES;
         const bool finite = largest(values, columns) < INFINITY;
@@ -713,14 +732,12 @@ void unpack(int bits, const uint8_t* from, int64_t columns, int64_t bytes, uint8
 
 int64_t row_bytes(const Layer& layer) { return (layer.columns * layer.bits + 31) / 32 * 4; }
 
-// Looks `count` codes up in a table of 2^bits floats.
+// Looks `count` codes up in a table of 2^bits floats; it has room for 32.
 void look_up(const uint8_t* codes, int64_t count, const float* table, int bits, float* to) {
     int64_t i = 0;
 #if defined(QCLI_512)
     if (bits <= 5) {
-        float both[32];
-        for (int entry = 0; entry < 32; entry++) both[entry] = table[entry & ((1 << bits) - 1)];
-        const __m512 low = _mm512_loadu_ps(both), high = _mm512_loadu_ps(both + 16);
+        const __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
         for (; i + 16 <= count; i += 16) {
             const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
             _mm512_storeu_ps(to + i, _mm512_permutex2var_ps(low, places, high));
@@ -742,9 +759,9 @@ struct RowDecoder {
     int64_t block = -1;
 
     RowDecoder(const Layer& layer, const Tensors& tensors, bool inputs_scaled)
-        : layer(layer), tensors(tensors), inputs_scaled(inputs_scaled), codes(layer.columns),
+        : layer(layer), tensors(tensors), inputs_scaled(inputs_scaled), codes(layer.columns + 64),
           scale(layer.groups * std::max<int64_t>(layer.rank, 1)), offset(layer.groups) {
-        if (layer.kind == CODEBOOK) basis.resize(layer.rank << layer.bits);
+        if (layer.kind == CODEBOOK) basis.resize((layer.rank << layer.bits) + 32);
         if (layer.kind == SIGN && !inputs_scaled) {
             in_scale.resize(layer.columns);
             load(tensors.at[1], layer.types[1], 0, layer.columns, in_scale.data());
@@ -770,7 +787,7 @@ struct RowDecoder {
                 for (int64_t i = start; i < start + count; i++) to[i] = (float(codes[i]) - zero) * factor;
                 continue;
             }
-            float table[256];
+            alignas(64) float table[256];
             if (layer.kind == DUAL_BINARY) {
                 const float first = scale[g], second = offset[g], off = layer.symmetric ? -1 : 0;
                 for (int code = 0; code < 4; code++)
@@ -785,14 +802,93 @@ struct RowDecoder {
         }
     }
 
+#if defined(QCLI_BFLOAT16)
+    // As bfloat16; a sign layer's out_scale is left out.
+    void decode_bfloat(int64_t row, uint16_t* to) {
+        if (layer.kind == CODEBOOK && layer.bits > 5) {
+            floats.resize(layer.columns);
+            decode(row, floats.data());
+            store(to, BFLOAT16, 0, layer.columns, floats.data());
+            return;
+        }
+        const int64_t bytes = row_bytes(layer);
+        const uint8_t* packed = static_cast<const uint8_t*>(tensors.at[0]) + row * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(packed + AHEAD + i);
+        if (layer.kind == SIGN) {
+            const __m512i minus = _mm512_set1_epi16(int16_t(0x8000));
+            if (bfloats.empty()) {
+                bfloats.resize(layer.columns + 32);
+                store(bfloats.data(), BFLOAT16, 0, layer.columns, in_scale.data());
+            }
+            for (int64_t i = 0; i < layer.columns; i += 32) {
+                uint32_t positive;
+                std::memcpy(&positive, packed + i / 8, 4);
+                const __m512i values = _mm512_loadu_si512(&bfloats[i]);
+                const __m512i signs = _mm512_maskz_mov_epi16(~positive, minus);
+                _mm512_mask_storeu_epi16(to + i, below(layer.columns - i), _mm512_xor_si512(values, signs));
+            }
+            return;
+        }
+        unpack(layer.bits, packed, layer.columns, bytes, codes.data());
+        load_tables(row);
+        const __m512 count_up = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int64_t g = 0; g < layer.groups; g++) {
+            const int64_t start = g * layer.group, stop = std::min(start + layer.group, layer.columns);
+            const __m512 first = _mm512_set1_ps(scale[g]), second = _mm512_set1_ps(offset[g]);
+            if (layer.bits > 5) {
+                for (int64_t i = start; i < stop; i += 16) {
+                    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&codes[i]));
+                    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+                    const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(values, second), first);
+                    _mm256_mask_storeu_epi16(to + i, __mmask16(below(stop - i)), (__m256i)_mm512_cvtneps_pbh(scaled));
+                }
+                continue;
+            }
+            __m512 low, high = _mm512_setzero_ps();  // values of codes 0..15 and 16..31
+            if (layer.kind == AFFINE) {
+                low = _mm512_mul_ps(_mm512_sub_ps(count_up, second), first);
+                high = _mm512_add_ps(count_up, _mm512_set1_ps(16));
+                high = _mm512_mul_ps(_mm512_sub_ps(high, second), first);
+            } else if (layer.kind == DUAL_BINARY) {
+                const __m512 off = _mm512_set1_ps(layer.symmetric ? -1 : 0), on = _mm512_set1_ps(1);
+                low = _mm512_add_ps(_mm512_mul_ps(_mm512_mask_mov_ps(off, 0xAAAA, on), first),
+                                    _mm512_mul_ps(_mm512_mask_mov_ps(off, 0xCCCC, on), second));
+            } else {
+                low = high = _mm512_sub_ps(_mm512_setzero_ps(), second);
+                for (int64_t r = 0; r < layer.rank; r++) {
+                    const __m512 factor = _mm512_set1_ps(scale[r * layer.groups + g]);
+                    const float* entries = &basis[r << layer.bits];
+                    low = _mm512_fmadd_ps(factor, _mm512_loadu_ps(entries), low);
+                    if (layer.bits == 5) high = _mm512_fmadd_ps(factor, _mm512_loadu_ps(entries + 16), high);
+                }
+            }
+            const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            for (int64_t i = start; i < stop; i += 32) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(&codes[i]));
+                const __m512i values = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), table);
+                _mm512_mask_storeu_epi16(to + i, below(stop - i), values);
+            }
+        }
+    }
+#endif
+
   private:
+#if defined(QCLI_BFLOAT16)
+    std::vector<float> floats;
+    std::vector<uint16_t> bfloats;
+
+    // A mask of the first `count` of 32 lanes.
+    static __mmask32 below(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+#endif
+
     void load_tables(int64_t row) {
         if (layer.kind == CODEBOOK) {
             for (int64_t r = 0; r < layer.rank; r++)
                 load_entries(layer, tensors, 2, 4, row, layer.rank, r, &scale[r * layer.groups]);
             load_entries(layer, tensors, 3, 5, row, 1, 0, offset.data());
             const int64_t now = layer.basis_rows ? row / layer.basis_rows : 0;
-            if (now != block) load(tensors.at[1], layer.types[1], now * basis.size(), basis.size(), basis.data());
+            const int64_t size = layer.rank << layer.bits;
+            if (now != block) load(tensors.at[1], layer.types[1], now * size, size, basis.data());
             block = now;
             return;
         }
@@ -872,10 +968,12 @@ void fast_rows(const Call& call, const Next& next) {
     const int planes = planes_of(decoder);
     const int64_t directions = codebook ? layer.rank : 1, stride = layer.groups + LANES;
     const bool split = layer.groups > 1 && layer.group % (HALVES * per_half(layer.bits)) != 0;
+    const int64_t run = layer.groups == 1 ? inputs.chunks : layer.group / (HALVES * per_half(layer.bits));
     const Products kernel = kernel_of(layer.bits, decoder, split);
     const int precision = decoder == TWO_LOOKUPS ? 15 : precision_of(layer.bits);
-    std::vector<float> tables(PAIR * planes * stride * directions), offsets(PAIR * layer.groups), basis;
-    std::vector<float> entries(layer.groups), out(PAIR * inputs.rows);
+    std::vector<float> tables(PAIR * planes * stride * directions), offsets(PAIR * inputs.groups), basis;
+    std::vector<float> entries(layer.groups);
+    std::vector<Float> out(PAIR * inputs.rows);
     std::vector<Direction> lookups(codebook ? directions : 0);
     if (codebook) basis.resize(directions << layer.bits);
     int64_t block = -1, first, last;
@@ -883,8 +981,8 @@ void fast_rows(const Call& call, const Next& next) {
         return &tables[((direction * PAIR + i) * planes + plane) * stride];
     };
     if (layer.kind == SIGN)
-        for (int i = 0; i < PAIR; i++) table(0, i, 0)[0] = 2, offsets[i] = -1;
-    const int64_t bytes = row_bytes(layer);
+        for (int i = 0; i < PAIR; i++) table(0, i, 0)[0] = 2, offsets[i * inputs.groups] = -1;
+    const int64_t bytes = row_bytes(layer), pair = PAIR * bytes, ahead = (AHEAD + pair - 1) / pair * pair;
     while (next(first, last)) {
         for (int64_t row = first; row < last;) {
             int count = int(std::min<int64_t>(PAIR, last - row));
@@ -899,7 +997,7 @@ void fast_rows(const Call& call, const Next& next) {
                 }
             }
             for (int i = 0; i < count; i++) {
-                float* offset = &offsets[i * layer.groups];
+                float* offset = &offsets[i * inputs.groups];
                 if (layer.kind == AFFINE) {
                     float* scale = table(0, i, 0);
                     load(call.tensors.at[1], layer.types[1], (row + i) * layer.groups, layer.groups, scale);
@@ -927,20 +1025,20 @@ void fast_rows(const Call& call, const Next& next) {
                 }
             }
             const uint8_t* codes = static_cast<const uint8_t*>(call.tensors.at[0]) + row * bytes;
-            std::fill(out.begin(), out.end(), 0.0f);
+            std::fill(out.begin(), out.end(), Float{});
             for (int64_t r = 0; r < directions; r++) {
                 const Rows rows{{codes, codes + (count - 1) * bytes}, bytes, table(r, 0, 0), stride,
-                                codebook ? lookups[r].lookups : nullptr};
+                                codebook ? lookups[r].lookups : nullptr, ahead, run};
                 kernel(rows, inputs, inputs.rows, out.data());
             }
             for (int64_t m = 0; m < call.rows; m++)
                 for (int i = 0; i < count; i++) {
-                    float sum = out[m * PAIR + i];
-                    if (inputs.rows > call.rows) sum += out[(m + call.rows) * PAIR + i];
-                    const float *offset = &offsets[i * layer.groups], *sums = &inputs.sums[m * layer.groups];
-                    float shift = 0;
-                    for (int64_t g = 0; g < layer.groups; g++) shift += offset[g] * sums[g];
-                    sum += shift;
+                    Float lanes = out[m * PAIR + i];
+                    if (inputs.rows > call.rows) lanes += out[(m + call.rows) * PAIR + i];
+                    const float *offset = &offsets[i * inputs.groups], *sums = &inputs.sums[m * inputs.groups];
+                    for (int64_t g = 0; g < inputs.groups; g += LANES)
+                        lanes = fused(read<Float>(offset + g), read<Float>(sums + g), lanes);
+                    float sum = total(lanes);
                     if (layer.kind == SIGN) sum *= load_one(call.tensors.at[2], layer.types[2], row + i);
                     call.put(m, row + i, sum);
                 }
@@ -975,6 +1073,74 @@ void decoded_rows(const Call& call, const Next& next) {
         }
 }
 
+#if defined(QCLI_BFLOAT16)
+constexpr int64_t MANY = 6;  // rows of x from which this is faster
+constexpr int QUAD = 4, PAIRS = 32;  // rows of the weight, or of x, computed together; bfloat16 in a vector
+
+// The sums of four vectors' lanes.
+inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 abcd = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+                                      (__m512)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// out[M][QUAD] = products of M rows of x with QUAD rows of the weight, both bfloat16 and `stride` apart.
+template <int M>
+void bfloat_product(const uint16_t* x, const uint16_t* weight, int64_t stride, float* out) {
+    __m512 sums[M][QUAD];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < QUAD; n++) sums[m][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < stride; k += PAIRS) {
+        __m512i weights[QUAD];
+#pragma GCC unroll 4
+        for (int n = 0; n < QUAD; n++) weights[n] = _mm512_loadu_si512(weight + n * stride + k);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            const __m512i values = _mm512_loadu_si512(x + m * stride + k);
+#pragma GCC unroll 4
+            for (int n = 0; n < QUAD; n++)
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums[m][n]) : "v"(weights[n]), "v"(values));
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+        _mm_storeu_ps(out + m * QUAD, totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+}
+
+// Rows of the weight by decoding a few at a time to bfloat16; x is [rows][stride], padded with zeros.
+template <class Next>
+void bfloat_rows(const Call& call, const uint16_t* x, int64_t stride, const Next& next) {
+    RowDecoder decoder(call.layer, call.tensors, false);
+    std::vector<uint16_t> weight(QUAD * stride, 0);
+    int64_t first, last;
+    while (next(first, last))
+        for (int64_t n = first; n < last; n += QUAD) {
+            const int count = int(std::min<int64_t>(QUAD, last - n));
+            float factors[QUAD] = {1, 1, 1, 1}, bias[QUAD] = {}, out[4 * QUAD];
+            for (int i = 0; i < count; i++) decoder.decode_bfloat(n + i, &weight[i * stride]);
+            if (call.layer.kind == SIGN) load(call.tensors.at[2], call.layer.types[2], n, count, factors);
+            if (call.bias) load(call.bias, call.bias_type, n, count, bias);
+            for (int64_t m = 0; m < call.rows;) {
+                const int rows = int(std::min<int64_t>(4, call.rows - m));
+                const uint16_t* from = x + m * stride;
+                if (rows == 4) bfloat_product<4>(from, weight.data(), stride, out);
+                if (rows == 3) bfloat_product<3>(from, weight.data(), stride, out);
+                if (rows == 2) bfloat_product<2>(from, weight.data(), stride, out);
+                if (rows == 1) bfloat_product<1>(from, weight.data(), stride, out);
+                for (int j = 0; j < rows; j++, m++) {
+                    for (int i = 0; i < QUAD; i++) out[j * QUAD + i] = out[j * QUAD + i] * factors[i] + bias[i];
+                    store(call.y, BFLOAT16, m * call.layer.rows + n, count, out + j * QUAD);
+                }
+            }
+        }
+}
+#endif
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------- the interface
@@ -992,6 +1158,22 @@ int qcli_linear(const Layer* layer, const void* t0, const void* t1, const void* 
     const Tensors tensors{{t0, t1, t2, t3, t4, t5}};
     try {
         static thread_local Inputs inputs;
+#if defined(QCLI_BFLOAT16)
+        if (type == BFLOAT16 && rows >= MANY) {
+            const int64_t stride = (layer->columns + PAIRS - 1) / PAIRS * PAIRS;
+            static thread_local std::vector<uint16_t> padded;
+            const uint16_t* values = static_cast<const uint16_t*>(x);
+            if (stride != layer->columns) {
+                padded.assign(rows * stride, 0);
+                for (int64_t m = 0; m < rows; m++)
+                    std::memcpy(&padded[m * stride], values + m * layer->columns, layer->columns * 2);
+                values = padded.data();
+            }
+            const Call call{*layer, tensors, inputs, bias, bias_type, y, type, rows};
+            const auto work = [&](const auto& next) { bfloat_rows(call, values, stride, next); };
+            return share(layer->rows, 16, threads, work) ? 0 : 1;
+        }
+#endif
         prepare(*layer, tensors, x, type, rows, inputs);
         const Call call{*layer, tensors, inputs, bias, bias_type, y, type, rows};
         const bool fast = is_fast(*layer);
@@ -1019,6 +1201,12 @@ int qcli_decode(const Layer* layer, const void* t0, const void* t1, const void* 
         int64_t from, to;
         while (next(from, to))
             for (int64_t i = from; i < to; i++) {
+#if defined(QCLI_BFLOAT16)
+                if (type == BFLOAT16 && layer->kind != SIGN) {
+                    decoder.decode_bfloat(first + i, static_cast<uint16_t*>(out) + i * layer->columns);
+                    continue;
+                }
+#endif
                 decoder.decode(first + i, row.data());
                 store(out, type, i * layer->columns, layer->columns, row.data());
             }
