@@ -117,7 +117,8 @@ class QuantLinear(nn.Linear):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors on disk, by suffix."""
-        return {name: getattr(self, name) for name in self._suffixes}
+        buffers: Mapping[str, Any] = self._buffers  # `getattr` takes a microsecond for each
+        return {name: buffers[name] for name in self._suffixes}
 
     @property
     def quantized(self) -> QuantizedWeight:

@@ -33,6 +33,7 @@ RAGGED: list[Format] = [  # groups that share no vector lanes evenly, and tables
     Affine(bits=4, group_size=8),
     Affine(bits=4, group_size=96),
     Affine(bits=1, group_size=16),
+    Affine(bits=8, group_size=192),
     DualBinary(group_size=17),
     Codebook(bits=3, group_size=12, rank=2, table_bits=8, basis_rows=5),
     Codebook(bits=5, group_size=64, rank=1, table_bits=8),

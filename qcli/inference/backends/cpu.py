@@ -88,7 +88,8 @@ def linear(
             y[..., part] = F.linear(x, weight, None if bias is None else bias[part].to(x.dtype))
         return y
     x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype in _TYPES else bias.float()).contiguous()
     _check(
         kernels.qcli_linear(
             layer,

@@ -340,7 +340,7 @@ struct Inputs {
     int64_t groups = 0;               // of a layer, padded to whole vectors
     std::vector<float> sums;          // [rows][groups]
     std::vector<float> values;        // [rows][columns], for layers without a fast kernel
-    std::vector<int32_t> group_of;    // [chunks][lane]: first[chunk] + this is a lane's group
+    std::vector<int32_t> group_of;    // [chunks][lane]: first[chunk] + this is a lane's group; if groups split chunks
     std::vector<int32_t> first;       // [chunks]
 };
 
@@ -348,8 +348,8 @@ struct Inputs {
 struct Rows {
     const uint8_t* codes[2];
     int64_t bytes;            // of a row
-    const float* tables;      // A, [row][plane][group_stride]
-    int64_t group_stride;
+    const float* tables;      // A, [plane][row][groups]
+    int64_t plane, groups;    // strides of them
     const Lookup* lookups;    // of the planes
     int64_t ahead;            // bytes from these codes to those that are fetched meanwhile
     int64_t run;              // chunks in a group, if a group is whole chunks
@@ -387,12 +387,14 @@ void product(const Rows& rows, const Inputs& inputs, int64_t row, Float* out) {
     if constexpr (DECODER == ONE_LOOKUP || DECODER == TWO_LOOKUPS)
         for (int d = 0; d < D; d++) lookups[d] = rows.lookups[d];
     Float sums[N][M] = {};
+    int64_t group_end = 0;  // in chunks
     for (int64_t block = 0; block < inputs.blocks; block++) {
         const int64_t stop = std::min<int64_t>((block + 1) * P::CHUNKS, inputs.chunks);
         Float part[N][M] = {};
         for (int64_t chunk = block * P::CHUNKS; chunk < stop;) {
             Int dots[D][N][M] = {};
-            const int64_t first = chunk, next = SUMS_RUNS ? std::min(stop, chunk + rows.run) : chunk + 1;
+            if (chunk == group_end) group_end += rows.run;
+            const int64_t first = chunk, next = SUMS_RUNS ? std::min(stop, group_end) : chunk + 1;
             do {
                 Half words[N];
 #pragma GCC unroll 2
@@ -432,7 +434,7 @@ void product(const Rows& rows, const Inputs& inputs, int64_t row, Float* out) {
             for (int n = 0; n < N; n++)
 #pragma GCC unroll 2
                 for (int d = 0; d < D; d++) {
-                    const float* table = rows.tables + (n * D + d) * rows.group_stride;
+                    const float* table = rows.tables + d * rows.plane + n * rows.groups;
                     const Float scale = group_scales<SPLIT>(table, inputs, first);
 #pragma GCC unroll 4
                     for (int m = 0; m < M; m++) part[n][m] = fused(floats(dots[d][n][m]), scale, part[n][m]);
@@ -495,6 +497,10 @@ int per_half(int bits) { return bits == 1 ? 16 : bits == 2 ? 8 : bits <= 4 ? 4 :
 bool is_fast(const Layer& layer) {
     if (layer.kind == CODEBOOK && layer.bits > LOOKUP_BITS) return false;
     return layer.groups == 1 || layer.group % (2 * per_half(layer.bits)) == 0;
+}
+
+bool splits_chunks(const Layer& layer) {
+    return layer.groups > 1 && layer.group % (HALVES * per_half(layer.bits)) != 0;
 }
 
 // ---------------------------------------------------------------------------------------------- inputs
@@ -574,13 +580,11 @@ void prepare(const Layer& layer, const Tensors& tensors, const void* x, int type
         inputs.codes.resize(inputs.rows * inputs.stride);
         inputs.scales.resize(inputs.rows * inputs.blocks * LANES);
         inputs.first.resize(inputs.chunks);
-        inputs.group_of.resize(inputs.chunks * LANES);
-        for (int64_t chunk = 0; chunk < inputs.chunks; chunk++) {
-            inputs.first[chunk] = int32_t(chunk * codes / layer.group);
-            for (int i = 0; i < LANES; i++) {
-                const int64_t column = std::min<int64_t>(chunk * codes + i * lane, columns - 1);
-                inputs.group_of[chunk * LANES + i] = int32_t(column / layer.group) - inputs.first[chunk];
-            }
+        for (int64_t chunk = 0; chunk < inputs.chunks; chunk++) inputs.first[chunk] = int32_t(chunk * codes / layer.group);
+        if (splits_chunks(layer)) {
+            inputs.group_of.resize(inputs.chunks * LANES);
+            for (int64_t i = 0; i < inputs.chunks * LANES; i++)
+                inputs.group_of[i] = int32_t(std::min(i * lane, columns - 1) / layer.group) - inputs.first[i / LANES];
         }
     }
     static thread_local std::vector<float> scale, row;
@@ -616,39 +620,41 @@ void prepare(const Layer& layer, const Tensors& tensors, const void* x, int type
 
 // ---------------------------------------------------------------------------------------------- tables
 
-// Entries `first ..` of a codebook's 8-bit table, or of a 16-bit one; `step` columns apart from `offset`.
-void load_entries(const Layer& layer, const Tensors& tensors, int table, int scale, int64_t row, int64_t step,
-                  int64_t offset, float* to) {
-    const int64_t first = row * layer.groups;
+// Entries of `count` rows in a codebook's table, `step` apart from `offset` on; 8-bit ones with their scales.
+void load_entries(const Layer& layer, const Tensors& tensors, int table, int scale, int64_t row, int64_t count,
+                  int64_t step, int64_t offset, float* to) {
+    const int64_t first = row * layer.groups, entries = count * layer.groups;
     const int type = layer.types[table];
     if (step == 1)
-        load(tensors.at[table], type, first, layer.groups, to);
+        load(tensors.at[table], type, first, entries, to);
     else
-        for (int64_t g = 0; g < layer.groups; g++)
-            to[g] = load_one(tensors.at[table], type, (first + g) * step + offset);
+        for (int64_t i = 0; i < entries; i++) to[i] = load_one(tensors.at[table], type, (first + i) * step + offset);
     if (type != INT8) return;
-    for (int64_t g = 0; g < layer.groups;) {  // neighbouring entries share a scale
-        const int64_t block = (first + g) / 256, stop = std::min<int64_t>(layer.groups, (block + 1) * 256 - first);
+    for (int64_t i = 0; i < entries;) {  // neighbouring entries share a scale
+        const int64_t block = (first + i) / 256, stop = std::min<int64_t>(entries, (block + 1) * 256 - first);
         const float factor = load_one(tensors.at[scale], layer.types[scale], block * step + offset);
-        for (; g < stop; g++) to[g] *= factor;
+        for (; i < stop; i++) to[i] *= factor;
     }
 }
 
-void zero_points(const Layer& layer, const Tensors& tensors, int64_t row, float* to) {
+// Zero points of `count` rows: [count][groups].
+void zero_points(const Layer& layer, const Tensors& tensors, int64_t row, int64_t count, float* to) {
+    const int64_t groups = layer.groups;
     if (layer.zero_point == 0) {
-        for (int64_t g = 0; g < layer.groups; g++) to[g] = float(1 << (layer.bits - 1));
-    } else if (layer.zero_point == 2) {
-        load(tensors.at[2], layer.types[2], row * layer.groups, layer.groups, to);
-    } else {
-        const int64_t bit = row * layer.bits, shift = bit % 32, mask = (1 << layer.bits) - 1;
-        const uint32_t* words = static_cast<const uint32_t*>(tensors.at[2]) + bit / 32 * layer.groups;
+        for (int64_t i = 0; i < count * groups; i++) to[i] = float(1 << (layer.bits - 1));
+        return;
+    }
+    if (layer.zero_point == 2) return load(tensors.at[2], layer.types[2], row * groups, count * groups, to);
+    const uint32_t mask = (1u << layer.bits) - 1;
+    for (int64_t i = 0; i < count; i++, to += groups) {
+        const int64_t bit = (row + i) * layer.bits;
+        const int shift = int(bit % 32);
+        const uint32_t* words = static_cast<const uint32_t*>(tensors.at[2]) + bit / 32 * groups;
         if (shift + layer.bits <= 32)
-            for (int64_t g = 0; g < layer.groups; g++) to[g] = float(int32_t((words[g] >> shift) & mask));
+            for (int64_t g = 0; g < groups; g++) to[g] = float(int32_t((words[g] >> shift) & mask));
         else
-            for (int64_t g = 0; g < layer.groups; g++) {
-                const uint32_t joined = (words[g] >> shift) | (words[g + layer.groups] << (32 - shift));
-                to[g] = float(int32_t(joined & mask));
-            }
+            for (int64_t g = 0; g < groups; g++)
+                to[g] = float(int32_t(((words[g] >> shift) | (words[g + groups] << (32 - shift))) & mask));
     }
 }
 
@@ -884,8 +890,8 @@ struct RowDecoder {
     void load_tables(int64_t row) {
         if (layer.kind == CODEBOOK) {
             for (int64_t r = 0; r < layer.rank; r++)
-                load_entries(layer, tensors, 2, 4, row, layer.rank, r, &scale[r * layer.groups]);
-            load_entries(layer, tensors, 3, 5, row, 1, 0, offset.data());
+                load_entries(layer, tensors, 2, 4, row, 1, layer.rank, r, &scale[r * layer.groups]);
+            load_entries(layer, tensors, 3, 5, row, 1, 1, 0, offset.data());
             const int64_t now = layer.basis_rows ? row / layer.basis_rows : 0;
             const int64_t size = layer.rank << layer.bits;
             if (now != block) load(tensors.at[1], layer.types[1], now * size, size, basis.data());
@@ -894,7 +900,7 @@ struct RowDecoder {
         }
         load(tensors.at[1], layer.types[1], row * layer.groups, layer.groups, scale.data());
         if (layer.kind == AFFINE)
-            zero_points(layer, tensors, row, offset.data());
+            zero_points(layer, tensors, row, 1, offset.data());
         else
             load(tensors.at[2], layer.types[2], row * layer.groups, layer.groups, offset.data());
     }
@@ -955,6 +961,61 @@ struct Call {
     }
 };
 
+// The tables of some rows of the weight, as the integer kernels use them.
+struct Tables {
+    std::vector<float> scales, offsets;  // A [direction][plane][row][groups], B [row][groups]
+    std::vector<Direction> directions;   // of a codebook
+    std::vector<float> basis, entries;
+    int64_t block = -1;  // whose basis this is
+
+    void set(const Layer& layer, const Tensors& tensors, int planes, int precision, int64_t row, int64_t count) {
+        const int64_t entries_of_rows = count * layer.groups, slack = LANES;  // vectors are read beyond the last
+        const int64_t number = layer.kind == CODEBOOK ? layer.rank : 1;
+        scales.resize(number * planes * entries_of_rows + slack);
+        offsets.assign(entries_of_rows + slack, 0);
+        float *scale = scales.data(), *offset = offsets.data();
+        if (layer.kind == SIGN) {
+            for (int64_t i = 0; i < count; i++) scale[i] = 2, offset[i] = -1;
+        } else if (layer.kind == AFFINE) {
+            load(tensors.at[1], layer.types[1], row * layer.groups, entries_of_rows, scale);
+            zero_points(layer, tensors, row, count, offset);
+            for (int64_t i = 0; i < entries_of_rows; i++) offset[i] *= -scale[i];
+        } else if (layer.kind == DUAL_BINARY) {
+            float* second = scale + entries_of_rows;
+            load(tensors.at[1], layer.types[1], row * layer.groups, entries_of_rows, scale);
+            load(tensors.at[2], layer.types[2], row * layer.groups, entries_of_rows, second);
+            for (int64_t i = 0; i < entries_of_rows; i++) {  // the second plane's bits weigh 2
+                offset[i] = layer.symmetric ? -(scale[i] + second[i]) : 0;
+                scale[i] *= layer.symmetric ? 2 : 1;
+                second[i] *= layer.symmetric ? 1 : 0.5f;
+            }
+        } else {
+            set_directions(layer, tensors, precision, row);
+            entries.resize(entries_of_rows);
+            load_entries(layer, tensors, 3, 5, row, count, 1, 0, offset);
+            for (int64_t i = 0; i < entries_of_rows; i++) offset[i] = -offset[i];
+            for (int64_t r = 0; r < layer.rank; r++) {
+                const Direction& direction = directions[r];
+                load_entries(layer, tensors, 2, 4, row, count, layer.rank, r, entries.data());
+                for (int64_t i = 0; i < entries_of_rows; i++) offset[i] += entries[i] * direction.middle;
+                for (int plane = 0; plane < planes; plane++, scale += entries_of_rows)
+                    for (int64_t i = 0; i < entries_of_rows; i++) scale[i] = entries[i] * direction.factors[plane];
+            }
+        }
+    }
+
+  private:
+    void set_directions(const Layer& layer, const Tensors& tensors, int precision, int64_t row) {
+        const int64_t now = layer.basis_rows ? row / layer.basis_rows : 0, size = layer.rank << layer.bits;
+        if (now == block) return;
+        basis.resize(size);
+        directions.resize(layer.rank);
+        load(tensors.at[1], layer.types[1], now * size, size, basis.data());
+        for (int64_t r = 0; r < layer.rank; r++) directions[r].set(&basis[r << layer.bits], layer.bits, precision);
+        block = now;
+    }
+};
+
 // Rows of the weight by the integer kernels.
 template <class Next>
 void fast_rows(const Call& call, const Next& next) {
@@ -965,84 +1026,60 @@ void fast_rows(const Call& call, const Next& next) {
                         : !codebook               ? CODES
                         : call.type == BFLOAT16   ? ONE_LOOKUP
                                                   : TWO_LOOKUPS;
-    const int planes = planes_of(decoder);
-    const int64_t directions = codebook ? layer.rank : 1, stride = layer.groups + LANES;
-    const bool split = layer.groups > 1 && layer.group % (HALVES * per_half(layer.bits)) != 0;
-    const int64_t run = layer.groups == 1 ? inputs.chunks : layer.group / (HALVES * per_half(layer.bits));
-    const Products kernel = kernel_of(layer.bits, decoder, split);
-    const int precision = decoder == TWO_LOOKUPS ? 15 : precision_of(layer.bits);
-    std::vector<float> tables(PAIR * planes * stride * directions), offsets(PAIR * inputs.groups), basis;
-    std::vector<float> entries(layer.groups);
-    std::vector<Float> out(PAIR * inputs.rows);
-    std::vector<Direction> lookups(codebook ? directions : 0);
-    if (codebook) basis.resize(directions << layer.bits);
-    int64_t block = -1, first, last;
-    const auto table = [&](int64_t direction, int i, int plane) {
-        return &tables[((direction * PAIR + i) * planes + plane) * stride];
-    };
-    if (layer.kind == SIGN)
-        for (int i = 0; i < PAIR; i++) table(0, i, 0)[0] = 2, offsets[i * inputs.groups] = -1;
+    const int planes = planes_of(decoder), precision = decoder == TWO_LOOKUPS ? 15 : precision_of(layer.bits);
+    const Products kernel = kernel_of(layer.bits, decoder, splits_chunks(layer));
     const int64_t bytes = row_bytes(layer), pair = PAIR * bytes, ahead = (AHEAD + pair - 1) / pair * pair;
+    const int64_t run = layer.groups == 1 ? inputs.chunks : layer.group / (HALVES * per_half(layer.bits));
+    const int64_t most = std::max<int64_t>(PAIR, 128 / inputs.rows / PAIR * PAIR);  // rows whose sums are kept
+    static thread_local Tables tables;
+    static thread_local std::vector<Float> out;  // [pair][row of inputs][row of the pair]
+    static thread_local std::vector<float> values, bias, factors;
+    tables.block = -1;
+    int64_t first, last;
     while (next(first, last)) {
-        for (int64_t row = first; row < last;) {
-            int count = int(std::min<int64_t>(PAIR, last - row));
-            if (codebook) {
-                const int64_t now = layer.basis_rows ? row / layer.basis_rows : 0;
-                if (layer.basis_rows && (row + count - 1) / layer.basis_rows != now) count = 1;
-                if (now != block) {
-                    load(call.tensors.at[1], layer.types[1], now * basis.size(), basis.size(), basis.data());
-                    for (int64_t r = 0; r < directions; r++)
-                        lookups[r].set(&basis[r << layer.bits], layer.bits, precision);
-                    block = now;
+        for (int64_t row = first, count; row < last; row += count) {
+            count = std::min(most, last - row);
+            if (codebook && layer.basis_rows) count = std::min(count, layer.basis_rows - row % layer.basis_rows);
+            tables.set(layer, call.tensors, planes, precision, row, count);
+            out.assign((count + 1) / PAIR * PAIR * inputs.rows, Float{});
+            const int64_t plane = count * layer.groups;
+            for (int64_t i = 0; i < count; i += PAIR) {
+                const uint8_t* codes = static_cast<const uint8_t*>(call.tensors.at[0]) + (row + i) * bytes;
+                Rows rows{{codes, i + 1 < count ? codes + bytes : codes}, bytes, nullptr, plane, layer.groups,
+                          nullptr, ahead, run};
+                if (i + 1 == count) rows.groups = 0;  // the last row, twice
+                for (int64_t r = 0; r < (codebook ? layer.rank : 1); r++) {
+                    rows.tables = &tables.scales[r * planes * plane + i * layer.groups];
+                    rows.lookups = codebook ? tables.directions[r].lookups : nullptr;
+                    kernel(rows, inputs, inputs.rows, &out[i * inputs.rows]);
                 }
             }
-            for (int i = 0; i < count; i++) {
-                float* offset = &offsets[i * inputs.groups];
-                if (layer.kind == AFFINE) {
-                    float* scale = table(0, i, 0);
-                    load(call.tensors.at[1], layer.types[1], (row + i) * layer.groups, layer.groups, scale);
-                    zero_points(layer, call.tensors, row + i, offset);
-                    for (int64_t g = 0; g < layer.groups; g++) offset[g] *= -scale[g];
-                } else if (layer.kind == DUAL_BINARY) {
-                    float *one = table(0, i, 0), *two = table(0, i, 1);
-                    load(call.tensors.at[1], layer.types[1], (row + i) * layer.groups, layer.groups, one);
-                    load(call.tensors.at[2], layer.types[2], (row + i) * layer.groups, layer.groups, two);
-                    for (int64_t g = 0; g < layer.groups; g++) {  // the second plane's bits weigh 2
-                        offset[g] = layer.symmetric ? -(one[g] + two[g]) : 0;
-                        one[g] *= layer.symmetric ? 2 : 1;
-                        two[g] *= layer.symmetric ? 1 : 0.5f;
-                    }
-                } else if (codebook) {
-                    load_entries(layer, call.tensors, 3, 5, row + i, 1, 0, offset);
-                    for (int64_t g = 0; g < layer.groups; g++) offset[g] = -offset[g];
-                    for (int64_t r = 0; r < directions; r++) {
-                        load_entries(layer, call.tensors, 2, 4, row + i, layer.rank, r, entries.data());
-                        for (int64_t g = 0; g < layer.groups; g++) offset[g] += entries[g] * lookups[r].middle;
-                        for (int plane = 0; plane < planes; plane++)
-                            for (int64_t g = 0; g < layer.groups; g++)
-                                table(r, i, plane)[g] = entries[g] * lookups[r].factors[plane];
-                    }
-                }
+            values.resize(count);
+            if (layer.kind == SIGN) {
+                factors.resize(count);
+                load(call.tensors.at[2], layer.types[2], row, count, factors.data());
             }
-            const uint8_t* codes = static_cast<const uint8_t*>(call.tensors.at[0]) + row * bytes;
-            std::fill(out.begin(), out.end(), Float{});
-            for (int64_t r = 0; r < directions; r++) {
-                const Rows rows{{codes, codes + (count - 1) * bytes}, bytes, table(r, 0, 0), stride,
-                                codebook ? lookups[r].lookups : nullptr, ahead, run};
-                kernel(rows, inputs, inputs.rows, out.data());
+            if (call.bias) {
+                bias.resize(count);
+                load(call.bias, call.bias_type, row, count, bias.data());
             }
-            for (int64_t m = 0; m < call.rows; m++)
-                for (int i = 0; i < count; i++) {
-                    Float lanes = out[m * PAIR + i];
-                    if (inputs.rows > call.rows) lanes += out[(m + call.rows) * PAIR + i];
-                    const float *offset = &offsets[i * inputs.groups], *sums = &inputs.sums[m * inputs.groups];
-                    for (int64_t g = 0; g < inputs.groups; g += LANES)
+            for (int64_t m = 0; m < call.rows; m++) {
+                const float* sums = &inputs.sums[m * inputs.groups];
+                for (int64_t i = 0; i < count; i++) {
+                    const Float* at = &out[i / PAIR * PAIR * inputs.rows + i % PAIR];
+                    Float lanes = at[m * PAIR];
+                    if (inputs.rows > call.rows) lanes += at[(m + call.rows) * PAIR];
+                    const float* offset = &tables.offsets[i * layer.groups];
+                    for (int64_t g = 0; g < inputs.groups; g += LANES)  // beyond the groups sums are 0
                         lanes = fused(read<Float>(offset + g), read<Float>(sums + g), lanes);
-                    float sum = total(lanes);
-                    if (layer.kind == SIGN) sum *= load_one(call.tensors.at[2], layer.types[2], row + i);
-                    call.put(m, row + i, sum);
+                    values[i] = total(lanes);
                 }
-            row += count;
+                if (layer.kind == SIGN)
+                    for (int64_t i = 0; i < count; i++) values[i] *= factors[i];
+                if (call.bias)
+                    for (int64_t i = 0; i < count; i++) values[i] += bias[i];
+                store(call.y, call.type, m * layer.rows + row, count, values.data());
+            }
         }
     }
 }
@@ -1089,7 +1126,8 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // out[M][QUAD] = products of M rows of x with QUAD rows of the weight, both bfloat16 and `stride` apart.
 template <int M>
-void bfloat_product(const uint16_t* x, const uint16_t* weight, int64_t stride, float* out) {
+__attribute__((noinline)) void bfloat_product(  // inlined, gcc 12 keeps the sums in memory
+   const uint16_t* x, const uint16_t* weight, int64_t stride, float* out) {
     __m512 sums[M][QUAD];
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++)
