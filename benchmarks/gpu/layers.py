@@ -147,12 +147,11 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
 
 
 def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
-    if rows <= backend.GEMV_ROWS:
-        for chunks, outputs, turns in itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
-            if 8 <= chunks * outputs <= 32 and chunks * rows <= 4:
-                yield tuning.Gemv(chunks, outputs, turns)
+    if rows == 1:
+        for chunks, outputs, turns in ((1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 1), (1, 16, 2), (1, 32, 1), (2, 8, 2)):
+            yield tuning.Gemv(chunks, outputs, turns)
     else:
-        for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (1, 2, 3), (4, 8)):
+        for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (3,), (4, 8, 16)):
             if outputs >= 16 * warps:
                 yield tuning.Matmul(outputs, warps, stages, programs)
 

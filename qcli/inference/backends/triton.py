@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Triton"]
 
 _CHUNK = 32  # codes whose words are whole, see kernels.py
-GEMV_ROWS = 4  # of the inputs, computed by `gemv`
 MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
 _MAX_SPANS = 512  # of one program of `gemv`
-_TILE = 1 << 24  # weights decoded at a time
+_TILE = 1 << 26  # weights decoded at a time
 _OLDEST = (7, 5)  # compute capability
 
 
@@ -59,7 +58,7 @@ class Triton(Backend):
             return x.new_empty(*x.shape[:-1], shape[0])
         call = prepare(format, shape, tensors)
         with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
-            if len(flat) <= GEMV_ROWS:
+            if len(flat) == 1:
                 y = gemv(flat, call, bias)
             elif len(flat) <= MATMUL_ROWS and x.dtype != torch.float32 and call.constants["GROUP"] not in (8, 16):
                 y = matmul(flat, call, bias)
@@ -136,51 +135,44 @@ def _group(format: Affine | Codebook | DualBinary, in_features: int) -> int | No
 
 
 def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None = None) -> Tensor:
-    """x `[rows, in]`, up to `GEMV_ROWS` -> `[rows, out]`."""
-    (out_features, in_features), rows = call.shape, len(x)
-    constants, each = call.constants, 8 // x.element_size()
+    """x `[1, in]` -> `[1, out]`."""
+    (out_features, in_features), constants, each = call.shape, call.constants, 8 // x.element_size()
     if in_features % each or not x.is_contiguous() or x.data_ptr() % 8:
         x = F.pad(x, (0, -in_features % each)).contiguous()
     in_scale = call.in_scale
     if in_scale is not None and (in_features % 4 or in_scale.data_ptr() % 8):
         in_scale = F.pad(in_scale, (0, -in_features % 4)).clone()
-    chunks, block, turns = tuned or tuning.gemv(constants["BITS"], rows)
+    chunks, outputs, turns = tuned or tuning.gemv(constants["BITS"])
     while constants["GROUP"] and constants["GROUP"] % (chunks * _CHUNK) and chunks * _CHUNK % constants["GROUP"]:
         chunks //= 2
     count = _cdiv(call.chunks, chunks)
     spans = min(_MAX_SPANS, max(8, _power_of_2(count)))
     splits = _cdiv(count, spans)
-    y = x.new_empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32)
-    pairs = constants["KIND"] == "table" and constants["BITS"] == 2 and constants["BASIS_ROWS"] == 0
-    _kernels().gemv[(_cdiv(out_features, block * turns), splits)](
+    y = x.new_empty(splits, out_features, dtype=x.dtype if splits == 1 else torch.float32)
+    _kernels().gemv[(_cdiv(out_features, outputs * turns), splits)](
         x.view(torch.int64),
         x if in_scale is None else in_scale.view(torch.int64),
         *call.tables,
         y if bias is None else bias,
-        torch.empty(constants["RANK"] * 16, dtype=torch.int64, device=x.device) if pairs else y,
         y,
-        rows,
         out_features,
         in_features,
         call.words.shape[1],
         1,
         call.groups,
-        x.shape[1] // each,
         **{**constants, "EVEN": in_features % (_CHUNK * chunks) == 0},
         X=_X[x.dtype],
-        ROWS=_power_of_2(rows),
         IN_SCALE=in_scale is not None,
         BIAS=bias is not None and splits == 1,
-        PAIRS=pairs,
         SPAN=_CHUNK * chunks,
         TURNS=turns,
-        BN=block,
+        BN=outputs,
         BJ=spans,
         num_warps=max(1, min(16, spans // 32)),
     )
     if splits == 1:
-        return y[0]
-    total = y.sum(0)
+        return y
+    total = y.sum(0, keepdim=True)
     return (total if bias is None else total + bias).to(x.dtype)
 
 
@@ -276,9 +268,8 @@ def decoded(x: Tensor, call: Call, bias: Tensor | None) -> Tensor:
             BJ=128,
             num_warps=4,
         )
-        part = slice(start, start + rows)
-        y[:, part] = F.linear(columns, tile[:rows], None if bias is None else bias[part].to(x.dtype))
-    return y
+        torch.mm(columns, tile[:rows].T, out=y[:, start : start + rows])
+    return y if bias is None else y.add_(bias)
 
 
 def _by_place(x: Tensor, call: Call) -> Tensor:

@@ -149,17 +149,6 @@ def _sum(words, xs, first: tl.constexpr, last: tl.constexpr, PART: tl.constexpr,
     return total * (2.0 ** (149 - _UP))
 
 
-@triton.jit
-def _sum_of_pairs(words, xs, first: tl.constexpr, last: tl.constexpr, pairs, like):
-    """`sum_i v(q_i) x_i` over 2-bit codes first..last-1 of each span."""
-    total = tl.zeros(like.shape, tl.float32)
-    for p in tl.static_range(first // 2, last // 2):
-        both = tl.load(pairs + ((words[p // 8] >> (p % 8 * 4)) & 15))
-        total += _element(both, 0, "fp32") * xs[2 * p][:, None]
-        total += _element(both, 1, "fp32") * xs[2 * p + 1][:, None]
-    return total
-
-
 @triton.jit(do_not_specialize=["word_step"])
 def gemv(
     x_ptr,
@@ -171,15 +160,12 @@ def gemv(
     zero_scale_ptr,
     basis_ptr,
     bias_ptr,
-    pairs_ptr,
     y_ptr,
-    rows,
     N,
     K,
     row_words,
     word_step,
     groups,
-    x_stride,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
@@ -188,77 +174,77 @@ def gemv(
     BASIS_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     X: tl.constexpr,
-    ROWS: tl.constexpr,
     IN_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
-    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
     SPAN: tl.constexpr,
     TURNS: tl.constexpr,
     BN: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """`y[m, n] = sum_k w[n, k] x[m, k]` for a few rows m, summed in float32.
+    """`y[n] = sum_k w[n, k] x[k]`, summed in float32.
 
     A thread holds the inputs of a span, SPAN columns in whole chunks, and meets them with the same span of many rows of
-    the weight. Program (p, s) computes `TURNS * BN` outputs from the columns of BJ spans; y is `[splits, rows, N]`.
+    the weight. Program (p, s) computes `TURNS * BN` outputs from the columns of BJ spans; y is `[splits, N]`.
 
     word_step: 1, where spans are words; as an argument, so that neighbouring ones go to neighbouring threads.
     GROUP: columns that share scales, a divisor or a multiple of SPAN, or 0 for the whole row.
-    PAIRS: look up the values of two 2-bit codes at once, in scratch memory `[RANK, 16]` for one basis. Every program
-    writes it whole, with the same values, so none waits for another.
     """
-    if PAIRS:
-        pair = tl.arange(0, 16)
-        for r in tl.static_range(RANK):
-            low = tl.load(basis_ptr + r * 4 + pair % 4).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
-            high = tl.load(basis_ptr + r * 4 + pair // 4).to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
-            tl.store(pairs_ptr + r * 16 + pair, (high << 32) | (low & 0xFFFFFFFF))
-        tl.debug_barrier()
     spans = tl.program_id(1) * BJ + tl.arange(0, BJ)
     live = spans * SPAN < K
-    inputs = ()
-    for m in tl.static_range(ROWS):
-        xs = _by_place(x_ptr + tl.minimum(m, rows - 1) * x_stride, spans, live, K, SPAN, X)
-        if IN_SCALE:
-            in_scale = _by_place(in_scale_ptr, spans, live, K, SPAN, "fp16")
-            scaled = ()
-            for i in tl.static_range(SPAN):
-                scaled = scaled + (xs[i] * in_scale[i],)
-            xs = scaled
-        inputs = inputs + (xs,)
+    first = spans * word_step if SPAN * BITS == 32 else spans * (SPAN * BITS // 32)
     step: tl.constexpr = SPAN if GROUP == 0 else min(GROUP, SPAN)
+    start = tl.program_id(0) * (TURNS * BN)
+    # Words come first, and those of the next turn before this one's are needed: they take the longest.
+    words = _rows_of_words(words_ptr, first, live, start, N, row_words, SPAN * BITS // 32, EVEN, BN)
+    xs = _by_place(x_ptr, spans, live, K, SPAN, X)
+    if IN_SCALE:
+        in_scale = _by_place(in_scale_ptr, spans, live, K, SPAN, "fp16")
+        scaled = ()
+        for i in tl.static_range(SPAN):
+            scaled = scaled + (xs[i] * in_scale[i],)
+        xs = scaled
     for turn in tl.static_range(TURNS):
-        row = (tl.program_id(0) * TURNS + turn) * BN + tl.arange(0, BN)
+        row = start + turn * BN + tl.arange(0, BN)
         n = tl.minimum(row, N - 1)
         mask = live[:, None] & (n >= 0)[None, :]
-        first = spans * word_step if SPAN * BITS == 32 else spans * (SPAN * BITS // 32)
-        base = words_ptr + first[:, None] + n[None, :].to(tl.int64) * row_words
-        words = _words(base, first[:, None], mask, row_words, SPAN * BITS // 32, EVEN)
-        for m in tl.static_range(ROWS):
-            y = tl.zeros([BJ, BN], tl.float32)
-            for part in tl.static_range(SPAN // step):
-                column = spans * SPAN + part * step
-                g = column * 0 if GROUP == 0 else column // GROUP
-                inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
-                y += _term(
-                    words, inputs[m], part * step, (part + 1) * step, n, g, inside, groups,
-                    scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr, pairs_ptr,
-                    KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS, PAIRS,
-                )  # fmt: skip
-            total = tl.sum(y, axis=0)
-            if BIAS:
-                total += tl.load(bias_ptr + n).to(tl.float32)
-            place = y_ptr + (tl.program_id(1) * rows + m) * N + row
-            tl.store(place, total.to(y_ptr.dtype.element_ty), mask=(row < N) & (row * 0 + m < rows))
+        now = words
+        if turn + 1 < TURNS:
+            words = _rows_of_words(
+                words_ptr, first, live, start + (turn + 1) * BN, N, row_words, SPAN * BITS // 32, EVEN, BN
+            )
+        y = tl.zeros([BJ, BN], tl.float32)
+        for part in tl.static_range(SPAN // step):
+            column = spans * SPAN + part * step
+            g = column * 0 if GROUP == 0 else column // GROUP
+            inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
+            y += _term(
+                now, xs, part * step, (part + 1) * step, n, g, inside, groups,
+                scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr,
+                KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS,
+            )  # fmt: skip
+        total = tl.sum(y, axis=0)
+        if BIAS:
+            total += tl.load(bias_ptr + n).to(tl.float32)
+        tl.store(y_ptr + tl.program_id(1) * N + row, total.to(y_ptr.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
+def _rows_of_words(
+    words_ptr, first, live, start, N, row_words, COUNT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr
+):
+    """The words of each span in rows `start`..: `[spans, BN]`."""
+    n = tl.minimum(start + tl.arange(0, BN), N - 1)
+    base = words_ptr + first[:, None] + n[None, :].to(tl.int64) * row_words
+    return _words(base, first[:, None], live[:, None] & (n >= 0)[None, :], row_words, COUNT, EVEN)
 
 
 @triton.jit
 def _term(
     words, xs, first: tl.constexpr, last: tl.constexpr, n, g, mask, groups,
-    scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr, pairs_ptr,
+    scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, RANK: tl.constexpr, EIGHT: tl.constexpr,
-    BASIS_ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    BASIS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The scaled sums of columns first..last-1 of each span, which are in one group: `[spans, n]`."""
     entry = n[None, :] * groups + g[:, None]
@@ -282,16 +268,14 @@ def _term(
     else:
         term = -_table(zero_ptr, zero_scale_ptr, entry, 1, 0, mask, EIGHT) * x_sum
         basis = basis_ptr if BASIS_ROWS == 0 else basis_ptr + (n // BASIS_ROWS)[None, :] * (RANK << BITS)
-        if BITS <= 2 and not PAIRS:
+        if BITS <= 2:
             bit0 = _sum(words, xs, first, last, 1, BITS, entry)
             if BITS == 2:
                 bit1 = 0.5 * _sum(words, xs, first, last, 2, BITS, entry)
                 both = _sum(words, xs, first, last, "both", BITS, entry)
         for r in tl.static_range(RANK):
             values = basis + (r << BITS)
-            if PAIRS:
-                total = _sum_of_pairs(words, xs, first, last, pairs_ptr + r * 16, entry)
-            elif BITS <= 2:
+            if BITS <= 2:
                 v0 = tl.load(values).to(tl.float32)
                 v1 = tl.load(values + 1).to(tl.float32)
                 total = v0 * x_sum + (v1 - v0) * bit0

@@ -22,11 +22,11 @@ class Matmul(NamedTuple):
     programs: int
 
 
-def gemv(bits: int, rows: int) -> Gemv:
-    """For a weight of this width and so many rows of inputs."""
-    return Gemv(chunks=2 if rows == 1 else 1, outputs=8 if rows == 1 else 4, turns=2)
+def gemv(bits: int) -> Gemv:
+    """For a weight of this width."""
+    return Gemv(chunks=1, outputs=16 if bits <= 2 else 8, turns=1 if bits <= 2 else 2)
 
 
 def matmul(bits: int, rows: int) -> Matmul:
     """For a weight of this width and so many rows of inputs."""
-    return Matmul(outputs=64, warps=4, stages=3, programs=2)
+    return Matmul(outputs=64, warps=4, stages=3, programs=8)
