@@ -18,7 +18,7 @@ def inspect(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Show the layers and sizes of a checkpoint, how it was made, and what computes its layers on this machine."""
+    """Show the layers of a checkpoint, its origin, and its backends here."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.inspect import inspect as inspect_checkpoint
 
