@@ -17,6 +17,7 @@ from qcli.models.kv_cache import empty_cache
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError, VerificationError
 
+_ROOM = 1024  # new tokens that memory is reserved for at first
 END, LENGTH, CONTEXT = "end", "length", "context"
 
 
@@ -123,7 +124,7 @@ class Generator:
         """How many tokens of a prompt are in the cache, which is emptied if it holds others."""
         known = len(self._cached)
         if known >= len(prompt) or self._cached != prompt[:known]:
-            self._cache, self._cached = empty_cache(self._blocks, room), []
+            self._cache, self._cached = empty_cache(self._blocks, min(room, len(prompt) + _ROOM)), []
         return len(self._cached)
 
     def _advance(self, tokens: Sequence[int]) -> Tensor:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from qcli.inference import generate
 from qcli.inference.generate import CONTEXT, END, LENGTH, Generator, Sampling
 from qcli.inference.linear import QuantLinear
 from qcli.inference.load import backend_counts, load_model, loaded_bytes, tensor_bytes
+from qcli.models.families import FAMILIES
 from qcli.models.open import open_source
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError, VerificationError
 from tests.quantizing import TOKENS, logits, run, write_text
-from tests.tiny import CONFIGS, VARIANTS, tiny_model
+from tests.tiny import VARIANTS, tiny_model
 
 CPU = torch.device("cpu")
 PROMPT = [10, 200, 31, 47, 5, 90, 91, 17, 44, 23, 8, 300]
@@ -39,7 +41,7 @@ def recomputed(model: Any, prompt: list[int], count: int) -> list[int]:
     return sequence[len(prompt) :]
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CONFIGS), *VARIANTS])
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), *VARIANTS])
 def test_the_cache_changes_nothing(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Not across a sliding window either, nor in a second call that goes on from the first."""
     source, model = loaded(tiny_model(family, tmp_path, **changes))
@@ -68,6 +70,13 @@ def test_what_is_in_the_cache_is_not_computed_again(tmp_path: Path, monkeypatch:
     assert lengths[4:] == [2]  # the last of the first answer, and the new one
     tokens(generator, [11, *PROMPT], max_new_tokens=1)
     assert lengths[5:] == [len(PROMPT) + 1]
+
+
+def test_a_cache_that_has_to_grow_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, model = loaded(tiny_model("llama", tmp_path))
+    expected = recomputed(model, PROMPT, 40)
+    monkeypatch.setattr(generate, "_ROOM", 1)
+    assert tokens(Generator(source, model, source.tokenizer()), PROMPT, max_new_tokens=40) == expected
 
 
 def test_seeds_choose_the_text(tmp_path: Path) -> None:

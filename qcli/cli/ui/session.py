@@ -139,16 +139,18 @@ class Session:
     def stream(self) -> Iterator[Callable[[str], None]]:
         """Within: what prints a result piece by piece. Its last line is ended, at an exception too if it has begun.
 
-        On a terminal, control characters are escaped: the text may be anyone's.
+        On a terminal, control characters are escaped: the text may be anyone's. So are, everywhere, characters that
+        the encoding of stdout does not have.
         """
         if isinstance(self.progress, Bars):
             self.progress.stop()
-        terminal, last = self.stdout.isatty(), ""
+        terminal, encoding, last = self.stdout.isatty(), self.stdout.encoding or "utf-8", ""
 
         def write(piece: str) -> None:
             nonlocal last
             last = piece
-            self.text(without_controls(piece) if terminal else piece)
+            shown = without_controls(piece) if terminal else piece
+            self.text(shown.encode(encoding, "backslashreplace").decode(encoding))
 
         try:
             yield write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -122,3 +123,11 @@ def test_a_terminal_gets_no_control_characters(
         with Session() as session, session.stream() as write:
             write(text)
         assert capsys.readouterr().out == printed
+
+
+def test_streamed_characters_that_stdout_cannot_write_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="latin-1"))
+    with Session() as session, session.stream() as write:
+        write("\xe9 \U0001f600")
+    assert content.getvalue() == b"\xe9 \\U0001f600\n"
