@@ -148,8 +148,8 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
 
 def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
     if rows == 1:
-        for chunks, outputs, turns in ((1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 16, 1), (1, 16, 2), (1, 32, 1), (2, 8, 2)):
-            yield tuning.Gemv(chunks, outputs, turns)
+        for outputs, registers in itertools.product((4, 8, 16, 32), (64, 80, 96, 255)):
+            yield tuning.Gemv(1, outputs, registers)
     else:
         for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (3,), (4, 8, 16)):
             if outputs >= 16 * warps:

@@ -142,14 +142,14 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
     in_scale = call.in_scale
     if in_scale is not None and (in_features % 4 or in_scale.data_ptr() % 8):
         in_scale = F.pad(in_scale, (0, -in_features % 4)).clone()
-    chunks, outputs, turns = tuned or tuning.gemv(constants["BITS"])
+    chunks, outputs, registers = tuned or tuning.gemv(constants["BITS"])
     while constants["GROUP"] and constants["GROUP"] % (chunks * _CHUNK) and chunks * _CHUNK % constants["GROUP"]:
         chunks //= 2
     count = _cdiv(call.chunks, chunks)
     spans = min(_MAX_SPANS, max(8, _power_of_2(count)))
     splits = _cdiv(count, spans)
     y = x.new_empty(splits, out_features, dtype=x.dtype if splits == 1 else torch.float32)
-    _kernels().gemv[(_cdiv(out_features, outputs * turns), splits)](
+    _kernels().gemv[(_cdiv(out_features, outputs), splits)](
         x.view(torch.int64),
         x if in_scale is None else in_scale.view(torch.int64),
         *call.tables,
@@ -165,10 +165,10 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
         IN_SCALE=in_scale is not None,
         BIAS=bias is not None and splits == 1,
         SPAN=_CHUNK * chunks,
-        TURNS=turns,
         BN=outputs,
         BJ=spans,
         num_warps=max(1, min(16, spans // 32)),
+        maxnreg=registers,
     )
     if splits == 1:
         return y

@@ -178,14 +178,13 @@ def gemv(
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     SPAN: tl.constexpr,
-    TURNS: tl.constexpr,
     BN: tl.constexpr,
     BJ: tl.constexpr,
 ):
     """`y[n] = sum_k w[n, k] x[k]`, summed in float32.
 
     A thread holds the inputs of a span, SPAN columns in whole chunks, and meets them with the same span of many rows of
-    the weight. Program (p, s) computes `TURNS * BN` outputs from the columns of BJ spans; y is `[splits, N]`.
+    the weight. Program (p, s) computes BN outputs from the columns of BJ spans; y is `[splits, N]`.
 
     word_step: 1, where spans are words; as an argument, so that neighbouring ones go to neighbouring threads.
     GROUP: columns that share scales, a divisor or a multiple of SPAN, or 0 for the whole row.
@@ -194,9 +193,11 @@ def gemv(
     live = spans * SPAN < K
     first = spans * word_step if SPAN * BITS == 32 else spans * (SPAN * BITS // 32)
     step: tl.constexpr = SPAN if GROUP == 0 else min(GROUP, SPAN)
-    start = tl.program_id(0) * (TURNS * BN)
-    # Words come first, and those of the next turn before this one's are needed: they take the longest.
-    words = _rows_of_words(words_ptr, first, live, start, N, row_words, SPAN * BITS // 32, EVEN, BN)
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.minimum(row, N - 1)
+    mask = live[:, None] & (n >= 0)[None, :]
+    base = words_ptr + first[:, None] + n[None, :].to(tl.int64) * row_words
+    words = _words(base, first[:, None], mask, row_words, SPAN * BITS // 32, EVEN)  # first: they take the longest
     xs = _by_place(x_ptr, spans, live, K, SPAN, X)
     if IN_SCALE:
         in_scale = _by_place(in_scale_ptr, spans, live, K, SPAN, "fp16")
@@ -204,39 +205,20 @@ def gemv(
         for i in tl.static_range(SPAN):
             scaled = scaled + (xs[i] * in_scale[i],)
         xs = scaled
-    for turn in tl.static_range(TURNS):
-        row = start + turn * BN + tl.arange(0, BN)
-        n = tl.minimum(row, N - 1)
-        mask = live[:, None] & (n >= 0)[None, :]
-        now = words
-        if turn + 1 < TURNS:
-            words = _rows_of_words(
-                words_ptr, first, live, start + (turn + 1) * BN, N, row_words, SPAN * BITS // 32, EVEN, BN
-            )
-        y = tl.zeros([BJ, BN], tl.float32)
-        for part in tl.static_range(SPAN // step):
-            column = spans * SPAN + part * step
-            g = column * 0 if GROUP == 0 else column // GROUP
-            inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
-            y += _term(
-                now, xs, part * step, (part + 1) * step, n, g, inside, groups,
-                scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr,
-                KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS,
-            )  # fmt: skip
-        total = tl.sum(y, axis=0)
-        if BIAS:
-            total += tl.load(bias_ptr + n).to(tl.float32)
-        tl.store(y_ptr + tl.program_id(1) * N + row, total.to(y_ptr.dtype.element_ty), mask=row < N)
-
-
-@triton.jit
-def _rows_of_words(
-    words_ptr, first, live, start, N, row_words, COUNT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr
-):
-    """The words of each span in rows `start`..: `[spans, BN]`."""
-    n = tl.minimum(start + tl.arange(0, BN), N - 1)
-    base = words_ptr + first[:, None] + n[None, :].to(tl.int64) * row_words
-    return _words(base, first[:, None], live[:, None] & (n >= 0)[None, :], row_words, COUNT, EVEN)
+    y = tl.zeros([BJ, BN], tl.float32)
+    for part in tl.static_range(SPAN // step):
+        column = spans * SPAN + part * step
+        g = column * 0 if GROUP == 0 else column // GROUP
+        inside = mask if GROUP == 0 else mask & (g < groups)[:, None]
+        y += _term(
+            words, xs, part * step, (part + 1) * step, n, g, inside, groups,
+            scale_ptr, scale_scale_ptr, zero_ptr, zero_scale_ptr, basis_ptr,
+            KIND, BITS, ZERO, RANK, EIGHT, BASIS_ROWS,
+        )  # fmt: skip
+    total = tl.sum(y, axis=0)
+    if BIAS:
+        total += tl.load(bias_ptr + n).to(tl.float32)
+    tl.store(y_ptr + tl.program_id(1) * N + row, total.to(y_ptr.dtype.element_ty), mask=row < N)
 
 
 @triton.jit

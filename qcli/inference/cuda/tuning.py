@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 
 class Gemv(NamedTuple):
-    """Of `gemv`: chunks of 32 columns whose inputs a thread holds, outputs computed at a time, and how many times."""
+    """Of `gemv`: chunks of 32 columns whose inputs a thread holds, outputs of a program, and the registers that a
+    thread may use at most."""
 
     chunks: int
     outputs: int
-    turns: int
+    registers: int = 255
 
 
 class Matmul(NamedTuple):
@@ -24,7 +25,7 @@ class Matmul(NamedTuple):
 
 def gemv(bits: int) -> Gemv:
     """For a weight of this width."""
-    return Gemv(chunks=1, outputs=16 if bits <= 2 else 8, turns=1 if bits <= 2 else 2)
+    return Gemv(chunks=1, outputs=16)
 
 
 def matmul(bits: int, rows: int) -> Matmul:

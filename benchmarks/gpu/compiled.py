@@ -1,0 +1,136 @@
+"""The kernels compiled ahead of time, which needs no GPU: registers, spills, and instructions a weight.
+
+Must run without TRITON_INTERPRET. The shapes are those of a layer of 14336 x 4096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.common import save
+from benchmarks.gpu.layers import FORMATS
+from qcli.inference.backends import triton as backend
+from qcli.inference.cuda import kernels
+
+SHAPE = (14336, 4096)
+_KERNELS = ("gemv", "arrange", "matmul", "collect", "decode")
+PROCESSORS = 132
+_OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TYPES = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+
+
+class _Recorded:
+    """Stands for a kernel: compiles the call in place of launching it."""
+
+    def __init__(self, name: str, arch: int, results: list[dict[str, Any]]) -> None:
+        self.name, self.arch, self.results = name, arch, results
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.results.append(self._compile(arguments, options))
+
+    def _compile(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        kernel = getattr(kernels, self.name)
+        launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
+        signature: dict[str, str] = dict.fromkeys(options, "constexpr")
+        constants = dict(options)
+        divisible: dict[tuple[int], Any] = {}
+        for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = _TYPES[value.dtype]
+                divisible[(place,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    divisible[(place,)] = [["tt.divisibility", 16]]
+        ordered = {name: signature[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, signature=ordered, constexprs=constants, attrs=divisible)
+        made = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=launch)
+        return {"kernel": self.name, "arch": self.arch, **_facts(made.asm["cubin"], made.asm["ptx"])}
+
+
+def _facts(cubin: bytes, ptx: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([_OBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", sass, re.M)
+    return {
+        "registers": registers,
+        "spilled_bytes": stack,
+        "instructions": len(names),
+        "widest_load": max((name for name in names if name.startswith("LDG")), key=_width, default=""),
+        "tensor_cores": any(name.startswith(("HGMMA", "HMMA")) for name in names),
+    }
+
+
+def _width(load: str) -> int:
+    return 128 if "128" in load else 64 if "64" in load else 32
+
+
+def compiled(names: list[str], arch: int, rows: int) -> list[dict[str, Any]]:
+    """What the launches of one call compile to, by format; the first rows are those of the format's name."""
+    results = []
+    for name in names:
+        found: list[dict[str, Any]] = []
+        launches = SimpleNamespace(**{kernel: _Recorded(kernel, arch, found) for kernel in _KERNELS})
+        stored = FORMATS[name].stored(SHAPE)
+        tensors = {suffix: torch.empty(entry.shape, dtype=entry.torch_dtype) for suffix, entry in stored.items()}
+        x = torch.empty(rows, SHAPE[1], dtype=torch.bfloat16)
+        with (
+            mock.patch.object(backend, "_kernels", return_value=launches),
+            mock.patch.object(backend, "_processors", return_value=PROCESSORS),
+        ):
+            backend.Triton().linear(x, FORMATS[name], SHAPE, tensors, None)
+        results += [{"format": name, "rows": rows, **fact} for fact in found]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--arch", default="80,90")
+    parser.add_argument("--rows", default="1,16,256")
+    parser.add_argument("--json", action="store_true", help="print the results, and keep none")
+    given = parser.parse_args()
+    results = [
+        result
+        for arch in map(int, given.arch.split(","))
+        for rows in map(int, given.rows.split(","))
+        for result in compiled(given.formats.split(","), arch, rows)
+    ]
+    if given.json:
+        print(json.dumps(results))
+        return
+    for result in results:
+        print(result)
+    save("gpu_compiled", {"shape": list(SHAPE), "rows": results})
+
+
+if __name__ == "__main__":
+    main()
