@@ -19,7 +19,7 @@ from torch import Tensor
 from qcli.inference.load import backend_counts, load_model, tensor_bytes
 from qcli.inference.served import own_dtype
 from qcli.inference.timing import load_average, seconds
-from qcli.models.families import block_count, text_config
+from qcli.models.families import block_count
 from qcli.models.kv_cache import empty_cache
 from qcli.models.open import open_source
 from qcli.models.source import ModelSource
@@ -133,7 +133,7 @@ class _Arm:
 
     def __init__(self, source: ModelSource, model: Any, device: torch.device) -> None:
         self.model, self._device, self._blocks = model, device, block_count(source.config)
-        self.vocabulary = int(text_config(source.config)["vocab_size"])
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 
     @torch.inference_mode()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcli.data.tokens import require_known_ids
 from qcli.inference.prompt import TextStream
-from qcli.models.families import block_count, text_config
+from qcli.models.families import block_count
 from qcli.models.kv_cache import empty_cache
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError, VerificationError
@@ -149,12 +150,7 @@ def require_fit(prompt: Sequence[int], source: ModelSource) -> None:
         raise UsageError(
             f"the prompt has {len(prompt)} tokens, the model's context {context}", hint="shorten the prompt"
         )
-    rows = text_config(source.config).get("vocab_size")
-    if isinstance(rows, int) and max(prompt) >= rows:
-        raise UsageError(
-            f"{source.path}: the tokenizer makes token {max(prompt)}, the model has embeddings for {rows}",
-            hint="tokenizer and weights must belong to the same model",
-        )
+    require_known_ids(source, max(prompt))
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -103,7 +103,7 @@ def test_the_end_of_text_of_length_and_of_context(tmp_path: Path) -> None:
     assert (result.stopped, result.tokens, result.tokens_per_second) == (LENGTH, found[:1], None)
     result = Generator(source, model, source.tokenizer()).generate(PROMPT, Sampling(100), lambda _: None)
     assert (result.stopped, len(result.tokens)) == (CONTEXT, 20 - len(PROMPT))
-    for prompt, message in (([], "empty"), ([1] * 20, "20 tokens, the model's context 20"), ([1, 320], "token 320")):
+    for prompt, message in (([], "empty"), ([1] * 20, "20 tokens, the model's context 20"), ([1, 320], "id 320")):
         with pytest.raises(UsageError, match=message):
             generator.generate(prompt, Sampling(1), lambda _: None)
 
