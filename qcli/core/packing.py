@@ -96,6 +96,16 @@ def _leading_bytes(lanes: Tensor, count: int) -> Tensor:
     return target.view(-1).view(torch.uint8)
 
 
+def cut_columns(packed: Tensor, bits: int, columns: int, part: slice) -> Tensor:
+    """Some columns of packed rows of `columns` codes, packed; unpacks a tile at a time.
+
+    Args:
+        packed: int32 `[rows, words]`, as `pack_bits` returns it.
+    """
+    step = max(1, _TILE // max(1, columns))
+    return torch.cat([pack_bits(unpack_bits(tile, bits, columns)[:, part], bits) for tile in packed.split(step)])
+
+
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of `pack_bits`: int32 `[rows, words]` -> uint8 `[rows, columns]`."""
     rows = packed.shape[0]

@@ -174,16 +174,17 @@ class Format(BaseModel):
 
     @property
     def column_step(self) -> int | None:
-        """Where `slice_columns` can cut: at multiples of this number of columns. None: this format cannot be cut, and
+        """Where `cut` can cut: at multiples of this number of columns. None: this format cannot be cut, and
         tensor-parallel engines (vLLM) do not load it."""
         return None
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        """Float tables that decode these columns of the codes.
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        """Tables that decode this part of the codes to the same values, and their format; views where possible.
 
         Args:
-            tables: float tables.
-            columns: starts at a multiple of `column_step`, ends at one or at the last column.
+            tables: of the whole weight, in the dtypes they are stored in.
+            rows, columns: with start and stop; columns start at a multiple of `column_step`, and end at one or at the
+                last column.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""qcli checkpoints in vLLM: each device keeps its shard of a layer's codes packed and decodes it in the forward pass.
+"""qcli checkpoints in vLLM: each device keeps its shard of a layer packed, and computes it by the backends of qcli.
 
 vLLM fuses q, k and v into one layer, and gate and up; tensor parallelism splits some layers by outputs, others by
 inputs. Here a fused layer has a `_Shard` for each layer of the checkpoint, cut out as soon as all tensors of that layer
@@ -8,7 +8,7 @@ have been read. Written against vLLM's base classes (QuantizationConfig, LinearM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from qcli.core import packing
-from qcli.core.weight import QuantizedWeight
-from qcli.inference.backends.reference import weight_linear
+from qcli.core.weight import Format, QuantizedWeight
+from qcli.inference.linear import QuantLinear
 from qcli.models.native import GUARD, NativeStorage
 from qcli.models.quantized import LayerStorage
 from qcli.utils.errors import UnsupportedError
@@ -40,12 +40,12 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
         return "qcli"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Weights are decoded to any dtype."""
+        """Those of the backends."""
         return [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Plain PyTorch: whatever vLLM itself needs."""
+        """Whatever vLLM itself needs; without Triton's kernels plain PyTorch computes the layers."""
         return 70
 
     @staticmethod
@@ -111,7 +111,7 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{self.prefix} is a single layer in the checkpoint, tensor parallelism would split it"
             )
         shards = [
-            _Shard(self.prefix, storage, size, input_size_per_partition, rank, ranks)
+            _Shard(self.prefix, storage, (size, input_size_per_partition), rank, ranks, params_dtype)
             for storage, size in zip(self.storages, sizes, strict=True)
         ]
         layer.qcli_shards = nn.ModuleList(shards)
@@ -139,20 +139,21 @@ class QcliLinearMethod(LinearMethodBase):  # type: ignore[misc]
 class _Shard(nn.Module):
     """The rows and columns of one layer that this device computes."""
 
-    codes: Tensor
-
-    def __init__(self, prefix: str, storage: LayerStorage, rows: int, columns: int, rank: int, ranks: int) -> None:
+    def __init__(
+        self, prefix: str, storage: LayerStorage, shape: tuple[int, int], rank: int, ranks: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        all_rows, all_columns = storage.shape
+        (all_rows, all_columns), (rows, columns) = storage.shape, shape
         if all_rows % rows or all_columns % columns:
-            raise UnsupportedError(f"{prefix}: {storage.shape} cannot be split into parts of {(rows, columns)}")
-        self.prefix, self.storage, self.shape = prefix, storage, (rows, columns)
+            raise UnsupportedError(f"{prefix}: {storage.shape} cannot be split into parts of {shape}")
+        self.prefix, self.storage, self.shape, self._dtype = prefix, storage, shape, dtype
         # With fewer shards than devices, neighbours have the same one, as vLLM replicates heads of k and v.
         row = rank * (all_rows // rows) // ranks * rows
         column = rank * (all_columns // columns) // ranks * columns
         self._rows, self._columns = slice(row, row + rows), slice(column, column + columns)
         self.suffixes = tuple(storage.format.stored(storage.shape))
         self._gathered: dict[str, Tensor] = {}
+        self.linear: QuantLinear | None = None
         self._check(ranks)
 
     def gather(self, suffix: str, tensor: Tensor) -> None:
@@ -160,27 +161,25 @@ class _Shard(nn.Module):
         self._gathered[suffix] = tensor
         if len(self._gathered) < len(self.suffixes):
             return
-        format = self.storage.format
-        whole = format.from_stored(self._gathered, self.storage.shape)
-        codes = whole.codes[self._rows, self._columns].contiguous()
-        tables = format.slice_columns(format.slice_rows(format.float_tables(whole.tables), self._rows), self._columns)
-        self.register_buffer("codes", packing.pack_bits(codes, format.bits))
-        for name, table in tables.items():
-            self.register_buffer(name, table.clone())
-        self._tables = tuple(tables)
-        self._gathered = {}
+        format, stored = self.storage.format, self._gathered
+        if self.shape != self.storage.shape:
+            format, stored = _cut(self.storage, stored, self._rows, self._columns)
+        linear = QuantLinear(format, self.shape[1], self.shape[0], compute_dtype=self._dtype)
+        linear.load_state_dict(stored, assign=True)
+        linear.name = self.prefix
+        self.linear, self._gathered = linear, {}
 
     def require_whole(self) -> None:
         """Raise UnsupportedError unless all tensors of the layer have been read."""
-        missing = [suffix for suffix in self.suffixes if suffix not in self._gathered]
-        if not hasattr(self, "codes"):
-            raise UnsupportedError(f"{self.prefix}: the checkpoint has no {missing[0]}", hint="run `qcli verify` on it")
+        if self.linear is None:
+            missing = next(suffix for suffix in self.suffixes if suffix not in self._gathered)
+            raise UnsupportedError(f"{self.prefix}: the checkpoint has no {missing}", hint="run `qcli verify` on it")
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., columns]` -> `[..., rows]`."""
-        codes = packing.unpack_bits(self.codes, self.storage.format.bits, self.shape[1])
-        tables = {name: getattr(self, name) for name in self._tables}
-        return weight_linear(x, QuantizedWeight(self.storage.format, self.shape, codes, tables))
+        assert self.linear is not None  # `require_whole`
+        y: Tensor = self.linear(x)
+        return y
 
     def _check(self, ranks: int) -> None:
         format, columns = self.storage.format, self.shape[1]
@@ -196,11 +195,28 @@ class _Shard(nn.Module):
             )
 
 
+def _cut(
+    storage: LayerStorage, tensors: Mapping[str, Tensor], rows: slice, columns: slice
+) -> tuple[Format, dict[str, Tensor]]:
+    """Some rows and columns of a layer as a layer of their own: its format and stored tensors."""
+    packed = tensors.get("weight_packed")
+    no_codes = {} if packed is None else {"weight_packed": packed[:0]}
+    tables = storage.format.from_stored({**tensors, **no_codes}, storage.shape).tables
+    format, tables = storage.format.cut(tables, rows, columns)
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    codes = torch.empty(0, shape[1], dtype=torch.uint8, device=next(iter(tensors.values())).device)
+    stored = format.to_stored(QuantizedWeight(format, shape, codes, tables))
+    stored = {name: tensor.clone() for name, tensor in stored.items()}  # views would keep all of the layer
+    if packed is not None:
+        stored["weight_packed"] = packing.cut_columns(packed[rows], format.bits, storage.shape[1], columns)
+    return format, stored
+
+
 def _loader(shards: Sequence[_Shard], suffix: str) -> Callable[..., None]:
     """The `weight_loader` that vLLM's models call with each tensor, and with the part's id if the layer is fused."""
 
     def load(parameter: nn.Parameter, tensor: Tensor, part: str | int | None = None) -> None:
         index = 0 if part is None else _PARTS.get(str(part), part)
-        shards[int(index)].gather(suffix, tensor.to(parameter.device))
+        shards[int(index)].gather(suffix, tensor.to(parameter.device, copy=True))
 
     return load

@@ -41,11 +41,15 @@ class Grouped(Format):
     def column_step(self) -> int:
         return max(1, self.group_size)
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        groups = self.groups_between(columns)
+        return self, {name: table[rows, groups] for name, table in tables.items()}
+
+    def groups_between(self, columns: slice) -> slice:
+        """The groups that these columns are in."""
         if self.group_size == -1:
-            return tables
-        groups = slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
-        return {name: table[:, groups] for name, table in tables.items()}
+            return slice(None)
+        return slice(columns.start // self.group_size, -(-columns.stop // self.group_size))
 
     def nonzero_groups(self, target: Tensor) -> Tensor:
         """Groups that are not all 0: `[out, in]` -> bool `[out, groups]`."""

@@ -8,15 +8,16 @@ double quantization: S and beta in 8-bit integers with one float16 scale for eac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from qcli.core.formats._grouped import NonUniform
 from qcli.core.formats._tables import SMALLEST_BLOCK_SCALE, SMALLEST_NORMAL_SCALE, check_tables, symmetric_int8
-from qcli.core.weight import Rounder
+from qcli.core.weight import Format, Rounder
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import VerificationError
+from qcli.utils.errors import UnsupportedError, VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,8 +137,65 @@ class Codebook(NonUniform):
         basis = basis if len(basis) == 1 else basis[rows]
         return {BASIS: basis, SCALE: floats[SCALE][rows], OFFSET: floats[OFFSET][rows]}
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return {**super().slice_columns(tables, columns), BASIS: tables[BASIS]}
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        """Where neighbours no longer share their 8-bit scales, in 16-bit tables of the rank `2 rank + 1`."""
+        part = rows, self.groups_between(columns)
+        format, basis = self._cut_basis(tables[BASIS], rows)
+        if self.table_bits == 16:
+            return format, {BASIS: basis, SCALE: tables[SCALE][part], OFFSET: tables[OFFSET][part]}
+        blocks = self._scale_blocks(tables[OFFSET], part)
+        if blocks is None:
+            return format._in_16_bits(basis, *(self._value(name, tables)[part] for name in (SCALE, OFFSET)))
+        cut = {name: tables[name][part] for name in (SCALE, OFFSET)}
+        cut |= {f"{name}_scale": tables[f"{name}_scale"][blocks] for name in (SCALE, OFFSET)}
+        return format, {BASIS: basis, **cut}
+
+    def _cut_basis(self, basis: Tensor, rows: slice) -> tuple[Codebook, Tensor]:
+        """The basis vectors of these rows; fewer rows share them where a block of rows is cut."""
+        if not self.basis_rows:
+            return self, basis
+        shared = gcd(rows.start, self.basis_rows)
+        repeated = basis.repeat_interleave(self.basis_rows // shared, dim=0)
+        cut = repeated[rows.start // shared : -(-rows.stop // shared)]
+        return self.model_copy(update={"basis_rows": shared}), cut
+
+    @staticmethod
+    def _scale_blocks(table: Tensor, part: tuple[slice, slice]) -> Tensor | None:
+        """Of an 8-bit table `[out, groups]`: the block that each block of its part is in, int64; None if one is in
+        several."""
+        import torch
+
+        places = torch.arange(table.numel(), device=table.device).view(table.shape)[part].flatten()
+        blocks = places // SCALE_BLOCK
+        first = blocks[::SCALE_BLOCK]
+        return first if torch.equal(blocks, first.repeat_interleave(SCALE_BLOCK)[: len(blocks)]) else None
+
+    def _in_16_bits(self, basis: Tensor, scale: Tensor, offset: Tensor) -> tuple[Codebook, Mapping[str, Tensor]]:
+        """The same codebooks with 16-bit tables, exactly: an 8-bit entry times its scale is a multiple of the smallest
+        float16 with 18 significant bits, the sum of two float16.
+
+        Args:
+            scale, offset: float32 `[out, groups, rank]` and `[out, groups]`.
+        """
+        import torch
+
+        high, offset_high = scale.half(), offset.half()
+        if not bool(high.isfinite().all() & offset_high.isfinite().all()):
+            raise UnsupportedError("a codebook with scales above the largest float16 cannot be cut")
+        low, offset_low = (scale - high.float()).half(), (offset - offset_high.float()).half()
+        ones = torch.ones_like(basis[:, :1])
+        format = Codebook(
+            bits=self.bits,
+            group_size=self.group_size,
+            rank=2 * self.rank + 1,
+            table_bits=16,
+            basis_rows=self.basis_rows,
+        )
+        return format, {
+            BASIS: torch.cat([basis, basis, -ones], 1),
+            SCALE: torch.cat([high, low, offset_low[..., None]], -1),
+            OFFSET: offset_high,
+        }
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         groups = self.groups_of(columns)

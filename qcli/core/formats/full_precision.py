@@ -88,8 +88,8 @@ class FullPrecision(Format):
     def column_step(self) -> int:
         return 1
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return {WEIGHT: tables[WEIGHT][:, columns]}
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        return self, {WEIGHT: tables[WEIGHT][rows, columns]}
 
     def check(self, weight: QuantizedWeight) -> None:
         check_tables(weight.tables, self.stored(weight.shape))

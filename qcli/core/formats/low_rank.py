@@ -114,6 +114,16 @@ class LowRank(Format):
         factors = {name: table for name, table in tables.items() if _is_factor(name)}
         return {**self.base.slice_rows(self._of_base(tables), rows), **factors, "lowrank_a": factors["lowrank_a"][rows]}
 
+    @property
+    def column_step(self) -> int | None:
+        return self.base.column_step
+
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        base, of_base = self.base.cut(self._of_base(tables), rows, columns)
+        factors = {name: table for name, table in tables.items() if _is_factor(name)}
+        factors |= {"lowrank_a": factors["lowrank_a"][rows], "lowrank_b": factors["lowrank_b"][:, columns]}
+        return LowRank.around(base, self.rank, self.factor_bits), {**of_base, **factors}
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         nearest_in_base = self.base.rounder(self._of_base(tables), columns)
         added = (self.factor("a", tables) @ self.factor("b", tables)[:, columns]).T.contiguous()

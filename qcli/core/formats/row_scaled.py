@@ -133,8 +133,9 @@ class RowScaled(Format):
     def column_step(self) -> int | None:
         return self.base.column_step
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return {**self.base.slice_columns(_of_base(tables), columns), EXPONENT: tables[EXPONENT]}
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        base, of_base = self.base.cut(_of_base(tables), rows, columns)
+        return RowScaled.around(base), {**of_base, EXPONENT: tables[EXPONENT][rows]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         nearest_in_base, exponent = self.base.rounder(_of_base(tables), columns), tables[EXPONENT]

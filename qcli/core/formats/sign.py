@@ -98,8 +98,8 @@ class Sign(Format):
     def column_step(self) -> int:
         return 1
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return {**tables, IN_SCALE: tables[IN_SCALE][columns]}
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        return self, {IN_SCALE: tables[IN_SCALE][columns], OUT_SCALE: tables[OUT_SCALE][rows]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]

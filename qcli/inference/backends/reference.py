@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcli.core import packing
-from qcli.core.weight import Format, QuantizedWeight
+from qcli.core.weight import Format
 from qcli.inference.backend import Backend
 
 __all__ = ["Reference"]
@@ -51,17 +51,6 @@ def decoded_tiles(
         rows = slice(start, min(start + step, shape[0]))
         codes = packing.unpack_bits(packed[rows], format.bits, shape[1])
         yield rows, format.decode(codes, format.slice_rows(tables, rows))
-
-
-def weight_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`x W_hat^T` of an unpacked weight with stored or float tables, decoding a tile of rows at a time."""
-    format, (out_features, in_features) = weight.format, weight.shape
-    y, step = x.new_empty(*x.shape[:-1], out_features), max(1, _TILE // in_features)
-    for start in range(0, out_features, step):
-        rows = slice(start, start + step)
-        decoded = format.decode(weight.codes[rows], format.slice_rows(weight.tables, rows))
-        y[..., rows] = F.linear(x, decoded.to(x.dtype))
-    return y
 
 
 def input_gradient(gradient: Tensor, format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor:

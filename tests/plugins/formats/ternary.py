@@ -54,8 +54,8 @@ class Ternary(Format):
     def column_step(self) -> int:
         return 1
 
-    def slice_columns(self, tables: Mapping[str, Tensor], columns: slice) -> Mapping[str, Tensor]:
-        return tables
+    def cut(self, tables: Mapping[str, Tensor], rows: slice, columns: slice) -> tuple[Format, Mapping[str, Tensor]]:
+        return self, {"scale": tables["scale"][rows]}
 
     def check(self, weight: QuantizedWeight) -> None:
         if int(weight.codes.max()) > 2:
