@@ -19,7 +19,15 @@ pytestmark = pytest.mark.slow
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     run(tiny_model("llama", folder), folder / "q", method__name="rtn")
+    environment = {**os.environ, "QCLI_CACHE": str(folder / "cache")}
+    subprocess.run([sys.executable, "-m", "qcli", "doctor"], env=environment, capture_output=True, check=True)
     return folder / "q"
+
+
+@pytest.fixture(autouse=True)
+def _with_kernels(checkpoint: Path, _own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are there already: building them would be a line on stderr."""
+    monkeypatch.setenv("QCLI_CACHE", str(checkpoint.parent / "cache"))
 
 
 def ended(closed: int | None, *arguments: object) -> tuple[int, str, str]:
