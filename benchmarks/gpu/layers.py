@@ -131,7 +131,7 @@ def measure(layer: Layer, rows: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int) -> list[dict[str, Any]]:
+def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int, name_of_result: str) -> None:
     results = []
     for name, shape in itertools.product(formats, shapes):
         layer = make(FORMATS[name], shape)
@@ -140,16 +140,15 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
             results.append(result)
             line = "{format:10} {shape} {rows:5}: {us:8.1f} us, {ratio:5.2f} of bf16, {gb_per_s:6.0f} GB/s, {error:.1e}"
             print(line.format(**result), flush=True)
-            save("gpu_layers", {"rows": results})
+            save(name_of_result, {"rows": results})
         del layer
         torch.cuda.empty_cache()
-    return results
 
 
 def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
     if rows == 1:
-        for outputs, registers in itertools.product((4, 8, 16, 32), (64, 80, 96, 255)):
-            yield tuning.Gemv(1, outputs, registers)
+        for chunks, outputs in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8)):
+            yield tuning.Gemv(chunks, outputs)
     else:
         for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (3,), (4, 8, 16)):
             if outputs >= 16 * warps:
@@ -180,7 +179,7 @@ def _small(name: str, shape: tuple[int, int]) -> dict[str, Tensor]:
     return {suffix: torch.ones(entry.shape, dtype=entry.torch_dtype, device="cuda") for suffix, entry in stored.items()}
 
 
-def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int) -> None:
+def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int, name_of_result: str) -> None:
     jobs = [
         (name, shape, count, tuned)
         for name, shape, count in itertools.product(formats, shapes, rows)
@@ -205,7 +204,7 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
             times = sorted(compared(arms, rounds).items(), key=lambda item: item[1])
             results.append({"format": name, "shape": list(shape), "rows": count, "us": dict(times)})
             print(name, shape, count, [(key, round(us, 1)) for key, us in (*times[:4], times[-1])], flush=True)
-            save("gpu_sweep", {"rows": results})
+            save(name_of_result, {"rows": results})
         del layer
         torch.cuda.empty_cache()
 
@@ -217,10 +216,12 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--name", help="of the result; gpu_layers or gpu_sweep")
     given = parser.parse_args()
     rows = [int(count) for count in given.rows.split(",")]
     work = table if given.what == "table" else sweep
-    work(given.formats.split(","), list(SHAPES[: given.shapes]), rows, given.rounds)
+    name = given.name or ("gpu_layers" if given.what == "table" else "gpu_sweep")
+    work(given.formats.split(","), list(SHAPES[: given.shapes]), rows, given.rounds, name)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
     in_scale = call.in_scale
     if in_scale is not None and (in_features % 4 or in_scale.data_ptr() % 8):
         in_scale = F.pad(in_scale, (0, -in_features % 4)).clone()
-    chunks, outputs, registers = tuned or tuning.gemv(constants["BITS"])
+    chunks, outputs = tuned or tuning.gemv(constants["BITS"], constants["KIND"])
     while constants["GROUP"] and constants["GROUP"] % (chunks * _CHUNK) and chunks * _CHUNK % constants["GROUP"]:
         chunks //= 2
     count = _cdiv(call.chunks, chunks)
@@ -168,7 +168,6 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
         BN=outputs,
         BJ=spans,
         num_warps=max(1, min(16, spans // 32)),
-        maxnreg=registers,
     )
     if splits == 1:
         return y
@@ -179,7 +178,7 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
 def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | None = None) -> Tensor:
     """x `[rows, in]`, up to `MATMUL_ROWS` -> `[rows, out]`."""
     (out_features, in_features), rows, bits = call.shape, len(x), call.constants["BITS"]
-    outputs, warps, stages, programs = tuned or tuning.matmul(bits, rows)
+    outputs, warps, stages, programs = tuned or tuning.matmul(rows)
     unit, units = _tile(call)
     tiles, columns = _cdiv(in_features, unit * units), max(16, _power_of_2(rows))
     kernels, x = _kernels(), x.contiguous()

@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 
 class Gemv(NamedTuple):
-    """Of `gemv`: chunks of 32 columns whose inputs a thread holds, outputs of a program, and the registers that a
-    thread may use at most."""
+    """Of `gemv`: chunks of 32 columns whose inputs a thread holds, and outputs of a program."""
 
     chunks: int
     outputs: int
-    registers: int = 255
 
 
 class Matmul(NamedTuple):
@@ -23,11 +21,11 @@ class Matmul(NamedTuple):
     programs: int
 
 
-def gemv(bits: int) -> Gemv:
-    """For a weight of this width."""
-    return Gemv(chunks=1, outputs=16)
+def gemv(bits: int, kind: str) -> Gemv:
+    """For a weight of this width and kind of levels. More chunks or outputs take registers that hide latency."""
+    return Gemv(chunks=1, outputs=16 if bits <= 2 and kind == "affine" else 8)
 
 
-def matmul(bits: int, rows: int) -> Matmul:
-    """For a weight of this width and so many rows of inputs."""
-    return Matmul(outputs=64, warps=4, stages=3, programs=8)
+def matmul(rows: int) -> Matmul:
+    """For so many rows of inputs."""
+    return Matmul(outputs=64, warps=4, stages=3, programs=8 if rows <= 64 else 4)
