@@ -149,6 +149,7 @@ def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
     if rows == 1:
         for chunks, outputs in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8)):
             yield tuning.Gemv(chunks, outputs)
+        yield tuning.matmul(rows)
     else:
         for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (3,), (4, 8, 16)):
             if outputs >= 16 * warps:

@@ -29,6 +29,7 @@ _CHUNK = 32  # codes whose words are whole, see kernels.py
 MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
 _MAX_SPANS = 512  # of one program of `gemv`
 _TILE = 1 << 26  # weights decoded at a time
+_UNITS = {1: 32, 2: 16, 3: 8, 4: 8, 5: 4, 6: 4, 7: 4, 8: 4}  # codes of a unit of `matmul`, by bits
 _OLDEST = (7, 5)  # compute capability
 
 
@@ -179,10 +180,10 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
     """x `[rows, in]`, up to `MATMUL_ROWS` -> `[rows, out]`."""
     (out_features, in_features), rows, bits = call.shape, len(x), call.constants["BITS"]
     outputs, warps, stages, programs = tuned or tuning.matmul(rows)
-    unit, units = _tile(call)
-    tiles, columns = _cdiv(in_features, unit * units), max(16, _power_of_2(rows))
+    unit, tile = _UNITS[bits], _tile(call)
+    tiles, columns = _cdiv(in_features, tile), max(16, _power_of_2(rows))
     kernels, x = _kernels(), x.contiguous()
-    arranged = x.new_empty(tiles, unit, units, columns)
+    arranged = x.new_empty(tiles, tile, columns)
     sums = x.new_empty(tiles, columns, dtype=torch.float32)
     kernels.arrange[(tiles,)](
         x,
@@ -191,10 +192,9 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
         sums,
         rows,
         in_features,
-        in_features,
         IN_SCALE=call.in_scale is not None,
         UNIT=unit,
-        UNITS=units,
+        TILE=tile,
         BM=columns,
     )
     blocks = _cdiv(out_features, outputs)
@@ -202,11 +202,10 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
     per_program = _cdiv(tiles, splits)
     splits = _cdiv(tiles, per_program)
     parts = x.new_empty(splits, out_features, columns, dtype=torch.float32)
-    integers = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
     kernels.matmul[(blocks, splits)](
         arranged,
         sums,
-        call.words.view(integers.get(unit * bits, torch.uint8)),
+        call.words if unit * bits == 32 else call.words.view(torch.uint8),
         *call.tables[1:],
         parts,
         out_features,
@@ -218,7 +217,7 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
         BASE=1024 if x.dtype == torch.float16 else 128 if bits < 8 else 0,
         DOT32=_interpreted(),
         UNIT=unit,
-        UNITS=units,
+        TILE=tile,
         BN=outputs,
         BM=columns,
         num_warps=warps,
@@ -231,14 +230,10 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
     return y
 
 
-def _tile(call: Call) -> tuple[int, int]:
-    """Codes of a unit and units of a tile of `matmul`: no tile leaves a group, and a unit has at most 32 bits."""
+def _tile(call: Call) -> int:
+    """Columns of a tile of `matmul`: a power of 2 that divides the group."""
     group = call.constants["GROUP"] or 4 * _CHUNK
-    columns = min(4 * _CHUNK, group & -group)
-    unit = columns // 16
-    while unit * call.constants["BITS"] > (32 if unit * call.constants["BITS"] % 8 == 0 else 25):
-        unit //= 2
-    return unit, columns // unit
+    return min(4 * _CHUNK, group & -group)
 
 
 def decoded(x: Tensor, call: Call, bias: Tensor | None) -> Tensor:

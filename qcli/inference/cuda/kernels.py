@@ -398,89 +398,122 @@ def arrange(
     sums_ptr,
     rows,
     K,
-    x_stride,
     IN_SCALE: tl.constexpr,
     UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
+    TILE: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Inputs as `matmul` reads them, a tile of UNIT * UNITS columns in each program: `[tiles, UNIT, UNITS, BM]`, and
-    their float32 sums `[tiles, BM]`."""
+    """Inputs as `matmul` reads them, a tile of columns in each program: `[tiles, TILE, BM]`, and their float32 sums
+    `[tiles, BM]`. Of the UNIT columns of a unit, the two halves take turns, as `_factor` interleaves their codes."""
     tile = tl.program_id(0)
     m = tl.arange(0, BM)
-    sums = tl.zeros([BM], tl.float32)
-    for i in tl.static_range(UNIT):
-        k = tile * UNIT * UNITS + tl.arange(0, UNITS) * UNIT + i
-        inside = (k < K)[:, None] & (m < rows)[None, :]
-        x = tl.load(x_ptr + m[None, :] * x_stride + k[:, None], mask=inside, other=0)
-        if IN_SCALE:
-            x = (x.to(tl.float32) * tl.load(in_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]).to(x.dtype)
-        sums += tl.sum(x.to(tl.float32), axis=0)
-        place = ((tile * UNIT + i) * UNITS + tl.arange(0, UNITS))[:, None] * BM + m[None, :]
-        tl.store(arranged_ptr + place, x)
-    tl.store(sums_ptr + tile * BM + m, sums)
+    place = tl.arange(0, TILE)
+    k = tile * TILE + place // UNIT * UNIT + place % UNIT // 2 + place % 2 * (UNIT // 2)
+    inside = (k < K)[:, None] & (m < rows)[None, :]
+    x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=inside, other=0)
+    if IN_SCALE:
+        x = (x.to(tl.float32) * tl.load(in_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]).to(x.dtype)
+    tl.store(arranged_ptr + (tile * TILE + place)[:, None] * BM + m[None, :], x)
+    tl.store(sums_ptr + tile * BM + m, tl.sum(x.to(tl.float32), axis=0))
 
 
 @triton.jit
-def _units(ptr, n, tile, row_words, BITS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr):
-    """Units of UNIT codes each, of rows n and one tile of columns: `[n, UNITS]`, codes from the lowest bit.
+def _units(ptr, n, tile, row_words, BITS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """Units of UNIT codes, of rows n and one tile of columns: int32 `[n, TILE / UNIT]`; the codes of a unit's first
+    half in the low 16 bits, those of its second half in the high ones.
 
-    ptr: integers as wide as a unit; or uint8, where no integer is.
+    ptr: int32, or uint8 where a word does not hold a unit.
     """
     width: tl.constexpr = UNIT * BITS
-    unit = tile * UNITS + tl.arange(0, UNITS)
-    if width == 8 or width == 16 or width == 32:
-        place = n[:, None].to(tl.int64) * (row_words * (32 // width)) + unit[None, :]
-        units = tl.load(ptr + place, mask=(unit < row_words * (32 // width))[None, :] & (n >= 0)[:, None], other=0)
-        return units.to(tl.int32)
+    unit = tile * (TILE // UNIT) + tl.arange(0, TILE // UNIT)
+    if width == 32:
+        place = n[:, None].to(tl.int64) * row_words + unit[None, :]
+        return tl.load(ptr + place, mask=(unit < row_words)[None, :] & (n >= 0)[:, None], other=0)
     else:
         byte = unit * width // 8
         row = ptr + n[:, None].to(tl.int64) * (row_words * 4)
-        units = tl.zeros([n.shape[0], UNITS], tl.int32)
+        units = tl.zeros([n.shape[0], TILE // UNIT], tl.int32)
         for b in tl.static_range((width + 15 - min(8, width & -width)) // 8):  # a unit may start in a byte's midst
             inside = (byte + b < row_words * 4)[None, :] & (n >= 0)[:, None]
             units |= tl.load(row + (byte + b)[None, :], mask=inside, other=0).to(tl.int32) << (8 * b)
-        return units >> (unit * width % 8)[None, :]
+        units = units >> (unit * width % 8)[None, :]
+        half: tl.constexpr = (1 << (width // 2)) - 1
+        return (units & half) | (((units >> (width // 2)) & half) << 16)
 
 
 @triton.jit
-def _factor(units, i: tl.constexpr, basis, PART: tl.constexpr, BITS: tl.constexpr, BASE: tl.constexpr, like):
-    """What inputs i of every unit are multiplied by, in the dtype of `like`: codes or one bit of them, plus BASE, or
-    the values of a codebook's basis vector.
-
-    PART: "code", 0 or 1 (a bit), or "basis".
-    """
-    codes = units >> (i * BITS)
-    if PART == "basis" and BITS <= 2:
+def _level(codes, basis, BITS: tl.constexpr):
+    """The values of a codebook's basis vector for codes in the low bits."""
+    if BITS <= 2:
         values = tl.where((codes & 1) != 0, basis[1], basis[0])
         if BITS == 2:
             values = tl.where((codes & 2) != 0, tl.where((codes & 1) != 0, basis[3], basis[2]), values)
-        return values.to(like.dtype)
-    elif PART == "basis":
-        return tl.load(basis[0] + (codes & ((1 << BITS) - 1))).to(like.dtype)
+        return values
     else:
-        bits = codes & ((1 << BITS) - 1) if PART == "code" else (codes >> PART) & 1
-        if BASE == 0:
-            return bits.to(tl.float32).to(like.dtype)
-        else:
-            return (bits | (0x4300 if BASE == 128 else 0x6400)).to(tl.int16).to(like.dtype, bitcast=True)
+        return tl.load(basis[0] + (codes & ((1 << BITS) - 1)))
+
+
+@triton.constexpr_function
+def _first_bit(i, part, bits):
+    return i * bits + (0 if part == "code" else part)
+
+
+@triton.constexpr_function
+def _mask(part, bits):
+    return ((1 << bits) - 1 if part == "code" else 1) * 0x10001
 
 
 @triton.jit
-def _product(
-    units, x_ptr, basis, PART: tl.constexpr, BITS: tl.constexpr, BASE: tl.constexpr, DOT32: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """The factors of a tile times its inputs `[UNIT, UNITS, BM]`: float32 `[n, BM]`."""
-    total = tl.zeros([units.shape[0], BM], tl.float32)
-    for i in tl.static_range(UNIT):
-        x = tl.load(x_ptr + (i * UNITS + tl.arange(0, UNITS))[:, None] * BM + tl.arange(0, BM)[None, :])
-        w = _factor(units, i, basis, PART, BITS, BASE, x)
-        if DOT32:  # the interpreter multiplies 16-bit matrices wrongly
-            total += tl.dot(w.to(tl.float32), x.to(tl.float32))
+def _factor(
+    units, basis, PART: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """What the inputs of a tile are multiplied by, `[n, TILE]`: codes or one bit of them, plus BASE, or the values of a
+    codebook's basis vector; in the order of `arrange`.
+
+    PART: "code", 0 or 1 (a bit), or "basis".
+    """
+    low = ()
+    high = ()
+    for i in tl.static_range(UNIT // 2):
+        if PART == "basis":
+            low = low + (_level(units >> (i * BITS), basis, BITS).to(DTYPE),)
+            high = high + (_level(units >> (16 + i * BITS), basis, BITS).to(DTYPE),)
         else:
-            total = tl.dot(w, x, total)
-    return total
+            # Two codes at once: 16 bits apart, as the operands of the tensor cores are.
+            pair = (units >> _first_bit(i, PART, BITS)) & _mask(PART, BITS)
+            if BASE == 0:
+                low = low + ((pair & 0xFFFF).to(tl.float32).to(DTYPE),)
+                high = high + ((pair >> 16).to(tl.float32).to(DTYPE),)
+            else:
+                pair |= 0x43004300 if BASE == 128 else 0x64006400
+                low = low + ((pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True),)
+                high = high + ((pair >> 16).to(tl.int16).to(DTYPE, bitcast=True),)
+    pairs = tl.join(_joined(low, UNIT // 2), _joined(high, UNIT // 2))
+    return tl.reshape(pairs, [units.shape[0], units.shape[1] * UNIT])
+
+
+@triton.jit
+def _joined(parts, count: tl.constexpr):
+    """`count` tensors, a power of 2, joined along new last dimensions, whose indices are the bits of the place."""
+    if count == 1:
+        return parts[0]
+    else:
+        return _joined(_paired(parts, count // 2), count // 2)
+
+
+@triton.jit
+def _paired(parts, half: tl.constexpr):
+    """The halves of a tuple of tensors, joined pair by pair."""
+    pairs = ()
+    for i in tl.static_range(half):
+        pairs = pairs + (tl.join(parts[i], parts[i + half]),)
+    return pairs
+
+
+@triton.jit
+def _dot(w, x, DOT32: tl.constexpr):
+    """`w x`, float32; DOT32: from float32 operands, as the interpreter needs them."""
+    return tl.dot(w.to(tl.float32), x.to(tl.float32)) if DOT32 else tl.dot(w, x)
 
 
 @triton.jit
@@ -509,15 +542,15 @@ def matmul(
     BASE: tl.constexpr,
     DOT32: tl.constexpr,
     UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
+    TILE: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
 ):
     """`y[s, n, m] = sum_k w[n, k] x[m, k]` over the columns of split s, on tensor cores, summed in float32.
 
-    The tensor cores multiply codes; their sums over a tile of columns, which is in one group, are scaled. A tile is
-    UNITS units of UNIT codes; a product takes code i of every unit, and its inputs come from `arrange`. Codes come as
-    `BASE + q`, a power of 2 whose mantissa ends in the code's bits, which takes no conversion.
+    The tensor cores multiply codes; their sums over a tile of columns, which is in one group, are scaled. Inputs come
+    from `arrange`. Codes come as `BASE + q`, a power of 2 whose mantissa ends in the code's bits, which takes no
+    conversion: two weights cost a shift and a logical operation.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, N - 1)
@@ -525,20 +558,20 @@ def matmul(
     acc = tl.zeros([BN, BM], tl.float32)
     start = tl.program_id(1) * tiles_per_program
     for tile in range(start, min(start + tiles_per_program, tiles)):
-        units = _units(words_ptr, n, tile, row_words, BITS, UNIT, UNITS)
-        x = x_ptr + tile * (UNIT * UNITS * BM)
+        units = _units(words_ptr, n, tile, row_words, BITS, UNIT, TILE)
+        x = tl.load(x_ptr + (tile * TILE + tl.arange(0, TILE))[:, None] * BM + m[None, :])
         x_sum = tl.load(sums_ptr + tile * BM + m)[None, :]
-        entry = n * groups + (0 if GROUP == 0 else tile * UNIT * UNITS // GROUP)
+        entry = n * groups + (0 if GROUP == 0 else tile * TILE // GROUP)
         if KIND == "affine":
             scale = tl.load(scale_ptr + entry).to(tl.float32)
             zero = _zero_point(zero_ptr, n, entry - n * groups, n >= 0, groups, ZERO, BITS) + 0 * scale + BASE
-            product = _product(units, x, (), "code", BITS, BASE, DOT32, UNIT, UNITS, BM)
+            product = _dot(_factor(units, (), "code", BITS, UNIT, BASE, x.dtype), x, DOT32)
             acc += scale[:, None] * (product - zero[:, None] * x_sum)
         elif KIND == "planes" or KIND == "signs":
             alpha1 = tl.load(scale_ptr + entry).to(tl.float32)[:, None]
             alpha2 = tl.load(zero_ptr + entry).to(tl.float32)[:, None]
-            plane1 = _product(units, x, (), 0, BITS, BASE, DOT32, UNIT, UNITS, BM) - BASE * x_sum
-            plane2 = _product(units, x, (), 1, BITS, BASE, DOT32, UNIT, UNITS, BM) - BASE * x_sum
+            plane1 = _dot(_factor(units, (), 0, BITS, UNIT, BASE, x.dtype), x, DOT32) - BASE * x_sum
+            plane2 = _dot(_factor(units, (), 1, BITS, UNIT, BASE, x.dtype), x, DOT32) - BASE * x_sum
             if KIND == "signs":
                 plane1 = 2 * plane1 - x_sum
                 plane2 = 2 * plane2 - x_sum
@@ -553,7 +586,7 @@ def matmul(
                     for code in tl.static_range(1 << BITS):
                         basis = basis + (tl.load(values + (r << BITS) + code),)
                 scale = _table(scale_ptr, scale_scale_ptr, entry, RANK, r, n >= 0, EIGHT)[:, None]
-                acc += scale * _product(units, x, basis, "basis", BITS, 0, DOT32, UNIT, UNITS, BM)
+                acc += scale * _dot(_factor(units, basis, "basis", BITS, UNIT, 0, x.dtype), x, DOT32)
     place = y_ptr + (tl.program_id(1) * N + row[:, None]) * BM + m[None, :]
     tl.store(place, acc, mask=(row < N)[:, None] & (m >= 0)[None, :])
 
