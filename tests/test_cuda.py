@@ -1,4 +1,4 @@
-"""Every command and method on a GPU: what it makes there is as good as what the CPU makes, and loads."""
+"""Every command and method on a GPU: what it makes there is as good as what the CPU makes, and loads and runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from qcli.cli.main import app
+from qcli.core.formats.affine import Affine
+from qcli.core.formats.codebook import Codebook
+from qcli.core.formats.dual_binary import DualBinary
+from qcli.core.formats.low_rank import LowRank
+from qcli.core.formats.sign import Sign
+from qcli.core.weight import Format
+from qcli.inference.linear import QuantLinear
 from qcli.utils.files import read_json
-from tests.quantizing import in_pieces, logits, run, streamed, weights, write_text
+from tests.inference.weights import random_weight
+from tests.quantizing import TOKENS, in_pieces, logits, run, streamed, weights, write_text
 from tests.tiny import tiny_model
 
 pytestmark = [
@@ -81,3 +91,79 @@ def test_every_command_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         assert app(args=command, standalone_mode=False) in (None, 0), command
     torch.testing.assert_close(logits(tmp_path / "d"), logits(tmp_path / "p"), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ packed models
+
+GENERATE: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+CAPTURED: list[Format] = [
+    Affine(bits=4, group_size=32),
+    Codebook(bits=2, group_size=32, rank=2, table_bits=8),
+    DualBinary(group_size=32),
+    Sign(),
+    LowRank.around(Affine(bits=3, group_size=32), 4, 8),
+]
+
+
+def placed(tmp_path: Path, **options: Any) -> Any:
+    """A packed checkpoint of two blocks, loaded."""
+    if not (tmp_path / "out").exists():
+        run(tiny_model("llama", tmp_path), tmp_path / "out", method__name="rtn")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "out", **{"dtype": torch.float32, **options}).eval()
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(TOKENS.to(model.device)).logits
+    return found.cpu()
+
+
+def places(first: Any, second: Any) -> dict[str, Any]:
+    """A device map: the second block elsewhere."""
+    outside = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), first)
+    return {**outside, "model.layers.0": first, "model.layers.1": second}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("format", CAPTURED, ids=str)
+def test_a_cuda_graph_replays_a_layer(format: Format, rows: int) -> None:
+    layer = QuantLinear(format, 128, 64)
+    layer.load_state_dict(format.to_stored(random_weight(format, (64, 128))))
+    layer.cuda()
+    x, other = (torch.randn(rows, 128, device="cuda", dtype=torch.float16) for _ in range(2))
+    layer(x)  # kernels are compiled before, as engines do
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    x.copy_(other)
+    graph.replay()
+    torch.testing.assert_close(y, layer(other), rtol=1e-3, atol=1e-3)
+
+
+def test_a_static_cache_generates_the_same_in_a_compiled_graph(tmp_path: Path) -> None:
+    """transformers compiles the decode step on GPUs, in CUDA graphs."""
+    model = placed(tmp_path, device_map="cuda")
+    prompt = TOKENS[:1, :8].cuda()
+    dynamic = model.generate(prompt, **GENERATE)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **GENERATE), dynamic)
+
+
+def test_blocks_in_main_memory_visit_the_gpu(tmp_path: Path) -> None:
+    model = placed(tmp_path, device_map=places(0, "cpu"), offload_buffers=True)
+    assert model.model.layers[1].mlp.up_proj.weight_packed.is_meta
+    torch.testing.assert_close(logits_of(model), logits_of(placed(tmp_path)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_blocks_on_two_gpus(tmp_path: Path) -> None:
+    model = placed(tmp_path, device_map=places(0, 1))
+    assert model.model.layers[1].mlp.up_proj.weight_packed.device == torch.device("cuda", 1)
+    torch.testing.assert_close(logits_of(model), logits_of(placed(tmp_path)), rtol=1e-3, atol=1e-3)
+
+
+def test_autocast_on_a_gpu(tmp_path: Path) -> None:
+    model = placed(tmp_path, device_map="cuda")
+    expected = logits_of(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = logits_of(model)
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05

@@ -133,6 +133,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W_hat^T + bias`: x `[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as `F.linear` does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         needs_grad = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if torch.compiler.is_compiling() or (needs_grad and torch.is_grad_enabled()):
             tensors = [getattr(self, name) for name in self._suffixes]

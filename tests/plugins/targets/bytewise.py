@@ -30,6 +30,9 @@ class Bytewise(ExportTarget):
             if format.name != "ternary":
                 raise UnsupportedError(f"{layer} is {format.name}, {self.name} stores only ternary")
 
+    def proven_with(self, source: Packable) -> str:
+        return "transformers does not know this layout"
+
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         layout: Any = import_module("qcli.models.layouts.bytewise")
 
