@@ -51,8 +51,13 @@ def test_one_row_of_every_format(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", BASES, ids=str)
-def test_tensor_cores_multiply_codes(format: Format) -> None:
+def test_several_rows_of_every_format(format: Format) -> None:
     assert relative_error(format, (20, 128), 7, torch.float16, bias=True) < TOLERANCES[torch.float16]
+
+
+@pytest.mark.parametrize("format", BASES[::6], ids=str)
+def test_few_rows(format: Format) -> None:
+    assert relative_error(format, (20, 96), 3, torch.float16, bias=True) < TOLERANCES[torch.float16]
 
 
 @pytest.mark.parametrize("format", BASES[1::4], ids=str)

@@ -27,9 +27,9 @@ __all__ = ["Triton"]
 
 _CHUNK = 32  # codes whose words are whole, see kernels.py
 MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
+_FEW_ROWS = 4  # faster one by one than from a decoded tile
 _MAX_SPANS = 512  # of one program of `gemv`
 _TILE = 1 << 26  # weights decoded at a time
-_UNITS = {1: 32, 2: 16, 3: 8, 4: 8, 5: 4, 6: 4, 7: 4, 8: 4}  # codes of a unit of `matmul`, by bits
 _OLDEST = (7, 5)  # compute capability
 
 
@@ -61,8 +61,10 @@ class Triton(Backend):
         with torch.cuda.device_of(x) if x.is_cuda else nullcontext():
             if len(flat) == 1:
                 y = gemv(flat, call, bias)
-            elif len(flat) <= MATMUL_ROWS and x.dtype != torch.float32 and call.constants["GROUP"] not in (8, 16):
+            elif len(flat) <= MATMUL_ROWS and call.has_matmul and x.dtype != torch.float32:
                 y = matmul(flat, call, bias)
+            elif len(flat) <= _FEW_ROWS:
+                y = torch.cat([gemv(row, call, bias) for row in flat.split(1)])
             else:
                 y = decoded(flat, call, bias)
         return y.view(*x.shape[:-1], shape[0])
@@ -87,6 +89,12 @@ class Call(NamedTuple):
         return self.words, self.scale, self.scale_scale, self.zero, self.zero_scale, self.basis
 
     @property
+    def has_matmul(self) -> bool:
+        """Whether words hold whole codes, tiles stay in a group, and levels need no look-up."""
+        bits, kind, group = (self.constants[name] for name in ("BITS", "KIND", "GROUP"))
+        return 32 % bits == 0 and (kind != "table" or bits <= 2) and group not in (8, 16)
+
+    @property
     def chunks(self) -> int:
         return _cdiv(self.shape[1], _CHUNK)
 
@@ -107,8 +115,7 @@ def prepare(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor
     }
     if isinstance(format, Sign):
         constants |= {"KIND": "affine", "ZERO": "half", "GROUP": 0}
-        scale = 2 * tensors[OUT_SCALE].float()
-        return Call(shape, tensors[IN_SCALE], words, scale, none, none, none, none, 1, constants)
+        return Call(shape, tensors[IN_SCALE], words, tensors[OUT_SCALE], none, none, none, none, 1, constants)
     assert isinstance(format, Affine | Codebook | DualBinary)
     groups = format.groups(shape[1])
     constants["GROUP"] = _group(format, shape[1])
@@ -180,7 +187,7 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
     """x `[rows, in]`, up to `MATMUL_ROWS` -> `[rows, out]`."""
     (out_features, in_features), rows, bits = call.shape, len(x), call.constants["BITS"]
     outputs, warps, stages, programs = tuned or tuning.matmul(rows)
-    unit, tile = _UNITS[bits], _tile(call)
+    tile = _tile(call)
     tiles, columns = _cdiv(in_features, tile), max(16, _power_of_2(rows))
     kernels, x = _kernels(), x.contiguous()
     arranged = x.new_empty(tiles, tile, columns)
@@ -193,7 +200,7 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
         rows,
         in_features,
         IN_SCALE=call.in_scale is not None,
-        UNIT=unit,
+        BITS=bits,
         TILE=tile,
         BM=columns,
     )
@@ -205,8 +212,7 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
     kernels.matmul[(blocks, splits)](
         arranged,
         sums,
-        call.words if unit * bits == 32 else call.words.view(torch.uint8),
-        *call.tables[1:],
+        *call.tables,
         parts,
         out_features,
         tiles,
@@ -216,7 +222,6 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
         **{name: value for name, value in call.constants.items() if name != "EVEN"},
         BASE=1024 if x.dtype == torch.float16 else 128 if bits < 8 else 0,
         DOT32=_interpreted(),
-        UNIT=unit,
         TILE=tile,
         BN=outputs,
         BM=columns,

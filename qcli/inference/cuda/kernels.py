@@ -124,6 +124,13 @@ def _zero_point(ptr, n, g, mask, groups, ZERO: tl.constexpr, BITS: tl.constexpr)
 
 
 @triton.jit
+def _scale(ptr, entry, mask, ZERO: tl.constexpr):
+    """Scales of an affine grid, float32; signs lie on either side of "half", a step of twice their magnitude apart."""
+    scale = tl.load(ptr + entry, mask=mask, other=0).to(tl.float32)
+    return 2 * scale if ZERO == "half" else scale
+
+
+@triton.jit
 def _table(ptr, scale_ptr, entry, step: tl.constexpr, r: tl.constexpr, mask, EIGHT: tl.constexpr):
     """Entries of a table with `step` values each, the r-th of them; 8-bit ones with a scale for each 256 entries."""
     value = tl.load(ptr + entry * step + r, mask=mask, other=0).to(tl.float32)
@@ -235,7 +242,7 @@ def _term(
         x_sum += xs[i]
     x_sum = x_sum[:, None]
     if KIND == "affine":
-        scale = tl.load(scale_ptr + entry, mask=mask, other=0).to(tl.float32)
+        scale = _scale(scale_ptr, entry, mask, ZERO)
         zero = _zero_point(zero_ptr, n[None, :], g[:, None], mask, groups, ZERO, BITS)
         term = scale * (_sum(words, xs, first, last, (1 << BITS) - 1, BITS, entry) - zero * x_sum)
     elif KIND == "planes" or KIND == "signs":
@@ -291,7 +298,7 @@ def _levels(
     of a codebook, its offset, and pointers to its basis."""
     entry = n * groups + g
     if KIND == "affine":
-        scale = tl.load(scale_ptr + entry, mask=mask, other=0).to(tl.float32)
+        scale = _scale(scale_ptr, entry, mask, ZERO)
         levels = (scale, scale * _zero_point(zero_ptr, n, g, mask, groups, ZERO, BITS))
     elif KIND == "planes":
         alpha1 = tl.load(scale_ptr + entry, mask=mask, other=0).to(tl.float32)
@@ -399,58 +406,23 @@ def arrange(
     rows,
     K,
     IN_SCALE: tl.constexpr,
-    UNIT: tl.constexpr,
+    BITS: tl.constexpr,
     TILE: tl.constexpr,
     BM: tl.constexpr,
 ):
     """Inputs as `matmul` reads them, a tile of columns in each program: `[tiles, TILE, BM]`, and their float32 sums
-    `[tiles, BM]`. Of the UNIT columns of a unit, the two halves take turns, as `_factor` interleaves their codes."""
+    `[tiles, BM]`. Of the columns of a word, the two halves take turns, as `_factor` interleaves their codes."""
     tile = tl.program_id(0)
     m = tl.arange(0, BM)
     place = tl.arange(0, TILE)
-    k = tile * TILE + place // UNIT * UNIT + place % UNIT // 2 + place % 2 * (UNIT // 2)
+    each: tl.constexpr = 32 // BITS
+    k = tile * TILE + place // each * each + place % each // 2 + place % 2 * (each // 2)
     inside = (k < K)[:, None] & (m < rows)[None, :]
     x = tl.load(x_ptr + m[None, :] * K + k[:, None], mask=inside, other=0)
     if IN_SCALE:
         x = (x.to(tl.float32) * tl.load(in_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]).to(x.dtype)
     tl.store(arranged_ptr + (tile * TILE + place)[:, None] * BM + m[None, :], x)
     tl.store(sums_ptr + tile * BM + m, tl.sum(x.to(tl.float32), axis=0))
-
-
-@triton.jit
-def _units(ptr, n, tile, row_words, BITS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
-    """Units of UNIT codes, of rows n and one tile of columns: int32 `[n, TILE / UNIT]`; the codes of a unit's first
-    half in the low 16 bits, those of its second half in the high ones.
-
-    ptr: int32, or uint8 where a word does not hold a unit.
-    """
-    width: tl.constexpr = UNIT * BITS
-    unit = tile * (TILE // UNIT) + tl.arange(0, TILE // UNIT)
-    if width == 32:
-        place = n[:, None].to(tl.int64) * row_words + unit[None, :]
-        return tl.load(ptr + place, mask=(unit < row_words)[None, :] & (n >= 0)[:, None], other=0)
-    else:
-        byte = unit * width // 8
-        row = ptr + n[:, None].to(tl.int64) * (row_words * 4)
-        units = tl.zeros([n.shape[0], TILE // UNIT], tl.int32)
-        for b in tl.static_range((width + 15 - min(8, width & -width)) // 8):  # a unit may start in a byte's midst
-            inside = (byte + b < row_words * 4)[None, :] & (n >= 0)[:, None]
-            units |= tl.load(row + (byte + b)[None, :], mask=inside, other=0).to(tl.int32) << (8 * b)
-        units = units >> (unit * width % 8)[None, :]
-        half: tl.constexpr = (1 << (width // 2)) - 1
-        return (units & half) | (((units >> (width // 2)) & half) << 16)
-
-
-@triton.jit
-def _level(codes, basis, BITS: tl.constexpr):
-    """The values of a codebook's basis vector for codes in the low bits."""
-    if BITS <= 2:
-        values = tl.where((codes & 1) != 0, basis[1], basis[0])
-        if BITS == 2:
-            values = tl.where((codes & 2) != 0, tl.where((codes & 1) != 0, basis[3], basis[2]), values)
-        return values
-    else:
-        return tl.load(basis[0] + (codes & ((1 << BITS) - 1)))
 
 
 @triton.constexpr_function
@@ -464,23 +436,21 @@ def _mask(part, bits):
 
 
 @triton.jit
-def _factor(
-    units, basis, PART: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr
-):
+def _factor(words, basis, PART: tl.constexpr, BITS: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr):
     """What the inputs of a tile are multiplied by, `[n, TILE]`: codes or one bit of them, plus BASE, or the values of a
-    codebook's basis vector; in the order of `arrange`.
+    codebook's basis vector; in the order of `arrange`. BITS divides 32.
 
     PART: "code", 0 or 1 (a bit), or "basis".
     """
     low = ()
     high = ()
-    for i in tl.static_range(UNIT // 2):
+    for i in tl.static_range(16 // BITS):
         if PART == "basis":
-            low = low + (_level(units >> (i * BITS), basis, BITS).to(DTYPE),)
-            high = high + (_level(units >> (16 + i * BITS), basis, BITS).to(DTYPE),)
+            low = low + (_level(words >> (i * BITS), basis, BITS).to(DTYPE),)
+            high = high + (_level(words >> (16 + i * BITS), basis, BITS).to(DTYPE),)
         else:
             # Two codes at once: 16 bits apart, as the operands of the tensor cores are.
-            pair = (units >> _first_bit(i, PART, BITS)) & _mask(PART, BITS)
+            pair = (words >> _first_bit(i, PART, BITS)) & _mask(PART, BITS)
             if BASE == 0:
                 low = low + ((pair & 0xFFFF).to(tl.float32).to(DTYPE),)
                 high = high + ((pair >> 16).to(tl.float32).to(DTYPE),)
@@ -488,8 +458,17 @@ def _factor(
                 pair |= 0x43004300 if BASE == 128 else 0x64006400
                 low = low + ((pair & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True),)
                 high = high + ((pair >> 16).to(tl.int16).to(DTYPE, bitcast=True),)
-    pairs = tl.join(_joined(low, UNIT // 2), _joined(high, UNIT // 2))
-    return tl.reshape(pairs, [units.shape[0], units.shape[1] * UNIT])
+    pairs = tl.join(_joined(low, 16 // BITS), _joined(high, 16 // BITS))
+    return tl.reshape(pairs, [words.shape[0], words.shape[1] * (32 // BITS)])
+
+
+@triton.jit
+def _level(codes, basis, BITS: tl.constexpr):
+    """The values of a codebook's basis vector for codes of 1 or 2 bits in the low bits."""
+    values = tl.where((codes & 1) != 0, basis[1], basis[0])
+    if BITS == 2:
+        values = tl.where((codes & 2) != 0, tl.where((codes & 1) != 0, basis[3], basis[2]), values)
+    return values
 
 
 @triton.jit
@@ -541,7 +520,6 @@ def matmul(
     GROUP: tl.constexpr,
     BASE: tl.constexpr,
     DOT32: tl.constexpr,
-    UNIT: tl.constexpr,
     TILE: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -550,7 +528,7 @@ def matmul(
 
     The tensor cores multiply codes; their sums over a tile of columns, which is in one group, are scaled. Inputs come
     from `arrange`. Codes come as `BASE + q`, a power of 2 whose mantissa ends in the code's bits, which takes no
-    conversion: two weights cost a shift and a logical operation.
+    conversion: two weights cost a shift and a logical operation. BITS divides 32; codebooks have 1 or 2 bits.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(row, N - 1)
@@ -558,20 +536,22 @@ def matmul(
     acc = tl.zeros([BN, BM], tl.float32)
     start = tl.program_id(1) * tiles_per_program
     for tile in range(start, min(start + tiles_per_program, tiles)):
-        units = _units(words_ptr, n, tile, row_words, BITS, UNIT, TILE)
+        word = tile * (TILE * BITS // 32) + tl.arange(0, TILE * BITS // 32)
+        place = words_ptr + n[:, None].to(tl.int64) * row_words + word[None, :]
+        words = tl.load(place, mask=(n >= 0)[:, None] & (word < row_words)[None, :], other=0)
         x = tl.load(x_ptr + (tile * TILE + tl.arange(0, TILE))[:, None] * BM + m[None, :])
         x_sum = tl.load(sums_ptr + tile * BM + m)[None, :]
         entry = n * groups + (0 if GROUP == 0 else tile * TILE // GROUP)
         if KIND == "affine":
-            scale = tl.load(scale_ptr + entry).to(tl.float32)
+            scale = _scale(scale_ptr, entry, n >= 0, ZERO)
             zero = _zero_point(zero_ptr, n, entry - n * groups, n >= 0, groups, ZERO, BITS) + 0 * scale + BASE
-            product = _dot(_factor(units, (), "code", BITS, UNIT, BASE, x.dtype), x, DOT32)
+            product = _dot(_factor(words, (), "code", BITS, BASE, x.dtype), x, DOT32)
             acc += scale[:, None] * (product - zero[:, None] * x_sum)
         elif KIND == "planes" or KIND == "signs":
             alpha1 = tl.load(scale_ptr + entry).to(tl.float32)[:, None]
             alpha2 = tl.load(zero_ptr + entry).to(tl.float32)[:, None]
-            plane1 = _dot(_factor(units, (), 0, BITS, UNIT, BASE, x.dtype), x, DOT32) - BASE * x_sum
-            plane2 = _dot(_factor(units, (), 1, BITS, UNIT, BASE, x.dtype), x, DOT32) - BASE * x_sum
+            plane1 = _dot(_factor(words, (), 0, BITS, BASE, x.dtype), x, DOT32) - BASE * x_sum
+            plane2 = _dot(_factor(words, (), 1, BITS, BASE, x.dtype), x, DOT32) - BASE * x_sum
             if KIND == "signs":
                 plane1 = 2 * plane1 - x_sum
                 plane2 = 2 * plane2 - x_sum
@@ -580,13 +560,11 @@ def matmul(
             acc -= _table(zero_ptr, zero_scale_ptr, entry, 1, 0, n >= 0, EIGHT)[:, None] * x_sum
             values = basis_ptr if BASIS_ROWS == 0 else basis_ptr + (n // BASIS_ROWS)[:, None] * (RANK << BITS)
             for r in tl.static_range(RANK):
-                basis = (values + (r << BITS),)
-                if BITS <= 2:
-                    basis = ()
-                    for code in tl.static_range(1 << BITS):
-                        basis = basis + (tl.load(values + (r << BITS) + code),)
+                basis = ()
+                for code in tl.static_range(1 << BITS):
+                    basis = basis + (tl.load(values + (r << BITS) + code),)
                 scale = _table(scale_ptr, scale_scale_ptr, entry, RANK, r, n >= 0, EIGHT)[:, None]
-                acc += scale * _dot(_factor(units, basis, "basis", BITS, UNIT, 0, x.dtype), x, DOT32)
+                acc += scale * _dot(_factor(words, basis, "basis", BITS, 0, x.dtype), x, DOT32)
     place = y_ptr + (tl.program_id(1) * N + row[:, None]) * BM + m[None, :]
     tl.store(place, acc, mask=(row < N)[:, None] & (m >= 0)[None, :])
 
