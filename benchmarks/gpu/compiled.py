@@ -52,7 +52,7 @@ class _Recorded:
 
     def _compile(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         kernel = getattr(kernels, self.name)
-        launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
+        launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
         signature: dict[str, str] = dict.fromkeys(options, "constexpr")
         constants = dict(options)
         divisible: dict[tuple[int], Any] = {}

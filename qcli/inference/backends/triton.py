@@ -176,6 +176,7 @@ def gemv(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Gemv | None =
         BN=outputs,
         BJ=spans,
         num_warps=max(1, min(16, spans // 32)),
+        enable_fp_fusion=True,  # products and sums in one instruction
     )
     if splits == 1:
         return y
