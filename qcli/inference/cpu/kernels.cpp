@@ -658,34 +658,39 @@ void zero_points(const Layer& layer, const Tensors& tensors, int64_t row, int64_
     }
 }
 
-// One direction of a codebook as integers: entries = middle + step * integer, of `bits` and a sign.
+// Bits of a codebook's integers when one of them times 15-bit inputs is summed over a lane's codes of a chunk.
+int precision_of(int bits) { return bits == 1 ? 11 : bits == 2 ? 12 : bits <= 4 ? 13 : 14; }
+
+// One direction of a codebook as integers: entries = middle + sum over the planes of factor * integer.
 struct Direction {
+    // Of two planes, each is summed over a lane's 64 inputs of a block: 64 * 32767 * 1024 < 2^31. Together they have 21
+    // bits and a sign, so that rounding the entries costs float32 inputs no digits.
+    static constexpr int HALF_RADIX = 1024, RADIX = 2 * HALF_RADIX;
+
     Lookup lookups[2];
     float middle, factors[2];
 
-    void set(const float* entries, int bits, int precision) {
+    void set(const float* entries, int bits, int planes) {
         float low = entries[0], high = entries[0];
         for (int i = 1; i < 1 << bits; i++) low = std::fmin(low, entries[i]), high = std::fmax(high, entries[i]);
         middle = (low + high) / 2;
-        const float most = float((1 << precision) - 1);
-        const float step = std::fmax((high - low) / 2 / most, 1e-37f);
+        const int most = planes == 2 ? (HALF_RADIX - 1) * RADIX : (1 << precision_of(bits)) - 1;
+        const float step = std::fmax((high - low) / 2 / float(most), 1e-37f);
         int16_t whole[32], upper[32], lower[32];
         for (int i = 0; i < 1 << bits; i++) {
             const int value = int(std::lrint((double(entries[i]) - middle) / step));
-            whole[i] = int16_t(value), lower[i] = int16_t(value & 255), upper[i] = int16_t((value - lower[i]) / 256);
+            const int rest = ((value + HALF_RADIX) & (RADIX - 1)) - HALF_RADIX;
+            whole[i] = int16_t(value), lower[i] = int16_t(rest), upper[i] = int16_t((value - rest) / RADIX);
         }
-        if (precision == 15) {
+        if (planes == 2) {
             lookups[0].set(upper, bits), lookups[1].set(lower, bits);
-            factors[0] = 256 * step, factors[1] = step;
+            factors[0] = RADIX * step, factors[1] = step;
         } else {
             lookups[0].set(whole, bits);
             factors[0] = step;
         }
     }
 };
-
-// Bits of a codebook's integers when one of them times 15-bit inputs is summed over a lane's codes of a chunk.
-int precision_of(int bits) { return bits == 1 ? 11 : bits == 2 ? 12 : bits <= 4 ? 13 : 14; }
 
 // ---------------------------------------------------------------------------------------------- decoding
 
@@ -968,7 +973,7 @@ struct Tables {
     std::vector<float> basis, entries;
     int64_t block = -1;  // whose basis this is
 
-    void set(const Layer& layer, const Tensors& tensors, int planes, int precision, int64_t row, int64_t count) {
+    void set(const Layer& layer, const Tensors& tensors, int planes, int64_t row, int64_t count) {
         const int64_t entries_of_rows = count * layer.groups, slack = LANES;  // vectors are read beyond the last
         const int64_t number = layer.kind == CODEBOOK ? layer.rank : 1;
         scales.resize(number * planes * entries_of_rows + slack);
@@ -990,7 +995,7 @@ struct Tables {
                 second[i] *= layer.symmetric ? 1 : 0.5f;
             }
         } else {
-            set_directions(layer, tensors, precision, row);
+            set_directions(layer, tensors, planes, row);
             entries.resize(entries_of_rows);
             load_entries(layer, tensors, 3, 5, row, count, 1, 0, offset);
             for (int64_t i = 0; i < entries_of_rows; i++) offset[i] = -offset[i];
@@ -1005,13 +1010,13 @@ struct Tables {
     }
 
   private:
-    void set_directions(const Layer& layer, const Tensors& tensors, int precision, int64_t row) {
+    void set_directions(const Layer& layer, const Tensors& tensors, int planes, int64_t row) {
         const int64_t now = layer.basis_rows ? row / layer.basis_rows : 0, size = layer.rank << layer.bits;
         if (now == block) return;
         basis.resize(size);
         directions.resize(layer.rank);
         load(tensors.at[1], layer.types[1], now * size, size, basis.data());
-        for (int64_t r = 0; r < layer.rank; r++) directions[r].set(&basis[r << layer.bits], layer.bits, precision);
+        for (int64_t r = 0; r < layer.rank; r++) directions[r].set(&basis[r << layer.bits], layer.bits, planes);
         block = now;
     }
 };
@@ -1026,7 +1031,7 @@ void fast_rows(const Call& call, const Next& next) {
                         : !codebook               ? CODES
                         : call.type == BFLOAT16   ? ONE_LOOKUP
                                                   : TWO_LOOKUPS;
-    const int planes = planes_of(decoder), precision = decoder == TWO_LOOKUPS ? 15 : precision_of(layer.bits);
+    const int planes = planes_of(decoder);
     const Products kernel = kernel_of(layer.bits, decoder, splits_chunks(layer));
     const int64_t bytes = row_bytes(layer), pair = PAIR * bytes, ahead = (AHEAD + pair - 1) / pair * pair;
     const int64_t run = layer.groups == 1 ? inputs.chunks : layer.group / (HALVES * per_half(layer.bits));
@@ -1040,7 +1045,7 @@ void fast_rows(const Call& call, const Next& next) {
         for (int64_t row = first, count; row < last; row += count) {
             count = std::min(most, last - row);
             if (codebook && layer.basis_rows) count = std::min(count, layer.basis_rows - row % layer.basis_rows);
-            tables.set(layer, call.tensors, planes, precision, row, count);
+            tables.set(layer, call.tensors, planes, row, count);
             out.assign((count + 1) / PAIR * PAIR * inputs.rows, Float{});
             const int64_t plane = count * layer.groups;
             for (int64_t i = 0; i < count; i += PAIR) {
