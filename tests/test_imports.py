@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import qcli
+from tests.quantizing import write_text
+from tests.tiny import tiny_model
 
 ROOT = Path(qcli.__file__).parent
 FLOORS = (  # a folder imports only from folders before it
@@ -26,6 +28,11 @@ TORCH_FREE_AT_THE_TOP = (  # what `--help`, recipes and `--dry-run` import; fold
     *("utils/errors.py", "utils/registry.py", "utils/progress.py", "utils/dtypes.py", "utils/environment.py"),
     *("utils/distributed.py", "utils/files.py", "utils/memory.py", "utils/options.py"),
 )
+UNUSED = {  # what quantizing never needs: seconds of every start
+    *("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.onnx"),
+    *("torch.distributed.checkpoint", "triton", "scipy", "sklearn", "pandas", "matplotlib", "pyarrow", "ray"),
+    *("datasets", "lm_eval", "gguf", "transformers.trainer", "compressed_tensors", "qcli.evaluation.evaluate"),
+}
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "accelerate", "gguf", "pyarrow", "lm_eval"}
 
 
@@ -102,11 +109,16 @@ def test_no_heavy_import_at_the_top_of_light_modules(place: str) -> None:
         assert not tops & HEAVY, file
 
 
-def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has imported after `code`."""
+def names_after(code: str) -> set[str]:
+    """Modules that a fresh interpreter has imported after `code`."""
     script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('\\n' + ' '.join(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    return {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
+    return set(run.stdout.splitlines()[-1].split())
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has imported after `code`."""
+    return {name.partition(".")[0] for name in names_after(code)}
 
 
 def test_importing_qcli_is_light() -> None:
@@ -140,3 +152,16 @@ def test_recipe_errors_and_explanations_do_not_import_torch(arguments: list[str]
     after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
     assert "pydantic" in after
     assert not after & HEAVY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq-like", "rtn"])
+def test_quantizing_imports_nothing_that_it_does_not_use(method: str, tmp_path: Path) -> None:
+    arguments = ["quantize", tiny_model("llama", tmp_path), "--method", method, "--group-size", 32]
+    arguments += ["--out", tmp_path / "out", "--device", "cpu", "--quiet"]
+    if method != "rtn":
+        arguments += ["--data", write_text(tmp_path), "--samples", 2, "--seq-len", 16]
+    after = names_after(f"from qcli.cli.main import main; main({[*map(str, arguments)]!r})")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert "transformers.modeling_utils" in after
+    assert sorted(after & UNUSED) == []

@@ -24,6 +24,7 @@ from qcli.cli import (
 from qcli.cli._command import Command
 from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, Terminated, show_error
 from qcli.cli.ui.streams import abandon_stdout, open_closed_streams, tell
+from qcli.utils.lean import import_little
 from qcli.utils.paths import expanded
 from qcli.utils.text import printable
 
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
     open_closed_streams()
+    import_little()
     try:
         code = app(args=list(map(_expanded, given)), prog_name="qcli", standalone_mode=False)
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UsageError
+from qcli.utils.lean import without_compiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,7 +24,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: An
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"), without_compiler():  # with which torch computes there
         return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
 
 
