@@ -2,7 +2,7 @@
 
 CPU seconds of a process of `qcli quantize` on a model of two blocks until the first block is loaded, beyond those of
 `import torch`, and the modules that it has imported by then: with the short imports of `qcli.utils.lean`, and without
-them, as it was before. And wall and CPU time of `qcli --help` and `qcli recipe validate`. Medians of interleaved rounds.
+them, as it was before. And wall and CPU time of `qcli --help` and `qcli recipe validate`. Medians of rounds in turn.
 """
 
 from __future__ import annotations
