@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -21,27 +21,40 @@ from benchmarks import common
 from qcli.utils import shards
 from qcli.utils.files import write_json
 
-HIDDEN, FFN, VOCAB = 2048, 8192, 32000
+
+class Size(NamedTuple):
+    """Of a Llama."""
+
+    hidden: int = 2048
+    ffn: int = 8192
+    heads: int = 16
+    kv_heads: int = 8
+    vocab: int = 32000
 
 
-def write_llama(folder: Path, blocks: int) -> int:
+def write_text(file: Path, tokens: int, vocab: int) -> None:
+    """Text of the models' words, a token each."""
+    file.write_text(" ".join(f"w{(n * 7919) % vocab}" for n in range(tokens)))
+
+
+def write_llama(folder: Path, blocks: int, size: Size = Size()) -> int:  # noqa: B008
     """A checkpoint with one shard a block; its size in bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True)
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
+        hidden_size=size.hidden,
+        intermediate_size=size.ffn,
         num_hidden_layers=blocks,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=VOCAB,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocab,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         tie_word_embeddings=True,
     )
     config.save_pretrained(folder)
-    words = {f"w{n}": n for n in range(VOCAB)}
+    words = {f"w{n}": n for n in range(size.vocab)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment,unused-ignore]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
@@ -56,17 +69,17 @@ def write_llama(folder: Path, blocks: int) -> int:
         shards.write_tensors(folder / file, tensors)
         weight_map.update(dict.fromkeys(tensors, file))
 
-    write(
-        "outside.safetensors", {"model.embed_tokens.weight": random(VOCAB, HIDDEN), "model.norm.weight": random(HIDDEN)}
-    )
-    shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 2, HIDDEN)}
-    shapes |= {"self_attn.v_proj": (HIDDEN // 2, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN)}
-    shapes |= {"mlp.gate_proj": (FFN, HIDDEN), "mlp.up_proj": (FFN, HIDDEN), "mlp.down_proj": (HIDDEN, FFN)}
+    hidden, ffn, kv = size.hidden, size.ffn, size.hidden // size.heads * size.kv_heads
+    embedding = {"model.embed_tokens.weight": random(size.vocab, hidden), "model.norm.weight": random(hidden)}
+    write("outside.safetensors", embedding)
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden)}
+    shapes |= {"self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}
     for block in range(blocks):
         prefix = f"model.layers.{block}"
         tensors = {f"{prefix}.{name}.weight": random(*shape) for name, shape in shapes.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
         write(f"block-{block:05d}.safetensors", tensors)
     write_json(folder / shards.INDEX, {"metadata": {}, "weight_map": weight_map})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -94,7 +107,7 @@ def main() -> None:
     blocks = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        text.write_text(" ".join(f"w{(n * 7919) % VOCAB}" for n in range(3000)))
+        write_text(text, 3000, Size().vocab)
         for count in (blocks.blocks // 4, blocks.blocks):
             model = Path(folder) / f"llama-{count}"
             write_llama(model, count)

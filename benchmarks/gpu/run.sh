@@ -20,8 +20,9 @@ part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its en
     tail -n "${LINES_SHOWN:-40}" "$out/$name.log"
 }
 
-part correct 90 python3 -m pytest -q -n 14 -p no:cacheprovider --override-ini addopts= tests/inference/test_triton.py
-part layers 120 python3 -m benchmarks.gpu.layers table --shapes 1
-part decoding 120 python3 -m benchmarks.gpu.decoding
-part shapes 100 python3 -m benchmarks.gpu.layers table --rows 1,16 --name gpu_shapes
-part sweep 100 python3 -m benchmarks.gpu.layers sweep --shapes 1 --rows 1,16
+part correct 60 python3 -m pytest -q -n 14 -p no:cacheprovider --override-ini addopts= tests/inference/test_triton.py
+part layers 80 python3 -m benchmarks.gpu.layers table --shapes 1
+part decoding 90 python3 -m benchmarks.gpu.decoding
+part quantizing 150 python3 -m benchmarks.gpu.quantizing
+part shapes 60 python3 -m benchmarks.gpu.layers table --rows 1,16 --name gpu_shapes
+part sweep 60 python3 -m benchmarks.gpu.layers sweep --shapes 1 --rows 1,16

@@ -23,6 +23,7 @@ class Architecture:
         windows: what becomes of sliding-window attention. `per layer`: the graph has it; `context`: it has not, so the
             context is limited to the window, up to which nothing differs; None: it has not, and such models are
             refused.
+        soft_caps: the graph caps attention and logits, by 50 and 30 where the file says nothing.
         wide_blocks: number of blocks of the one size whose attention is scaled by the width per head in place of the
             head's size.
     """
@@ -32,6 +33,7 @@ class Architecture:
     rope_factors: bool = False
     activation: str = "silu"
     windows: Literal["per layer", "context"] | None = None
+    soft_caps: bool = False
     wide_blocks: int | None = None
 
 
@@ -41,7 +43,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma": Architecture("gemma", activation=GELU),
-    "gemma2": Architecture("gemma2", activation=GELU, windows="per layer", wide_blocks=46),
+    "gemma2": Architecture("gemma2", activation=GELU, windows="per layer", soft_caps=True, wide_blocks=46),
     "gemma3_text": Architecture("gemma3", activation=GELU, windows="per layer", wide_blocks=62),
 }
 """By `model_type`."""

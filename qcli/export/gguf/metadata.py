@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
 def architecture(config: PreTrainedConfig) -> Architecture:
     """llama.cpp's architecture for a model.
 
@@ -40,6 +43,9 @@ def architecture(config: PreTrainedConfig) -> Architecture:
         raise _unsupported(f"query_pre_attn_scalar {scalar}, llama.cpp takes {_attention_scalar(config, known)}")
     if known.windows is None and _has_sliding_layers(config):
         raise _unsupported(f"sliding windows of {config.model_type}")
+    for key in _SOFT_CAPS:
+        if known.soft_caps and getattr(config, key, None) is None:
+            raise _unsupported(f"{config.model_type} without {key}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != known.activation:
         raise _unsupported(f"{activation} as the MLP's activation")
@@ -78,7 +84,7 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
         writer.add_rope_freq_base_swa(rope.get("sliding_attention", main)["rope_theta"])
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+    for key in _SOFT_CAPS:
         if (cap := getattr(config, key, None)) is not None:
             getattr(writer, f"add_{key}")(cap)
 

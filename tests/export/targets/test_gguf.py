@@ -231,6 +231,7 @@ def test_wrong_weights_do_not_pass_for_rounding(
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn rotary embedding"),
         ("llama", {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24, llama.cpp takes 16"),
+        ("gemma2", {"attn_logit_softcapping": None}, "gemma2 without attn_logit_softcapping"),
     ],
 )
 def test_models_that_llama_cpp_does_not_compute_are_refused(
