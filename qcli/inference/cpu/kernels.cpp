@@ -847,12 +847,14 @@ struct RowDecoder {
             const int64_t start = g * layer.group, stop = std::min(start + layer.group, layer.columns);
             const __m512 first = _mm512_set1_ps(scale[g]), second = _mm512_set1_ps(offset[g]);
             if (layer.bits > 5) {
-                for (int64_t i = start; i < stop; i += 16) {
+                const __m512 shift = _mm512_mul_ps(second, first);
+                const auto decoded = [&](int64_t i) {
                     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(&codes[i]));
-                    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-                    const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(values, second), first);
-                    _mm256_mask_storeu_epi16(to + i, __mmask16(below(stop - i)), (__m256i)_mm512_cvtneps_pbh(scaled));
-                }
+                    return _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), first, shift);
+                };
+                for (int64_t i = start; i < stop; i += 32)
+                    _mm512_mask_storeu_epi16(to + i, below(stop - i),
+                                             (__m512i)_mm512_cvtne2ps_pbh(decoded(i + 16), decoded(i)));
                 continue;
             }
             __m512 low, high = _mm512_setzero_ps();  // values of codes 0..15 and 16..31
