@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import FrameType
 from typing import NamedTuple
 
 from qcli.cli.ui.streams import tell
@@ -52,8 +51,3 @@ def show_error(message: str, hint: str | None = None) -> None:
         tell(f"error: {printable(line)}")
     if hint:
         tell(f"hint: {printable(hint)}")
-
-
-def terminate(signum: int, frame: FrameType | None) -> None:
-    """A signal handler that raises `Terminated`."""
-    raise Terminated

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -18,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qcli.cli.ui.errors import INTERRUPTED, STATE, TERMINATED, USAGE, describe, show_error, terminate
+from qcli.cli.ui.errors import INTERRUPTED, STATE, TERMINATED, USAGE, describe, show_error
 from qcli.cli.ui.progress import Bars, Lines
+from qcli.cli.ui.signals import raised_signals
 from qcli.cli.ui.streams import abandon_stdout, tell
 from qcli.cli.ui.tables import Tables, console
 from qcli.utils.distributed import is_main_process, world_size
@@ -80,9 +80,7 @@ class Session:
         warnings.showwarning = self._showwarning(warnings.showwarning)
         if self.quiet or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with contextlib.suppress(ValueError):  # not the main thread
-            previous = signal.signal(signal.SIGTERM, terminate)
-            self._exits.callback(signal.signal, signal.SIGTERM, previous)
+        self._exits.enter_context(raised_signals())
         return_large_blocks()
         self.progress = self._progress()
         if world_size() > 1 and not self.distributed:
