@@ -18,7 +18,7 @@ def inspect(
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Show the layers of a checkpoint, its origin, and its backends here."""
+    """Show the layers, origin and backends of a checkpoint."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.export.inspect import inspect as inspect_checkpoint
 

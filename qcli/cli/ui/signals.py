@@ -63,7 +63,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _send(signum: signal.Signals) -> None:
-    """Send a signal to the main thread, whose system call ends; Windows has none, but may ask the interpreter for its handler."""
+    """Signal the main thread, so that its system call ends too; on Windows its handler is called after that."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signum)
     else:
