@@ -106,6 +106,7 @@ def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinea
         packed = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype)
         replaced[name] = packed.to(module.weight.device)
         replaced[name].name = name
+        vars(replaced[name])["_is_hf_initialized"] = True  # or transformers decodes the weight to fill it with noise
         if storage.activations is not None:
             storage.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])
@@ -129,6 +130,8 @@ def _check_files(files: list[str], model: Any, replaced: dict[str, QuantLinear],
                 raise VerificationError(
                     f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
                 )
+        if module.bias is not None and f"{layer}.bias" not in tensors:
+            raise VerificationError(f"{layer}.bias is missing from the checkpoint", hint="copy it again")
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     unknown = sorted(tensors.keys() - expected.keys())
     surplus = [name for name in unknown if name.rpartition(".")[0] in linears or name.endswith(".weight_packed")]
