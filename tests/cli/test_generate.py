@@ -177,7 +177,13 @@ def test_ctrl_c_keeps_what_was_printed(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, max_position_embeddings=1 << 20, eos_token_id=None)
     command = [sys.executable, "-m", "qcli", "generate", str(model), "--prompt", "one"]
     command += ["--max-new-tokens", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell starts with &
+    )
     assert process.stdout is not None
     first = process.stdout.read(1)
     time.sleep(0.2)
