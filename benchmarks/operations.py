@@ -33,7 +33,10 @@ from tests.tiny import tiny_model
 
 LINEARS, BLOCKS = 7, 2  # of a block; of the model
 _STEPS, _EVALUATIONS = 12, 10  # so that a few steps are not followed by an evaluation
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"} | {
+    "_record_function_enter_new",
+    "_record_function_exit",
+}
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 
 METHODS: dict[str, dict[str, Any]] = {

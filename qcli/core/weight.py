@@ -134,7 +134,7 @@ class Format(BaseModel):
         for name, table in initial.items():
             if table.is_floating_point():
                 nearest = tables[name].to(table.dtype)
-                rounded[name] = nearest.where(nearest.isfinite() & ((nearest != 0) | (table == 0)), table)
+                rounded[name] = nearest.where(nearest / nearest == 1, table)  # 0 / 0 and inf / inf are NaN
         return rounded
 
     def table_units(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -103,8 +103,8 @@ class _BestAlphas:
     def consider(self, alpha1: Tensor, alpha2: Tensor) -> None:
         """Take these alphas in the groups where their error is smaller."""
         alpha1, alpha2 = (table.half().float() for table in self.format.ordered(alpha1, alpha2))
-        codes = self.format.nearest(self.groups, alpha1[..., None], alpha2[..., None])
-        first, second = self.format.planes(codes.to(torch.uint8))
+        bits = self.format.code_bits(self.groups, alpha1[..., None], alpha2[..., None])
+        first, second = map(self.format.factor, bits)
         difference = first * alpha1[..., None] + second * alpha2[..., None] - self.groups
         error = (difference.square() * self.importance).sum(-1)
         better = error < self.error

@@ -149,8 +149,9 @@ def quantize_columns(
     ends = None if dynamic is None else dynamic.ends
     for start, stop in _lazy_blocks(len(order), ends):
         block = columns[start:stop]
-        errors, factor_block = torch.empty_like(block), factor[start:stop, start:stop]
-        diagonal = factor_block.diagonal().tolist()
+        errors, found = torch.empty_like(block), []
+        # rows of the factor divided by its diagonal: what an error of 1 adds to the columns that follow
+        relative = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
         nearest = format.rounder(tables, order[start:stop])
         for column in range(stop - start):
             position = start + column
@@ -160,13 +161,14 @@ def quantize_columns(
                 nearest = format.rounder(tables, order[start:stop])
             values = block[column]
             code, value = nearest(column, values)
-            codes[position] = code
-            torch.sub(values, value, out=errors[column]).div_(diagonal[column])
+            found.append(code)
+            torch.sub(values, value, out=errors[column])
             rest = block[column + 1 :]
-            rest.addr_(factor_block[column, column + 1 :], errors[column], alpha=-1)
+            rest.addr_(relative[column, column + 1 : stop - start], errors[column], alpha=-1)
             if asymmetry is not None:
                 rest.addr_(asymmetry[position, position + 1 : stop], values)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        codes[start:stop] = torch.stack(found)
+        columns[stop:].addmm_(relative[:, stop - start :].T, errors, alpha=-1)
         if asymmetry is not None:
             columns[stop:].addmm_(asymmetry[start:stop, stop:].T, block)
     stored = torch.empty_like(codes)

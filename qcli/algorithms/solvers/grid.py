@@ -133,15 +133,16 @@ def _search_rows(groups: Tensor, importance: Tensor, format: Affine, power: floa
     low, high = _range(groups)
     best = _BestGrid(groups, importance, format, power)
     best.consider(*_covering(low, high, format))
-    for clip in _CLIPS:
-        scale, zero_point = _covering(low * clip, high * clip, format)
+    clips = torch.tensor(_CLIPS, device=groups.device)[:, None, None]
+    for scale, zero_point in zip(*_covering(low * clips, high * clips, format), strict=True):
         best.consider(scale, zero_point)
         if format.zero_point == "integer" and format.bits <= 3:
             for shift in (-1, 1):
                 best.consider(scale, (zero_point + shift).clamp_(0, (1 << format.bits) - 1))
     if format.zero_point == "float":
-        for low_clip, high_clip in _UNEVEN_CLIPS:
-            best.consider(*_covering(low * low_clip, high * high_clip, format))
+        low_clips, high_clips = torch.tensor(_UNEVEN_CLIPS, device=groups.device).T[..., None, None]
+        for scale, zero_point in zip(*_covering(low * low_clips, high * high_clips, format), strict=True):
+            best.consider(scale, zero_point)
     if power == 2.0:
         for _ in range(_ROUNDS):
             best.consider(*_fit_groups(groups, best.codes(), importance, best, format))

@@ -20,6 +20,26 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], gradients[0] * slope, None
 
 
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rounded: Tensor, exact: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def through_rounding(rounded: Tensor, exact: Tensor) -> Tensor:
+    """`rounded` in the forward pass; in the backward pass `exact` gets the gradient unchanged.
+
+    Args:
+        rounded: of the shape and dtype of `exact`, which it was rounded from.
+    """
+    output: Tensor = _Rounded.apply(rounded, exact)  # type: ignore[no-untyped-call]
+    return output
+
+
 def straight_through(value: Tensor, latent: Tensor, slope: Tensor) -> Tensor:
     """`value` in the forward pass; in the backward pass `value` gets the gradient and `latent` the gradient times
     `slope`.

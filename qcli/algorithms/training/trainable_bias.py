@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qcli.algorithms.training.straight_through import through_rounding
+
 _SMALLEST_UNIT = 0.1  # of the mean magnitude, as for tables; of 1 where all of a bias is 0
 
 
@@ -34,7 +36,7 @@ class TrainableBias(nn.Module):
         if as_stored:
             return self.stored().float()
         changed = self._start + self._unit * self.changes
-        return changed + (changed.detach().to(self.initial.dtype).float() - changed.detach())
+        return through_rounding(changed.detach().to(self.initial.dtype).float(), changed)
 
     @torch.no_grad()
     def stored(self) -> Tensor:

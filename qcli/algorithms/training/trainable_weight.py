@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.training.straight_through import straight_through
+from qcli.algorithms.training.straight_through import straight_through, through_rounding
 from qcli.algorithms.training.trainable_bias import TrainableBias
 from qcli.core.weight import QuantizedWeight
 
@@ -97,7 +97,7 @@ class TrainableWeight(nn.Module):
         changed = self._changed_tables()
         with torch.no_grad():
             rounded = self.format.float_tables(self.format.round_tables(changed, self.initial.tables))
-        return rounded | {name: rounded[name] + (changed[name] - changed[name].detach()) for name in self.table_units}
+        return rounded | {name: through_rounding(rounded[name], changed[name]) for name in self.table_units}
 
 
 def parameter_groups(

@@ -132,7 +132,7 @@ class Affine(Grouped):
             zero_point = tables["weight_zero_point"].float().T[groups]
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = (values / scale[column]).add_(zero_point[column]).round_().clamp_(self.lowest, self.highest)
+            codes = torch.addcdiv(zero_point[column], values, scale[column]).round_().clamp_(self.lowest, self.highest)
             return codes, (codes - zero_point[column]).mul_(scale[column])
 
         return nearest

@@ -94,13 +94,16 @@ class DualBinary(NonUniform):
         return (first, second) if self.levels == "fdb" else (2 * first - 1, 2 * second - 1)
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
+        import torch
+
         groups = self.groups_of(columns)
         alpha1, alpha2 = (tables[name].float().T[groups] for name in (ALPHA1, ALPHA2))
+        middle, half = _thresholds(alpha1, alpha2)
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = self.nearest(values, alpha1[column], alpha2[column])
-            first, second = self.planes(codes.long())
-            return codes, first * alpha1[column] + second * alpha2[column]
+            first, second = self._code_bits(values, alpha1[column], middle[column], half[column])
+            value = self.factor(first) * alpha1[column] + self.factor(second) * alpha2[column]
+            return torch.add(first.float(), second, alpha=2), value
 
         return nearest
 
@@ -125,12 +128,29 @@ class DualBinary(NonUniform):
         ones = [float(plane.mean()) for plane in self.planes(weight.codes)]
         return {"zeros_plane1": 1 - ones[0], "zeros_plane2": 1 - ones[1], "additions_per_weight": sum(ones)}
 
+    def code_bits(self, values: Tensor, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+        """The two bits of the nearest levels' codes, bool; the alphas are in order."""
+        return self._code_bits(values, alpha1, *_thresholds(alpha1, alpha2))
+
     def nearest(self, values: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
         """Codes of the nearest levels, as floats; the alphas are in order."""
+        first, second = self.code_bits(values, alpha1, alpha2)
+        codes: Tensor = first.float() + 2 * second
+        return codes
+
+    def factor(self, bit: Tensor) -> Tensor:
+        """What a bit, bool, multiplies its alpha with: itself, or its sign with `symmetric` (see `planes`)."""
+        factor: Tensor = bit if self.levels == "fdb" else 2 * bit.float() - 1
+        return factor
+
+    def _code_bits(self, values: Tensor, alpha1: Tensor, middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
         if self.levels == "symmetric":
             first = values >= 0
-            second = (values - alpha1.where(first, -alpha1)) >= 0
-        else:
-            first = values >= (alpha1 + alpha2) / 2
-            second = values - alpha1 * first <= alpha2 / 2
-        return first.float() + 2 * second
+            return first, (values - alpha1.where(first, -alpha1)) >= 0
+        first = values >= middle
+        return first, values - alpha1 * first <= half
+
+
+def _thresholds(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `fdb`: between codes with and without the first bit, and of what remains with and without the second."""
+    return (alpha1 + alpha2) / 2, alpha2 / 2

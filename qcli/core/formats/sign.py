@@ -103,10 +103,11 @@ class Sign(Format):
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]
+        negative = -magnitude
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = (values * magnitude[column] >= 0).float()
-            return codes, (2 * codes - 1) * magnitude[column]
+            positive = values * magnitude[column] >= 0
+            return positive.float(), magnitude[column].where(positive, negative[column])
 
         return nearest
 

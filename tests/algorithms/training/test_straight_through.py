@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qcli.algorithms.training.straight_through import straight_through
+from qcli.algorithms.training.straight_through import straight_through, through_rounding
 
 
 def test_latent_gets_the_gradient_of_the_value_times_the_slope() -> None:
@@ -20,3 +20,12 @@ def test_slope_may_be_a_mask() -> None:
     value, latent = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     straight_through(value, latent, torch.tensor([True, False, True])).sum().backward()
     assert latent.grad is not None and latent.grad.tolist() == [1, 0, 1]
+
+
+def test_rounding_is_exact_forward_and_unchanged_backward() -> None:
+    exact = torch.tensor([0.1, 1e-9, -3.3], requires_grad=True)
+    rounded = through_rounding(exact.detach().half().float(), exact)
+    assert torch.equal(rounded.detach(), exact.detach().half().float())
+    (rounded * torch.tensor([2.0, 3.0, 4.0])).sum().backward()
+    assert exact.grad is not None
+    assert exact.grad.tolist() == [2.0, 3.0, 4.0]
