@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 _AVAILABILITY = "transformers.utils.import_utils"
 _ABSENT = ("is_scipy_available", "is_torch_distributed_available")
-_DECORATING = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.generation.utils")
+_DECORATING = (  # or importing what decorates; whichever comes first
+    *("transformers.modeling_utils", "transformers.masking_utils", "transformers.generation.utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.activations", "transformers.integrations.hub_kernels"),
+)
 _COMPILER = "torch._dynamo"
 _INDEXING = f"{_COMPILER}._trace_wrapped_higher_order_op"
 
