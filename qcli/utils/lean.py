@@ -10,7 +10,7 @@ nothing in transformers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -51,9 +51,12 @@ def without_compiler() -> Iterator[None]:
         return
     standins = {_COMPILER: _Compiler(_COMPILER), _INDEXING: _Indexing(_INDEXING)}
     sys.modules.update(standins)
+    parts = _Parts(standins.values())
+    sys.meta_path.insert(0, parts)
     try:
         yield
     finally:
+        sys.meta_path.remove(parts)
         _forget(standins.values())
 
 
@@ -98,6 +101,34 @@ def _absent() -> bool:
     return False
 
 
+class _Parts:
+    """A meta-path finder of what the compiler's package has besides: whoever imports that gets all of the real one."""
+
+    def __init__(self, standins: Iterable[ModuleType]) -> None:
+        self.standins = standins
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not (fullname.startswith(f"{_COMPILER}.") and isinstance(sys.modules.get(_COMPILER), _Compiler)):
+            return None
+        _forget(self.standins)
+        spec = import_module(fullname).__spec__
+        assert spec is not None
+        spec.loader = cast("Loader", _Imported())
+        return spec
+
+
+class _Imported:
+    """A loader of a module that is imported already."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
 class _Compiler(ModuleType):
     """`torch._dynamo` with the decorators in use; whoever asks for more gets the real module's."""
 
@@ -138,7 +169,7 @@ class _Indexing(ModuleType):
         return import_module(_INDEXING).TransformGetItemToIndex()
 
 
-def _forget(modules: Any) -> None:
+def _forget(modules: Iterable[ModuleType]) -> None:
     """Take stand-ins out of `sys.modules`, so that the next import is the real one's."""
     for module in list(modules):
         if isinstance(module, _Compiler | _Indexing) and sys.modules.get(module.__name__) is module:

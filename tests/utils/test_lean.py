@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -88,3 +89,12 @@ def test_processes_of_torchrun_import_everything(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("WORLD_SIZE")
     lean.import_little()
     assert len(sys.meta_path) == 1
+
+
+@pytest.mark.slow
+def test_whoever_imports_a_part_gets_the_real_package() -> None:
+    code = "import torch, sys\nfrom qcli.utils.lean import without_compiler\nwith without_compiler():\n"
+    code += "    import torch._dynamo.utils\n    assert sys.modules['torch._dynamo'].__file__\n"
+    code += "assert torch._dynamo.utils.counters is sys.modules['torch._dynamo.utils'].counters\n"
+    code += "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2"
+    subprocess.run([sys.executable, "-c", code], check=True)
