@@ -171,7 +171,7 @@ def _run(arguments: list[str], watched: Path, fault: Fault | None, folder: Path,
 
 
 def _import_everything() -> None:
-    """What commands import late."""
+    """What commands import late, and the CPU kernels."""
     import importlib
     import pkgutil
 
@@ -193,6 +193,9 @@ def _import_everything() -> None:
         "lm_eval.tasks",
     ):
         importlib.import_module(name)
+    from qcli.inference.backends.cpu import kernels
+
+    kernels()  # built once: the commands have caches of their own
     for name in ("datasets", "pyarrow.parquet", "gguf"):
         importlib.import_module(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
