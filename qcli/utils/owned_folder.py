@@ -149,7 +149,14 @@ class OwnedFolder:
     def _clear(self) -> None:
         for entry in list(self.folder.iterdir()):
             if self.kind.owns(entry.name):
-                remove(entry)
+                remove(self._set_aside(entry))
+
+    def _set_aside(self, entry: Path) -> Path:
+        """Rename a folder: what is left of it when its removal is interrupted must not pass for the whole."""
+        aside = entry.with_name(f".{entry.name.strip('.')}.partial")
+        if entry.is_dir() and not entry.is_symlink() and self.kind.owns(aside.name) and not aside.exists():
+            return entry.rename(aside)
+        return entry
 
     def _is_own(self, entry: Path) -> bool:
         return entry.name == _LOCK or entry == self.kind.marker(self.folder)

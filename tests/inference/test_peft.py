@@ -164,6 +164,6 @@ def test_the_backward_pass_decodes_again(tile: int, dtype: torch.dtype, monkeypa
     gradient = torch.randn(output.shape).to(dtype)
     found = torch.autograd.grad(output, (x, layer.bias), gradient)
     dense = torch.nn.functional.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
-    torch.testing.assert_close(output, dense)
+    torch.testing.assert_close(output, dense, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
     rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-1)
     torch.testing.assert_close(found, torch.autograd.grad(dense, (x, layer.bias), gradient), rtol=rtol, atol=atol)

@@ -353,6 +353,7 @@ def test_another_family_is_told_before_its_settings(tmp_path: Path) -> None:
     writer: Any = gguf.GGUFWriter(file, "starcoder2")
     writer.add_block_count(1)
     writer.add_uint32("starcoder2.from_the_future", 1)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(8, np.float32))
     vocabulary(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -50,6 +50,7 @@ def test_tied_weights_are_read_as_transformers_reads_them(case: str, tmp_path: P
 
 
 @pytest.mark.parametrize("case", HEADS)
+@pytest.mark.usefixtures("exact_layers")
 def test_outputs_say_one_thing_about_the_head(case: str, tmp_path: Path) -> None:
     native = tmp_path / "native"
     run(tied(case, tmp_path), native, method__name="rtn", method__symmetric=True)

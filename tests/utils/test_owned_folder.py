@@ -110,3 +110,23 @@ def test_a_folder_that_cannot_be_created_names_its_path(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
         with pytest.raises(UsageError, match=f"{folder} cannot be written: "):
             opened(folder)
+
+
+def test_what_an_interrupted_removal_leaves_does_not_pass_for_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, kind = tmp_path / "runs", FolderKind("test", ("result", ".*.partial"))
+    owned = OwnedFolder(folder, kind, BUSY)
+    (folder / "result").mkdir()
+    (folder / "result" / "manifest").touch()
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("qcli.utils.files.shutil.rmtree", interrupted)
+        owned.remove()
+    assert not (folder / "result").exists()
+    owned.release()
+    OwnedFolder(folder, kind, BUSY).remove()
+    assert not folder.exists()

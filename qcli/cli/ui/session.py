@@ -75,7 +75,7 @@ class Session:
         if self.quiet:
             os.environ.setdefault("TQDM_DISABLE", "1")  # read when a library imports tqdm
             self._exits.callback(logging.disable, logging.root.manager.disable)
-            logging.disable(logging.WARNING)
+            logging.disable(logging.ERROR)  # qcli says itself what failed
         warnings.simplefilter("always", QcliWarning)
         warnings.showwarning = self._showwarning(warnings.showwarning)
         if self.quiet or not sys.stderr.isatty():

@@ -57,6 +57,7 @@ def assert_same_weights(native: Path, model: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.usefixtures("exact_layers")
 def test_symmetric_weights_and_logits_are_equal(bits: int, llama: Path, tmp_path: Path) -> None:
     native, out = packed(llama, tmp_path, method__bits=bits, method__symmetric=True)
     model, actual = load_with_transformers(out)
@@ -74,6 +75,7 @@ def test_asymmetric_weights_differ_by_one_rounding(bits: int, llama: Path, tmp_p
     assert torch.allclose(actual, logits(native), atol=0.02)
 
 
+@pytest.mark.usefixtures("exact_layers")
 def test_each_scheme_has_its_config_group(llama: Path, tmp_path: Path) -> None:
     overrides = [
         {"match": "*.layers.1.mlp.*", "method": {"bits": 3, "group_size": 64}},
