@@ -541,10 +541,11 @@ def matmul(
         words = tl.load(place, mask=(n >= 0)[:, None] & (word < row_words)[None, :], other=0)
         x = tl.load(x_ptr + (tile * TILE + tl.arange(0, TILE))[:, None] * BM + m[None, :])
         x_sum = tl.load(sums_ptr + tile * BM + m)[None, :]
-        entry = n * groups + (0 if GROUP == 0 else tile * TILE // GROUP)
+        g = 0 if GROUP == 0 else tile * TILE // GROUP
+        entry = n * groups + g
         if KIND == "affine":
             scale = _scale(scale_ptr, entry, n >= 0, ZERO)
-            zero = _zero_point(zero_ptr, n, entry - n * groups, n >= 0, groups, ZERO, BITS) + 0 * scale + BASE
+            zero = _zero_point(zero_ptr, n, g, n >= 0, groups, ZERO, BITS) + 0 * scale + BASE
             product = _dot(_factor(words, (), "code", BITS, BASE, x.dtype), x, DOT32)
             acc += scale[:, None] * (product - zero[:, None] * x_sum)
         elif KIND == "planes" or KIND == "signs":
