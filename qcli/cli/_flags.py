@@ -52,6 +52,14 @@ TrustRemoteCode = Annotated[
 TrustTasks = Annotated[
     bool, typer.Option("--trust-tasks", help="Run code and unrestricted templates in task files of your own.")
 ]
+RunDevice = Annotated[str, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N.")]
+RunDType = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="Compute dtype: auto (the model's, where the device is fast in it), float32, bfloat16 or float16.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as a JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[

@@ -33,14 +33,8 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw it: a .png, .svg or .pdf; must not exist.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="TYPE",
-            help="Compute dtype: auto (the model's, where the device is fast in it), float32, bfloat16 or float16.",
-        ),
-    ] = "auto",
+    device: flags.RunDevice = "auto",
+    dtype: flags.RunDType = "auto",
     trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,

@@ -45,14 +45,8 @@ def generate(
         typer.Option(metavar="P", help="Sample from the most probable tokens, together of probability P."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="S", min=0, max=2**63 - 1, help="Random seed.")] = 0,
-    device: Annotated[str, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="TYPE",
-            help="Compute dtype: auto (the model's, where the device is fast in it), float32, bfloat16 or float16.",
-        ),
-    ] = "auto",
+    device: flags.RunDevice = "auto",
+    dtype: flags.RunDType = "auto",
     trust_remote_code: flags.TrustRemoteCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,

@@ -77,9 +77,9 @@ def _key(compiler: list[str], flags: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([*flags, macros, SOURCE.read_text()]).encode()).hexdigest()[:32]
 
 
-def _compile(compiler: list[str], flags: Sequence[str], file: Path) -> None:
+def _compile(compiler: list[str], flags: Sequence[str], file: Path, how_often: str = "once") -> None:
     """Write the library under a name of this process, then rename it."""
-    warn("building the CPU kernels of this machine, which takes some seconds, once")
+    warn(f"building the CPU kernels of this machine, which takes some seconds, {how_often}")
     partial = file.with_name(f"{file.stem}-{os.getpid()}.partial")
     try:
         _run([*compiler, *flags, "-o", str(partial), str(SOURCE)])
@@ -92,7 +92,7 @@ def _temporary(compiler: list[str], flags: Sequence[str]) -> ctypes.CDLL:
     """Kernels for this process alone."""
     with tempfile.TemporaryDirectory(prefix="qcli-kernels-") as folder:
         file = Path(folder) / "kernels.so"
-        _compile(compiler, flags, file)
+        _compile(compiler, flags, file, "at each start: the cache folder cannot be written (see QCLI_CACHE)")
         return ctypes.CDLL(str(file))
 
 
