@@ -216,7 +216,7 @@ def test_without_a_compiler_the_reference_serves_and_says_so_once(
 def test_a_compiler_that_fails_is_one_line(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = script(unbuilt / "broken", 'case "$*" in *-dM*) exit 0;; esac', "echo 'x.cpp:1: error: no' >&2", "exit 1")
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(QcliWarning, match="at each start"):
+    with pytest.warns(QcliWarning, match="building the CPU kernels"):
         reason = cpu.Cpu().unavailable_reason()
     assert reason == f"the C++ compiler {broken} fails: x.cpp:1: error: no: set CXX to another"
     monkeypatch.setenv("CXX", "no-such-compiler")
