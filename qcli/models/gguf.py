@@ -59,7 +59,8 @@ class GGUFSource(ModelSource):
 
     Raises:
         UsageError: the file is truncated or not GGUF.
-        UnsupportedError: the package gguf is missing, or transformers cannot convert the file.
+        UnsupportedError: the package gguf is missing or cannot decode a tensor, or transformers cannot convert the
+            file.
     """
 
     dense_dtype = "BF16"
@@ -87,6 +88,7 @@ class GGUFSource(ModelSource):
             if tensor.name not in gguf_config.FACTORS
         ]
         self._require_blocks(path, reader)
+        self._require_types(path)
         with _shared_reader(reader):
             self._config = self._converted_config(path, reader)
         super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
@@ -105,6 +107,22 @@ class GGUFSource(ModelSource):
                 f"{path} has {len(blocks)} blocks, its metadata say {count!r}",
                 hint="the file is damaged: download it again",
             )
+
+    def _require_types(self, path: Path) -> None:
+        """Refuse types that the package gguf knows by name and cannot decode, such as Q8_1."""
+        import numpy as np
+        from gguf import GGML_QUANT_SIZES
+        from gguf.quants import dequantize
+
+        for type, name in {entry.type: entry.name for entry in reversed(self._in_file)}.items():
+            _, bytes = GGML_QUANT_SIZES[type]
+            try:
+                dequantize(np.zeros((1, bytes), np.uint8), type)
+            except NotImplementedError:
+                raise UnsupportedError(
+                    f"{path}: {name} is stored as {type.name}, which the package gguf cannot decode",
+                    hint="convert the model to another type, such as Q8_0",
+                ) from None
 
     def tensors(self) -> dict[str, StoredTensor]:
         return dict(self._stored)

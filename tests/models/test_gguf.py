@@ -152,6 +152,18 @@ def test_tensors_of_another_size_than_the_metadata_say_are_refused(tmp_path: Pat
         open_source(str(file))
 
 
+@pytest.mark.parametrize("type", [gguf.GGMLQuantizationType.Q8_1, gguf.GGMLQuantizationType.I8])
+def test_types_that_cannot_be_decoded_are_refused(type: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path)
+    content = file.read_bytes()
+    place = content.index(b"blk.1.attn_norm.weight") + len(b"blk.1.attn_norm.weight") + 12  # after axes and size
+    assert content[place : place + 4] == bytes(4)  # F32
+    file.write_bytes(content[:place] + int(type).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(UnsupportedError, match=f"blk.1.attn_norm.weight is stored as {type.name}, which") as raised:
+        open_source(str(file))
+    assert raised.value.hint is not None and "Q8_0" in raised.value.hint
+
+
 def test_blocks_that_the_file_does_not_have_are_refused_before_they_are_built(tmp_path: Path) -> None:
     file = write_gguf(tmp_path)
     content = file.read_bytes()
