@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.utils.errors import VerificationError
-from qcli.utils.files import files_below, parse_json, read_regular, reading, sha256, sync_file, sync_folder, write_json
+from qcli.utils.files import files_below, parse_json, reading, sha256, sync_file, sync_folder, write_json
 from qcli.utils.sealed import digest
 
 FORMAT_VERSION = 2
@@ -229,7 +229,7 @@ class Manifest(BaseModel):
         if not file.exists():
             raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?")
         with reading(file):
-            content = read_regular(file)
+            content = file.read_bytes()
         _require_checksum(file, content, cls.model_fields.keys())
         try:
             manifest = cls.model_validate_json(content, strict=True)

@@ -130,7 +130,8 @@ def read_chunk(stream: Any, source: Path, count: int) -> bytes:
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Turn errors of the operating system in the body into QcliErrors that name `file`."""
+    """Turn errors of the operating system in the body into QcliErrors that name `file`; refuse FIFOs and devices."""
+    require_regular(file)
     try:
         yield
     except OSError as error:
@@ -139,7 +140,8 @@ def writing(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn errors of the operating system in the body into QcliErrors that name `file`."""
+    """Turn errors of the operating system in the body into QcliErrors that name `file`; refuse FIFOs and devices."""
+    require_regular(file)
     try:
         yield
     except OSError as error:

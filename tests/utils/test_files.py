@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qcli.utils import files
+from qcli.utils import files, journal
 from qcli.utils.errors import ResourceError, UsageError
 
 
@@ -86,3 +87,23 @@ def test_folders_are_published_where_none_can_be_opened(tmp_path: Path, monkeypa
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == dict.fromkeys(
         ("file", "other"), b"content"
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+@pytest.mark.parametrize(
+    "use",
+    [
+        journal.entries,
+        journal.cut_torn_line,
+        lambda file: journal.append(file, {}),
+        lambda file: files.copy_file(file, file.with_name("copy")),
+        lambda file: files.write_bytes(file, b"content"),
+        files.sha256,
+        files.read_regular,
+    ],
+)
+def test_fifos_are_refused_rather_than_waited_for(use: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    with pytest.raises(UsageError, match="file is not a regular file"):
+        use(tmp_path / "file")
+    assert os.listdir(tmp_path) == ["file"]
