@@ -27,6 +27,7 @@ from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, collect
 from qcli.utils.device import has_fast_matmul, matmul_precision
+from qcli.utils.stored_batches import BatchMemory
 
 BLOCKS = (3, 14, 26)
 WINDOWS, HELD_OUT = 64, 16
@@ -59,12 +60,14 @@ def moments(folder: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     tokens = calibration_tokens(TokenRequest(str(text), samples=count, seq_len=512, seed=0), stream.source).ids
     found = []
     with torch.no_grad(), matmul_precision(fast=has_fast_matmul(device), device=device):
-        hidden = [stream.embed(part) for part in torch.split(tokens, 8)]
+        memory = BatchMemory(device)
+        hidden = memory.store(map(stream.embed, torch.split(tokens, 8)))
         for index in range(max(BLOCKS) + 1):
             block = stream.load_block(index)
             if index in BLOCKS:
+                fit, rest = (slice(None, WINDOWS // 8), slice(WINDOWS // 8, None))
                 sides = [
-                    StagedBlock(stream, index, block, part) for part in (hidden[: WINDOWS // 8], hidden[WINDOWS // 8 :])
+                    StagedBlock(stream, index, block, memory.store(hidden.waiting()[part])) for part in (fit, rest)
                 ]
                 for group in range(len(stream.family.groups)):
                     fitted, held = (collect(group, side, None, frozenset({HESSIAN})) for side in sides)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qcli.algorithms.training.batches import BatchSampler, gather_samples
+from qcli.algorithms.training.batches import BatchSampler
 from qcli.algorithms.training.loop import optimize
 from qcli.algorithms.training.losses import kl_divergence, relative_token_error, token_norms
 from qcli.algorithms.training.outcome import Outcome
@@ -24,6 +24,7 @@ from qcli.distillation.token_losses import hidden_losses, token_losses
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 
 def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors, Outcome, list[Outcome]]:
@@ -40,10 +41,11 @@ def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors,
     trained: StoredTensors = {}
     outcomes: list[Outcome] = []
     student, teacher = job.stream(job.student), job.stream(job.teacher)
+    memory = BatchMemory(job.device)
     student_hidden, teacher_hidden = (
-        [stream.embed(batch) for batch in job.tokens.split(job.pass_samples)] for stream in (student, teacher)
+        memory.store(map(stream.embed, job.tokens.split(job.pass_samples))) for stream in (student, teacher)
     )
-    untrained_hidden = [student.embed(sample) for sample in job.tokens[job.n_training :].split(1)]
+    untrained_hidden = memory.store(map(student.embed, job.tokens[job.n_training :].split(1)))
     for index in range(student.n_blocks):
         job.progress("blocks", index, student.n_blocks)
         _advance(job, teacher, teacher.load_block(index), index, teacher_hidden)
@@ -60,7 +62,7 @@ def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors,
     job.progress("blocks", student.n_blocks, student.n_blocks)
     held_out = range(job.n_training, len(job.tokens))
     expected, actual = (
-        [gather_samples(hidden, [row]) for row in held_out] for hidden in (teacher_hidden, student_hidden)
+        memory.store(hidden.samples([row]) for row in held_out) for hidden in (teacher_hidden, student_hidden)
     )
     before, after = (_mean_kl(job, (student, teacher), hidden, expected) for hidden in (untrained_hidden, actual))
     better = after < before
@@ -78,8 +80,8 @@ def _train_block(
     job: DistillationJob,
     streams: tuple[ModelStream, ModelStream],
     index: int,
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    inputs: StoredBatches[Tensor],
+    targets: StoredBatches[Tensor],
 ) -> tuple[StoredTensors, Outcome]:
     """Train block `index`.
 
@@ -96,7 +98,7 @@ def _train_block(
     sampler = BatchSampler(job.n_training, job.pass_samples, f"{job.seed}:{index}")
 
     def loss(samples: list[int]) -> Tensor:
-        output, target = block(gather_samples(inputs, samples), False), gather_samples(targets, samples)
+        output, target = block(inputs.samples(samples), False), targets.samples(samples)
         hidden = [target.flatten(0, 1)], [output.flatten(0, 1)]
         if last:
             return token_losses(options, _logits(job, teacher, target), _logits(job, student, output), *hidden)
@@ -114,7 +116,7 @@ def _train_block(
     def held_out() -> float:
         errors = []
         for row in range(job.n_training, len(job.tokens)):
-            output, target = block(gather_samples(inputs, [row]), True), gather_samples(targets, [row])
+            output, target = block(inputs.samples([row]), True), targets.samples([row])
             if last:
                 errors.append(kl_divergence(_logits(job, teacher, target), _logits(job, student, output)).mean())
             else:
@@ -153,13 +155,18 @@ def _trained_block(job: DistillationJob, stream: ModelStream, index: int, tensor
     return block
 
 
-def _advance(job: DistillationJob, stream: ModelStream, block: nn.Module, index: int, hidden: list[Tensor]) -> None:
+def _advance(
+    job: DistillationJob, stream: ModelStream, block: nn.Module, index: int, hidden: StoredBatches[Tensor]
+) -> None:
     with matmul_precision(fast=job.fast, device=stream.device):
         stream.advance(block, index, hidden)
 
 
 def _mean_kl(
-    job: DistillationJob, streams: tuple[ModelStream, ModelStream], hidden: list[Tensor], targets: list[Tensor]
+    job: DistillationJob,
+    streams: tuple[ModelStream, ModelStream],
+    hidden: StoredBatches[Tensor],
+    targets: StoredBatches[Tensor],
 ) -> float:
     """Mean over samples of one length, from final hidden states; the logits of one sample are in memory at a time."""
     student, teacher = streams

@@ -17,6 +17,7 @@ from qcli.utils.cache import Cache
 from qcli.utils.device import hardware
 from qcli.utils.environment import versions_of
 from qcli.utils.progress import Progress
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,16 @@ def _run_blocks(stream: ModelStream, windows: Sequence[Tokens], stage: str, prog
     if not windows:
         return {}
     progress(stage, 0, stream.n_blocks)
-    names, hidden = [], []
+    memory = BatchMemory(stream.device, on_host=stream.device.type != "cpu")
+    hidden: StoredBatches[Tensor] = memory.store()
+    names = []
     for name, ids in _named_batches(windows):
         names.append(name)
-        hidden.append(stream.embed(ids).cpu())
+        hidden.append(stream.embed(ids))
     for index in range(stream.n_blocks):
         stream.advance(stream.load_block(index), index, hidden)
         progress(stage, index + 1, stream.n_blocks)
-    return dict(zip(names, hidden, strict=True))
+    return dict(zip(names, hidden.waiting(), strict=True))
 
 
 def _named_batches(windows: Sequence[Tokens]) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qcli.models.stream import ModelStream
 from qcli.utils.progress import Progress
+from qcli.utils.stored_batches import BatchMemory
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def layer_errors(
     Args:
         batches: int64 `[samples, length]` each.
     """
-    model_hidden = [model.embed(batch).cpu() for batch in batches]
-    baseline_hidden = [baseline.embed(batch).cpu() for batch in batches]
+    memory = BatchMemory(baseline.device, on_host=baseline.device.type != "cpu")
+    model_hidden, baseline_hidden = (memory.store(map(stream.embed, batches)) for stream in (model, baseline))
     blocks = []
     for index in range(baseline.n_blocks):
         progress("errors by layer", index, baseline.n_blocks)
@@ -53,7 +54,7 @@ def layer_errors(
             own.add(model.run_block(block, index, expected), target)
             output = model.run_block(block, index, actual)
             accumulated.add(output, target)
-            model_hidden[number], baseline_hidden[number] = output.cpu(), target.cpu()
+            model_hidden[number], baseline_hidden[number] = output, target
         errors = {path: sums.relative for path, sums in layers.items()}
         blocks.append(BlockErrors(index, own.relative, accumulated.relative, errors))
     progress("errors by layer", baseline.n_blocks, baseline.n_blocks)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from qcli.models.loadable import require_tensors, skeleton, tied_tensors
 from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.stored_batches import StoredBatches
 
 BATCH_TOKENS = 4096  # in one pass through a block
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
@@ -166,15 +167,15 @@ class ModelStream:
         return logits
 
     @torch.no_grad()
-    def advance(self, block: nn.Module, index: int, hidden: list[Tensor]) -> None:
+    def advance(self, block: nn.Module, index: int, hidden: StoredBatches[Tensor]) -> None:
         """Replace the inputs of block `index` by its outputs, batch by batch: the two never exist at once in full.
 
         Args:
             block: the module to run.
-            hidden: `[batch, length, hidden]` each; every batch stays on the device it lies on.
+            hidden: `[batch, length, hidden]` each.
         """
         for number, batch in enumerate(hidden):
-            hidden[number] = self.run_block(block, index, batch).to(batch.device)
+            hidden[number] = self.run_block(block, index, batch)
 
     def hidden_states(self, tokens: Tensor, blocks: Iterable[BlockForward] | None = None) -> Iterator[Tensor]:
         """The output `[batch, length, hidden]` of each block in turn for int64 tokens `[batch, length]`.

@@ -29,6 +29,7 @@ from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device,
 from qcli.utils.paths import portable_name
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder, refuse_existing
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def calibrate(
         fast = recipe.dtype == "auto" and has_fast_matmul(device)
         with matmul_precision(fast=fast), torch.inference_mode():
             stream = ModelStream(source, device=device, dtype=dtype)
-            hidden = [stream.embed(batch) for batch in batches(tokens.ids)]
+            hidden = BatchMemory(device).store(map(stream.embed, batches(tokens.ids)))
             progress("calibrate", 0, stream.n_blocks)
             for index in range(stream.n_blocks):
                 members = [linear for linear in linears if linear.block == index]
@@ -174,7 +175,7 @@ class _Inputs:
 def _run_block(
     stream: ModelStream,
     index: int,
-    hidden: list[Tensor],
+    hidden: StoredBatches[Tensor],
     members: list[Linear],
     layers: dict[str, LayerStatistics],
     hessians: bool,

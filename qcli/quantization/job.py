@@ -25,6 +25,7 @@ from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.stored_batches import BatchMemory
 from qcli.utils.trust import NOTHING, Trust
 
 
@@ -44,7 +45,10 @@ def quantize_as_written(
         with matmul_precision(fast=False), torch.no_grad():
             quantizer: BlockQuantizer = DataFree(plan, device)
             if tokens is not None:
-                quantizer = Sequential(plan, run, tokens.ids, device, dtype, fast=fast, progress=progress)
+                memory = BatchMemory(device)
+                quantizer = Sequential(
+                    plan, run, tokens.ids, device, dtype, fast=fast, memory=memory, progress=progress
+                )
             quantize_blocks(quantizer, parts, progress)
             del quantizer  # its activations, before the checkpoint is assembled
         parts.commit_dense()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcli.algorithms.layer_group import LinearGroup
-from qcli.algorithms.training.batches import Sampling, Split, gather_samples
+from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Weights
 from qcli.algorithms.training.losses import relative_token_error, token_norms
 from qcli.models.stream import ModelStream
 from qcli.utils.device import matmul_precision
+from qcli.utils.stored_batches import StoredBatches
 
 
 class BlockObjective:
@@ -31,8 +32,8 @@ class BlockObjective:
     def __init__(
         self,
         forward: Callable[[Tensor, Weights], Tensor],
-        inputs: Split[list[Tensor]],
-        targets: Split[list[Tensor]],
+        inputs: Split[StoredBatches[Tensor]],
+        targets: Split[StoredBatches[Tensor]],
         sampling: Sampling,
     ) -> None:
         self.forward, self.inputs, self.targets = forward, inputs, targets
@@ -41,7 +42,7 @@ class BlockObjective:
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         indices = self.sampler.indices(step)
-        inputs, targets = (gather_samples(side.training, indices) for side in (self.inputs, self.targets))
+        inputs, targets = (side.training.samples(indices) for side in (self.inputs, self.targets))
         return self._error(weights, inputs, targets).mean()
 
     def held_out(self, weights: Weights) -> float:

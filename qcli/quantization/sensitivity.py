@@ -33,6 +33,7 @@ from qcli.models.stream import ModelStream, batches
 from qcli.quantization.search_space import SearchSpace
 from qcli.quantization.solve import solve
 from qcli.utils.progress import Progress
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 Losses = dict[str, list[float]]
 
@@ -53,9 +54,10 @@ def sensitivities(
         tokens: int64 `[samples, length]`.
         once: given a block and a function that computes its losses, returns them, perhaps from an interrupted run.
     """
-    entering = [[stream.embed(batch).cpu() for batch in batches(tokens)]]
+    memory = BatchMemory(stream.device, on_host=stream.device.type != "cpu")
+    entering = [memory.store(map(stream.embed, batches(tokens)))]
     for index in range(stream.n_blocks):
-        outputs = list(entering[-1])
+        outputs = entering[-1].copy()
         stream.advance(stream.load_block(index), index, outputs)
         entering.append(outputs)
     gradients = _of_predictions(stream, entering.pop(), space.recipe.seed)
@@ -130,22 +132,22 @@ def _add(sums: dict[str, Tensor], path: str, value: Tensor) -> None:
     sums[path] = sums[path] + value if path in sums else value
 
 
-def _of_predictions(stream: ModelStream, hidden: list[Tensor], seed: int) -> list[Tensor]:
+def _of_predictions(stream: ModelStream, hidden: StoredBatches[Tensor], seed: int) -> StoredBatches[Tensor]:
     """Gradients, with respect to the last hidden states, of log-probabilities of tokens that the model draws itself."""
     generator = torch.Generator().manual_seed(seed)
     positions = max(1, _LOGITS // stream.config.get_text_config().vocab_size)
-    gradients = []
+    gradients: StoredBatches[Tensor] = hidden.memory.store()
     for batch in hidden:
         flat = batch.flatten(0, 1)
         parts = []
         for part in torch.split(flat, positions):
-            states = part.to(stream.device)[None].requires_grad_()
+            states = part[None].requires_grad_()
             log = stream.logits(states)[0].float().log_softmax(-1)
             uniform = torch.rand(len(part), 1, dtype=torch.float64, generator=generator).to(stream.device)
             cumulative = log.detach().double().exp().cumsum(-1)
             drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=log.shape[-1] - 1)
             (gradient,) = torch.autograd.grad(log.gather(-1, drawn).sum(), states)
-            parts.append(gradient[0].cpu())
+            parts.append(gradient[0])
         gradients.append(torch.cat(parts).view_as(batch))
     return gradients
 
@@ -154,20 +156,20 @@ def _backward(
     stream: ModelStream,
     block: nn.Module,
     index: int,
-    hidden: list[Tensor],
-    gradients: list[Tensor],
+    hidden: StoredBatches[Tensor],
+    gradients: StoredBatches[Tensor],
     statistics: _GradientStatistics,
-) -> list[Tensor]:
+) -> StoredBatches[Tensor]:
     """Gradients with respect to a block's inputs, from those of its outputs."""
-    input_gradients = []
+    input_gradients: StoredBatches[Tensor] = hidden.memory.store()
     with statistics.watched():
         for states, gradient in zip(hidden, gradients, strict=True):
             statistics.sequences = len(states)
-            entering = states.to(stream.device).requires_grad_()
+            entering = states.detach().requires_grad_()
             output = stream.run_block(block, index, entering)
-            (back,) = torch.autograd.grad(output, entering, gradient.to(stream.device))
+            (back,) = torch.autograd.grad(output, entering, gradient)
             statistics.tokens += states.shape[0] * states.shape[1]
-            input_gradients.append(back.cpu())
+            input_gradients.append(back)
     return input_gradients
 
 

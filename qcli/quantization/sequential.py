@@ -29,6 +29,7 @@ from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
 from qcli.utils.device import matmul_precision
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 
 class Sequential:
@@ -41,6 +42,7 @@ class Sequential:
         run: keeps what transforms have fitted.
         tokens: int64 `[samples, length]`; the last `plan.held_out` of them are held out.
         fast: whether bf16 or TF32 matrix products are allowed.
+        memory: where activations wait for the next block.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Sequential:
         dtype: torch.dtype,
         *,
         fast: bool,
+        memory: BatchMemory,
         progress: Progress,
     ) -> None:
         self.plan, self.fast, self.refinement, self.progress = plan, fast, plan.recipe.refinement, progress
@@ -59,9 +62,9 @@ class Sequential:
         self.stream = ModelStream(plan.source, device=device, dtype=dtype)
         self.last = plan.last_block
         self.tokens = Split(tokens[: len(tokens) - plan.held_out], tokens[len(tokens) - plan.held_out :])
-        self.quantized = self.tokens.map(lambda side: [self.stream.embed(batch) for batch in batches(side)])
+        self.quantized = self.tokens.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
         compares = plan.recipe.trained or plan.needs & {CROSS, RESIDUAL_CROSS}
-        self.original = self.quantized.map(list) if compares else None
+        self.original = self.quantized.map(StoredBatches.copy) if compares else None
         self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress)
         self.transforms.fit_model(self.tokens)
         self.stream.drop_vocabulary()
@@ -176,7 +179,7 @@ class Sequential:
                 block.quantized_streams.training.advance()
         self._advance(block.module, block.index, self.quantized.held_out)
 
-    def _streams(self, index: int, module: nn.Module, hidden: Split[list[Tensor]], *, final: bool) -> Streams:
+    def _streams(self, index: int, module: nn.Module, hidden: Split[StoredBatches[Tensor]], *, final: bool) -> Streams:
         """Staged forward passes of `module`; `final` where its weights will not change, so that they advance too."""
         return Streams(
             StagedBlock(self.stream, index, module, hidden.training, keep=self.keep, final=final),
@@ -198,7 +201,7 @@ class Sequential:
         return {path: replace(solution, weight=refined[path]) for path, solution in solutions.items()}
 
     def _block_objective(
-        self, block: BlockState, targets: Split[list[Tensor]], batch_tokens: int, purpose: str
+        self, block: BlockState, targets: Split[StoredBatches[Tensor]], batch_tokens: int, purpose: str
     ) -> BlockObjective:
         return BlockObjective(
             lambda hidden, weights: self._run(block, hidden, weights),
@@ -212,11 +215,11 @@ class Sequential:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             return self.stream.run_block(block.module, block.index, hidden, weights)
 
-    def _advance(self, module: nn.Module, index: int, hidden: list[Tensor]) -> None:
+    def _advance(self, module: nn.Module, index: int, hidden: StoredBatches[Tensor]) -> None:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             self.stream.advance(module, index, hidden)
 
-    def _through(self, module: nn.Module, index: int, hidden: list[Tensor]) -> list[Tensor]:
-        outputs = list(hidden)
+    def _through(self, module: nn.Module, index: int, hidden: StoredBatches[Tensor]) -> StoredBatches[Tensor]:
+        outputs = hidden.copy()
         self._advance(module, index, outputs)
         return outputs

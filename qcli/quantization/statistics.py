@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.models.stream import ModelStream
 from qcli.utils.errors import UsageError
+from qcli.utils.stored_batches import StoredBatches
 
 
 class _Reached(Exception):
@@ -41,15 +42,17 @@ class StagedBlock:
         stream: ModelStream,
         index: int,
         block: nn.Module,
-        hidden: list[Tensor],
+        hidden: StoredBatches[Tensor],
         *,
         keep: torch.dtype = torch.float32,
         final: bool = False,
     ) -> None:
         self.stream, self.index, self.block, self.hidden = stream, index, block, hidden
         self.groups, self.keep, self.final = stream.family.groups, keep, final
-        self._inputs: dict[tuple[int, int], Tensor] = {}  # (group, batch): inputs of groups that lead out
-        self._results: dict[tuple[int, int], Any] = {}  # outputs of their parents, attention or MLP
+        # By group, batches in order: inputs of groups that lead out, until there are outputs of their parents, which
+        # are attention or MLP.
+        self._inputs: dict[int, StoredBatches[Tensor | None]] = {}
+        self._results: dict[int, StoredBatches[Any]] = {}
         self._done: set[int] = set()  # batches that have advanced
 
     def linear(self, path: str) -> nn.Module:
@@ -88,7 +91,7 @@ class StagedBlock:
                 self._done.add(batch)
         inputs = seen["inputs"].flatten(0, -2)
         if row.leads_out and not runs_on:
-            self._inputs[group, batch] = inputs.to(self.keep)
+            self._kept(self._inputs, group).append(inputs.to(self.keep))
         residual = seen.get("residual")
         return inputs, None if residual is None else residual.flatten(0, -2)
 
@@ -126,17 +129,22 @@ class StagedBlock:
             if group > self._consumed_by(earlier):
                 return linear, _Unused(len(ModelStream.weight_of(linear)))
             return None
-        parent, key = path.rpartition(".")[0], (earlier, batch)
-        if key in self._results:
-            return self.linear(parent), _KeptResult(self._results[key])
+        parent, results = path.rpartition(".")[0], self._kept(self._results, earlier)
+        if batch < len(results):
+            return self.linear(parent), _KeptResult(results[batch])
         if parent and group < len(self.groups):  # a later stage will want it again
 
             def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-                self._results[key] = output
-                del self._inputs[key]
+                results.append(output)
+                self._inputs[earlier][batch] = None
 
             hooks.callback(self.linear(parent).register_forward_hook(keep).remove)
-        return linear, _OnKeptInputs(linear, self._inputs[key])
+        inputs = self._inputs[earlier][batch]
+        assert inputs is not None
+        return linear, _OnKeptInputs(linear, inputs)
+
+    def _kept(self, groups: dict[int, StoredBatches[Any]], group: int) -> StoredBatches[Any]:
+        return groups.setdefault(group, self.hidden.memory.store())
 
     def _consumed_by(self, group: int) -> int:
         """The last group whose inputs depend on the outputs of `group`, which stay inside."""

@@ -17,6 +17,7 @@ from qcli.models.families import FAMILIES
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils.errors import UsageError
+from qcli.utils.stored_batches import BatchMemory
 from tests.tiny import VARIANTS, tiny_model
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -130,10 +131,10 @@ def test_batches_advance_in_place_as_the_whole_does(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "BATCH_TOKENS", 24 + 23)
     parts = batches(TOKENS)
     assert [part.shape for part in parts] == [(1, 24), (1, 24)]
-    hidden = [stream.embed(part) for part in parts]
+    hidden = BatchMemory(stream.device).store(map(stream.embed, parts))
     for index, expected in enumerate(stream.hidden_states(TOKENS)):
         stream.advance(stream.load_block(index), index, hidden)
-        torch.testing.assert_close(torch.cat(hidden), expected)
+        torch.testing.assert_close(torch.cat(hidden.waiting()), expected)
     torch.testing.assert_close(torch.cat([stream.logits(batch) for batch in hidden]), run(stream))
     assert batches(TOKENS[:0]) == ()
 

@@ -17,6 +17,7 @@ from qcli.core.activations import Activations
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.objectives import BlockObjective, ModelObjective
+from qcli.utils.stored_batches import BatchMemory
 from tests.tiny import tiny_model
 
 TOKENS = torch.randint(3, 300, (7, 16), generator=torch.Generator().manual_seed(1))
@@ -43,10 +44,11 @@ def test_block_objective_is_the_mean_relative_error_of_tokens(stream: ModelStrea
     for path in paths:
         weight = stream.weight_of(block.get_submodule(path))
         weights[path] = weight + 0.05 * torch.randn(weight.shape, generator=generator)
+    memory = BatchMemory(stream.device)
     objective = BlockObjective(
         partial(stream.run_block, block, 0),
-        Split(batches[:3], batches[3:]),
-        Split(targets[:3], targets[3:]),
+        Split(memory.store(batches[:3]), memory.store(batches[3:])),
+        Split(memory.store(targets[:3]), memory.store(targets[3:])),
         Sampling(32, "s"),
     )
     original = {path: stream.weight_of(block.get_submodule(path)).clone() for path in paths}

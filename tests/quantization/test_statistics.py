@@ -13,10 +13,12 @@ from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, collect
+from qcli.utils.stored_batches import BatchMemory
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
 CASES = [*((name, {}) for name in CONFIGS), *VARIANTS]
 NEEDS = frozenset({HESSIAN, CROSS, RESIDUAL_CROSS})
+MEMORY = BatchMemory(torch.device("cpu"), on_host=True)
 
 
 def perturb(module: nn.Module) -> None:
@@ -50,8 +52,8 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
     tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(0))
     batches = [stream.embed(part) for part in tokens.split(2)]
     noisy = [hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)) for hidden in batches]
-    quantized = StagedBlock(stream, 1, stream.load_block(1), list(noisy))
-    original = StagedBlock(stream, 1, stream.load_block(1), list(batches), final=True)
+    quantized = StagedBlock(stream, 1, stream.load_block(1), MEMORY.store(noisy))
+    original = StagedBlock(stream, 1, stream.load_block(1), MEMORY.store(batches), final=True)
     reference = stream.load_block(1)
 
     for index, row in enumerate(stream.family.groups):
@@ -87,8 +89,8 @@ def test_residual_cross_measures_the_gap_of_the_stream(tmp_path: Path) -> None:
     )
     hidden = stream.embed(torch.randint(3, 300, (2, 12)))
     noisy = hidden + 0.1
-    quantized = StagedBlock(stream, 0, stream.load_block(0), [noisy])
-    original = StagedBlock(stream, 0, stream.load_block(0), [hidden], final=True)
+    quantized = StagedBlock(stream, 0, stream.load_block(0), MEMORY.store([noisy]))
+    original = StagedBlock(stream, 0, stream.load_block(0), MEMORY.store([hidden]), final=True)
     collect(0, quantized, original, NEEDS)
     group = collect(1, quantized, original, NEEDS)
     inputs = plain_inputs(stream, stream.load_block(0), 0, noisy)["self_attn.o_proj"]

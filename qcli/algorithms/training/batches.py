@@ -1,14 +1,11 @@
-"""Batches of calibration samples: the training/held-out split, and which samples each training step sees."""
+"""Samples of a training: the training/held-out split, and which samples each step sees."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-import torch
-from torch import Tensor
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -66,17 +63,3 @@ class BatchSampler:
         samples = list(range(self.n_samples))
         random.Random(f"{self.seed}:{epoch}").shuffle(samples)
         return samples
-
-
-def gather_samples(batches: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    """Stack samples picked from a list of batches.
-
-    Args:
-        batches: `[batch, ...]` each, all of one batch size but the last, which may be smaller.
-        indices: sample numbers, counted through all batches.
-
-    Returns:
-        `[len(indices), ...]`.
-    """
-    size = len(batches[0])
-    return torch.stack([batches[index // size][index % size] for index in indices])

@@ -111,7 +111,8 @@ def test_norms_follow_only_the_layers_of_the_format(
         quantizer.last = block.index + 1  # advances past the last block too
         advance(quantizer, block)
         assert quantizer.original is not None
-        streams.append((quantizer.tokens.training, quantizer.quantized.training, quantizer.original.training))
+        hidden, original = (side.training.waiting() for side in (quantizer.quantized, quantizer.original))
+        streams.append((quantizer.tokens.training, hidden, original))
 
     monkeypatch.setattr(Sequential, "advance", advance_and_record)
     gptq = {"name": "gptq-like", "refit_target": True, "group_size": 32}

@@ -1,11 +1,10 @@
-"""Batches: every sample once an epoch, the same ones for a step whenever it runs, and gathered by their number."""
+"""Batches: every sample once an epoch, and the same ones for a step whenever it runs."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from qcli.algorithms.training.batches import BatchSampler, Sampling, Split, gather_samples
+from qcli.algorithms.training.batches import BatchSampler, Sampling, Split
 
 
 def test_every_epoch_visits_all_samples_once_in_its_own_order() -> None:
@@ -26,11 +25,6 @@ def test_batches_depend_on_the_step_and_the_seed_alone() -> None:
 @pytest.mark.parametrize(("batch_tokens", "batch_size"), [(100, 3), (32, 1), (8, 1)])
 def test_batch_size_follows_from_tokens(batch_tokens: int, batch_size: int) -> None:
     assert len(Sampling(batch_tokens, "seed").sampler(10, length=32).indices(0)) == batch_size
-
-
-def test_samples_are_gathered_across_batches() -> None:
-    samples = torch.arange(7 * 3).view(7, 3)
-    assert torch.equal(gather_samples(samples.split(2), [6, 0, 3, 3]), samples[[6, 0, 3, 3]])
 
 
 def test_split_maps_both_sides() -> None:
