@@ -17,7 +17,7 @@ from qcli.evaluation.task_model import hushed, wrapped
 from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.task_sandbox import TRUST, sandboxed
 from qcli.models.pretrained import pretrained
-from qcli.models.source import ModelSource, first_line, reported
+from qcli.models.source import ModelSource, first_line, reported, with_type
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 
@@ -91,8 +91,9 @@ class Tasks:
                 except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
                     if self._own_line(name, error):
                         raise
-                    problem = f"{type(error).__name__}: {error}"
-                    raise UsageError(f"task {name} cannot be loaded: {problem}", hint="-vv shows where") from error
+                    raise UsageError(
+                        f"task {name} cannot be loaded: {with_type(error)}", hint="-vv shows where"
+                    ) from error
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Tasks:
             if _UNSAFE in str(error):
                 raise _unsafe(name) from None
             if place := self._own_line(name, error):
-                raise UsageError(f"the code of task {name} fails: {type(error).__name__}: {error} ({place})") from error
+                raise UsageError(f"the code of task {name} fails: {with_type(error)} ({place})") from error
             with reported(f"task {name} cannot be run", hint="do its fields fit its data? -vv shows where it fails"):
                 raise
 

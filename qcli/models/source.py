@@ -256,9 +256,13 @@ def first_line(error: Exception) -> str:
     """The first line of another library's error, or its type if it has no message; that of a failed look-up has both,
     since its message is no more than the key."""
     line = str(error).strip().partition("\n")[0]
-    if not line:
-        return type(error).__name__
-    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) else line
+    return with_type(error) if not line or isinstance(error, LookupError) else line
+
+
+def with_type(error: Exception) -> str:
+    """The type of another library's error and the first line of its message, if it has one."""
+    kind, line = type(error).__name__, str(error).strip().partition("\n")[0]
+    return f"{kind}: {line}" if line else kind
 
 
 @contextmanager

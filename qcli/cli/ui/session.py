@@ -67,7 +67,8 @@ class Session:
 
     def __enter__(self) -> Self:
         self.stdout = sys.stdout
-        self._exits.enter_context(contextlib.redirect_stdout(sys.stderr))
+        prints = self._exits.enter_context(open(os.devnull, "w")) if self.quiet else sys.stderr  # of libraries
+        self._exits.enter_context(contextlib.redirect_stdout(prints))
         self._exits.enter_context(warnings.catch_warnings())
         if self.verbose < 2:
             warnings.simplefilter("ignore")

@@ -47,6 +47,7 @@ def test_stdout_holds_nothing_but_the_result(capsys: pytest.CaptureFixture[str])
 
 def test_quiet_keeps_only_result_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), Session(quiet=True) as session:
+        print("a library talks")
         session.note("a note")
         session.progress("stage", 0, 1)
         session.result({"a": 1}, lambda tables, data: tables.pairs(data))
