@@ -200,7 +200,7 @@ def test_an_error_in_the_code_of_a_task_names_it_and_the_line(folder: Path, tmp_
     [
         ('"{{question}}"', "!function helpers.shown", "SyntaxError"),
         ("test_split: test", "test_split: tset", "KeyError: 'tset'"),
-        ('"{{question}}"', "9223372036854775808", "TypeError$"),
+        ('"{{question}}"', "null", "TypeError$"),
     ],
 )
 def test_tasks_that_cannot_be_loaded_are_named(folder: Path, old: str, new: str, problem: str) -> None:
