@@ -35,6 +35,13 @@ DType = Annotated[
     str | None,
     typer.Option(metavar="TYPE", help="Compute dtype: auto, float32, bfloat16 or float16. Default: auto."),
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="On a GPU, the same bytes at every run, or whatever is fastest. Default: deterministic.",
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Output folder; must not exist.")]
 OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist.")]
 Resume = Annotated[
@@ -79,6 +86,7 @@ def recipe_fields(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    deterministic: bool | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """The values of shared flags by the dotted path of the recipe field they set; None where a flag was not given."""
@@ -87,6 +95,7 @@ def recipe_fields(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "deterministic": deterministic,
         "out": None if out is None else str(out),
         "calibration.data": data,
         "calibration.samples": samples,

@@ -41,6 +41,7 @@ def distill(
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
+    deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
@@ -68,6 +69,7 @@ def distill(
             seed=seed,
             device=device,
             dtype=dtype,
+            deterministic=deterministic,
             out=out,
         ) | {
             "distill.data": data,

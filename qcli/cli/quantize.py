@@ -69,6 +69,7 @@ def quantize(
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
+    deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
@@ -98,6 +99,7 @@ def quantize(
             seed=seed,
             device=device,
             dtype=dtype,
+            deterministic=deterministic,
             out=out,
         ) | {
             "method.name": method,

@@ -21,6 +21,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
     ] = None,
     device: flags.Device = None,
+    deterministic: flags.Deterministic = None,
     set_: flags.Sets = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every stage, and show what would be quantized.")
@@ -43,7 +44,8 @@ def run(
         from qcli.recipe.load import load_recipe
         from qcli.utils.cache import Cache, default_folder
 
-        resolved = load_recipe(recipe, flags.recipe_fields(device=device, out=out), set_ or ())
+        given = flags.recipe_fields(device=device, deterministic=deterministic, out=out)
+        resolved = load_recipe(recipe, given, set_ or ())
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qcli.data.draws import draw
 from qcli.models.kv_cache import empty_cache
 from qcli.models.open import ModelSource
 from qcli.models.stream import ModelStream
@@ -120,20 +121,10 @@ def _sample_positions(
         logits = output.logits[:, -1].float()
         draws = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
         fresh = torch.tensor([generator.choice(starts) for generator in generators])
-        chosen = torch.where(age < _GREEDY, logits.argmax(-1).cpu(), _draw(logits, draws.to(device)).cpu())
+        chosen = torch.where(age < _GREEDY, logits.argmax(-1).cpu(), draw(logits.softmax(-1), draws.to(device)).cpu())
         ended = torch.isin(tokens, ending)
         tokens = torch.where(ended, fresh, chosen)
         age = torch.where(ended, 0, age + 1)
-
-
-def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Sample at temperature 1: float32 logits `[batch, vocabulary]`, uniform numbers `[batch]` -> int64 `[batch]`."""
-    cumulative = logits.softmax(-1).double().cumsum(-1)
-    return (
-        torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-        .squeeze(1)
-        .clamp_(max=logits.shape[1] - 1)
-    )
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]) -> list[int]:

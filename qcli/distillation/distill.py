@@ -30,6 +30,7 @@ from qcli.models.open import ModelSource
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
 from qcli.utils import run_folder
+from qcli.utils.determinism import determinism, deterministic
 from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import process_group, world_size
 from qcli.utils.environment import can_plot
@@ -55,6 +56,7 @@ def distill(
         UsageError, ResourceError: as `plan_distillation`, and if the text cannot be used.
         StateError: the output exists or belongs to another run.
         VerificationError: weights of the student have changed since they were written.
+        UnsupportedError: as `quantize`.
     """
     plan_distillation(student, recipe, trust)
     started, options = time.monotonic(), recipe.distill or Distillation()
@@ -65,7 +67,12 @@ def distill(
     manifest.require_weights(student)
     identity = {
         "versions": versions(),
-        "compute": {"device": device.type, "bf16": fast, "processes": world_size()},
+        "compute": {
+            "device": device.type,
+            "bf16": fast,
+            "processes": world_size(),
+            **determinism(device, recipe.deterministic),
+        },
         "student": {name: asdict(file) for name, file in manifest.files.items()},
         "teacher": teacher_source.state(),
         "text": recipe.distill_text.model_dump(mode="json"),
@@ -74,7 +81,11 @@ def distill(
         "seed": recipe.seed,
         "dtype": recipe.dtype,
     }
-    with process_group(device) as processes, ExitStack() as stack:
+    with (
+        deterministic(device, wanted=recipe.deterministic),
+        process_group(device) as processes,
+        ExitStack() as stack,
+    ):
         runs: list[RunFolder] = []  # one, in the main process alone
 
         def open_run() -> Tensor:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qcli.models.loadable import require_tensors, skeleton, tied_tensors
 from qcli.models.source import ModelSource, reported
+from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.stored_batches import StoredBatches
 
@@ -110,7 +111,7 @@ class ModelStream:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`."""
-        with reported(self._problem):  # masks and positions follow the config only now
+        with reported(self._problem), any_order():  # masks and positions follow the config only now
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return self._entered()
 
@@ -121,7 +122,7 @@ class ModelStream:
         if key not in self._calls:
             width = self.model.get_input_embeddings().embedding_dim
             embedded = torch.zeros(batch, length, width, device=self.device, dtype=self.dtype)
-            with reported(self._problem):
+            with reported(self._problem), any_order():
                 self.model.base_model(inputs_embeds=embedded, use_cache=False)
             self._entered()
             self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
@@ -160,7 +161,8 @@ class ModelStream:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         self._stand_ins[0].output = hidden.to(self.device)
         try:
-            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            with any_order():
+                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
         self._entered()

@@ -25,6 +25,7 @@ from qcli.models.families import Linear
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
 from qcli.utils import shards
+from qcli.utils.determinism import deterministic
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.paths import portable_name
 from qcli.utils.progress import Progress, silent
@@ -88,8 +89,14 @@ def calibrate(
         UsageError: no such model or data, or too little text.
         StateError: `out` exists, or is being written by something else.
         ResourceError: no space.
+        UnsupportedError: as `quantize`.
     """
     refuse_existing(out)
+    with deterministic(resolve_device(recipe.device), wanted=recipe.deterministic):
+        return _calibrate(recipe, out, progress, hessians, trust)
+
+
+def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, trust: Trust) -> Calibration:
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     source = open_source(recipe.model, trust)
     linears = source.linears()

@@ -20,6 +20,7 @@ from qcli.quantization.result import Result
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
+from qcli.utils.determinism import determinism
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
@@ -78,7 +79,11 @@ def run_identity(
     """
     return {
         "versions": versions(),
-        "compute": {"device": device.type, "bf16": recipe.dtype == "auto" and has_fast_matmul(device)},
+        "compute": {
+            "device": device.type,
+            "bf16": recipe.dtype == "auto" and has_fast_matmul(device),
+            **determinism(device, recipe.deterministic),
+        },
         "source": source.state(),
         "data": content_hash(Path(recipe.calibration.data)) if reads_text else None,
         "recipe": recipe.fingerprint_fields(),

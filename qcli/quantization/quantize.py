@@ -8,6 +8,8 @@ from qcli.quantization.job import quantize_as_written
 from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
+from qcli.utils.determinism import deterministic
+from qcli.utils.device import resolve_device
 from qcli.utils.progress import Progress, silent
 from qcli.utils.trust import NOTHING, Trust
 
@@ -31,9 +33,11 @@ def quantize(
         UsageError: the recipe does not fit the model, or the data is not usable.
         StateError: the output exists or belongs to another run.
         ResourceError: no space.
+        UnsupportedError: an operation on the GPU has no deterministic algorithm, which the recipe asks for.
     """
-    if recipe.allocation is None:
-        return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
-    from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
+    with deterministic(resolve_device(recipe.device), wanted=recipe.deterministic):
+        if recipe.allocation is None:
+            return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
+        from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
 
-    return allocate(recipe, out, progress, cache or Cache(None), trust)
+        return allocate(recipe, out, progress, cache or Cache(None), trust)

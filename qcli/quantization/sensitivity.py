@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method
+from qcli.data.draws import draw
 from qcli.models.families import Linear
 from qcli.models.stream import ModelStream, batches
 from qcli.quantization.search_space import SearchSpace
@@ -143,10 +144,9 @@ def _of_predictions(stream: ModelStream, hidden: StoredBatches[Tensor], seed: in
         for part in torch.split(flat, positions):
             states = part[None].requires_grad_()
             log = stream.logits(states)[0].float().log_softmax(-1)
-            uniform = torch.rand(len(part), 1, dtype=torch.float64, generator=generator).to(stream.device)
-            cumulative = log.detach().double().exp().cumsum(-1)
-            drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=log.shape[-1] - 1)
-            (gradient,) = torch.autograd.grad(log.gather(-1, drawn).sum(), states)
+            uniform = torch.rand(len(part), dtype=torch.float64, generator=generator).to(stream.device)
+            drawn = draw(log.detach().double().exp(), uniform)
+            (gradient,) = torch.autograd.grad(log.gather(-1, drawn[:, None]).sum(), states)
             parts.append(gradient[0])
         gradients.append(torch.cat(parts).view_as(batch))
     return gradients

@@ -69,6 +69,9 @@ class Recipe(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of activations and dense weights during computation"
     )
+    deterministic: bool = Field(
+        default=True, description="on a GPU, only algorithms that give the same bytes at every run; a CPU has no others"
+    )
     out: Place | None = Field(default=None, min_length=1, description="output folder")
     resume: Literal["auto", "required", "never"] = Field(
         default="auto", description="resume an interrupted run if there is one, fail without one, or start over"
@@ -200,5 +203,5 @@ class Recipe(Options):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""
-        decisive = {*Recipe.model_fields} - {"device", "out", "resume", "distill", "pack", "eval"}
+        decisive = {*Recipe.model_fields} - {"device", "deterministic", "out", "resume", "distill", "pack", "eval"}
         return {name: value for name, value in self.to_dict().items() if name in decisive}

@@ -12,7 +12,7 @@ from tests.cli.conftest import Invoke
 
 def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ("--method", "rtn", "--bits", 3, "--group-size", 32, "--symmetric", "--out", out)
+    flags = ("--method", "rtn", "--bits", 3, "--group-size", 32, "--symmetric", "--no-deterministic", "--out", out)
     code, stdout, _ = invoke("quantize", model, *flags, "--json")
     assert code == 0
     result = json.loads(stdout)
@@ -20,6 +20,7 @@ def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: P
     assert result["bits_per_weight"] == 3.5
     assert len(result["layers"]) == 14
     assert (out / "config.json").exists()
+    assert "\ndeterministic: false\n" in (out / "recipe.yaml").read_text()
 
     code, stdout, err = invoke("quantize", model, *flags)
     assert (code, stdout) == (3, "")
