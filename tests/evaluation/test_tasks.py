@@ -18,44 +18,17 @@ from qcli.evaluation.tasks import Tasks
 from qcli.models.open import open_source
 from qcli.utils.errors import UsageError
 from qcli.utils.progress import silent
+from tests.evaluation.questions import QUESTIONS, write_task
 from tests.quantizing import run
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lm-eval")]  # one worker alone imports it
 
-QUESTIONS = [
-    {
-        "question": f"{n} times {n + 1} is",
-        "choices": [f" {n * (n + 1) + shift}" for shift in (0, 1, 17)],
-        "label": n % 3,
-    }
-    for n in range(12)
-]
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A task of lm-eval with a choice of three answers."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
-    (folder / "times.jsonl").write_text(lines)
-    (folder / "times.yaml").write_text(
-        f"""
-task: our_times
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "times.jsonl"}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: label
-target_delimiter: ""
-doc_to_choice: "{{{{choices}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 3}}
-"""
-    )
-    return folder
+    write_task(tmp_path / "tasks")
+    return tmp_path / "tasks"
 
 
 @torch.no_grad()
