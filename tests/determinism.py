@@ -42,10 +42,8 @@ class Watching(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[str] = set()
-        self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
         name, overload = func.overloadpacket.__name__, func._overloadname
         if torch.get_deterministic_debug_mode() and refused(name, overload, args, kwargs or {}):
             self.found.add(name)
@@ -57,5 +55,4 @@ def as_on_a_gpu() -> Iterator[None]:
     """torch's settings are those of a deterministic run on a GPU, and nothing inside may need what a GPU refuses."""
     with deterministic(torch.device("cuda")), Watching() as watching:
         yield
-    assert watching.operations, "nothing was seen"
     assert not watching.found, f"a GPU refuses {sorted(watching.found)}"

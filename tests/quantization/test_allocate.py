@@ -26,6 +26,7 @@ from qcli.recipe.assign import assign
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
 from qcli.utils.errors import QcliError, UsageError
+from tests.determinism import as_on_a_gpu
 from tests.tiny import tiny_model
 
 AUTO = {"method.bits": "auto", "method.target_bpw": 3.8, "method.group_size": 32, "method.name": "rtn"}
@@ -49,7 +50,8 @@ def test_predicted_losses_follow_measured_ones(tmp_path: Path) -> None:
     stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
     space = search_space(recipe(), source.linears())
     tokens = torch.randint(3, 320, (16, 64), generator=torch.Generator().manual_seed(0))
-    losses = sensitivities(space, stream, tokens, lambda block, find: find(), lambda *_: None)
+    with as_on_a_gpu():
+        losses = sensitivities(space, stream, tokens, lambda block, find: find(), lambda *_: None)
     blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
 
     def predictions() -> torch.Tensor:
