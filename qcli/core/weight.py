@@ -6,10 +6,10 @@ module and the formats import no torch at the top, so that recipes stay fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,9 +20,6 @@ from qcli.utils.errors import VerificationError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-Rounder: TypeAlias = "Callable[[int, Tensor], tuple[Tensor, Tensor]]"
-"""(column, float values `[out]`) -> (codes as floats `[out]`, nearest representable values `[out]`)."""
 
 LARGEST_SCALE = 65504.0  # the largest float16
 _MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
@@ -56,6 +53,34 @@ class QuantizedWeight:
         """The same weight on another device."""
         tables = {name: table.to(device) for name, table in self.tables.items()}
         return QuantizedWeight(self.format, self.shape, self.codes.to(device), tables)
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Rounds the columns of a weight one at a time, as error feedback (GPTQ) does, in as few operations as it can.
+
+    Attributes:
+        error: (values `[out]` with their shift, result `[out]`, operands of the column) writes what the values exceed
+            the nearest representable ones by into the result.
+        operands: what `error` needs of every column, `[columns, out, ...]` each.
+        shift: to be added to the values before, `[columns, out]`; None: nothing. It leaves errors as they are.
+    """
+
+    error: Callable[..., object]
+    operands: tuple[Tensor, ...]
+    shift: Tensor | None = None
+
+    @staticmethod
+    def stack(rounders: Sequence[Rounder]) -> Rounder:
+        """Rounders of one format as one, for the rows of all of them."""
+        import torch
+
+        first, *others = rounders
+        if not others:
+            return first
+        operands = tuple(torch.cat(parts, 1) for parts in zip(*(part.operands for part in rounders), strict=True))
+        shifts = [part.shift for part in rounders if part.shift is not None]
+        return Rounder(first.error, operands, torch.cat(shifts, 1) if shifts else None)
 
 
 class Format(BaseModel):
@@ -189,12 +214,11 @@ class Format(BaseModel):
         raise NotImplementedError
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        """Round one column at a time, as error feedback (GPTQ) does.
+        """Rounds these columns one at a time, as error feedback (GPTQ) does; `encode` gives the results' codes.
 
         Args:
             tables: of the whole weight.
-            columns: int64 `[n]`, the weight's column at each position of the feedback's order; the rounder takes
-                positions.
+            columns: int64 `[n]`, in the order of their rounding.
         """
         raise NotImplementedError
 
@@ -207,14 +231,16 @@ class Format(BaseModel):
         """Largest magnitude of weights whose scales certainly fit their dtype, float16 by default."""
         return LARGEST_SCALE / 2
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
-        """How many scales are too small for the full precision of their dtype; those of weights that are all 0 do not
-        count. By default none.
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
+        """How many scales are too small for the full precision of their dtype, int64 of one element; those of weights
+        that are all 0 do not count. By default none.
 
         Args:
             target: float32 `[out, in]`, the weight that was quantized.
         """
-        return 0
+        import torch
+
+        return torch.zeros((), dtype=torch.int64, device=target.device)
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
         """Further statistics of a weight of this format, by name."""

@@ -215,13 +215,12 @@ def collect(group: int, quantized: StagedBlock, original: StagedBlock | None, ne
             _add(statistics, CROSS, true_inputs, inputs)
         if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
             _add(statistics, RESIDUAL_CROSS, true_residual - residual, inputs)
-    for statistic in statistics.values():
-        statistic.div_(tokens)
-        if not bool(statistic.isfinite().all()):
-            raise UsageError(
-                f"block {quantized.index}: the inputs of {paths[0]} are not finite",
-                hint="activations overflow in this dtype: use --dtype float32",
-            )
+    finite = [statistic.div_(tokens).isfinite().all() for statistic in statistics.values()]
+    if finite and not bool(torch.stack(finite).all()):
+        raise UsageError(
+            f"block {quantized.index}: the inputs of {paths[0]} are not finite",
+            hint="activations overflow in this dtype: use --dtype float32",
+        )
     if HESSIAN in statistics:
         statistics[HESSIAN] = (statistics[HESSIAN] + statistics[HESSIAN].T) / 2
     return LinearGroup(weights, **statistics)

@@ -87,16 +87,17 @@ class ErrorFeedback(Method):
 
         assert group.hessian is not None
         stacked = torch.cat(list(group.weights.values()))
-        hessian, fallbacks = group.hessian, []
-        if group.is_dead:
+        hessian, fallbacks, dead = group.hessian, list[str](), group.is_dead
+        if dead:
             hessian = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             fallbacks.append(DEAD_INPUTS)
         regular, target = feedback.without_dead_inputs(hessian, stacked)
-        if self.refit_target and not group.is_dead:
+        if self.refit_target and not dead:
             assert group.cross is not None
             residual = group.residual_cross if self.corrects_residual else None
             target, ridge = refit_target(target, hessian, group.cross, residual, self.ridge)
-            _, target = feedback.without_dead_inputs(hessian, target)
+            if regular is not hessian:
+                _, target = feedback.without_dead_inputs(hessian, target)
             if ridge != self.ridge:
                 fallbacks.append(f"ridge raised to {ridge:g}")
         order = feedback.column_order(hessian, group_width, column_order)
@@ -136,23 +137,24 @@ class PerLayerFeedback(ErrorFeedback):
         raise NotImplementedError
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
-        """All layers share the factored Hessian; each is quantized on its own."""
+        """The layers share the factored Hessian: their columns are quantized as those of one matrix, rows stacked."""
         from qcli.algorithms.solvers import feedback
         from qcli.core.weight import QuantizedWeight
 
         problem = self.prepare(group, "static", 0)
-        solutions, first = {}, 0
-        for name, weight in group.weights.items():
-            target = problem.target[first : first + len(weight)]
-            first += len(weight)
-            tables = self.fit_tables(target, problem.hessian.diagonal())
-            if self.error_feedback and problem.factor is not None:
-                codes, _ = feedback.quantize_columns(target, problem.factor, problem.order, self.format, tables)
-            else:
-                codes = self.format.encode(target, tables)
-            quantized = QuantizedWeight(self.format, (target.shape[0], target.shape[1]), codes, tables)
-            quantized, fallbacks = self.refit(target, quantized, problem.hessian)
-            solutions[name] = Solution(
-                quantized, target if self.refit_target else None, [*problem.fallbacks, *fallbacks]
-            )
+        rows = [len(weight) for weight in group.weights.values()]
+        targets, importance = problem.target.split(rows), problem.hessian.diagonal()
+        tables = [self.fit_tables(target, importance) for target in targets]
+        if self.error_feedback and problem.factor is not None:
+            parts = list(zip(rows, tables, strict=True))
+            stacked = feedback.quantize_columns(problem.target, problem.factor, problem.order, self.format, parts)
+            codes = list(stacked.split(rows))
+        else:
+            codes = [self.format.encode(target, own) for target, own in zip(targets, tables, strict=True)]
+        solutions = {}
+        for name, target, own_codes, own_tables in zip(group.weights, targets, codes, tables, strict=True):
+            shape = target.shape[0], target.shape[1]
+            quantized = QuantizedWeight(self.format, shape, own_codes, own_tables)
+            weight, fallbacks = self.refit(target, quantized, problem.hessian)
+            solutions[name] = Solution(weight, target if self.refit_target else None, [*problem.fallbacks, *fallbacks])
         return solutions

@@ -74,23 +74,22 @@ class GPTQLike(AffineMethod, ErrorFeedback):
                 cross = group.cross[order][:, order]
                 asymmetry = feedback.asymmetric_term(hessian[order][:, order], cross, factor, self.gptaq_alpha)
             dynamic = self.column_order != "static" and width < target.shape[1]
-            codes, fitted = feedback.quantize_columns(
+            codes = feedback.quantize_columns(
                 target,
                 factor,
                 order,
                 self.format,
-                tables,
+                [(len(target), tables)],
                 asymmetry=asymmetry,
                 dynamic=self._dynamic_grids(problem, tables, width) if dynamic else None,
             )
-            tables = dict(fitted)
             if self.refit_tables:
                 tables, usable = grid.refit(target, codes, tables, self.format, hessian)
 
         solutions, first = {}, 0
-        for name, weight in group.weights.items():
+        kept = torch.stack([(~rows).sum() for rows in usable.split([*map(len, group.weights.values())])]).tolist()
+        for (name, weight), unusable in zip(group.weights.items(), kept, strict=True):
             rows = slice(first, first := first + len(weight))
-            unusable = int((~usable[rows]).sum())
             note = f"scale refit unusable in {unusable} of {len(weight)} rows: kept the searched scales"
             solutions[name] = Solution(
                 QuantizedWeight(

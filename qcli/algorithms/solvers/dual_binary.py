@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qcli.algorithms.solvers.least_squares import fit_factors
 from qcli.algorithms.solvers.output_error import row_output_errors
+from qcli.algorithms.solvers.tiles import row_tiles, tile_size
 from qcli.core.formats.dual_binary import ALPHA1, ALPHA2, DualBinary
 from qcli.core.weight import QuantizedWeight
 
@@ -29,19 +30,22 @@ def fit(weight: Tensor, format: DualBinary, importance: Tensor | None = None) ->
     Returns:
         Tables of `format`.
     """
-    groups = format.grouped(weight)
     ones = weight.new_ones(weight.shape[1]) if importance is None else importance
-    weights = format.grouped(ones.clamp(min=_MIN_IMPORTANCE * float(ones.mean()))[None])
-    magnitude = (groups.abs() * weights).sum(-1) / weights.sum(-1)
-    best = _BestAlphas(groups, weights, format)
-    for relative in _SCALES:
-        scale = relative * magnitude
-        alphas = (2 * scale, -scale) if format.levels == "fdb" else (scale, scale / 2)
-        best.consider(*alphas)
+    weights = format.grouped(ones.clamp(min=_MIN_IMPORTANCE * ones.mean())[None])[0][:, None]
+    parts = [_fit_rows(format.grouped(weight[rows]), weights, format) for rows in row_tiles(weight)]
+    return {name: torch.cat([part[name] for part in parts]) for name in (ALPHA1, ALPHA2)}
+
+
+def _fit_rows(rows: Tensor, importance: Tensor, format: DualBinary) -> dict[str, Tensor]:
+    """`fit` for `rows` `[rows, groups, n]`; `importance` `[groups, 1, n]` is 0 in the padding."""
+    groups = rows.permute(1, 2, 0).contiguous()  # rows last: operations on a group's table then vectorize
+    magnitude = (importance @ groups.abs()).squeeze(1) / importance.sum(-1)
+    scale = magnitude * torch.tensor(_SCALES, device=rows.device)[:, None, None]
+    best = _BestAlphas(groups, importance, format)
+    best.consider(*((2 * scale, -scale) if format.levels == "fdb" else (scale, scale / 2)))
     for _ in range(_ROUNDS):
-        first, second = format.planes(best.codes())
-        best.consider(*_fit_groups(groups, weights, first, second))
-    return {ALPHA1: best.alpha1.half(), ALPHA2: best.alpha2.half()}
+        best.consider(*(alpha[None] for alpha in _fit_groups(groups, importance, *best.planes())))
+    return {ALPHA1: best.alpha1.T.half(), ALPHA2: best.alpha2.T.half()}
 
 
 def published(weight: Tensor, format: DualBinary) -> dict[str, Tensor]:
@@ -89,35 +93,54 @@ def refit(target: Tensor, weight: QuantizedWeight, format: DualBinary, hessian: 
 
 
 class _BestAlphas:
-    """The best alphas of each group among those considered, rounded as stored: float32 `[out, groups]`."""
+    """The best alphas of each group among those considered, rounded as stored.
+
+    Args:
+        groups: `[groups, n, rows]`.
+        importance: `[groups, 1, n]`.
+
+    Attributes:
+        alpha1, alpha2: float32 `[groups, rows]`.
+    """
 
     def __init__(self, groups: Tensor, importance: Tensor, format: DualBinary) -> None:
         self.groups, self.importance, self.format = groups, importance, format
-        self.error = groups.new_full(groups.shape[:2], torch.inf)
-        self.alpha1 = self.alpha2 = groups.new_ones(groups.shape[:2])
+        self.error = groups.new_full((len(groups), groups.shape[2]), torch.inf)
+        self.alpha1 = self.alpha2 = torch.ones_like(self.error)
 
-    def codes(self) -> Tensor:
-        """Codes for the best alphas, uint8 `[out, groups, n]`."""
-        return self.format.nearest(self.groups, self.alpha1[..., None], self.alpha2[..., None]).to(torch.uint8)
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """The factors of the best alphas, float32 `[groups, n, rows]`."""
+        bits = self.format.code_bits(self.groups, self.alpha1[:, None], self.alpha2[:, None])
+        first, second = (self.format.factor(bit).float() for bit in bits)
+        return first, second
 
     def consider(self, alpha1: Tensor, alpha2: Tensor) -> None:
-        """Take these alphas in the groups where their error is smaller."""
+        """Take the best of these alphas, `[candidates, groups, rows]`, in the groups where their error is smaller."""
         alpha1, alpha2 = (table.half().float() for table in self.format.ordered(alpha1, alpha2))
-        bits = self.format.code_bits(self.groups, alpha1[..., None], alpha2[..., None])
-        first, second = map(self.format.factor, bits)
-        difference = first * alpha1[..., None] + second * alpha2[..., None] - self.groups
-        error = (difference.square() * self.importance).sum(-1)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.alpha1 = torch.where(better, alpha1, self.alpha1)
-        self.alpha2 = torch.where(better, alpha2, self.alpha2)
+        together = max(1, tile_size(self.groups) // self.groups.numel())
+        for first, second in zip(alpha1.split(together), alpha2.split(together), strict=True):
+            middle, larger, smaller = (table[:, :, None] for table in self.format.as_signs(first, second))
+            difference = self.groups - middle
+            for magnitude in (larger, smaller):
+                difference.sub_(torch.copysign(magnitude, difference))
+            total = (self.importance @ difference.square_()).squeeze(2)
+            error, index = total.min(0, keepdim=True)
+            better = error[0] < self.error
+            self.error = torch.where(better, error[0], self.error)
+            self.alpha1 = torch.where(better, first.gather(0, index)[0], self.alpha1)
+            self.alpha2 = torch.where(better, second.gather(0, index)[0], self.alpha2)
 
 
 def _fit_groups(groups: Tensor, importance: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The alphas with the least weighted squared error of each group at fixed planes, by Cramer's rule."""
+    """The alphas `[groups, rows]` with the least weighted squared error at fixed planes, by Cramer's rule.
+
+    Args:
+        groups, first, second: `[groups, n, rows]`.
+        importance: `[groups, 1, n]`.
+    """
 
     def inner(left: Tensor, right: Tensor) -> Tensor:
-        return (left * right * importance).sum(-1).double()
+        return (importance @ (left * right)).squeeze(1).double()
 
     aa, ab, bb = inner(first, first), inner(first, second), inner(second, second)
     ridge = _RIDGE * (aa + bb) + 1e-30

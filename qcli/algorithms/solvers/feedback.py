@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from qcli.core.weight import Format
+from qcli.core.weight import Format, Rounder
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)  # ours: tried in turn, relative to the Hessian's mean diagonal
 _DIRECT = 256  # rows of a triangle that is inverted in one call
-_LAZY = 64  # columns per lazy block: the rest of the matrix gets their errors in one product
+_LAZY = 128  # columns per lazy block: the rest of the matrix gets their errors in one product
+_STEP = 16  # columns per step: likewise the rest of the block
+_TILE = 1 << 22  # weights encoded at a time
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, floa
         damped.diagonal().add_(strength * damped.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # at 28,672 inputs each of these matrices takes 6.6 GB
-        if not bool(failed) and bool(lower.isfinite().all()):
+        if bool((failed == 0) & lower.isfinite().all()):
             _invert_lower(lower)
             return lower.float().flip(0, 1), strength
         del lower
@@ -110,14 +113,15 @@ def column_order(hessian: Tensor, group_width: int, kind: str) -> Tensor:
     importance = hessian.diagonal()
     if kind == "none":
         return torch.arange(len(importance), device=hessian.device)
+    order = importance.argsort(descending=True, stable=True)
     if kind == "static":
-        return importance.argsort(descending=True, stable=True)
-    groups = [
-        torch.arange(start, min(start + group_width, len(importance)), device=hessian.device)
-        for start in range(0, len(importance), group_width)
-    ]
-    groups.sort(key=lambda columns: -float(importance[columns].max()))
-    return torch.cat([columns[importance[columns].argsort(descending=True, stable=True)] for columns in groups])
+        return order
+    # the first column of a group in `order` is its largest: groups rank by where that is
+    groups = order // group_width
+    first = torch.full_like(order, len(order)).scatter_reduce(
+        0, groups, torch.arange(len(order), device=order.device), "amin"
+    )
+    return order[first[groups].argsort(stable=True)]
 
 
 def quantize_columns(
@@ -125,62 +129,84 @@ def quantize_columns(
     factor: Tensor,
     order: Tensor,
     format: Format,
-    tables: Mapping[str, Tensor],
+    parts: Sequence[tuple[int, Mapping[str, Tensor]]],
     *,
     asymmetry: Tensor | None = None,
     dynamic: DynamicTables | None = None,
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Quantize a weight with error feedback.
+) -> Tensor:
+    """Quantize a weight, or several stacked ones that read the same inputs, with error feedback.
 
     Args:
         weight: float32 `[out, in]`.
         factor: `U` of the Hessian with rows and columns in `order`, `[in, in]`.
         order: the columns in the order of their quantization, int64 `[in]`.
         format: of the codes.
-        tables: of the whole weight; with `dynamic`, their initial values.
+        parts: for each stacked weight its number of rows and its tables.
         asymmetry: `asymmetric_term` in `order`; None: 0.
-        dynamic: fits tables on the way; None: `tables` are final.
+        dynamic: fits the tables of the only part on the way; None: they are final.
 
     Returns:
-        Codes uint8 `[out, in]` in the weight's own column order, and the tables they were chosen with.
+        Codes uint8 `[out, in]`, in the weight's own column order.
     """
     columns = weight.T[order].contiguous()  # one row per column: the loop then reads contiguous memory
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    ends = None if dynamic is None else dynamic.ends
-    for start, stop in _lazy_blocks(len(order), ends):
-        block = columns[start:stop]
-        errors, found = torch.empty_like(block), []
-        # rows of the factor divided by its diagonal: what an error of 1 adds to the columns that follow
+    ends = [*range(_LAZY, len(order), _LAZY), len(order)] if dynamic is None else dynamic.ends
+    for start, stop in pairwise([0, *ends]):
+        block, rest = columns[start:stop], columns[stop:]
+        if dynamic is not None:
+            parts = [(len(weight), dynamic.fit(order[start:stop], block.T))]
+        rounder = Rounder.stack([format.rounder(tables, order[start:stop]) for _, tables in parts])
+        # rows of the factor divided by its diagonal: what an error of 1 takes from the columns that follow
         relative = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
-        nearest = format.rounder(tables, order[start:stop])
-        for column in range(stop - start):
-            position = start + column
-            if dynamic is not None and (position == 0 or position in dynamic.ends):
-                members = slice(position, next(end for end in dynamic.ends if end > position))
-                tables = dynamic.fit(order[members], columns[members].T)
-                nearest = format.rounder(tables, order[start:stop])
-            values = block[column]
-            code, value = nearest(column, values)
-            found.append(code)
-            torch.sub(values, value, out=errors[column])
-            rest = block[column + 1 :]
-            rest.addr_(relative[column, column + 1 : stop - start], errors[column], alpha=-1)
-            if asymmetry is not None:
-                rest.addr_(asymmetry[position, position + 1 : stop], values)
-        codes[start:stop] = torch.stack(found)
-        columns[stop:].addmm_(relative[:, stop - start :].T, errors, alpha=-1)
+        within = None if asymmetry is None else asymmetry[start:stop, start:stop]
+        errors = _round_columns(block, relative[:, : stop - start], rounder, within)
+        rest.addmm_(relative[:, stop - start :].T, errors, alpha=-1)
         if asymmetry is not None:
-            columns[stop:].addmm_(asymmetry[start:stop, stop:].T, block)
-    stored = torch.empty_like(codes)
-    stored[order] = codes
-    return stored.T.contiguous(), tables
+            rest.addmm_(asymmetry[start:stop, stop:].T, block + errors)
+    return _codes(columns, order, format, parts)
 
 
-def _lazy_blocks(columns: int, group_ends: Sequence[int] | None) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of `_LAZY` columns; with `group_ends`, of whole groups and at least as many, so that a
-    group's tables see the errors of all columns before it."""
-    ends = [*range(_LAZY, columns, _LAZY), columns] if group_ends is None else []
-    for end in group_ends or ():
-        if end == columns or end - (ends[-1] if ends else 0) >= _LAZY:
-            ends.append(end)
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _round_columns(block: Tensor, relative: Tensor, rounder: Rounder, asymmetry: Tensor | None) -> Tensor:
+    """Round the columns of a block in turn, in place; those that follow compensate.
+
+    Args:
+        block: `[n, out]`; becomes the rounded values.
+        relative: what an error of 1 in each column takes from those that follow, `[n, n]`.
+        asymmetry: what a value of 1 in each column adds to those that follow, `[n, n]`; None: 0.
+
+    Returns:
+        The error of each column, `[n, out]`.
+    """
+    errors = torch.empty_like(block)
+    shift = block.new_zeros(1, 1).expand(block.shape) if rounder.shift is None else rounder.shift
+    block += shift
+    values, results = block.unbind(), errors.unbind()
+    operands = [*zip(*(operand.unbind() for operand in rounder.operands), strict=True)]
+    for start in range(0, len(block), _STEP):
+        step = slice(start, min(start + _STEP, len(block)))
+        for column in range(step.start, step.stop):
+            rounder.error(values[column], results[column], *operands[column])
+            rest = slice(column + 1, step.stop)
+            if column + 1 < step.stop:
+                block[rest].addr_(relative[column, rest], results[column], alpha=-1)
+            if asymmetry is not None:
+                block[rest].addr_(asymmetry[column, rest], values[column] - shift[column])
+        rest = slice(step.stop, len(block))
+        if step.stop < len(block):
+            block[rest].addmm_(relative[step, rest].T, errors[step], alpha=-1)
+        if asymmetry is not None:
+            block[rest].addmm_(asymmetry[step, rest].T, block[step] - shift[step])
+    block -= errors
+    block -= shift
+    return errors
+
+
+def _codes(columns: Tensor, order: Tensor, format: Format, parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> Tensor:
+    """The codes, uint8 `[out, in]`, of representable values `[in, out]` with their columns in `order`."""
+    stored_order, step = order.argsort(), max(1, _TILE // len(order))
+    codes, first = [], 0
+    for rows, tables in parts:
+        for tile in (slice(start, min(start + step, rows)) for start in range(0, rows, step)):
+            values = columns[:, first + tile.start : first + tile.stop].T[:, stored_order]
+            codes.append(format.encode(values, format.slice_rows(tables, tile)))
+        first += rows
+    return torch.cat(codes)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qcli.algorithms.solvers.least_squares import fit_factors
+from qcli.algorithms.solvers.tiles import row_tiles, tile_size
 from qcli.core.formats._tables import SMALLEST_SCALE
 from qcli.core.formats.affine import Affine
 
-_CPU_TILE, _GPU_TILE = 1 << 19, 1 << 25  # weights per tile: one core's cache; enough to fill a GPU
-_CLIPS = tuple(1.0 - 0.05 * step for step in range(1, 13))  # ours: down to 0.4 of the range, which 2 bits need
+_CLIPS = tuple((1 - step / 20,) * 2 for step in range(13))  # ours: down to 0.4 of the range, which 2 bits need
 _UNEVEN_CLIPS = tuple(  # ours: (low, high), one side clipped more than the other, by up to 0.2 of the range
     (low / 10, high / 10) for low in range(4, 11) for high in range(4, 11) if 0 < abs(low - high) <= 2
 )
@@ -34,7 +34,7 @@ def minmax(weight: Tensor, format: Affine) -> dict[str, Tensor]:
     Returns:
         Tables of `format`.
     """
-    return _tables(*_covering(*_range(format.grouped(weight)), format), format)
+    return _tables(*_covering(*_range(format.grouped(weight), -1), format), format)
 
 
 def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,16 +48,16 @@ def round_to_minmax(weight: Tensor, format: Affine) -> tuple[Tensor, dict[str, T
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     signed = codes.view(torch.int8) if format.bits < 8 else codes  # torch vectorizes float to int8, not to uint8
-    rows, parts = min(_tile_rows(weight), len(weight)), []
-    tile = torch.empty(rows, weight.shape[1], device=weight.device)
+    tiles, parts = [*row_tiles(weight)], []
+    tile = torch.empty(tiles[0].stop, weight.shape[1], device=weight.device)
     steps = torch.empty_like(format.grouped(tile))
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows]
+    for rows in tiles:
+        part = weight[rows]
         groups = format.grouped(tile[: len(part)].copy_(part) if part.dtype != torch.float32 else part)
-        scale, zero_point = _covering(*_range(groups), format)
+        scale, zero_point = _covering(*_range(groups, -1), format)
         stepped = torch.div(groups, scale[..., None], out=steps[: len(part)])
         stepped.add_(zero_point[..., None]).round_().clamp_(format.lowest, format.highest)
-        signed[start : start + rows] = stepped.view(len(part), -1)[:, : weight.shape[1]]
+        signed[rows] = stepped.view(len(part), -1)[:, : weight.shape[1]]
         parts.append(_tables(scale, zero_point, format))
     return codes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -77,11 +77,9 @@ def search(weight: Tensor, format: Affine, importance: Tensor | None = None, pow
     Returns:
         Tables of `format`.
     """
-    rows = _tile_rows(weight)
     weights = format.grouped((weight.new_ones(weight.shape[1]) if importance is None else importance)[None])
     parts = [
-        _search_rows(format.grouped(weight[start : start + rows]), weights, format, power)
-        for start in range(0, len(weight), rows)
+        _search_rows(format.grouped(weight[rows]), weights[0][:, None], format, power) for rows in row_tiles(weight)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -124,89 +122,117 @@ def refit(
     return refitted, usable
 
 
-def _tile_rows(weight: Tensor) -> int:
-    return max(1, (_CPU_TILE if weight.device.type == "cpu" else _GPU_TILE) // weight.shape[1])
-
-
-def _search_rows(groups: Tensor, importance: Tensor, format: Affine, power: float) -> dict[str, Tensor]:
-    """Search the grids of `groups` `[rows, groups, n]`; `importance` `[1, groups, n]` is 0 in the padding."""
-    low, high = _range(groups)
+def _search_rows(rows: Tensor, importance: Tensor, format: Affine, power: float) -> dict[str, Tensor]:
+    """Search the grids of `rows` `[rows, groups, n]`; `importance` `[groups, 1, n]` is 0 in the padding."""
+    groups = rows.permute(1, 2, 0).contiguous()  # rows last: operations on a group's table then vectorize
     best = _BestGrid(groups, importance, format, power)
-    best.consider(*_covering(low, high, format))
-    clips = torch.tensor(_CLIPS, device=groups.device)[:, None, None]
-    for scale, zero_point in zip(*_covering(low * clips, high * clips, format), strict=True):
-        best.consider(scale, zero_point)
-        if format.zero_point == "integer" and format.bits <= 3:
-            for shift in (-1, 1):
-                best.consider(scale, (zero_point + shift).clamp_(0, (1 << format.bits) - 1))
-    if format.zero_point == "float":
-        low_clips, high_clips = torch.tensor(_UNEVEN_CLIPS, device=groups.device).T[..., None, None]
-        for scale, zero_point in zip(*_covering(low * low_clips, high * high_clips, format), strict=True):
-            best.consider(scale, zero_point)
+    best.consider(*_candidates(*_range(groups, 1), format))
     if power == 2.0:
+        moments = _Moments(groups, importance)
         for _ in range(_ROUNDS):
-            best.consider(*_fit_groups(groups, best.codes(), importance, best, format))
-    return _tables(best.scale, best.zero_point, format)
+            best.consider(*(table[None] for table in moments.fit(best)))
+    return _tables(best.scale.T, best.zero_point.T, format)
+
+
+def _candidates(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of clipped ranges: `[groups, rows]` -> `[candidates, groups, rows]` each."""
+    clips = (*_CLIPS, *_UNEVEN_CLIPS) if format.zero_point == "float" else _CLIPS
+    lows, highs = torch.tensor(clips, device=low.device).T[..., None, None]
+    scale, zero_point = _covering(low * lows, high * highs, format)
+    if format.zero_point == "integer" and format.bits <= 3:
+        shifted = torch.stack([zero_point, zero_point - 1, zero_point + 1]).clamp_(0, format.highest)
+        return scale.repeat(3, 1, 1), shifted.flatten(0, 1)
+    return scale, zero_point
 
 
 class _BestGrid:
-    """The best grid of each group among those considered: scale and zero point, float32 `[rows, groups]`."""
+    """The best grid of each group among those considered.
+
+    Args:
+        groups: `[groups, n, rows]`.
+        importance: `[groups, 1, n]`.
+
+    Attributes:
+        scale, zero_point: float32 `[groups, rows]`.
+    """
 
     def __init__(self, groups: Tensor, importance: Tensor, format: Affine, power: float) -> None:
         self.groups, self.importance, self.format, self.power = groups, importance, format, power
-        self.error = groups.new_full(groups.shape[:2], torch.inf)
-        self.scale = groups.new_ones(groups.shape[:2])
-        self.zero_point = groups.new_zeros(groups.shape[:2])
-
-    def codes(self) -> Tensor:
-        """Codes on the best grid, as floats `[rows, groups, n]`."""
-        return self._codes(self.scale, self.zero_point)
+        self.error = groups.new_full((len(groups), groups.shape[2]), torch.inf)
+        self.scale, self.zero_point = torch.ones_like(self.error), torch.zeros_like(self.error)
 
     def consider(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take this grid in the groups where its error is smaller."""
-        error = (self._codes(scale, zero_point) - zero_point[..., None]).mul_(scale[..., None]).sub_(self.groups)
-        error = error.square_() if self.power == 2.0 else error.abs_().pow_(self.power)
-        total = error.mul_(self.importance).sum(-1)
-        better = total < self.error
-        self.error = torch.where(better, total, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero_point = torch.where(better, zero_point, self.zero_point)
+        """Take the best of these grids, `[candidates, groups, rows]`, in the groups where its error is smaller."""
+        together = max(1, tile_size(self.groups) // self.groups.numel())
+        for scales, zero_points in zip(scale.split(together), zero_point.split(together), strict=True):
+            steps = self._steps(scales, zero_points)
+            difference = self._rounded(steps).sub_(steps)
+            difference = difference.square_() if self.power == 2.0 else difference.abs_().pow_(self.power)
+            total = (self.importance @ difference).squeeze(2).mul_(scales.abs().pow_(self.power))
+            error, index = total.min(0, keepdim=True)
+            better = error[0] < self.error
+            self.error = torch.where(better, error[0], self.error)
+            self.scale = torch.where(better, scales.gather(0, index)[0], self.scale)
+            self.zero_point = torch.where(better, zero_points.gather(0, index)[0], self.zero_point)
 
-    def _codes(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        codes = (self.groups / scale[..., None]).add_(zero_point[..., None])
-        return codes.round_().clamp_(self.format.lowest, self.format.highest)
+    def codes(self) -> Tensor:
+        """Codes on the best grid, as floats `[groups, n, rows]`."""
+        return self._rounded(self._steps(self.scale[None], self.zero_point[None])[0])
 
+    def _steps(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Codes before rounding, `[candidates, groups, n, rows]`."""
+        return torch.addcmul(zero_point[:, :, None], self.groups, scale.reciprocal()[:, :, None])
 
-def _fit_groups(
-    groups: Tensor, codes: Tensor, importance: Tensor, current: _BestGrid, format: Affine
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point with the least weighted squared error of each group at fixed codes."""
-
-    def mean(values: Tensor) -> Tensor:
-        return (values * importance).sum(-1) / importance.sum(-1).clamp_(min=1e-30)
-
-    if format.zero_point == "none":
-        centered = codes - format.center
-    else:
-        code_mean, weight_mean = mean(codes), mean(groups)
-        centered = codes - code_mean[..., None]
-    variance = mean(centered.square())
-    scale = mean(centered * groups) / variance.clamp(min=1e-30)
-    usable = (variance > 1e-12) & (scale.abs() > 1e-12)
-    scale = _round_scale(torch.where(usable, scale, current.scale))
-    if format.zero_point == "none":
-        return scale, current.zero_point
-    zero_point = _round_zero_point(code_mean - weight_mean / scale, format)
-    if format.zero_point == "integer":  # the zero point was rounded: fit the scale once more
-        centered = codes - zero_point[..., None]
-        refitted = mean(centered * groups) / mean(centered.square()).clamp(min=1e-30)
-        scale = _round_scale(torch.where(usable & (refitted.abs() > 1e-12), refitted, scale))
-    return scale, torch.where(usable, zero_point, current.zero_point)
+    def _rounded(self, steps: Tensor) -> Tensor:
+        return steps.round().clamp_(self.format.lowest, self.format.highest)
 
 
-def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each group and 0: `[rows, groups, n]` -> `[rows, groups]` each."""
-    return groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+class _Moments:
+    """Weighted moments of the weights of each group; of weights and codes, for scale and zero point at fixed codes.
+
+    Args:
+        groups: `[groups, n, rows]`.
+        importance: `[groups, 1, n]`.
+    """
+
+    def __init__(self, groups: Tensor, importance: Tensor) -> None:
+        self.share = importance / importance.sum(-1, keepdim=True).clamp_(min=1e-30)
+        self.mean = self._mean(groups)
+        self.centered = groups - self.mean[:, None]
+
+    def fit(self, current: _BestGrid) -> tuple[Tensor, Tensor]:
+        """Scale and zero point with the least weighted squared error of each group, for the codes of its best grid."""
+        codes, format = current.codes(), current.format
+        mean = self._mean(codes)
+        product, square = self._mean(codes * self.centered), self._mean(codes.square_())
+        variance = square - mean.square()
+        usable = variance > 1e-6 * square  # below, rounding errors of the subtraction
+
+        def slope(origin: Tensor | float) -> tuple[Tensor, Tensor]:
+            """The best scale for codes that count from `origin`, and where there is one."""
+            from_origin = mean - origin
+            scale = (product + self.mean * from_origin) / (variance + from_origin.square()).clamp_(min=1e-30)
+            return scale, usable & (scale.abs() > 1e-12)
+
+        if format.zero_point == "none":
+            scale, found = slope(format.center)
+            return _round_scale(torch.where(found, scale, current.scale)), current.zero_point
+        scale, found = slope(mean)
+        scale = _round_scale(torch.where(found, scale, current.scale))
+        zero_point = _round_zero_point(mean - self.mean / scale, format)
+        if format.zero_point == "integer":  # the zero point was rounded: fit the scale once more
+            refitted, found_again = slope(zero_point)
+            scale = _round_scale(torch.where(found & found_again, refitted, scale))
+        return scale, torch.where(found, zero_point, current.zero_point)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """`[groups, n, rows]` -> `[groups, rows]`."""
+        return (self.share @ values).squeeze(1)
+
+
+def _range(groups: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each group, whose weights are along `dim`, and 0."""
+    return groups.amin(dim).clamp_(max=0), groups.amax(dim).clamp_(min=0)
 
 
 def _covering(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qcli.algorithms.solvers.tiles import tile_size
 from qcli.core.formats._grouped import Grouped
 
 _RIDGE = 1e-3  # towards the current values, relative to each unknown's own curvature
@@ -31,7 +32,7 @@ def fit_factors(
         Factors like `current`, and bool `[out]`: the rows whose normal equations could be solved.
     """
     unknowns = sum(table.shape[1] for table in current)
-    rows = max(1, _MAX_NUMBERS // unknowns**2)
+    rows = max(1, min(_MAX_NUMBERS // unknowns**2, tile_size(target) // target.shape[1]))
     parts, solved = [], []
     for start in range(0, len(target), rows):
         part = slice(start, start + rows)
@@ -54,30 +55,29 @@ def _normal_equations(
     """`A^T H A` `[out, n, n]` and `A^T H w*` `[out, n]`, float64, where `w_hat = A f`: row `j` of a weight row's
     `A [in, n]` holds every `basis_j` in the column of `j`'s group and, with `offset`, a 1 in the column of the group's
     offset."""
-    rows, in_features = target.shape
-    groups, width = format.groups(in_features), format.group_width(in_features)
-    parts = [slice(number * groups, (number + 1) * groups) for number in range(len(bases) + offset)]
-    normal = torch.zeros(rows, parts[-1].stop, parts[-1].stop, dtype=torch.float64, device=target.device)
-    right = torch.zeros(rows, parts[-1].stop, dtype=torch.float64, device=target.device)
 
-    def group_sums(values: Tensor) -> Tensor:
-        return format.grouped(values).sum(-1)
+    def grouped(rows: Tensor) -> Tensor:  # `[out, in]` -> `[groups, width, out]`: rows last, so that sums vectorize
+        return format.grouped(rows).permute(1, 2, 0).contiguous()
 
-    target_hessian = target @ hessian
-    for part, basis in zip(parts, bases, strict=False):
-        right[:, part] = group_sums(basis * target_hessian)
+    factors, target_hessian = [grouped(basis) for basis in bases], grouped(target @ hessian)
+    groups, width, rows = target_hessian.shape
+    count = len(bases) + offset
+    normal = torch.zeros(rows, count, groups, count, groups, dtype=torch.float64, device=target.device)
+    right = torch.stack([(factor * target_hessian).sum(1) for factor in factors])
     if offset:
-        right[:, parts[-1]] = group_sums(target_hessian)
-    for group in range(groups):
-        columns = slice(group * width, min((group + 1) * width, in_features))
-        for part, basis in zip(parts, bases, strict=False):
-            basis_hessian = basis[:, columns] @ hessian[columns]
-            for other_part, other in zip(parts, bases, strict=False):
-                normal[:, part.start + group, other_part] = group_sums(other * basis_hessian)
+        right = torch.cat([right, target_hessian.sum(1)[None]])
+    by_group = format.grouped(format.grouped(hessian).flatten(1).T)  # `[in, groups, width]`, padded as `grouped` pads
+    together = max(1, tile_size(target) // target_hessian.numel())
+    for start in range(0, groups, together):
+        part = slice(start, start + together)
+        hessian_part = by_group[:, part].transpose(0, 1)  # `[part, in, width]`
+        for number, factor in enumerate(factors):
+            products = (hessian_part @ factor[part]).view(-1, groups, width, rows)
+            sums = [(products * other).sum(2) for other in factors] + ([products.sum(2)] if offset else [])
+            for other_number, entries in enumerate(sums):  # `[part, groups, out]`
+                normal[:, number, part, other_number] = entries.permute(2, 0, 1)
             if offset:
-                with_offsets = group_sums(basis_hessian)
-                normal[:, part.start + group, parts[-1]] = with_offsets
-                normal[:, parts[-1], part.start + group] = with_offsets
-        if offset:
-            normal[:, parts[-1].start + group, parts[-1]] = group_sums(hessian[columns].sum(0, keepdim=True))
-    return normal, right
+                normal[:, -1, :, number, part] = sums[-1].permute(2, 1, 0)
+    if offset:
+        normal[:, -1, :, -1] = by_group.unflatten(0, (groups, width)).sum((1, 3))
+    return normal.flatten(3).flatten(1, 2), right.permute(2, 0, 1).flatten(1).double()

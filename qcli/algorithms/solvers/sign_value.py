@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qcli.algorithms.solvers.output_error import output_error
+from qcli.algorithms.solvers.output_error import row_output_errors
 from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
 from qcli.core.weight import QuantizedWeight
 
@@ -32,7 +32,7 @@ def decompose(weight: Tensor, importance: Tensor | None = None, kind: SVID = "po
     Returns:
         Tables of `core/formats/sign.py`.
     """
-    root = None if importance is None else importance.clamp(min=_MIN_IMPORTANCE * float(importance.mean())).sqrt()
+    root = None if importance is None else importance.clamp(min=_MIN_IMPORTANCE * importance.mean()).sqrt()
     magnitude = weight.abs() if root is None else weight.abs() * root
     if kind == "svd":
         left, values, right = torch.linalg.svd(magnitude, full_matrices=False)
@@ -68,7 +68,7 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Sign, hessian: Tensor
     """
     signs, target_hessian = 2 * weight.codes.float() - 1, target @ hessian
     in_scale, out_scale = weight.tables[IN_SCALE].float(), weight.tables[OUT_SCALE].float()[:, 0]
-    best = weight
+    choices = [weight]
     for _ in range(_ROUNDS):
         basis = signs * in_scale
         out_scale = (basis * target_hessian).sum(1) / (basis @ hessian * basis).sum(1).clamp(min=_TINY)
@@ -78,10 +78,9 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Sign, hessian: Tensor
         normal.diagonal().add_(ridge)
         right = (scaled * target_hessian).sum(0).double() + ridge * in_scale.double()
         in_scale = torch.linalg.solve(normal, right).float()
-        candidate = QuantizedWeight(format, weight.shape, weight.codes, _tables(in_scale, out_scale))
-        if all(bool(table.isfinite().all()) for table in candidate.tables.values()):
-            best = min(best, candidate, key=lambda choice: output_error(target - choice.dense(), hessian))
-    return best
+        choices.append(QuantizedWeight(format, weight.shape, weight.codes, _tables(in_scale, out_scale)))
+    errors = torch.stack([row_output_errors(target - choice.dense(), hessian).sum() for choice in choices])
+    return choices[int(errors.nan_to_num(nan=torch.inf).argmin())]
 
 
 def _tables(in_scale: Tensor, out_scale: Tensor) -> dict[str, Tensor]:

@@ -29,13 +29,38 @@ def symmetric_int8(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return (values / scale.to(values.dtype)).round().clamp(-_MAX, _MAX).to(torch.int8), scale
 
 
-def check_tables(tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise VerificationError unless every table has the shape and dtype that `stored` requires and is finite."""
+def check_tables(
+    tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], problems: Mapping[str, Tensor] | None = None
+) -> None:
+    """Raise VerificationError unless every table has the shape and dtype that `stored` requires and is finite.
+
+    Args:
+        problems: further ones, as for `refuse`.
+    """
     for name, expected in stored.items():
         table = tables[name]
         if tuple(table.shape) != expected.shape or table.dtype != expected.torch_dtype:
             raise VerificationError(
                 f"{name} is {table.dtype} {list(table.shape)}, not {expected.dtype} {expected.shape}"
             )
-        if not bool(table.isfinite().all()):
-            raise VerificationError(f"{name} holds NaN or infinity")
+    refuse({**not_finite({name: tables[name] for name in stored}), **(problems or {})})
+
+
+def not_finite(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `refuse` says of tables with NaN or infinity."""
+    floats = {name: table for name, table in tables.items() if table.is_floating_point()}
+    return {f"{name} holds NaN or infinity": ~table.isfinite().all() for name, table in floats.items()}
+
+
+def refuse(problems: Mapping[str, Tensor]) -> None:
+    """Raise VerificationError with the first message whose condition, a boolean of one element, is true.
+
+    All conditions are read at once: on a GPU every reading waits for all work before it.
+    """
+    import torch
+
+    if problems:
+        found = torch.stack([*problems.values()]).tolist()
+        for message, is_true in zip(problems, found, strict=True):
+            if is_true:
+                raise VerificationError(message)

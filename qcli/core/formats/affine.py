@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from qcli.core.formats._grouped import Grouped
-from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE
+from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, not_finite, refuse
 from qcli.core.weight import LARGEST_SCALE, Rounder
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,36 +124,30 @@ class Affine(Grouped):
         import torch
 
         groups = self.groups_of(columns)
-        scale = tables["weight_scale"].float().T[groups]
-        if self.zero_point == "none":
-            zero_point = torch.full((len(columns), 1), float(self.center), device=columns.device)
-        else:
-            zero_point = tables["weight_zero_point"].float().T[groups]
+        scale = tables["weight_scale"].T[groups].float()
+        zero_point = self.center if self.zero_point == "none" else tables["weight_zero_point"].T[groups].float()
 
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = torch.addcdiv(zero_point[column], values, scale[column]).round_().clamp_(self.lowest, self.highest)
-            return codes, (codes - zero_point[column]).mul_(scale[column])
+        def error(values: Tensor, result: Tensor, scale: Tensor) -> None:
+            torch.div(values, scale, out=result).round_().clamp_(self.lowest, self.highest)
+            torch.addcmul(values, result, scale, value=-1, out=result)
 
-        return nearest
+        return Rounder(error, (scale,), shift=scale * zero_point)
 
     def check(self, weight: QuantizedWeight) -> None:
-        for name, tensor in self.to_stored(weight).items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise VerificationError(f"{name} holds NaN or infinity")
-        if bool((weight.tables["weight_scale"] == 0).any()):
-            raise VerificationError("weight_scale holds zeros")
-        if int(weight.codes.max()) >> self.bits:
-            raise VerificationError(f"a code does not fit {self.bits} bits")
-        if self.restricted and int(weight.codes.min()) < self.lowest:
-            raise VerificationError("a code is below the restricted range")
+        problems = not_finite(weight.tables)
+        problems["weight_scale holds zeros"] = (weight.tables["weight_scale"] == 0).any()
+        problems[f"a code does not fit {self.bits} bits"] = weight.codes.max() > self.highest
+        if self.restricted:
+            problems["a code is below the restricted range"] = weight.codes.min() < self.lowest
+        refuse(problems)
 
     @property
     def largest_weight(self) -> float:
         return LARGEST_SCALE / 2 * ((1 << self.bits) - 1)
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
-        tiny = weight.tables["weight_scale"].float().abs() < SMALLEST_NORMAL_SCALE
-        return int((tiny & self.nonzero_groups(target)).sum())
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
+        tiny = weight.tables["weight_scale"].abs() < SMALLEST_NORMAL_SCALE
+        return (tiny & self.nonzero_groups(target)).sum()
 
     def spread(self, table: Tensor, in_features: int) -> Tensor:
         """Repeat each entry of a table for its weights: `[out, groups]` -> `[out, in]`."""

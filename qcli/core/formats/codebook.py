@@ -17,7 +17,7 @@ from qcli.core.formats._grouped import NonUniform
 from qcli.core.formats._tables import SMALLEST_BLOCK_SCALE, SMALLEST_NORMAL_SCALE, check_tables, symmetric_int8
 from qcli.core.weight import Format, Rounder
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import UnsupportedError, VerificationError
+from qcli.utils.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,20 +198,17 @@ class Codebook(NonUniform):
         }
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        groups = self.groups_of(columns)
-        present = groups.unique()
-        floats = self.float_tables(tables)
-        own = {BASIS: floats[BASIS], SCALE: floats[SCALE][:, present], OFFSET: floats[OFFSET][:, present]}
-        entries = self.entries(own).transpose(0, 1).contiguous()
-        boundaries = _Boundaries(entries)
-        places = (groups[:, None] == present).long().argmax(1).tolist()
+        import torch
 
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            place = places[column]
-            codes = boundaries.codes_of(place, values)
-            return codes.float(), entries[place].gather(1, codes[:, None])[:, 0]
+        groups, floats = self.groups_of(columns), self.float_tables(tables)
+        own = {BASIS: floats[BASIS], SCALE: floats[SCALE][:, groups], OFFSET: floats[OFFSET][:, groups]}
+        entries = self.entries(own).transpose(0, 1).sort(dim=-1).values.contiguous()
 
-        return nearest
+        def error(values: Tensor, result: Tensor, entries: Tensor, boundaries: Tensor) -> None:
+            places = torch.searchsorted(boundaries, values[:, None])
+            torch.sub(values, entries.gather(1, places)[:, 0], out=result)
+
+        return Rounder(error, (entries, _boundaries(entries)))
 
     def round_table(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Quantize S `[out, groups, rank]` or beta `[out, groups]` to 8 bits: float values -> stored tables."""
@@ -225,11 +222,11 @@ class Codebook(NonUniform):
 
     def check(self, weight: QuantizedWeight) -> None:
         stored = self.stored(weight.shape)
-        check_tables(weight.tables, {name: stored[name] for name in stored if name != "weight_packed"})
-        if int(weight.codes.max()) >> self.bits:
-            raise VerificationError(f"a code does not fit {self.bits} bits")
+        tables = {name: stored[name] for name in stored if name != "weight_packed"}
+        too_large = weight.codes.max() > (1 << self.bits) - 1
+        check_tables(weight.tables, tables, {f"a code does not fit {self.bits} bits": too_large})
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
         nonzero = self.nonzero_groups(target)
         if self.table_bits == 16:
             largest, smallest = weight.tables[SCALE].float().abs().amax(-1), SMALLEST_NORMAL_SCALE
@@ -237,7 +234,7 @@ class Codebook(NonUniform):
             by_block = weight.tables[f"{SCALE}_scale"].float().amax(-1)
             largest = by_block.repeat_interleave(SCALE_BLOCK)[: nonzero.numel()].view(nonzero.shape)
             smallest = SMALLEST_BLOCK_SCALE
-        return int(((largest < smallest) & nonzero).sum())
+        return ((largest < smallest) & nonzero).sum()
 
     def _value(self, name: str, tables: Mapping[str, Tensor]) -> Tensor:
         """A table in float32, dequantized if it is stored in 8 bits."""
@@ -268,7 +265,7 @@ class _Boundaries:
         ordered, self.order = entries, None
         if bool((entries.diff(dim=-1) < 0).any()):
             ordered, self.order = entries.sort(dim=-1, stable=True)
-        self.between = ((ordered[..., 1:] + ordered[..., :-1]) / 2).contiguous()
+        self.between = _boundaries(ordered)
 
     def codes(self, values: Tensor) -> Tensor:
         """`[..., n]` -> uint8 `[..., n]`."""
@@ -282,7 +279,7 @@ class _Boundaries:
             codes = torch.searchsorted(self.between, values.contiguous()).to(torch.uint8)
         return codes if self.order is None else self.order.gather(-1, codes.long()).to(torch.uint8)
 
-    def codes_of(self, place: int, values: Tensor) -> Tensor:
-        """Codes of one value for each codebook at `place` of the first dimension: `[rows]` -> int64 `[rows]`."""
-        codes = (values[:, None] > self.between[place]).sum(1)
-        return codes if self.order is None else self.order[place].gather(1, codes[:, None])[:, 0]
+
+def _boundaries(ordered: Tensor) -> Tensor:
+    """Midway between the entries of ascending codebooks: `[..., K]` -> `[..., K - 1]`."""
+    return ((ordered[..., 1:] + ordered[..., :-1]) / 2).contiguous()

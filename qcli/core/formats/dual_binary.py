@@ -13,7 +13,6 @@ from qcli.core.formats._grouped import NonUniform
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,29 +96,34 @@ class DualBinary(NonUniform):
         import torch
 
         groups = self.groups_of(columns)
-        alpha1, alpha2 = (tables[name].float().T[groups] for name in (ALPHA1, ALPHA2))
-        middle, half = _thresholds(alpha1, alpha2)
+        middle, larger, smaller = self.as_signs(*(tables[name].T[groups].float() for name in (ALPHA1, ALPHA2)))
 
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            first, second = self._code_bits(values, alpha1[column], middle[column], half[column])
-            value = self.factor(first) * alpha1[column] + self.factor(second) * alpha2[column]
-            return torch.add(first.float(), second, alpha=2), value
+        def error(values: Tensor, result: Tensor, larger: Tensor, smaller: Tensor) -> None:
+            torch.sub(values, torch.copysign(larger, values, out=result), out=result)
+            result.sub_(torch.copysign(smaller, result))
 
-        return nearest
+        return Rounder(error, (larger, smaller), shift=-middle)
+
+    def as_signs(self, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The levels as `middle +- larger +- smaller`; the alphas are in order."""
+        if self.levels == "symmetric":
+            return alpha1 * 0, alpha1, alpha2
+        return (alpha1 + alpha2) / 2, alpha1 / 2, -alpha2 / 2
 
     def check(self, weight: QuantizedWeight) -> None:
         stored = self.stored(weight.shape)
-        check_tables(weight.tables, {name: stored[name] for name in (ALPHA1, ALPHA2)})
         alpha1, alpha2 = (weight.tables[name].float() for name in (ALPHA1, ALPHA2))
         smaller = -alpha2 if self.levels == "fdb" else alpha2
-        if not bool(((alpha1 > smaller) & (smaller > 0)).all()):
-            raise VerificationError("the alphas of a group are out of order: its codes do not name levels in order")
-        if int(weight.codes.max()) >> 2:
-            raise VerificationError("a code does not fit 2 bits")
+        in_order = (alpha1 > smaller).all() & (smaller > 0).all()
+        problems = {
+            "the alphas of a group are out of order: its codes do not name levels in order": ~in_order,
+            "a code does not fit 2 bits": weight.codes.max() > 3,
+        }
+        check_tables(weight.tables, {name: stored[name] for name in (ALPHA1, ALPHA2)}, problems)
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
         larger = weight.tables[ALPHA1].float().abs().maximum(weight.tables[ALPHA2].float().abs())
-        return int(((larger < SMALLEST_NORMAL_SCALE) & self.nonzero_groups(target)).sum())
+        return ((larger < SMALLEST_NORMAL_SCALE) & self.nonzero_groups(target)).sum()
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:
         """The share of zeros in each plane, which DB-LLM skips, and the additions per weight that remain."""

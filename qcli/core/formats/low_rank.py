@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from qcli.core.formats._tables import check_tables, symmetric_int8
-from qcli.core.weight import Format, Rounder, from_spec
+from qcli.core.weight import Format, from_spec
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
@@ -124,16 +124,6 @@ class LowRank(Format):
         factors |= {"lowrank_a": factors["lowrank_a"][rows], "lowrank_b": factors["lowrank_b"][:, columns]}
         return LowRank.around(base, self.rank, self.factor_bits), {**of_base, **factors}
 
-    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        nearest_in_base = self.base.rounder(self._of_base(tables), columns)
-        added = (self.factor("a", tables) @ self.factor("b", tables)[:, columns]).T.contiguous()
-
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes, value = nearest_in_base(column, values - added[column])
-            return codes, value + added[column]
-
-        return nearest
-
     def check(self, weight: QuantizedWeight) -> None:
         check_tables(weight.tables, self._stored_factors(weight.shape))
         self.base.check(self._without_factors(weight))
@@ -142,7 +132,7 @@ class LowRank(Format):
     def largest_weight(self) -> float:
         return self.base.largest_weight
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
         return self.base.imprecise_scales(self._without_factors(weight), target)
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:

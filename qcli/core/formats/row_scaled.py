@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import field_validator, model_validator
 
 from qcli.core.formats._tables import check_tables
-from qcli.core.weight import Format, Rounder, from_spec
+from qcli.core.weight import Format, from_spec
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
@@ -137,15 +137,6 @@ class RowScaled(Format):
         base, of_base = self.base.cut(_of_base(tables), rows, columns)
         return RowScaled.around(base), {**of_base, EXPONENT: tables[EXPONENT][rows]}
 
-    def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        nearest_in_base, exponent = self.base.rounder(_of_base(tables), columns), tables[EXPONENT]
-
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            codes, value = nearest_in_base(column, self.shifted(values, -exponent))
-            return codes, self.shifted(value, exponent)
-
-        return nearest
-
     def check(self, weight: QuantizedWeight) -> None:
         check_tables(weight.tables, {EXPONENT: self.stored(weight.shape)[EXPONENT]})
         self.base.check(self._scaled(weight))
@@ -154,7 +145,7 @@ class RowScaled(Format):
     def largest_weight(self) -> float:
         return inf
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
         return self.base.imprecise_scales(self._scaled(weight), target)
 
     def facts(self, weight: QuantizedWeight) -> dict[str, float]:

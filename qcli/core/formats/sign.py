@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
 from qcli.core.weight import LARGEST_SCALE, Format, Rounder
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,29 +101,27 @@ class Sign(Format):
         return self, {IN_SCALE: tables[IN_SCALE][columns], OUT_SCALE: tables[OUT_SCALE][rows]}
 
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
-        magnitude = tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]
-        negative = -magnitude
+        import torch
 
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            positive = values * magnitude[column] >= 0
-            return positive.float(), magnitude[column].where(positive, negative[column])
+        magnitude = (tables[IN_SCALE].float()[columns][:, None] * tables[OUT_SCALE].float()[:, 0]).abs_()
 
-        return nearest
+        def error(values: Tensor, result: Tensor, magnitude: Tensor) -> None:
+            torch.sub(values, torch.copysign(magnitude, values, out=result), out=result)
+
+        return Rounder(error, (magnitude,))
 
     def check(self, weight: QuantizedWeight) -> None:
         stored = self.stored(weight.shape)
-        check_tables(weight.tables, {name: stored[name] for name in (IN_SCALE, OUT_SCALE)})
-        if int(weight.codes.max()) > 1:
-            raise VerificationError("a code does not fit 1 bit")
+        tables, too_large = {name: stored[name] for name in (IN_SCALE, OUT_SCALE)}, weight.codes.max() > 1
+        check_tables(weight.tables, tables, {"a code does not fit 1 bit": too_large})
 
     @property
     def largest_weight(self) -> float:
         return LARGEST_SCALE**2
 
-    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> int:
+    def imprecise_scales(self, weight: QuantizedWeight, target: Tensor) -> Tensor:
         """One input scale far below the others is as exact as its share of the outputs needs; all of them are not."""
-        in_scale, out_scale = (weight.tables[name].float().abs().flatten() for name in (IN_SCALE, OUT_SCALE))
-        count = int(((out_scale < SMALLEST_NORMAL_SCALE) & (target != 0).any(1)).sum())
-        if float(in_scale.max()) < SMALLEST_NORMAL_SCALE:
-            count += int((target != 0).any(0).sum())
-        return count
+        in_scale, out_scale = (weight.tables[name].abs().flatten() for name in (IN_SCALE, OUT_SCALE))
+        nonzero, all_small = target != 0, in_scale.max() < SMALLEST_NORMAL_SCALE
+        of_rows = ((out_scale < SMALLEST_NORMAL_SCALE) & nonzero.any(1)).sum()
+        return of_rows + (all_small & nonzero.any(0)).sum()

@@ -57,15 +57,15 @@ def test_the_published_split_of_zeros_and_ragged_groups() -> None:
 
 
 def test_alphas_at_fixed_planes_are_least_squares() -> None:
-    groups, importance = normal(5, 2, 16), torch.rand(1, 2, 16, generator=torch.Generator().manual_seed(1)) + 0.1
-    first, second = ((normal(5, 2, 16, seed=seed) > 0).float() for seed in (2, 3))
+    groups, importance = normal(2, 16, 5), torch.rand(2, 1, 16, generator=torch.Generator().manual_seed(1)) + 0.1
+    first, second = ((normal(2, 16, 5, seed=seed) > 0).float() for seed in (2, 3))
     alphas = dual_binary._fit_groups(groups, importance, first, second)
     for row in range(5):
         for group in range(2):
-            root = importance[0, group].sqrt()
-            design = torch.stack([first[row, group], second[row, group]], 1) * root[:, None]
-            expected = torch.linalg.lstsq(design, (groups[row, group] * root)[:, None]).solution[:, 0]
-            actual = torch.stack([alpha[row, group] for alpha in alphas])
+            root = importance[group, 0].sqrt()
+            design = torch.stack([first[group, :, row], second[group, :, row]], 1) * root[:, None]
+            expected = torch.linalg.lstsq(design, (groups[group, :, row] * root)[:, None]).solution[:, 0]
+            actual = torch.stack([alpha[group, row] for alpha in alphas])
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.algorithms.solvers import codebook, feedback, grid
+from qcli.algorithms.solvers import codebook, dual_binary, feedback, grid, sign_value
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
+from qcli.core.formats.dual_binary import DualBinary
+from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
 
 
@@ -22,37 +24,73 @@ def layer(inputs: int, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.randn(10, inputs, generator=generator), x.T @ x / tokens
 
 
+def fitted(weight: Tensor, format: Format) -> dict[str, Tensor]:
+    """Tables of a format that has a solver."""
+    if isinstance(format, Affine):
+        return grid.minmax(weight, format)
+    if isinstance(format, Codebook):
+        return codebook.fit(weight, format)
+    return dual_binary.fit(weight, format) if isinstance(format, DualBinary) else sign_value.decompose(weight)
+
+
 def textbook(weight: Tensor, hessian: Tensor, format: Format, tables: dict[str, Tensor]) -> Tensor:
     """OBQ in a fixed order, in float64: quantize a column, spread its error by H^-1, eliminate the column."""
     rest, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     codes = torch.empty_like(weight, dtype=torch.uint8)
-    nearest = format.rounder(tables, torch.arange(weight.shape[1]))
     for column in range(weight.shape[1]):
-        code, value = nearest(column, rest[:, column].float())
-        codes[:, column] = code.to(torch.uint8)
-        error = (rest[:, column] - value.double()) / inverse[column, column]
+        nearest = format.encode(rest.float(), tables)
+        codes[:, column] = nearest[:, column]
+        error = (rest - format.decode(nearest, tables).double())[:, column] / inverse[column, column]
         rest -= error[:, None] * inverse[column][None]
         inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
     return codes
 
 
-@pytest.mark.parametrize("kind", ["affine", "codebook"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        Affine(bits=3, group_size=8, zero_point="integer"),
+        Codebook(bits=2, group_size=8, rank=2, table_bits=8),
+        DualBinary(group_size=8),
+        Sign(),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("inputs", [24, 150])
-def test_lazy_blocks_equal_the_textbook(inputs: int, kind: str) -> None:
+def test_lazy_blocks_equal_the_textbook(inputs: int, format: Format) -> None:
     weight, hessian = layer(inputs, tokens=4 * inputs)
     hessian.diagonal().add_(0.1 * hessian.diagonal().mean())
-    format: Format
-    if kind == "affine":
-        format = Affine(bits=3, group_size=8, zero_point="integer")
-        tables = grid.minmax(weight, format)
-    else:
-        format = Codebook(bits=2, group_size=8, rank=2, table_bits=8)
-        tables = codebook.fit(weight, format)
+    tables = fitted(weight, format)
     factor, _ = feedback.inverse_factor(hessian, 1e-12)
     assert factor is not None
-    codes, _ = feedback.quantize_columns(weight, factor, torch.arange(inputs), format, tables)
+    codes = feedback.quantize_columns(weight, factor, torch.arange(inputs), format, [(10, tables)])
     agreement = (codes == textbook(weight, hessian, format, tables)).float().mean()
     assert float(agreement) > 0.995, "float32 may differ where a value lies between two codes"
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Affine(bits=3, group_size=8, zero_point="float"),
+        Codebook(bits=2, group_size=8, rank=2, table_bits=8),
+        DualBinary(group_size=8),
+        DualBinary(group_size=8, levels="symmetric"),
+        Sign(),
+    ],
+    ids=str,
+)
+def test_stacked_weights_are_quantized_as_each_alone(format: Format) -> None:
+    first, hessian = layer(24, tokens=100)
+    weights = [first, first.flip(0)[:7] * 2]
+    factor, order = feedback.inverse_factor(hessian, 0.1)[0], hessian.diagonal().argsort()
+    assert factor is not None
+    parts = [(len(weight), fitted(weight, format)) for weight in weights]
+    codes = feedback.quantize_columns(torch.cat(weights), factor, order, format, parts)
+    alone = [
+        feedback.quantize_columns(weight, factor, order, format, [part])
+        for weight, part in zip(weights, parts, strict=True)
+    ]
+    assert torch.equal(codes, torch.cat(alone))
 
 
 @pytest.mark.parametrize("inputs", [24, 150])
@@ -71,8 +109,9 @@ def test_dynamic_tables_that_do_not_change_equal_fixed_ones(inputs: int) -> None
         return tables
 
     dynamic = feedback.DynamicTables(ends, fit)
-    fixed, _ = feedback.quantize_columns(weight, factor, order, format, tables)
-    codes, _ = feedback.quantize_columns(weight, factor, order, format, tables, dynamic=dynamic)
+    parts = [(10, tables)]
+    fixed = feedback.quantize_columns(weight, factor, order, format, parts)
+    codes = feedback.quantize_columns(weight, factor, order, format, parts, dynamic=dynamic)
     assert float((codes == fixed).float().mean()) > 0.995
     assert calls == [list(range(start, end)) for start, end in itertools.pairwise([0, *ends])]
 

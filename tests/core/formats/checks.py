@@ -30,11 +30,15 @@ def rounder_agrees_with_encode(weight: QuantizedWeight, target: Tensor) -> None:
     """Rounding `target` column by column in any order gives `weight`, which is `target` encoded."""
     format, columns = weight.format, weight.shape[1]
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(4))
-    nearest = format.rounder(weight.tables, order)
+    rounder = format.rounder(weight.tables, order)
+    rounded = torch.empty_like(target)
     for position, column in enumerate(order.tolist()):
-        code, value = nearest(position, target[:, column])
-        assert torch.equal(code, weight.codes[:, column].float())
-        assert torch.equal(value, weight.dense()[:, column])
+        values, error = target[:, column].clone(), torch.empty(len(target))
+        shifted = values if rounder.shift is None else values + rounder.shift[position]
+        rounder.error(shifted, error, *(operand[position] for operand in rounder.operands))
+        rounded[:, column] = values - error
+    torch.testing.assert_close(rounded, weight.dense())
+    assert torch.equal(format.encode(rounded, weight.tables), weight.codes)
 
 
 def gradients_are_finite_differences(weight: QuantizedWeight) -> None:

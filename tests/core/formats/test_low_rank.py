@@ -71,19 +71,6 @@ def test_encode_finds_the_nearest_value(zero_point: ZeroPoint) -> None:
     torch.testing.assert_close((chosen - target).abs(), (every - target).abs().amin(0))
 
 
-@pytest.mark.parametrize("factor_bits", FACTOR_BITS)
-def test_rounder_agrees_with_encode_in_any_column_order(factor_bits: FactorBits) -> None:
-    format = low_rank(factor_bits=factor_bits)
-    tables, target = weight_of(format, (6, 40)).tables, drawn(6, 40, seed=3)
-    codes = format.encode(target, tables)
-    dense, order = format.decode(codes, tables), torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
-    nearest = format.rounder(tables, order)
-    for position, column in enumerate(order.tolist()):
-        code, value = nearest(position, target[:, column])
-        assert torch.equal(code, codes[:, column].float())
-        torch.testing.assert_close(value, dense[:, column])
-
-
 @pytest.mark.parametrize(("factor_bits", "scales"), [(8, 2 * 16), (16, 0)])
 def test_bits_per_weight_count_the_factors(factor_bits: FactorBits, scales: int) -> None:
     rank, rows, columns = 8, 128, 256
