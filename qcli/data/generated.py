@@ -60,9 +60,7 @@ def sample(
     batch = _check_memory(source, config, length, device, dtype)
 
     stream = ModelStream(source, device=device, dtype=dtype)
-    blocks = stream.model.get_submodule(stream.family.blocks)
-    for index in range(stream.n_blocks):
-        blocks[index] = stream.load_block(index)
+    model = stream.load_whole()
 
     ends = _end_tokens(tokenizer, config)
     starts = _start_tokens(tokenizer, config, ends)
@@ -78,7 +76,7 @@ def sample(
         generators = [random.Random(f"{seed}:{number}") for number in numbers]
         ids = torch.empty(len(numbers), length, dtype=torch.int64)
         cache = empty_cache(stream.n_blocks, length)
-        positions = _sample_positions(stream.model, cache, generators, length, starts, ends, device)
+        positions = _sample_positions(model, cache, generators, length, starts, ends, device)
         for step, tokens in enumerate(positions):
             ids[:, step] = tokens
             progress("sampling text from the model", first // batch * length + step + 1, steps)

@@ -98,14 +98,17 @@ class QuantLinear(nn.Linear):
         out_features: int,
         bias: Tensor | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which creates a dense weight
         self.format, self.in_features, self.out_features = format, in_features, out_features
         self.name, self.compute_dtype = "a layer", compute_dtype
-        self._suffixes = tuple(format.stored(self.shape))
-        self._spec = json.dumps(format.spec())
-        for name, stored in format.stored(self.shape).items():
-            self.register_buffer(name, torch.empty(stored.shape, dtype=stored.torch_dtype))
+        if tensors is None:
+            stored = format.stored(self.shape)
+            tensors = {name: torch.empty(like.shape, dtype=like.torch_dtype) for name, like in stored.items()}
+        self._suffixes, self._spec = tuple(tensors), json.dumps(format.spec())
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         format.attach(self)
 

@@ -17,6 +17,7 @@ from qcli.models.stream import ModelStream
 from qcli.utils.errors import ResourceError
 from qcli.utils.memory import free_memory
 from qcli.utils.progress import Progress, silent
+from qcli.utils.safetensors import MappedFiles
 
 
 def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, progress: Progress = silent) -> Any:
@@ -32,29 +33,32 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
     needed, free = loaded_bytes(source, dtype), free_memory(device)
     if free is not None and needed > free:
         raise ResourceError(f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    stream = ModelStream(source, device=device, dtype=dtype)
+    stream, files = ModelStream(source, device=device, dtype=dtype), MappedFiles()
 
     def packed(name: str, linear: nn.Module) -> nn.Module:
         assert isinstance(source, QuantizedSource)
-        return packed_layer(source, name, device, dtype, getattr(linear, "bias", None))
+        return packed_layer(source, name, device, dtype, getattr(linear, "bias", None), files)
 
-    blocks = stream.model.get_submodule(stream.family.blocks)
-    for index in range(stream.n_blocks):
-        progress("loading the model", index, stream.n_blocks)
-        blocks[index] = stream.load_block(index, packed if isinstance(source, QuantizedSource) else None)
-    progress("loading the model", stream.n_blocks, stream.n_blocks)
-    return stream.model
+    return stream.load_whole(packed if isinstance(source, QuantizedSource) else None, progress)
 
 
 def packed_layer(
-    source: QuantizedSource, name: str, device: torch.device, dtype: torch.dtype, bias: torch.Tensor | None = None
+    source: QuantizedSource,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    files: MappedFiles | None = None,
 ) -> QuantLinear:
-    """A quantized layer of a checkpoint, by its module name, with the stored tensors, for inputs of `dtype`."""
-    storage = source.quantized[name]
-    layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias, dtype)
+    """A quantized layer of a checkpoint, by its module name, with the stored tensors, for inputs of `dtype`.
+
+    Args:
+        files: of the checkpoint, where other layers are loaded too.
+    """
+    storage, files = source.quantized[name], files or MappedFiles()
+    tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name, files.tensors).items()}
+    layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias, dtype, tensors)
     layer.name = name
-    tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name).items()}
-    layer.load_state_dict(tensors, strict=False, assign=True)
     return layer
 
 

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
 from qcli.models.manifest import FORMAT_VERSION
 from qcli.models.native import GUARD, NativeStorage
@@ -94,6 +95,7 @@ def register() -> None:
 def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinear]:
     """Replace every linear layer that the checkpoint stores quantized; returns the new ones by module name."""
     replaced: dict[str, QuantLinear] = {}
+    unread: dict[tuple[Format, tuple[int, int], torch.device], dict[str, Tensor]] = {}
     for name, module in list(model.named_modules()):
         # The layers of a model without a head are named without the prefix that they have in the checkpoint.
         layer = storage.layer(name) or storage.layer(f"{model.base_model_prefix}.{name}")
@@ -103,14 +105,23 @@ def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinea
         if (rows, columns) != layer.shape:
             raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {layer.shape}")
         bias: Tensor | None = None if module.bias is None else module.bias.detach()
-        packed = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype)
-        replaced[name] = packed.to(module.weight.device)
+        key = layer.format, layer.shape, module.weight.device
+        tensors = unread.get(key) or _unread(*key)
+        if module.weight.is_meta:  # nothing will be written into them
+            unread[key] = tensors
+        replaced[name] = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype, tensors)
         replaced[name].name = name
         vars(replaced[name])["_is_hf_initialized"] = True  # or transformers decodes the weight to fill it with noise
         if storage.activations is not None:
             storage.activations.simulate(replaced[name])
         model.set_submodule(name, replaced[name])
     return replaced
+
+
+def _unread(format: Format, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Tensors in whose place those of a checkpoint will be loaded."""
+    stored = format.stored(shape)
+    return {name: torch.empty(like.shape, dtype=like.torch_dtype, device=device) for name, like in stored.items()}
 
 
 def _check_files(files: list[str], model: Any, replaced: dict[str, QuantLinear], guard: str | None) -> None:

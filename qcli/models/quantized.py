@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from qcli.core.weight import Format
 from qcli.models.folder import FolderSource
 from qcli.utils.dtypes import COMPUTE_DTYPES, StoredTensor, torch_dtype
 from qcli.utils.errors import VerificationError
-from qcli.utils.safetensors import read_tensors
+from qcli.utils.safetensors import Extent, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -120,12 +120,18 @@ class QuantizedSource(FolderSource):
         extents = ((name, self.extents[name]) for name in storage.stored(layer))
         return storage.restore(layer, read_tensors(extents))
 
-    def read_packed(self, layer: str) -> dict[str, Tensor]:
-        """The tensors of a quantized layer by suffix, as its format stores them, whatever the layout."""
+    def read_packed(
+        self, layer: str, read: Callable[[Iterable[tuple[str, Extent]]], dict[str, Tensor]] = read_tensors
+    ) -> dict[str, Tensor]:
+        """The tensors of a quantized layer by suffix, as its format stores them, whatever the layout.
+
+        Args:
+            read: reads, or maps, those that lie in the file as the format stores them.
+        """
         storage = self.quantized[layer]
         suffixes = storage.format.stored(storage.shape)
         if all(f"{layer}.{suffix}" in self.extents for suffix in suffixes):
-            return read_tensors((suffix, self.extents[f"{layer}.{suffix}"]) for suffix in suffixes)
+            return read((suffix, self.extents[f"{layer}.{suffix}"]) for suffix in suffixes)
         return storage.format.to_stored(self.read_quantized(layer))
 
     def stored_as(self, name: str) -> str:

@@ -23,6 +23,7 @@ from qcli.models.loadable import require_tensors, skeleton, tied_tensors
 from qcli.models.source import ModelSource, reported
 from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import StoredBatches
 
 BATCH_TOKENS = 4096  # in one pass through a block
@@ -83,16 +84,32 @@ class ModelStream:
         """Number of blocks."""
         return len(self._blocks)
 
-    def load_block(self, index: int, packed: Callable[[str, nn.Module], nn.Module] | None = None) -> nn.Module:
+    def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in the stream's dtype on its device; a new module at every call.
 
         If the source quantizes activations or normalizes outputs of layers, so does the block.
+        """
+        return self._fill(copy.deepcopy(self._blocks[index]), index)
+
+    def load_whole(
+        self, packed: Callable[[str, nn.Module], nn.Module] | None = None, progress: Progress = silent
+    ) -> Any:
+        """The model with all its blocks; the stream serves nothing else afterwards.
 
         Args:
             packed: makes the module of a quantized layer from its name and the linear layer whose place it takes, with
-                all tensors but a bias; None: the linear layer stays, with the decoded weight.
+                all tensors but a bias; None: linear layers stay, with decoded weights.
         """
-        block: nn.Module = copy.deepcopy(self._blocks[index])
+        container = self.model.get_submodule(self.family.blocks)
+        for index, block in enumerate(self._blocks):
+            progress("loading the model", index, self.n_blocks)
+            container[index] = self._fill(block, index, packed)
+        progress("loading the model", self.n_blocks, self.n_blocks)
+        return self.model
+
+    def _fill(
+        self, block: nn.Module, index: int, packed: Callable[[str, nn.Module], nn.Module] | None = None
+    ) -> nn.Module:
         prefix = f"{self.family.blocks}.{index}."
         layers = {layer: format for layer, format in self.source.formats().items() if layer.startswith(prefix)}
         if packed is not None:

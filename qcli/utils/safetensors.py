@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcli.utils.dtypes import DTYPES, StoredTensor
 from qcli.utils.errors import UsageError, os_problem
 from qcli.utils.files import parse_json, read_chunk, reading, require_regular
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _METADATA = "__metadata__"
@@ -113,6 +114,42 @@ def read_tensors(extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
             _fill(stream, memoryview(buffer.numpy().data), extent.file)
         tensors[name] = buffer.view(extent.stored.torch_dtype).view(extent.stored.shape)
     return tensors
+
+
+class MappedFiles:
+    """Files mapped into memory, each once, for tensors whose memory is the file's: pages are read when they are used.
+
+    The mapping is private, so that writing to a tensor leaves the file as it is; it lasts as long as its tensors.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[Path, torch.UntypedStorage] = {}
+
+    def tensors(self, extents: Iterable[tuple[str, Extent]]) -> dict[str, Tensor]:
+        """As `read_tensors`, mapped, except for those that do not lie at a multiple of their item size."""
+        import torch
+
+        tensors: dict[str, Tensor] = {}
+        for name, extent in extents:
+            dtype, end = extent.stored.torch_dtype, extent.start + extent.bytes
+            if extent.start % dtype.itemsize or not extent.bytes:
+                tensors |= read_tensors([(name, extent)])
+                continue
+            storage = self._storage(extent.file)
+            if end > storage.nbytes():
+                raise _broken(extent.file, "it ends early")
+            piece = torch.asarray(storage[extent.start : end], dtype=torch.uint8)
+            tensors[name] = piece.view(dtype).view(extent.stored.shape)
+        return tensors
+
+    def _storage(self, file: Path) -> torch.UntypedStorage:
+        import torch
+
+        if file not in self._storages:
+            with reading(file):
+                size = file.stat().st_size
+            self._storages[file] = cast("torch.UntypedStorage", torch.UntypedStorage.from_file(str(file), False, size))
+        return self._storages[file]
 
 
 def _parsed_header(file: Path) -> tuple[dict[str, Any], int, int]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qcli.utils.dtypes import DTYPES
 from qcli.utils.errors import UsageError
-from qcli.utils.safetensors import read_header, read_tensors
+from qcli.utils.safetensors import MappedFiles, read_header, read_tensors
 
 
 def write(file: Path, header: str, data: bytes = b"") -> Path:
@@ -36,9 +36,26 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
     assert {name: extent.stored.shape for name, extent in header.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
-    for name, tensor in read_tensors(header.items()).items():
-        assert tensor.dtype == tensors[name].dtype
-        assert torch.equal(tensor.float(), tensors[name].float())
+    for read in (read_tensors, MappedFiles().tensors):
+        for name, tensor in read(header.items()).items():
+            assert tensor.dtype == tensors[name].dtype
+            assert tensor.shape == tensors[name].shape
+            assert torch.equal(tensor.float(), tensors[name].float())
+
+
+def test_mapped_tensors_are_their_part_of_the_file_and_cannot_change_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(4096.0), "b": torch.ones(3)}, file)
+    before = file.read_bytes()
+    extents = read_header(file)
+    mapped = MappedFiles().tensors(extents.items())
+    assert mapped["a"].untyped_storage().nbytes() == 4 * 4096, "what a copy of the model would copy"
+    mapped["a"].zero_()
+    assert file.read_bytes() == before
+    assert torch.equal(mapped["b"], torch.ones(3))
+    file.write_bytes(before[:-4])
+    with pytest.raises(UsageError, match="it ends early"):
+        MappedFiles().tensors(extents.items())
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, 400])
