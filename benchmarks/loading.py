@@ -33,7 +33,6 @@ import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 import qcli
 from qcli.inference.load import load_model, tensor_bytes
-from qcli.inference.transformers_plugin import register
 from qcli.models.open import open_source
 
 def resident(which):

@@ -4,4 +4,4 @@ from qcli.inference.autoload import when_imported
 
 __version__ = "0.1.0"
 
-when_imported("transformers.quantizers.auto", "qcli.inference.transformers_plugin", "register")
+when_imported("transformers.quantizers.auto", "qcli.inference.transformers_plugin")

@@ -1,4 +1,4 @@
-"""Register the transformers plug-in when transformers is imported: `import qcli` alone stays light.
+"""Import the transformers plug-in, which registers itself, when transformers is: `import qcli` alone stays light.
 
 The import hooks do not inherit from importlib.abc, whose import would cost every start of the command line 20 ms.
 """
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def when_imported(name: str, module: str, function: str) -> None:
-    """Call `module.function()` right after module `name` is imported, now if it already is."""
+def when_imported(name: str, module: str) -> None:
+    """Import `module` right after module `name` is imported, now if it already is."""
     if name in sys.modules:
-        getattr(import_module(module), function)()
+        import_module(module)
     else:
-        sys.meta_path.insert(0, _Finder(name, module, function))
+        sys.meta_path.insert(0, _Finder(name, module))
 
 
 class _Finder:
-    """A meta-path finder of one module: finds it the usual way, once, and appends a call to its execution."""
+    """A meta-path finder of one module: finds it the usual way, once, and lets another follow it."""
 
-    def __init__(self, name: str, module: str, function: str) -> None:
-        self.name, self.module, self.function = name, module, function
+    def __init__(self, name: str, module: str) -> None:
+        self.name, self.module = name, module
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -39,19 +39,19 @@ class _Finder:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = cast("Loader", _CallingLoader(spec.loader, self.module, self.function))
+            spec.loader = cast("Loader", _LeadingLoader(spec.loader, self.module))
         return spec
 
 
-class _CallingLoader:
-    """A loader that calls a function after it has executed its module."""
+class _LeadingLoader:
+    """A loader that imports another module after it has executed its own."""
 
-    def __init__(self, loader: Loader, module: str, function: str) -> None:
-        self.loader, self.module, self.function = loader, module, function
+    def __init__(self, loader: Loader, module: str) -> None:
+        self.loader, self.module = loader, module
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        getattr(import_module(self.module), self.function)()
+        import_module(self.module)

@@ -1,5 +1,7 @@
 """The transformers plug-in: after `import qcli`, `from_pretrained` loads qcli checkpoints and keeps them packed.
 
+Its import registers `quant_method: qcli` with transformers.
+
 transformers initializes missing tensors randomly and only warns. This plug-in compares the files' headers with
 the checkpoint's config before any weight is read and raises an error for every mismatch.
 """
@@ -83,13 +85,6 @@ class QcliQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters beside the packed weights are; the codes themselves are fixed."""
         return True
-
-
-def register() -> None:
-    """Register `quant_method: qcli` with transformers; a second call does nothing."""
-    if "qcli" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config("qcli")(QcliConfig)
-        register_quantizer("qcli")(QcliQuantizer)
 
 
 def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinear]:
@@ -180,3 +175,8 @@ def _check_dense(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tup
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
             raise VerificationError(f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}")
+
+
+if "qcli" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config("qcli")(QcliConfig)
+    register_quantizer("qcli")(QcliQuantizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,13 @@ def test_ignoring_mismatched_sizes_is_the_one_way_around_it(
     _, report = LOADERS[0].from_pretrained(checkpoint, ignore_mismatched_sizes=True, output_loading_info=True)
     assert [name for name, *_ in report["mismatched_keys"]] == [GUARD]
     assert len(report["missing_keys"]) == 13, "all quantized layers but the guard's"
+
+
+@pytest.mark.slow
+def test_the_plugin_may_be_the_first_import() -> None:
+    code = (
+        "import qcli.inference.transformers_plugin; from transformers.quantizers.auto import *; "
+        "print('qcli' in AUTO_QUANTIZATION_CONFIG_MAPPING)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Triton"]
 
-_CHUNK = 32  # codes whose words are whole, see kernels.py
+_CHUNK = 32  # codes whose words are whole, see cuda/stored.py
 MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's matrix product are faster
 _FEW_ROWS = 4  # faster one by one than from a decoded tile
 _MAX_SPANS = 512  # of one program of `gemv`
