@@ -7,7 +7,7 @@ validated in milliseconds; the numerics they call are in `solvers/`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.transform import Transform
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qcli.algorithms.refine import Refine
+
+Unit: TypeAlias = Literal["group", "layer", "row"]
 
 
 @dataclass
@@ -38,9 +40,15 @@ class Solution:
 
 
 class Method(Options):
-    """Quantizes linear layers that share an input: chooses codes and tables of one format."""
+    """Quantizes linear layers that share an input: chooses codes and tables of one format.
+
+    Attributes:
+        unit: the smallest part of a group whose solution depends on no other part, so that several processes can share
+            the work; of a `row`, every table has a row too.
+    """
 
     name: ClassVar[str]
+    unit: ClassVar[Unit] = "group"
 
     @property
     def needs(self) -> frozenset[str]:

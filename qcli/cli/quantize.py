@@ -85,9 +85,10 @@ def quantize(
     """Quantize a model block by block.
 
     The result is a checkpoint that transformers loads. Flags override --set, --set overrides --recipe. Options of a
-    single method: --set method.NAME=VALUE; `qcli recipe schema` lists them.
+    single method: --set method.NAME=VALUE; `qcli recipe schema` lists them. On several GPUs:
+    torchrun --nproc-per-node N -m qcli quantize ...
     """
-    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True, distributed=True) as session:
         from qcli.recipe.load import load_recipe
         from qcli.utils.trust import Trust
 

@@ -162,6 +162,7 @@ class Manifest(BaseModel):
         unscaled: paths in a block of linears whose inputs no transform can scale.
         dense: the reason why a layer or tensor was not quantized, by name.
         peak_memory: bytes, by kind of memory (`rss`, `cuda`).
+        processes: how many of `torchrun` quantized it, where there were several; sums then have another order.
         files: all other files of the folder, by name, set by `write`.
         distilled: its distillations, in order.
         packed_as: the export target that `qcli pack` wrote; None: the folder is as `qcli quantize` left it.
@@ -189,6 +190,7 @@ class Manifest(BaseModel):
     dense: dict[str, str]
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_memory: dict[str, int]
+    processes: int = Field(default=1, ge=1)
     allocation: AllocationReport | None = None
     files: dict[str, FileEntry] = Field(default_factory=dict)
     distilled: list[DistillationReport] = Field(default_factory=list)

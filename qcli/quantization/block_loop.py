@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
 from qcli.core.weight import QuantizedWeight
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.block_state import BlockGroup, BlockState, CollectedGroup
+from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
 
 
@@ -39,6 +41,19 @@ class BlockQuantizer(Protocol):
         """Move the quantized activations through the block."""
 
 
+def quantize_blocks_apart(
+    quantizer: BlockQuantizer, parts: BlockParts, processes: Processes, progress: Progress
+) -> None:
+    """Quantize blocks that do not depend on each other, each in one of several processes; the main one commits all."""
+    unfinished = quantizer.route(parts.unfinished())
+    for first in range(0, len(unfinished), processes.world_size):
+        own = unfinished[first : first + processes.world_size][processes.rank : processes.rank + 1]
+        blocks = [_solved(quantizer, quantizer.load(index, None)) for index in own]
+        for block in itertools.chain.from_iterable(processes.to_main(blocks)):
+            parts.commit(block)
+            progress("quantize", block.index + 1, parts.count, _detail(parts, block.index))
+
+
 def quantize_blocks(quantizer: BlockQuantizer, parts: BlockParts, progress: Progress) -> None:
     """Quantize every unfinished block and commit it to the run's folder.
 
@@ -46,14 +61,23 @@ def quantize_blocks(quantizer: BlockQuantizer, parts: BlockParts, progress: Prog
     the activations that later blocks read pass through it.
     """
     for index in quantizer.route(parts.unfinished()):
-        block = quantizer.load(index, parts.saved(index))
-        quantizer.transform(block)
-        for group in block.groups:
-            collected = quantizer.collect(block, group)
-            block.replace(quantizer.solve(block, collected) if block.saved is None else block.saved_of(group))
-        quantizer.advance_original(block)
+        block = _solved(quantizer, quantizer.load(index, parts.saved(index)))
         if block.saved is None:
             quantizer.refine(block)
             parts.commit(block)
         quantizer.advance(block)
-        progress("quantize", index + 1, parts.count, f"worst layer error {parts.worst_error(index):.2g}")
+        progress("quantize", index + 1, parts.count, _detail(parts, index))
+
+
+def _solved(quantizer: BlockQuantizer, block: BlockState) -> BlockState:
+    """The block with all of its groups quantized."""
+    quantizer.transform(block)
+    for group in block.groups:
+        collected = quantizer.collect(block, group)
+        block.replace(quantizer.solve(block, collected) if block.saved is None else block.saved_of(group))
+    quantizer.advance_original(block)
+    return block
+
+
+def _detail(parts: BlockParts, index: int) -> str:
+    return f"worst layer error {parts.worst_error(index):.2g}"

@@ -13,7 +13,7 @@ from qcli.models.quantized import LayerStorage, stored_tensors
 from qcli.quantization.block_state import BlockState
 from qcli.quantization.plan import Plan
 from qcli.utils.dtypes import torch_dtype
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import RunParts
 
 _OUTSIDE = "outside"
 
@@ -26,7 +26,7 @@ class BlockParts:
         resumed: how many an interrupted run had finished.
     """
 
-    def __init__(self, plan: Plan, run: RunFolder) -> None:
+    def __init__(self, plan: Plan, run: RunParts) -> None:
         self.plan, self.run, self.count = plan, run, len(plan.parts) - 1
         self.resumed = sum(run.done(_name(index)) is not None for index in range(self.count))
 
@@ -47,14 +47,19 @@ class BlockParts:
 
     def commit(self, block: BlockState) -> None:
         """Write a quantized block: packed weights, and every other tensor as the source or a transform has it."""
-        prefix, stored = self.plan.prefix(block.index), self.plan.parts[block.index]
+        prefix = self.plan.prefix(block.index)
+        tensors = self._stored(block, prefix) if self.run.writes else {}
+        self.run.commit(_name(block.index), tensors, block.report(prefix))
+
+    def _stored(self, block: BlockState, prefix: str) -> dict[str, Tensor]:
+        stored = self.plan.parts[block.index]
         tensors: dict[str, Tensor] = {}
         for path, weight in block.weights.items():
             tensors |= stored_tensors(prefix + path, weight)
         tensors |= self._dense([name for name in stored if name not in tensors])
         for name, tensor in block.rewritten().items():
             tensors[prefix + name] = tensor.to("cpu", stored[prefix + name].torch_dtype).contiguous()
-        self.run.commit(_name(block.index), {name: tensors[name] for name in stored}, block.report(prefix))
+        return {name: tensors[name] for name in stored}
 
     def commit_dense(self) -> None:
         """Write the parts in which nothing is quantized, as far as they are missing."""

@@ -12,12 +12,15 @@ from qcli.recipe.record import portable, write_record
 from qcli.utils import shards
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
+from qcli.utils.run_folder import RunFolder
 from qcli.utils.safetensors import read_header
 
 
-def publish_checkpoint(result: Result, parts: BlockParts, tokens: CalibrationTokens | None, progress: Progress) -> None:
+def publish_checkpoint(
+    result: Result, parts: BlockParts, run: RunFolder, tokens: CalibrationTokens | None, progress: Progress
+) -> None:
     """Assemble the checkpoint in the run's folder and give it its name in one step."""
-    plan, run = result.plan, parts.run
+    plan = result.plan
     folder = run.result()
     progress("write", 0, 1)
     stored = [read_header(run.file(name)) for name in parts.names()]
@@ -49,6 +52,8 @@ def publish_checkpoint(result: Result, parts: BlockParts, tokens: CalibrationTok
     )
     if facts := result.facts:
         manifest = manifest.model_copy(update={"facts": facts})
+    if result.processes > 1:
+        manifest = manifest.model_copy(update={"processes": result.processes})
     write_record(manifest, folder)
     run.publish()
     progress("write", 1, 1)

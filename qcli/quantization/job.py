@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qcli.models.manifest import versions
+from qcli.models.manifest import LayerReport, versions
 from qcli.models.open import ModelSource
-from qcli.quantization.block_loop import BlockQuantizer, quantize_blocks
+from qcli.quantization.block_loop import quantize_blocks, quantize_blocks_apart
 from qcli.quantization.block_parts import BlockParts
-from qcli.quantization.calibration import run_tokens
+from qcli.quantization.calibration import CalibrationTokens, run_tokens
 from qcli.quantization.checkpoint import publish_checkpoint
 from qcli.quantization.data_free import DataFree
 from qcli.quantization.plan import make_plan
@@ -21,11 +22,13 @@ from qcli.quantization.sequential import Sequential
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.determinism import determinism
-from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
+from qcli.utils.distributed import Processes, process_group, world_size
+from qcli.utils.errors import UsageError
 from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import FollowedRun, RunFolder, RunParts, partial
 from qcli.utils.stored_batches import BatchMemory
 from qcli.utils.trust import NOTHING, Trust
 
@@ -36,37 +39,74 @@ def quantize_as_written(
     """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
     plan = make_plan(recipe, trust)
-    device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
+    device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     identity = run_identity(recipe, plan.source, device, reads_text=plan.calibrated)
-    with RunFolder(Path(out), identity, recipe.resume) as run:
-        require_space(Path(out), 2 * plan.bytes - run.size())
-        tokens, parts = run_tokens(plan, run, device, cache, progress), BlockParts(plan, run)
+    with process_group(device) as processes, ExitStack() as stack:
+        opened: list[RunFolder] = []  # in the main process alone
+
+        def open_run() -> tuple[CalibrationTokens | None, dict[str, Any]]:
+            run = stack.enter_context(RunFolder(Path(out), identity, recipe.resume))
+            opened.append(run)
+            require_space(Path(out), 2 * plan.bytes - run.size())
+            tokens = run_tokens(plan, run, device, cache, progress)
+            if tokens is not None:
+                _require_samples(len(tokens.ids) - plan.held_out, processes)
+            return tokens, run.finished()
+
+        tokens, finished = processes.broadcast(open_run)
+        run: RunParts = opened[0] if opened else FollowedRun(partial(Path(out)), finished)
+        parts = BlockParts(plan, run)
         progress("quantize", 0, parts.count)
         with matmul_precision(fast=False), torch.no_grad():
-            quantizer: BlockQuantizer = DataFree(plan, device)
-            if tokens is not None:
-                memory = BatchMemory(device)
+            if tokens is None:
+                quantize_blocks_apart(DataFree(plan, device), parts, processes, progress)
+            else:
                 quantizer = Sequential(
-                    plan, run, tokens.ids, device, dtype, fast=fast, memory=memory, progress=progress
+                    plan,
+                    run,
+                    tokens.ids,
+                    device,
+                    dtype,
+                    fast=fast,
+                    memory=BatchMemory(device),
+                    progress=progress,
+                    processes=processes,
                 )
-            quantize_blocks(quantizer, parts, progress)
-            del quantizer  # its activations, before the checkpoint is assembled
-        parts.commit_dense()
-        progress("quantize", parts.count, parts.count)
+                quantize_blocks(quantizer, parts, progress)
+                del quantizer  # its activations, before the checkpoint is assembled
+
+        def finish() -> tuple[list[LayerReport], dict[str, dict[str, Any]]]:
+            parts.commit_dense()
+            progress("quantize", parts.count, parts.count)
+            return parts.layers(), parts.training()
+
+        layers, training = processes.broadcast(finish)
         result = Result(
             out=Path(out),
             plan=plan,
-            layers=parts.layers(),
-            training=parts.training(),
+            layers=layers,
+            training=training,
             tokens_sha256=None if tokens is None else tokens.sha256,
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(device),
             resumed_blocks=parts.resumed,
             dense=[name for name, method in plan.methods.items() if method is None],
+            processes=processes.world_size,
         )
-        publish_checkpoint(result, parts, tokens, progress)
+        if opened:
+            publish_checkpoint(result, parts, opened[0], tokens, progress)
+        processes.barrier()
     return result
+
+
+def _require_samples(samples: int, processes: Processes) -> None:
+    """Raise UsageError if there is a process without a sample to calibrate on."""
+    if samples < processes.world_size:
+        raise UsageError(
+            f"{samples} calibration samples cannot be divided among {processes.world_size} processes",
+            hint="use more --samples, or fewer processes",
+        )
 
 
 def run_identity(
@@ -83,6 +123,7 @@ def run_identity(
             "device": device.type,
             "bf16": recipe.dtype == "auto" and has_fast_matmul(device),
             **determinism(device, recipe.deterministic),
+            "processes": world_size() if reads_text else 1,
         },
         "source": source.state(),
         "data": content_hash(Path(recipe.calibration.data)) if reads_text else None,

@@ -15,7 +15,9 @@ from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Weights
 from qcli.algorithms.training.losses import relative_token_error, token_norms
 from qcli.models.stream import ModelStream
+from qcli.quantization.ranks import ALONE, no_loss, own_samples, shared_loss
 from qcli.utils.device import matmul_precision
+from qcli.utils.distributed import Processes
 from qcli.utils.stored_batches import StoredBatches
 
 
@@ -27,6 +29,7 @@ class BlockObjective:
         inputs: from the quantized stream, `[batch, length, hidden]` each.
         targets: the full-precision block's outputs, likewise.
         sampling: of the training samples.
+        processes: that the samples are divided among, by `Processes.share`.
     """
 
     def __init__(
@@ -35,20 +38,32 @@ class BlockObjective:
         inputs: Split[StoredBatches[Tensor]],
         targets: Split[StoredBatches[Tensor]],
         sampling: Sampling,
+        processes: Processes = ALONE,
     ) -> None:
-        self.forward, self.inputs, self.targets = forward, inputs, targets
-        self.median = torch.cat([token_norms(batch).flatten() for batch in targets.training]).median()
-        self.sampler = sampling.sampler(sum(len(batch) for batch in inputs.training), inputs.training[0].shape[1])
+        self.forward, self.inputs, self.targets, self.processes = forward, inputs, targets, processes
+        norms = torch.cat([token_norms(batch).flatten() for batch in targets.training])
+        self.median = torch.cat(processes.exchange(norms)).median()
+        samples = int(processes.sum(sum(len(batch) for batch in inputs.training)))
+        self.sampler, self.own = sampling.sampler(samples, inputs.training[0].shape[1]), processes.share(samples)
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         indices = self.sampler.indices(step)
-        inputs, targets = (side.training.samples(indices) for side in (self.inputs, self.targets))
-        return self._error(weights, inputs, targets).mean()
+        own = own_samples(indices, self.own)
+
+        def loss(weights: Weights) -> Tensor:
+            if not own:
+                return no_loss(weights)
+            inputs, targets = (side.training.samples(own) for side in (self.inputs, self.targets))
+            error = self._error(weights, inputs, targets).mean()
+            return error if len(own) == len(indices) else error * (len(own) / len(indices))
+
+        return shared_loss(loss, weights, self.processes)
 
     def held_out(self, weights: Weights) -> float:
         pairs = zip(self.inputs.held_out, self.targets.held_out, strict=True)
         errors = [self._error(weights, inputs, targets).flatten() for inputs, targets in pairs]
-        return float(torch.cat(errors).mean())
+        mean = float(torch.cat(errors).mean()) if errors else 0.0
+        return self.processes.mean(mean, sum(map(len, errors)))
 
     def _error(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
         return relative_token_error(self.forward(inputs, weights).float(), targets, self.median)
@@ -89,6 +104,7 @@ class ModelObjective:
         predictions: whether the target is the full-precision model's prediction.
         fast: whether matrix products may use bf16 or TF32 units.
         simulate: makes inputs of linears quantized until it is left; for the trained model, not for its target.
+        processes: that share the samples of a step; all have the whole model and all tokens.
     """
 
     def __init__(
@@ -101,17 +117,28 @@ class ModelObjective:
         predictions: bool,
         fast: bool,
         simulate: Callable[[], AbstractContextManager[object]] = nullcontext,
+        processes: Processes = ALONE,
     ) -> None:
-        self.stream, self.blocks, self.tokens = stream, blocks, tokens
+        self.stream, self.blocks, self.tokens, self.processes = stream, blocks, tokens, processes
         self.predictions, self.fast, self.simulate = predictions, fast, simulate
         self.sampler = sampling.sampler(len(tokens.training), tokens.training.shape[1])
 
     def loss(self, weights: Weights, step: int) -> Tensor:
-        return self._error(weights, self.tokens.training[self.sampler.indices(step)])
+        indices = self.sampler.indices(step)
+        own = [indices[place] for place in self.processes.share(len(indices))]
+
+        def loss(weights: Weights) -> Tensor:
+            if not own:
+                return no_loss(weights)
+            error = self._error(weights, self.tokens.training[own])
+            return error if len(own) == len(indices) else error * (len(own) / len(indices))
+
+        return shared_loss(loss, weights, self.processes)
 
     def held_out(self, weights: Weights) -> float:
-        errors = [self._error(weights, sample[None]) for sample in self.tokens.held_out]
-        return float(torch.stack(errors).mean())
+        own = [self.tokens.held_out[sample] for sample in self.processes.share(len(self.tokens.held_out))]
+        errors = [self._error(weights, sample[None]) for sample in own]
+        return self.processes.mean(float(torch.stack(errors).mean()) if errors else 0.0, len(errors))
 
     def _error(self, weights: Weights, tokens: Tensor) -> Tensor:
         with self.simulate():

@@ -9,7 +9,9 @@ from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.determinism import deterministic
-from qcli.utils.device import resolve_device
+from qcli.utils.device import local_device
+from qcli.utils.distributed import world_size
+from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.trust import NOTHING, Trust
 
@@ -35,9 +37,11 @@ def quantize(
         ResourceError: no space.
         UnsupportedError: an operation on the GPU has no deterministic algorithm, which the recipe asks for.
     """
-    with deterministic(resolve_device(recipe.device), wanted=recipe.deterministic):
+    with deterministic(local_device(recipe.device), wanted=recipe.deterministic):
         if recipe.allocation is None:
             return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
+        if world_size() > 1:
+            raise UsageError("bits: auto uses a single process", hint="run without torchrun")
         from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
 
         return allocate(recipe, out, progress, cache or Cache(None), trust)

@@ -24,6 +24,7 @@ class Result:
         peak_memory: bytes, by kind of memory.
         resumed_blocks: how many blocks an interrupted run had finished.
         dense: layers that an override leaves dense.
+        processes: how many shared the work; times and memory are those of the main one.
         allocation: what was predicted and measured where bits were chosen automatically.
     """
 
@@ -36,6 +37,7 @@ class Result:
     peak_memory: dict[str, int]
     resumed_blocks: int = 0
     dense: list[str] = field(default_factory=list)
+    processes: int = 1
     allocation: dict[str, Any] | None = None
 
     @property
@@ -61,6 +63,7 @@ class Result:
             "source_bytes": self.plan.source.bytes(),
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
+            "processes": self.processes,
             "resumed_blocks": self.resumed_blocks,
             "fallbacks": self.fallbacks,
             "dense": self.dense,

@@ -23,12 +23,13 @@ from qcli.quantization.block_state import BlockGroup, BlockState, CollectedGroup
 from qcli.quantization.layer_report import layer_report
 from qcli.quantization.objectives import BlockObjective, LinearObjective
 from qcli.quantization.plan import Plan
-from qcli.quantization.solve import solve
+from qcli.quantization.ranks import ALONE, solve_together
 from qcli.quantization.statistics import StagedBlock, collect
 from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
 from qcli.utils.device import matmul_precision
+from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import RunParts
 from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 
@@ -43,12 +44,13 @@ class Sequential:
         tokens: int64 `[samples, length]`; the last `plan.held_out` of them are held out.
         fast: whether bf16 or TF32 matrix products are allowed.
         memory: where activations wait for the next block.
+        processes: that share the work: each runs its own samples through the model.
     """
 
     def __init__(
         self,
         plan: Plan,
-        run: RunFolder,
+        run: RunParts,
         tokens: Tensor,
         device: torch.device,
         dtype: torch.dtype,
@@ -56,16 +58,19 @@ class Sequential:
         fast: bool,
         memory: BatchMemory,
         progress: Progress,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.plan, self.fast, self.refinement, self.progress = plan, fast, plan.recipe.refinement, progress
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(plan.source, device=device, dtype=dtype)
         self.last = plan.last_block
         self.tokens = Split(tokens[: len(tokens) - plan.held_out], tokens[len(tokens) - plan.held_out :])
-        self.quantized = self.tokens.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
+        own = self.tokens.map(lambda side: side[_slice(processes.share(len(side)))])
+        self.quantized = own.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
         compares = plan.recipe.trained or plan.needs & {CROSS, RESIDUAL_CROSS}
         self.original = self.quantized.map(StoredBatches.copy) if compares else None
-        self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress)
+        self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
         self.transforms.fit_model(self.tokens)
         self.stream.drop_vocabulary()
 
@@ -117,7 +122,7 @@ class Sequential:
 
         def collected(own: StagedBlock, reference: StagedBlock | None) -> LinearGroup:
             with matmul_precision(fast=self.fast, device=self.stream.device):
-                return collect(group.number, own, reference, needs)
+                return collect(group.number, own, reference, needs, self.processes)
 
         training, held_out = collected(quantized.training, None if original is None else original.training), None
         if solving and methods and self.refinement is not None and self.refinement.scope == "linear":
@@ -132,7 +137,7 @@ class Sequential:
         for method in dict.fromkeys(methods.values()):
             paths = [path for path in methods if methods[path] == method]
             part = collected.only(paths)
-            solutions = solve(method, self.plan.recipe.low_rank, part.training)
+            solutions = solve_together(method, self.plan.recipe.low_rank, part.training, self.processes)
             if part.held_out is not None:
                 solutions = self._refine_linears(block, part, solutions)
             for path in paths:
@@ -195,8 +200,13 @@ class Sequential:
             path: collected.training.weights[path] if solution.target is None else solution.target
             for path, solution in solutions.items()
         }
-        objective = LinearObjective(collected.training, collected.held_out)
-        refined, outcome = self.refinement.refine(weights, targets, objective, self.progress)
+        found = None
+        if self.processes.is_main:  # all have the same statistics
+            objective = LinearObjective(collected.training, collected.held_out)
+            found = self.refinement.refine(weights, targets, objective, self.progress)
+        found = self.processes.exchange(found)[0]
+        assert found is not None
+        refined, outcome = found
         block.training[f"refine {' '.join(solutions)}"] = outcome
         return {path: replace(solution, weight=refined[path]) for path, solution in solutions.items()}
 
@@ -208,6 +218,7 @@ class Sequential:
             self.quantized,
             targets,
             Sampling(batch_tokens, f"{self.plan.recipe.seed}:{block.index}:{purpose}"),
+            self.processes,
         )
 
     def _run(self, block: BlockState, hidden: Tensor, weights: Weights) -> Tensor:
@@ -223,3 +234,7 @@ class Sequential:
         outputs = hidden.copy()
         self._advance(module, index, outputs)
         return outputs
+
+
+def _slice(share: range) -> slice:
+    return slice(share.start, share.stop)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.models.stream import ModelStream
+from qcli.quantization.ranks import ALONE, add_up_statistics
+from qcli.utils.distributed import Processes
 from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
 
@@ -185,13 +187,20 @@ class _Unused:
         return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
 
 
-def collect(group: int, quantized: StagedBlock, original: StagedBlock | None, needs: frozenset[str]) -> LinearGroup:
+def collect(
+    group: int,
+    quantized: StagedBlock,
+    original: StagedBlock | None,
+    needs: frozenset[str],
+    processes: Processes = ALONE,
+) -> LinearGroup:
     """Run both streams up to `group`, batch by batch, and average the input statistics that `needs` names.
 
     Args:
         group: its index in the family's table; earlier groups have been collected before.
         quantized: the block, earlier groups quantized.
         original: the same block in full precision; None where no statistic needs it.
+        processes: that the samples are divided among; all get the averages over all samples.
 
     Returns:
         The statistics, float32, and the original weights by path in the block.
@@ -215,6 +224,13 @@ def collect(group: int, quantized: StagedBlock, original: StagedBlock | None, ne
             _add(statistics, CROSS, true_inputs, inputs)
         if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
             _add(statistics, RESIDUAL_CROSS, true_residual - residual, inputs)
+    if processes.world_size > 1:
+        if not tokens:  # there are more processes than held-out samples
+            like, row = weights[paths[0]], quantized.groups[group]
+            compared = needs & ({CROSS} if row.residual is None else {CROSS, RESIDUAL_CROSS})
+            for name in (needs & {HESSIAN}) | (set() if original is None else compared):
+                statistics[name] = like.new_zeros(like.shape[name != RESIDUAL_CROSS], like.shape[1])
+        tokens = add_up_statistics(statistics, tokens, processes)
     finite = [statistic.div_(tokens).isfinite().all() for statistic in statistics.values()]
     if finite and not bool(torch.stack(finite).all()):
         raise UsageError(

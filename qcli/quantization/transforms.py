@@ -21,8 +21,10 @@ from qcli.models.stream import ModelStream
 from qcli.quantization.folding import channel_scales, fold
 from qcli.quantization.objectives import ModelObjective
 from qcli.quantization.plan import Plan
+from qcli.quantization.ranks import ALONE
+from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import RunParts
 
 TRAINED_TOKENS = 1024  # of a training step
 
@@ -32,10 +34,21 @@ class BlockTransforms:
 
     Args:
         fast: whether the model may use bf16 or TF32 matrix products.
+        processes: that fit together.
     """
 
-    def __init__(self, plan: Plan, run: RunFolder, stream: ModelStream, *, fast: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunParts,
+        stream: ModelStream,
+        *,
+        fast: bool,
+        progress: Progress,
+        processes: Processes = ALONE,
+    ) -> None:
         self.plan, self.run, self.stream, self.fast, self.progress = plan, run, stream, fast, progress
+        self.processes = processes
         self.transforms = plan.recipe.all_transforms
         self.paths = [path for group in stream.family.groups for path in group.linears]
 
@@ -102,7 +115,7 @@ class BlockTransforms:
         formats = {path: method.format for path, method in self.plan.methods_of(block).items()}
         alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress)
         named = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
-        self.run.commit(self._part(number, block), named, {self._label(number): asdict(outcome)})
+        self._commit(number, block, named, outcome)
 
     def _fit_model(self, number: int, tokens: Split[Tensor]) -> None:
         """Fit on the model as earlier transforms, which are of the whole model too, have left it."""
@@ -121,18 +134,24 @@ class BlockTransforms:
             formats |= {f"{block}.{path}": method.format for path, method in methods.items()}
             for place, scale in enumerate(own):
                 scales[_key(block, place)] = scale.within(f"{block}.")
-        transform, part = self.transforms[number], self._part(number, 0)
+        transform = self.transforms[number]
         objective = ModelObjective(
             self.stream,
             blocks,
             tokens,
-            Sampling(TRAINED_TOKENS, f"{self.plan.recipe.seed}:{part}"),
+            Sampling(TRAINED_TOKENS, f"{self.plan.recipe.seed}:{self._part(number, 0)}"),
             predictions=transform.loss == "kl",
             fast=self.fast,
             simulate=lambda: self._simulated(quantized),
+            processes=self.processes,
         )
         alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
-        self.run.commit(part, dict(zip(scales, alphas, strict=True)), {self._label(number): asdict(outcome)})
+        self._commit(number, 0, dict(zip(scales, alphas, strict=True)), outcome)
+
+    def _commit(self, number: int, block: int, alphas: dict[str, Tensor], outcome: Outcome) -> None:
+        """Keep a fit, which every process has made, until all can read it."""
+        self.run.commit(self._part(number, block), alphas, {self._label(number): asdict(outcome)})
+        self.processes.barrier()
 
     @contextmanager
     def _simulated(self, linears: list[nn.Module]) -> Iterator[None]:

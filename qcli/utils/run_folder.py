@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from qcli.utils import journal, sealed, shards
 from qcli.utils.errors import StateError, UsageError, warn
@@ -44,6 +44,8 @@ class RunFolder:
             differences).
         QcliError: the folder cannot be created; see `os_problem`.
     """
+
+    writes: ClassVar[bool] = True
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: Resume) -> None:
         refuse_existing(out)
@@ -85,6 +87,10 @@ class RunFolder:
         journal.append(self.path / _JOURNAL, entry)
         self._entries[part] = entry
         self._intact[part] = True
+
+    def finished(self) -> dict[str, Any]:
+        """The reports of all finished parts, by part."""
+        return {part: self.report(part) for part in self._entries if self.done(part) is not None}
 
     def file(self, part: str) -> Path:
         """Path of a part."""
@@ -150,6 +156,40 @@ class RunFolder:
                 f"{self.path} holds an interrupted run with other settings: {described}",
                 hint="repeat its settings to continue it, or start over with --resume never",
             )
+
+
+class FollowedRun:
+    """The run folder as processes see it that do not write: another one, which has it open, commits the parts.
+
+    Args:
+        path: of the folder.
+        finished: `RunFolder.finished`, when it was opened.
+    """
+
+    writes: ClassVar[bool] = False
+
+    def __init__(self, path: Path, finished: Mapping[str, Any]) -> None:
+        self.path, self._reports = path, dict(finished)
+
+    def done(self, part: str) -> Path | None:
+        """The file of a finished part; None if it is not finished. What was committed just now may not be there yet."""
+        return self.file(part) if part in self._reports else None
+
+    def report(self, part: str) -> Any:
+        """The report that was committed with a part."""
+        return self._reports[part]
+
+    def commit(self, part: str, tensors: Mapping[str, Tensor], report: Any = None) -> None:
+        """Note the report; the other process writes the tensors."""
+        self._reports[part] = report
+
+    def file(self, part: str) -> Path:
+        """Path of a part."""
+        return part_file(self.path, part)
+
+
+RunParts: TypeAlias = RunFolder | FollowedRun
+"""The parts of a run: every process may read and commit them, one writes."""
 
 
 def _damaged(message: str) -> StateError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from qcli.algorithms.method import Unit
 from qcli.algorithms.methods._feedback import PerLayerFeedback
 from qcli.algorithms.methods._grouped import GroupedMethod
 from qcli.core.formats.dual_binary import DualBinary
@@ -31,6 +32,7 @@ class DBLLM(GroupedMethod, PerLayerFeedback):
     """Two bits per weight as two binary planes; a start for block reconstruction and distillation."""
 
     name: ClassVar[str] = "dbllm"
+    unit: ClassVar[Unit] = "row"
 
     bits: Literal[2] = Field(default=2, description="bits per weight's code, one for each plane")
     levels: Literal["fdb", "symmetric"] = Field(

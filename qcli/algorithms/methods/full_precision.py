@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from qcli.algorithms.layer_group import LinearGroup
-from qcli.algorithms.method import Method, Solution
+from qcli.algorithms.method import Method, Solution, Unit
 from qcli.core.formats.full_precision import FloatDType, FullPrecision
 from qcli.utils.dtypes import HALF_DTYPES
 
@@ -26,6 +26,7 @@ class Unrounded(Method):
     """Weights in floating point."""
 
     name: ClassVar[str] = "full-precision"
+    unit: ClassVar[Unit] = "row"
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="of the weights; auto: as the model stores them"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qcli.algorithms.layer_group import CROSS, LinearGroup
-from qcli.algorithms.method import Solution
+from qcli.algorithms.method import Solution, Unit
 from qcli.algorithms.methods._affine import AffineMethod
 from qcli.algorithms.methods._feedback import ErrorFeedback, Problem
 
@@ -30,6 +30,7 @@ class GPTQLike(AffineMethod, ErrorFeedback):
     """Uniform grids, codes by error feedback under the Hessian of the layer's inputs."""
 
     name: ClassVar[str] = "gptq-like"
+    unit: ClassVar[Unit] = "row"
 
     column_order: Literal["static", "group-aware", "none"] = Field(
         default="static",

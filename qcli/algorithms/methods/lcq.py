@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from qcli.algorithms.method import Unit
 from qcli.algorithms.methods._feedback import PerLayerFeedback
 from qcli.algorithms.methods._grouped import GroupedMethod
 from qcli.algorithms.refine import Refine
@@ -29,6 +30,7 @@ class LCQ(GroupedMethod, PerLayerFeedback):
     """Codebooks `C = S^T V - B` of rank `rank`, one row for each group."""
 
     name: ClassVar[str] = "lcq"
+    unit: ClassVar[Unit] = "layer"
 
     rank: int = Field(default=1, ge=1, le=16, description="basis vectors that a layer's codebooks are combined from")
     table_bits: Literal[8, 16] = Field(

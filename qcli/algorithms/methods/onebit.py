@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qcli.algorithms.layer_group import LinearGroup
-from qcli.algorithms.method import Solution
+from qcli.algorithms.method import Solution, Unit
 from qcli.algorithms.methods._feedback import PerLayerFeedback
 from qcli.algorithms.methods._rows import RowScaledMethod
 from qcli.core.formats.sign import Sign
@@ -33,6 +33,7 @@ class OneBit(RowScaledMethod, PerLayerFeedback):
     """One bit per weight; a start for block reconstruction and distillation."""
 
     name: ClassVar[str] = "onebit"
+    unit: ClassVar[Unit] = "layer"
 
     bits: Literal[1] = Field(default=1, description="bits per weight's code")
     svid: Literal["power", "svd", "nmf"] = Field(

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from qcli.algorithms.layer_group import DEAD_INPUTS, HESSIAN, LinearGroup
-from qcli.algorithms.method import Solution
+from qcli.algorithms.method import Solution, Unit
 from qcli.algorithms.methods._affine import AffineMethod
 
 __all__ = ["RTN"]
@@ -17,6 +17,7 @@ class RTN(AffineMethod):
     """Nearest codes on grids that cover each group's range, or on searched ones."""
 
     name: ClassVar[str] = "rtn"
+    unit: ClassVar[Unit] = "row"
 
     grid: Literal["minmax", "search", "hessian"] = Field(
         default="minmax",

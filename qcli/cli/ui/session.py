@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qcli.cli.ui.errors import INTERRUPTED, STATE, TERMINATED, USAGE, describe, show_error
+from qcli.cli.ui.errors import INTERRUPTED, TERMINATED, USAGE, describe, show_error
 from qcli.cli.ui.progress import Bars, Lines
 from qcli.cli.ui.signals import raised_signals
 from qcli.cli.ui.streams import abandon_stdout, tell
 from qcli.cli.ui.tables import Tables, console
-from qcli.utils.distributed import is_main_process, world_size
+from qcli.utils.distributed import fails_first, is_main_process, world_size
 from qcli.utils.errors import QcliWarning
 from qcli.utils.memory import return_large_blocks
 from qcli.utils.progress import silent
@@ -86,10 +86,11 @@ class Session:
         self.progress = self._progress()
         if world_size() > 1 and not self.distributed:
             self._exits.close()
-            show_error(
-                f"this command runs in one process, WORLD_SIZE says {world_size()}",
-                hint="only `qcli distill` shares its work under torchrun; elsewhere unset WORLD_SIZE",
-            )
+            if fails_first():
+                show_error(
+                    f"this command runs in one process, WORLD_SIZE says {world_size()}",
+                    hint="torchrun is for `qcli quantize` and `qcli distill`; without it, unset WORLD_SIZE",
+                )
             raise SystemExit(USAGE)
         return self
 
@@ -102,7 +103,7 @@ class Session:
         if isinstance(error, BrokenPipeError):
             abandon_stdout()
         message, hint, code = describe(error, resumable=self.resumable, memory_hint=self.memory_hint)
-        if code in (USAGE, STATE) and not is_main_process():  # every process meets these; the main one reports
+        if not fails_first():
             raise SystemExit(code) from None
         if self.verbose >= 2 and isinstance(error, Exception):
             traceback.print_exception(error)
