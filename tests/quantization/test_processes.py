@@ -40,13 +40,20 @@ JOBS: dict[str, dict[str, Any]] = {
             {"match": "*.down_proj", "method": {"name": "dbllm", "bits": 2}},
         ],
     },
-    "compensated": {"method.name": "gptq-like", "method.row_exponents": True, "low_rank.rank": 4},
-    "linear": {"method.name": "rtn", "method.bits": 3, "refine.scope": "linear", "refine.steps": 5},
-    "block": {"method.name": "rtn", "method.bits": 3, "refine.steps": 5, "refine.batch_tokens": 96},
-    "teq": {
+    "linear": {
         "method.name": "rtn",
         "method.bits": 3,
-        "transforms": [{"name": "teq", "loss": "kl", "steps": 5}, {"name": "teq", "steps": 5}],
+        "method.row_exponents": True,
+        "low_rank.rank": 4,
+        "refine.scope": "linear",
+        "refine.steps": 5,
+    },
+    "block": {
+        "transforms": [{"name": "teq", "loss": "kl", "steps": 4}, {"name": "teq", "steps": 4}],
+        "method.name": "rtn",
+        "method.bits": 3,
+        "refine.steps": 5,
+        "refine.batch_tokens": 96,
     },
 }
 
@@ -54,7 +61,7 @@ JOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def recipes(tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Fields by name; the one held-out sample is a share of its own."""
-    model, text = tiny_model("llama", tmp_path, num_hidden_layers=3), write_text(tmp_path)
+    model, text = tiny_model("llama", tmp_path, num_hidden_layers=2), write_text(tmp_path)
     common = {
         "model": str(model),
         "dtype": "float32",
@@ -94,7 +101,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(
     done = in_two(tmp_path)
     assert done.returncode == 0, done.stderr
     notes = [json.loads((tmp_path / f"notes-{rank}.json").read_text()) for rank in range(2)]
-    assert [note["block"] for note in notes[0]["methods"]] == [1, 2], "the first was finished"
+    assert [note["block"] for note in notes[0]["methods"]] == [1], "the first was finished"
     assert weights(tmp_path / "methods") == weights(tmp_path / "again")
     for name, recipe in recipes.items():
         quantize(load_recipe(None, recipe), tmp_path / f"{name}-alone")
@@ -109,6 +116,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(
         verify(tmp_path / name)
         if name != "rtn":  # one rank has quantized each block, the main one has written all
             assert [note["holds"] for note in notes[0][name]] == [note["holds"] for note in notes[1][name]]
+    assert weights(tmp_path / "rtn") == weights(tmp_path / "rtn-alone")
     assert any(outcome.best_step for outcome in shared.training.values())
 
     assert sum((Counter(note["calls"]) for note in notes[0]["rtn"]), Counter()).total() <= 4
