@@ -37,8 +37,8 @@ def write_text(file: Path, tokens: int, vocab: int) -> None:
     file.write_text(" ".join(f"w{(n * 7919) % vocab}" for n in range(tokens)))
 
 
-def write_llama(folder: Path, blocks: int, size: Size = Size()) -> int:  # noqa: B008
-    """A checkpoint with one shard a block; its size in bytes."""
+def write_llama(folder: Path, blocks: int, size: Size = Size(), device: str = "cpu") -> int:  # noqa: B008
+    """A checkpoint with one shard a block, its weights drawn on `device`; its size in bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True)
@@ -58,10 +58,10 @@ def write_llama(folder: Path, blocks: int, size: Size = Size()) -> int:  # noqa:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment,unused-ignore]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+        return (torch.randn(shape, generator=generator, device=device) * 0.02).bfloat16().cpu()
 
     weight_map: dict[str, str] = {}
 

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method__name": "rtn"},
-    "full precision": {"method__name": "full-precision", "grouped": False},
+    "full precision": {"method__name": "full-precision", "activations__bits": 8, "grouped": False},
     "gptq-like": {"method__name": "gptq-like", "method__bits": 3},
     "gptq-like, float zero points": {"method__bits": 2, "method__zero_point": "float"},
     "teq": {"method__name": "teq", "method__steps": 10},
@@ -197,15 +197,7 @@ def test_pack(target: str, qcli: Command, made: Path, tmp_path: Path) -> None:
         pytest.importorskip("gguf", reason="needs gguf: pip install qcli[gguf]")
     flags = ["--method", "rtn", "--bits", 4, "--group-size", 32, "--symmetric", "--device", DEVICE]
     qcli("quantize", made / "model", *flags, "--out", tmp_path / "q")
-    qcli(
-        "pack",
-        tmp_path / "q",
-        "--format",
-        target,
-        "--out",
-        tmp_path / "p",
-        *(["--requantize"] if target == "gguf" else []),
-    )
+    qcli("pack", tmp_path / "q", "--format", target, "--out", tmp_path / "p")
     qcli("verify", tmp_path / "p")
     assert qcli("inspect", tmp_path / "p")
 

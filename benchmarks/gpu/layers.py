@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import save
+from benchmarks.gpu.machine import DEVICE, TINY, Calls, clear, save
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
@@ -41,9 +41,9 @@ FORMATS: dict[str, Format] = {
     "lcq 3 bits": Codebook(bits=3, group_size=64, rank=1, table_bits=8),
     "lcq 4 bits": Codebook(bits=4, group_size=64, rank=1, table_bits=8),
 }
-SHAPES = ((14336, 4096), (4096, 4096), (4096, 14336))
+SHAPES = ((64, 256), (128, 128)) if TINY else ((14336, 4096), (4096, 4096), (4096, 14336))
 ROWS = (1, 4, 16, 64, 256, 2048)
-RING_BYTES = 256 << 20
+RING_BYTES = 1 if TINY else 256 << 20
 _TILE = 1 << 22
 
 
@@ -63,41 +63,18 @@ class Layer:
 
 def make(format: Format, shape: tuple[int, int]) -> Layer:
     weight = random_weight(format, shape)
-    tensors = {name: tensor.cuda() for name, tensor in format.to_stored(weight).items()}
+    tensors = {name: tensor.to(DEVICE) for name, tensor in format.to_stored(weight).items()}
     copies = max(2, -(-RING_BYTES // sum(tensor.nbytes for tensor in tensors.values())))
     ring = [tensors, *({name: tensor.clone() for name, tensor in tensors.items()} for _ in range(copies - 1))]
-    return Layer(format, shape, weight.dense().cuda().bfloat16(), ring)
+    return Layer(format, shape, weight.dense().to(DEVICE).bfloat16(), ring)
 
 
-def graph_of(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """All calls in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1000 / calls
-
-
-def compared(arms: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
+def compared(arms: dict[str, Calls], rounds: int) -> dict[str, float]:
     """Median microseconds of a call of each arm; the arms take turns."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
-        for name, (graph, calls) in arms.items():
-            times[name].append(microseconds(graph, calls))
+        for name, calls in arms.items():
+            times[name].append(calls.microseconds())
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -108,7 +85,7 @@ def error(layer: Layer, x: Tensor, y: Tensor) -> float:
 
 
 def measure(layer: Layer, rows: int, rounds: int) -> dict[str, Any]:
-    x = torch.randn(rows, layer.shape[1], device="cuda").bfloat16()
+    x = torch.randn(rows, layer.shape[1], device=DEVICE).bfloat16()
     triton = backend.Triton()
     packed: list[Callable[[], Tensor]] = [
         partial(triton.linear, x, layer.format, layer.shape, tensors, None) for tensors in layer.ring
@@ -118,8 +95,8 @@ def measure(layer: Layer, rows: int, rounds: int) -> dict[str, Any]:
     dense: list[Callable[[], Tensor]] = [partial(F.linear, x, weight) for weight in copied]
     at_once = 8 if rows > 64 else 64
     arms = {
-        "packed": (graph_of(packed[:at_once]), len(packed[:at_once])),
-        "bf16": (graph_of(dense[:at_once]), len(dense[:at_once])),
+        "packed": Calls(packed[:at_once]),
+        "bf16": Calls(dense[:at_once]),
     }
     times = compared(arms, rounds)
     return {
@@ -142,7 +119,7 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
             print(line.format(**result), flush=True)
             save(name_of_result, {"rows": results})
         del layer
-        torch.cuda.empty_cache()
+        clear()
 
 
 def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
@@ -166,7 +143,7 @@ def run_once(job: tuple[str, tuple[int, int], int, tuning.Gemv | tuning.Matmul])
     """Compile one configuration, for the cache on disk."""
     name, shape, rows, tuned = job
     weight = _small(name, shape)
-    x = torch.randn(rows, shape[1], device="cuda").bfloat16()
+    x = torch.randn(rows, shape[1], device=DEVICE).bfloat16()
     call = backend.prepare(FORMATS[name], shape, weight)
     try:
         run(x, call, tuned)
@@ -177,7 +154,7 @@ def run_once(job: tuple[str, tuple[int, int], int, tuning.Gemv | tuning.Matmul])
 def _small(name: str, shape: tuple[int, int]) -> dict[str, Tensor]:
     """Tensors of the right shapes without values."""
     stored = FORMATS[name].stored(shape)
-    return {suffix: torch.ones(entry.shape, dtype=entry.torch_dtype, device="cuda") for suffix, entry in stored.items()}
+    return {suffix: torch.ones(entry.shape, dtype=entry.torch_dtype, device=DEVICE) for suffix, entry in stored.items()}
 
 
 def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], rounds: int, name_of_result: str) -> None:
@@ -187,19 +164,19 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
         for tuned in choices(count)
     ]
     begun = time.time()
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
+    with multiprocessing.get_context("spawn").Pool(1 if TINY else 14) as pool:
         pool.map(run_once, jobs, chunksize=1)
     print(f"compiled {len(jobs)} in {time.time() - begun:.0f} s", flush=True)
     results = []
     for name, shape in itertools.product(formats, shapes):
         layer = make(FORMATS[name], shape)
         for count in rows:
-            x = torch.randn(count, shape[1], device="cuda").bfloat16()
+            x = torch.randn(count, shape[1], device=DEVICE).bfloat16()
             calls = [backend.prepare(layer.format, shape, tensors) for tensors in layer.ring][:64]
             arms = {}
             for tuned in choices(count):
                 try:
-                    arms[str(tuned)] = (graph_of([partial(run, x, call, tuned) for call in calls]), len(calls))
+                    arms[str(tuned)] = Calls([partial(run, x, call, tuned) for call in calls])
                 except Exception as problem:
                     print(name, count, tuned, repr(problem)[:200], flush=True)
             times = sorted(compared(arms, rounds).items(), key=lambda item: item[1])
@@ -207,7 +184,7 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
             print(name, shape, count, [(key, round(us, 1)) for key, us in (*times[:4], times[-1])], flush=True)
             save(name_of_result, {"rows": results})
         del layer
-        torch.cuda.empty_cache()
+        clear()
 
 
 def main() -> None:

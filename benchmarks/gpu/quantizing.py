@@ -1,96 +1,55 @@
-"""Quantizing and distilling on a GPU, by the commands, on Llamas of random weights with the shapes of 8B, 70B and 135M.
+"""Seconds and peak memory of a block by each method, on random Llamas of the shapes of 8B, 70B and 135M parameters.
 
-Seconds and peak GPU memory of a process; blocks are alike, so a few stand for all.
+Blocks are alike, so a few stand for all. Training is cut to 20 steps. `blocks` are the seconds of each, the first
+with whatever is compiled or warmed up; `seconds` those of the whole run, from the model's headers to the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import save
-from benchmarks.memory import Size, write_llama, write_text
+from benchmarks.gpu.machine import save
+from benchmarks.gpu.models import TOKENS, make, measured, recipe
+from qcli.quantization.quantize import quantize
 
-SIZES = {
-    "8B": (Size(4096, 14336, 32, 8), 2),
-    "70B": (Size(8192, 28672, 64, 8), 1),
-    "135M": (Size(576, 1536, 9, 3, 49152), 30),
-    "tiny": (Size(128, 256, 4, 2, 500), 2),
-}  # and blocks
-METHODS = {
-    "rtn": ["--method", "rtn", "--bits", "4"],
-    "gptq-like": ["--method", "gptq-like", "--bits", "4", "--group-size", "128"],
-    "lcq": ["--method", "lcq", "--bits", "2", "--group-size", "64"],
-    "refined": ["--method", "gptq-like", "--bits", "2", "--group-size", "64", "--set", "refine.steps=20"],
+BLOCKS = {"8B": 2, "70B": 1, "135M": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "gptq-like": {"method__bits": 4, "method__group_size": 128},
+    "refined": {"method__bits": 2, "method__group_size": 64, "refine__steps": 20},
+    "lcq": {"method__name": "lcq", "method__bits": 2, "method__steps": 20},
+    "dbllm": {"method__name": "dbllm"},
+    "onebit": {"method__name": "onebit"},
+    "rtn": {"method__name": "rtn", "method__bits": 4},
+    "refined tables": {"method__bits": 2, "refine__steps": 20, "refine__train": ["tables"]},
+    "teq": {"method__name": "teq", "method__steps": 20},
+    "low rank": {"method__bits": 2, "low_rank__rank": 8},
+    "gptq-like, not deterministic": {"method__bits": 4, "method__group_size": 128, "deterministic": False},
 }
-
-
-def command(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """The JSON result of a command of qcli, and how long the process took; its last line if it failed."""
-    begun = time.time()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "qcli", *arguments, "--json", "-q"], capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {seconds:.0f} s"}
-    if done.returncode:
-        return {"failed": " ".join(done.stderr.splitlines()[-2:])}
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result | {"process_seconds": time.time() - begun}
-
-
-def measure(given: argparse.Namespace) -> None:
-    rows: list[dict[str, Any]] = []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        save("gpu_quantizing", {"samples": given.samples, "seq_len": given.seq_len, "rows": rows})
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name in given.sizes.split(","):
-            size, blocks = SIZES[name]
-            model, text = Path(folder) / name, Path(folder) / f"{name}.txt"
-            write_llama(model, blocks, size)
-            write_text(text, given.samples * given.seq_len + 1, size.vocab)
-            shared = ["--data", str(text), "--samples", str(given.samples), "--seq-len", str(given.seq_len)]
-            shared += ["--device", given.device]
-            for method in given.methods.split(","):
-                out = str(Path(folder) / f"{name}-{method}")
-                arguments = ["quantize", str(model), *METHODS[method], *shared, "--out", out]
-                result = command(arguments, given.limit)
-                keep({"size": name, "blocks": blocks, "method": method, **_short(result)})
-            if name == given.distill:
-                student = str(Path(folder) / f"{name}-{given.methods.split(',')[0]}")
-                for train in ("tables", "tables,weights"):
-                    out = str(Path(folder) / f"{name}-distilled-{len(train)}")
-                    arguments = ["distill", student, "--teacher", str(model), "--train", train, "--steps", "20"]
-                    result = command([*arguments, *shared, "--out", out], given.limit)
-                    keep({"size": name, "blocks": blocks, "method": f"distill {train}", **_short(result)})
-
-
-def _short(result: dict[str, Any]) -> dict[str, Any]:
-    kept = ("failed", "seconds", "process_seconds", "peak_memory", "steps", "tokens")
-    return {name: result[name] for name in kept if name in result}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sizes", default="8B,135M,70B")
-    parser.add_argument("--methods", default="gptq-like,rtn,lcq,refined")
-    parser.add_argument("--distill", default="135M", help="the size that is distilled too")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--limit", type=float, default=60, help="seconds of a command")
-    measure(parser.parse_args())
+    parser.add_argument("size", choices=BLOCKS)
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further method begins")
+    given = parser.parse_args()
+    begun, rows = time.monotonic(), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make(folder, given.size, BLOCKS[given.size])
+        print(f"written after {time.monotonic() - begun:.1f} s", flush=True)
+        for method, fields in METHODS.items():
+            if time.monotonic() - begun > given.limit:
+                break
+            row = measured(partial(quantize, recipe(model, **fields), folder / method), "quantize")
+            row["blocks"] = row.pop("units")[: BLOCKS[given.size]]
+            rows.append({"size": given.size, "method": method, **row})
+            print(rows[-1], flush=True)
+            save(f"gpu_quantizing_{given.size}", {"what": __doc__, "tokens": TOKENS, "rows": rows})
 
 
 if __name__ == "__main__":

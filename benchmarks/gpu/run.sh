@@ -1,28 +1,53 @@
 #!/bin/bash
 # Every measurement on one NVIDIA GPU, the important ones first, in under 9 minutes: no network is needed.
-# Usage, in the repository's root: benchmarks/gpu/run.sh OUT [WHEELS]
-#   OUT: folder of the results, written as they come.   WHEELS: folder of what the machine lacks, if anything.
+# Usage, in the repository's root: benchmarks/gpu/run.sh OUT [WHEELS [PART...]]
+#   OUT: folder of the results, written as they come.   WHEELS: folder of what the machine lacks, or "" for nothing.
+#   PART: names of the parts below; by default all of them, as far as the time goes.
+#   QCLI_SECONDS: for everything, 530 by default.   QCLI_TINY=1: on a CPU, at tiny sizes, to find errors of the scripts.
 set -u
 out=$(realpath -m "${1:?folder of the results}")
+wheels=${2:-}
+shift $(($# < 2 ? $# : 2))
+parts=" $* "
 mkdir -p "$out"
-if [ -n "${2:-}" ]; then
+if [ -n "$wheels" ]; then
     site=$(mktemp -d)
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$2"/*.whl || exit
+    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl || exit
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" QCLI_RESULTS="$out" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" QCLI_RESULTS="$out" PYTHONUNBUFFERED=1 QCLI_CACHE="$out/cache"
+workers=$([ "${QCLI_TINY:-}" = 1 ] && echo 1 || echo 14)
 
-part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its end to the terminal
-    local name=$1 limit=$2
+part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its end and its time to the terminal
+    local name=$1 limit=$2 left=$((${QCLI_SECONDS:-530} - SECONDS))
     shift 2
-    echo "== $name"
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || echo "$name ended with $?"
+    [ "$parts" = "  " ] || [[ $parts == *" $name "* ]] || return 0
+    if [ $left -lt 10 ]; then
+        echo "== $name: no time left"
+        return
+    fi
+    limit=$((limit < left ? limit : left))
+    local begun=$SECONDS
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || echo "$name ended with $? (124: after its limit of $limit s)"
+    echo "== $name: $((SECONDS - begun)) s"
     tail -n "${LINES_SHOWN:-40}" "$out/$name.log"
 }
 
-part correct 60 python3 -m pytest -q -n 14 -p no:cacheprovider --override-ini addopts= tests/inference/test_triton.py
+tests() { # tests NAME SECONDS FILE...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" python3 -m pytest -q -n "$workers" -p no:cacheprovider --override-ini addopts= --durations 10 "$@"
+}
+
+tests smoke 110 tests/test_cuda.py
+part quantizing 80 python3 -m benchmarks.gpu.quantizing 8B --limit 65
+part distilling 60 python3 -m benchmarks.gpu.distilling --limit 50
+part determinism 80 python3 -m benchmarks.gpu.determinism
+part commands 70 python3 -m benchmarks.gpu.commands
+part large 70 python3 -m benchmarks.gpu.quantizing 70B --limit 50
+part small 40 python3 -m benchmarks.gpu.quantizing 135M --limit 30
+tests correct 45 tests/inference/test_triton.py
 part layers 80 python3 -m benchmarks.gpu.layers table --shapes 1
 part decoding 90 python3 -m benchmarks.gpu.decoding
-part quantizing 150 python3 -m benchmarks.gpu.quantizing
 part shapes 60 python3 -m benchmarks.gpu.layers table --rows 1,16 --name gpu_shapes
 part sweep 60 python3 -m benchmarks.gpu.layers sweep --shapes 1 --rows 1,16

@@ -105,6 +105,7 @@ def test_an_operation_without_a_deterministic_algorithm_is_one_line(work: Callab
         torch.ones(2).view(3)
 
 
+@pytest.mark.slow
 def test_torch_compiler_is_not_imported_for_it_but_knows() -> None:
     """Its import takes as long as torch's own."""
     program = """
