@@ -32,7 +32,7 @@ from tests.determinism import as_on_a_gpu
 from tests.evaluation.questions import write_task
 from tests.inference.weights import random_weight
 from tests.quantizing import TOKENS, in_pieces, logits, run, streamed, weights, write_text
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_merge
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -126,8 +126,7 @@ Command = Callable[..., dict[str, Any]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a model and a checkpoint of it."""
     folder = tmp_path_factory.mktemp("commands")
-    model = tiny_model("llama", folder)
-    model.rename(folder / "model")
+    with_merge(tiny_model("llama", folder)).rename(folder / "model")
     run(folder / "model", folder / "q", write_text(folder), device=DEVICE, method__bits=3)
     return folder
 

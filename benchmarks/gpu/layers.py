@@ -42,7 +42,9 @@ FORMATS: dict[str, Format] = {
     "lcq 4 bits": Codebook(bits=4, group_size=64, rank=1, table_bits=8),
 }
 SHAPES = ((64, 256), (128, 128)) if TINY else ((14336, 4096), (4096, 4096), (4096, 14336))
-ROWS = (1, 4, 16, 64, 256, 2048)
+ROWS = (1, 16) if TINY else (1, 4, 16, 64, 256, 2048)
+ROUNDS = 2 if TINY else 12
+CHOICES = 2 if TINY else None
 RING_BYTES = 1 if TINY else 256 << 20
 _TILE = 1 << 22
 
@@ -93,7 +95,7 @@ def measure(layer: Layer, rows: int, rounds: int) -> dict[str, Any]:
     copies = max(2, RING_BYTES // layer.dense.nbytes)
     copied = [layer.dense, *(layer.dense.clone() for _ in range(copies))]
     dense: list[Callable[[], Tensor]] = [partial(F.linear, x, weight) for weight in copied]
-    at_once = 8 if rows > 64 else 64
+    at_once = 1 if TINY else 8 if rows > 64 else 64
     arms = {
         "packed": Calls(packed[:at_once]),
         "bf16": Calls(dense[:at_once]),
@@ -122,12 +124,18 @@ def table(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
         clear()
 
 
-def choices(rows: int) -> Iterator[tuning.Gemv | tuning.Matmul]:
+def choices(name: str, shape: tuple[int, int], rows: int) -> list[tuning.Gemv | tuning.Matmul]:
+    """Configurations to compare for a format; none where it has no kernel for so many rows."""
+    return [*_choices(rows, matmul=backend.prepare(FORMATS[name], shape, _small(name, shape)).has_matmul)][:CHOICES]
+
+
+def _choices(rows: int, *, matmul: bool) -> Iterator[tuning.Gemv | tuning.Matmul]:
     if rows == 1:
         for chunks, outputs in ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8)):
             yield tuning.Gemv(chunks, outputs)
-        yield tuning.matmul(rows)
-    else:
+        if matmul:
+            yield tuning.matmul(rows)
+    elif matmul:
         for outputs, warps, stages, programs in itertools.product((64, 128), (4, 8), (3,), (4, 8, 16)):
             if outputs >= 16 * warps:
                 yield tuning.Matmul(outputs, warps, stages, programs)
@@ -161,7 +169,7 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
     jobs = [
         (name, shape, count, tuned)
         for name, shape, count in itertools.product(formats, shapes, rows)
-        for tuned in choices(count)
+        for tuned in choices(name, shape, count)
     ]
     begun = time.time()
     with multiprocessing.get_context("spawn").Pool(1 if TINY else 14) as pool:
@@ -174,11 +182,13 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
             x = torch.randn(count, shape[1], device=DEVICE).bfloat16()
             calls = [backend.prepare(layer.format, shape, tensors) for tensors in layer.ring][:64]
             arms = {}
-            for tuned in choices(count):
+            for tuned in choices(name, shape, count):
                 try:
                     arms[str(tuned)] = Calls([partial(run, x, call, tuned) for call in calls])
                 except Exception as problem:
                     print(name, count, tuned, repr(problem)[:200], flush=True)
+            if not arms:
+                continue
             times = sorted(compared(arms, rounds).items(), key=lambda item: item[1])
             results.append({"format": name, "shape": list(shape), "rows": count, "us": dict(times)})
             print(name, shape, count, [(key, round(us, 1)) for key, us in (*times[:4], times[-1])], flush=True)
@@ -190,10 +200,10 @@ def sweep(formats: list[str], shapes: list[tuple[int, int]], rows: list[int], ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("table", "sweep"))
-    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--formats", default="4 bits,3 bits" if TINY else ",".join(FORMATS))
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--name", help="of the result; gpu_layers or gpu_sweep")
     given = parser.parse_args()
     rows = [int(count) for count in given.rows.split(",")]

@@ -16,17 +16,18 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" QCLI_RESULTS="$out" PYTHONUNBUFFERED=1 QCLI_CACHE="$out/cache"
-workers=$([ "${QCLI_TINY:-}" = 1 ] && echo 1 || echo 14)
+workers=14 slower=1
+[ "${QCLI_TINY:-}" = 1 ] && workers=1 slower=5
 
 part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its end and its time to the terminal
-    local name=$1 limit=$2 left=$((${QCLI_SECONDS:-530} - SECONDS))
+    local name=$1 limit=$2 left=$((${QCLI_SECONDS:-530} * slower - SECONDS))
     shift 2
     [ "$parts" = "  " ] || [[ $parts == *" $name "* ]] || return 0
     if [ $left -lt 10 ]; then
         echo "== $name: no time left"
         return
     fi
-    limit=$((limit < left ? limit : left))
+    limit=$((limit * slower < left ? limit * slower : left))
     local begun=$SECONDS
     timeout "$limit" "$@" >"$out/$name.log" 2>&1 || echo "$name ended with $? (124: after its limit of $limit s)"
     echo "== $name: $((SECONDS - begun)) s"
