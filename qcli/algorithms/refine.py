@@ -21,6 +21,7 @@ from qcli.utils.options import Options
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.algorithms.training.loop import Objective
@@ -67,6 +68,7 @@ class Refine(Options):
         targets: Mapping[str, Tensor],
         objective: Objective,
         progress: Progress = silent,
+        dtype: torch.dtype | None = None,
     ) -> tuple[dict[str, QuantizedWeight], Outcome]:
         """Train the weights of one objective jointly.
 
@@ -76,21 +78,24 @@ class Refine(Options):
                 as the codes allow.
             objective: scores dense weights under the same paths.
             progress: called at the start and after each step.
+            dtype: of the dense weights that are scored; None: float32.
 
         Returns:
             Weights in the same formats, the given ones if no step improved on them; and the outcome of the training.
         """
-        from qcli.algorithms.training.loop import Schedule, train
-        from qcli.algorithms.training.trainable_weight import TrainableWeight, parameter_groups
+        import torch
 
-        layers = {path: TrainableWeight(weight, targets[path], self.train) for path, weight in weights.items()}
+        from qcli.algorithms.training.loop import Schedule, train
+        from qcli.algorithms.training.trainable_weight import TrainableWeights, parameter_groups
+
+        layers = TrainableWeights(weights, targets, self.train)
         outcome = train(
-            parameter_groups(layers.values(), tables_lr=self.tables_lr, weights_lr=self.weights_lr),
-            lambda as_stored: {path: layer.dense(as_stored=as_stored) for path, layer in layers.items()},
+            parameter_groups([layers], tables_lr=self.tables_lr, weights_lr=self.weights_lr),
+            lambda as_stored: layers.dense(as_stored=as_stored, dtype=dtype or torch.float32),
             objective,
             Schedule(self.steps),
             progress=progress,
         )
         if outcome.best_step == 0:
             return dict(weights), outcome
-        return {path: layer.quantized() for path, layer in layers.items()}, outcome
+        return layers.quantized(), outcome

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LARGEST_SCALE = 65504.0  # the largest float16
-_MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
+MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
+_SMALLEST_UNIT = 1e-30  # of a latent whose value has another entry of its codebook as an equal: it cannot move
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,10 @@ class Format(BaseModel):
         """The weight, float32 `[out, in]`; differentiable in floating-point tables."""
         raise NotImplementedError
 
+    def decode_as(self, codes: Tensor, tables: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """`decode`, rounded to `dtype`; where that is cheaper in one pass, a format overrides it."""
+        return self.decode(codes, tables).to(dtype)
+
     def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dequantize the tables: float32, with the same `decode`, so that training can move them.
 
@@ -186,12 +191,73 @@ class Format(BaseModel):
             value: float32 `[out, in]`, the decoded weight.
             step: float32 `[out, in]`, its quantization steps.
         """
-        return value + (target - value).clamp(-_MAX_OFFSET * step, _MAX_OFFSET * step)
+        return value + (target - value).clamp(-MAX_OFFSET * step, MAX_OFFSET * step)
 
     def ste_slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
         """Derivative of values by their latent weights in the straight-through estimator: `[out, in]`, float or bool.
         By default 1 where the latent is within a step of its value, 0 elsewhere: clipped weights get no gradient."""
         return (latent - value).abs_() <= step
+
+    def trained_latents(self, weight: QuantizedWeight, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is trained behind the codes: latent weights in units in which one learning rate fits all.
+
+        Args:
+            target: float32 `[out, in]`, the weight that was quantized.
+
+        Returns:
+            Where they start, exactly at the codes, float32 `[out, in]`; and their units of the same shape, by default
+            quantization steps. Without units, tables and latents alone give the codes.
+        """
+        import torch
+
+        dense, units = weight.dense(), self.step_sizes(weight.codes, weight.tables).clamp(min=_SMALLEST_UNIT)
+        latents = self.initial_latents(target, dense, units) / units
+        recoded = self.latent_codes(latents, units, weight.tables) != weight.codes
+        return torch.where(recoded, dense / units, latents), units
+
+    def latent_codes(self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor]) -> Tensor:
+        """Codes of `trained_latents`, uint8 `[out, in]`."""
+        assert units is not None
+        return self.encode(units * latents, tables)
+
+    def fake_quantize(
+        self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The decoded weight of `latent_codes`, `[out, in]`: gradients reach float tables as in `decode`, and latents
+        straight through their rounding, times `ste_slope`."""
+        import torch
+
+        from qcli.core.straight_through import straight_through
+
+        assert units is not None
+        latent = units * latents
+        with torch.no_grad():
+            codes = self.encode(latent, tables)
+        value = self.decode(codes, tables)
+        slope = self.ste_slope(latent.detach(), value.detach(), units)
+        return straight_through(value, latent, slope).to(dtype)
+
+    @property
+    def alike(self) -> bool:
+        """Whether `as_rows` makes one kind of weight of layers of different shapes, so that many are trained as one."""
+        return False
+
+    def as_rows(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """If `alike`, a weight whose rows are the groups of `weight`, a shorter last group of a row filled up: rows do
+        not depend on each other. Otherwise the weight itself."""
+        return weight
+
+    def from_rows(self, rows: QuantizedWeight, shape: tuple[int, int]) -> QuantizedWeight:
+        """Inverse of `as_rows`, for a weight of `shape` in this format; views where possible."""
+        return rows
+
+    def values_as_rows(self, values: Tensor) -> Tensor:
+        """Of any `[out, in]`, the rows that its weights have in `as_rows`."""
+        return values
+
+    def values_from_rows(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Inverse of `values_as_rows`; a view."""
+        return rows
 
     def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         """Tables that decode these rows of the codes; views. By default each table has one entry per row."""

@@ -104,13 +104,13 @@ def _train_block(
             return token_losses(options, _logits(job, teacher, target), _logits(job, student, output), *hidden)
         return hidden_losses(options, *hidden) if options.needs_hidden else relative_token_error(output, target, median)
 
-    def backward(step: int) -> float:
-        total = 0.0
+    def backward(step: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=job.device)
         for number in range(options.accumulate):
             samples = sampler.indices(step * options.accumulate + number)
             mean = loss(samples).mean() / options.accumulate
             mean.backward()
-            total += float(mean.detach())
+            total += mean.detach()
         return total
 
     def held_out() -> float:
@@ -123,12 +123,12 @@ def _train_block(
                 errors.append(relative_token_error(output, target, median).mean())
         return float(torch.stack(errors).mean())
 
-    if not block.layers:  # all dense: nothing to train
+    if not block.layers.initial:  # all dense: nothing to train
         error = held_out()
         return {}, Outcome(before=error, after=error, best_step=0, steps=0, curve=((0, None, error),))
     outcome = optimize(
         parameter_groups(
-            block.layers.values(),
+            [block.layers],
             block.biases.values(),
             tables_lr=options.tables_lr,
             weights_lr=options.weights_lr,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from qcli.algorithms.training.batches import BatchSampler
 from qcli.algorithms.training.losses import kl_divergence
 from qcli.distillation.job import DistillationJob
@@ -24,9 +27,10 @@ class DistillationLoss:
         self.job, self.student, self.teacher, self.processes = job, student, teacher, processes
         self.sampler = BatchSampler(job.n_training, job.pass_samples, job.seed)
 
-    def backward(self, step: int) -> float:
-        """Add a step's gradients; returns its loss."""
-        options, processes, total = self.job.options, self.processes, 0.0
+    def backward(self, step: int) -> Tensor:
+        """Add a step's gradients; returns its loss, a scalar on the device."""
+        options, processes = self.job.options, self.processes
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         passes, hidden = options.accumulate, options.needs_hidden
         for number in range(processes.rank, passes, processes.world_size):
             rows = self.sampler.indices(step * passes + number)
@@ -35,12 +39,14 @@ class DistillationLoss:
             logits = student.over(teacher.classes)
             loss = token_losses(options, teacher.logits, logits, teacher.hidden, student.hidden).mean() / passes
             (loss * processes.world_size).backward()  # FSDP averages gradients
-            total += float(loss.detach())
-        return processes.sum(total)
+            total += loss.detach()
+        processes.add_up(total)
+        return total
 
     def held_out(self) -> float:
         """Mean KL divergence of the held-out samples, nats per token; over the teacher's classes if it has them."""
-        tokens, size, processes, total = self.job.tokens, self.job.pass_samples, self.processes, 0.0
+        tokens, size, processes = self.job.tokens, self.job.pass_samples, self.processes
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         held_out = range(self.job.n_training, len(tokens))
         passes = [list(held_out[first : first + size]) for first in range(0, len(held_out), size)]
         padding = -len(passes) % processes.world_size  # FSDP needs the same number of passes in every process
@@ -49,5 +55,6 @@ class DistillationLoss:
             teacher = self.teacher(rows, hidden=False)
             student: Predictions = self.student(tokens[rows], final=True, hidden=False)
             if number < len(passes):
-                total += float(kl_divergence(teacher.logits, student.over(teacher.classes)).sum())
-        return processes.sum(total) / (len(held_out) * tokens.shape[1])
+                total += kl_divergence(teacher.logits, student.over(teacher.classes)).sum()
+        processes.add_up(total)
+        return float(total) / (len(held_out) * tokens.shape[1])

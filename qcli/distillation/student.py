@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.training.trainable_bias import TrainableBias
-from qcli.algorithms.training.trainable_weight import TrainableWeight
+from qcli.algorithms.training.trainable_weight import TrainableWeights
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.predictions import Predictions, predict
 from qcli.models.quantized import stored_tensors
 from qcli.models.stream import BlockForward, ModelStream
-from qcli.utils.device import matmul_precision
+from qcli.utils.device import linear_dtype, matmul_precision
 
 StoredTensors = dict[str, Tensor]
 """Tensors of quantized layers as a checkpoint has them, by full name."""
@@ -31,7 +31,7 @@ class StudentBlock(nn.Module):
 
     Args:
         layers: by path of a linear in the block.
-        biases: of those layers that have one.
+        biases: by path, of those layers that have one.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         fast: whether matrix products with activations may use bf16 or TF32 units; those that compute weights never do.
     """
@@ -40,7 +40,7 @@ class StudentBlock(nn.Module):
         self,
         stream: ModelStream,
         index: int,
-        layers: Mapping[str, TrainableWeight],
+        layers: TrainableWeights,
         biases: Mapping[str, TrainableBias],
         *,
         checkpointing: bool,
@@ -49,15 +49,10 @@ class StudentBlock(nn.Module):
         super().__init__()
         self.stream, self.index, self.checkpointing, self.fast = stream, index, checkpointing, fast
         self.block = stream.load_block(index)
-        for path in layers:
+        for path in layers.initial:
             self.block.get_submodule(path).register_parameter("weight", None)
-        self.paths, self._biased = list(layers), list(biases)
-        self._layers, self._biases = nn.ModuleList(layers.values()), nn.ModuleList(biases.values())
-
-    @property
-    def layers(self) -> dict[str, TrainableWeight]:
-        """By path."""
-        return dict(zip(self.paths, cast("Iterable[TrainableWeight]", self._layers), strict=True))
+        self.layers, self._biased = layers, list(biases)
+        self._biases = nn.ModuleList(biases.values())
 
     @property
     def biases(self) -> dict[str, TrainableBias]:
@@ -73,8 +68,9 @@ class StudentBlock(nn.Module):
     def stored(self, outcome: Outcome) -> StoredTensors:
         """The layers as a checkpoint stores them; unchanged if training did not improve them."""
         tensors: StoredTensors = {}
-        for path, layer in self.layers.items():
-            weight = (layer.quantized() if outcome.best_step else layer.initial).to("cpu")
+        trained = self.layers.quantized() if outcome.best_step else self.layers.initial
+        for path, layer in trained.items():
+            weight = layer.to("cpu")
             weight.check()
             tensors |= stored_tensors(self._name(path), weight)
         for path, bias in self.biases.items():
@@ -86,7 +82,7 @@ class StudentBlock(nn.Module):
 
     def _run(self, hidden: Tensor, final: bool) -> Tensor:
         with matmul_precision(fast=False):
-            weights = {path: layer.dense(as_stored=final) for path, layer in self.layers.items()}
+            weights = self.layers.dense(as_stored=final, dtype=linear_dtype(fast=self.fast))
         biases = {path: bias.value(as_stored=final) for path, bias in self.biases.items()}
         with matmul_precision(fast=self.fast, device=self.stream.device):
             return self.stream.run_block(self.block, self.index, hidden, weights, biases)
@@ -122,13 +118,12 @@ def load_student_block(job: DistillationJob, stream: ModelStream, index: int) ->
         name.removeprefix(prefix).removesuffix(".bias"): TrainableBias(bias.to(job.device))
         for name, bias in stored.items()
     }
-    layers = {
-        name.removeprefix(prefix): TrainableWeight(
-            job.student.read_quantized(name).to(job.device), None, job.options.train
-        )
+    weights = {
+        name.removeprefix(prefix): job.student.read_quantized(name).to(job.device)
         for name in job.student.quantized
         if name.startswith(prefix)
     }
+    layers = TrainableWeights(weights, None, job.options.train)
     return StudentBlock(stream, index, layers, biases, checkpointing=job.options.checkpointing, fast=job.fast)
 
 

@@ -21,8 +21,8 @@ from qcli.utils.distributed import Processes
 from qcli.utils.run_folder import RunFolder, part_file
 
 _TEACHER = "teacher"
-# Bytes of a weight: its code; and in float32 start, step, latent, best latent, gradient and two Adam moments.
-_CODE, _TRAINED = 1, 28
+# Bytes of a weight: its code; and in float32 latent, best latent, gradient and two Adam moments.
+_CODE, _TRAINED = 1, 20
 
 
 def distill_model(
@@ -41,7 +41,7 @@ def distill_model(
     teacher = _teacher_fn(job, run, folder, processes)
     student = _student(job, processes)
     loss = DistillationLoss(job, student, teacher, processes)
-    layers = [layer for block in student.blocks for layer in block.layers.values()]
+    layers = [block.layers for block in student.blocks]
     biases = [bias for block in student.blocks for bias in block.biases.values()]
     outcome = optimize(
         parameter_groups(layers, biases, tables_lr=options.tables_lr, weights_lr=options.weights_lr),

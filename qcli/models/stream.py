@@ -164,8 +164,10 @@ class ModelStream:
         if weights is None:
             output = block(hidden, *call.args, **call.kwargs)
         else:
+            kind = self.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
             own = {
-                f"{path}.weight": (weight.T if self.family.conv1d else weight).to(self.dtype)
+                f"{path}.weight": (weight.T if self.family.conv1d else weight).to(dtype)
                 for path, weight in weights.items()
             }
             own |= {f"{path}.bias": bias.to(self.dtype) for path, bias in (biases or {}).items()}

@@ -97,7 +97,8 @@ def no_loss(weights: Weights) -> Tensor:
 
 
 class _SummedGradients(torch.autograd.Function):
-    """The same tensors; their gradients become sums over the processes, in the same order in all of them."""
+    """The same tensors; their gradients become sums over the processes, in the same order in all of them, added
+    up in float32."""
 
     @staticmethod
     def forward(ctx: Any, processes: Processes, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -106,10 +107,10 @@ class _SummedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sums = [gradient.clone(memory_format=torch.contiguous_format) for gradient in gradients]
+        sums = [torch.empty(gradient.shape, device=gradient.device).copy_(gradient) for gradient in gradients]
         for each in sums:
             ctx.processes.add_up(each)
-        return None, *sums
+        return None, *(each.to(gradient.dtype) for each, gradient in zip(sums, gradients, strict=True))
 
 
 class _Sum(torch.autograd.Function):

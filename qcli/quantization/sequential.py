@@ -26,7 +26,7 @@ from qcli.quantization.plan import Plan
 from qcli.quantization.ranks import ALONE, solve_together
 from qcli.quantization.statistics import StagedBlock, collect
 from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
-from qcli.utils.device import matmul_precision
+from qcli.utils.device import linear_dtype, matmul_precision
 from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunParts
@@ -168,7 +168,7 @@ class Sequential:
         assert self.original is not None
         objective = self._block_objective(block, self.original, self.refinement.batch_tokens, "refine")
         refined, block.training["refine"] = self.refinement.refine(
-            block.weights, block.targets, objective, self.progress
+            block.weights, block.targets, objective, self.progress, linear_dtype(fast=self.fast)
         )
         block.replace(refined)
 

@@ -84,6 +84,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return {"device": device.type, "name": name, "fast": has_fast_matmul(device)}
 
 
+def linear_dtype(*, fast: bool) -> torch.dtype:
+    """What linear layers round float32 weights to under `matmul_precision` with a device."""
+    return torch.bfloat16 if fast else torch.float32
+
+
 @contextmanager
 def matmul_precision(*, fast: bool, device: torch.device | None = None) -> Iterator[None]:
     """Set the precision of float32 matrix products while the context is open.

@@ -111,7 +111,7 @@ def test_students_with_norms_learn_by_the_loss_of_their_paper(tmp_path: Path, te
 
 @pytest.mark.slow
 def test_latent_weights_are_trained_on_request(tmp_path: Path, text: Path) -> None:
-    teacher, student = make_pair(tmp_path, text)
+    teacher, student = make_pair(tmp_path, text, "dbllm")
     train(student, teacher, tmp_path / "out", text, "distill.train=[tables, weights]", "distill.weights_lr=0.05")
     before, after = codes(student), codes(tmp_path / "out")
     assert any(not torch.equal(after[name], code) for name, code in before.items())

@@ -115,17 +115,17 @@ def train(
         UsageError: the held-out loss of the initial weights is not finite.
     """
 
-    def backward(step: int) -> float:
+    def backward(step: int) -> Tensor:
         loss = objective.loss(effective(False), step)
         loss.backward()
-        return float(loss.detach())
+        return loss.detach()
 
     return optimize(groups, backward, lambda: objective.held_out(effective(True)), schedule, progress)
 
 
 def optimize(
     groups: list[dict[str, Any]],
-    backward: Callable[[int], float],
+    backward: Callable[[int], Tensor],
     held_out: Callable[[], float],
     schedule: Schedule,
     progress: Progress = silent,
@@ -133,12 +133,13 @@ def optimize(
 ) -> Outcome:
     """Train parameters in place with AdamW (no weight decay) and leave them at the step with the best held-out loss.
 
-    A step whose training loss is not finite ends the training; the best step before it stays.
+    A step whose training loss is not finite ends the training; the best step before it stays. Losses are read when the
+    held-out loss is measured, so that steps in between never wait for the device.
 
     Args:
         groups: parameter groups of `torch.optim.AdamW`, `{"params": [...], "lr": ...}`; leaf tensors that require
             gradients.
-        backward: adds the gradients of a step to the parameters and returns the step's loss.
+        backward: adds the gradients of a step to the parameters and returns the step's loss, a scalar of its own.
         held_out: held-out loss of the weights as they would be stored; called without gradients.
         schedule: steps and learning rates.
         progress: called at the start and after each step.
@@ -159,7 +160,8 @@ def optimize(
     evaluation_steps = schedule.evaluation_steps()
     progress("train", state.steps, schedule.steps)
     stopped: str | None = None
-    losses: list[float] = []  # since the last evaluation
+    losses: list[Tensor] = []  # since the last evaluation
+    detail = f"held-out loss {state.before:.3g} -> {state.after:.3g}"
     for step in range(state.steps, schedule.steps):
         if schedule.patience is not None and state.evaluations_since_best() >= schedule.patience:
             # `stopped` is recorded in manifests: its words are kept
@@ -170,25 +172,28 @@ def optimize(
         optimizer.zero_grad()
         with torch.enable_grad():
             losses.append(backward(step))
-        if not math.isfinite(losses[-1]):
-            stopped = f"training stopped before step {step + 1} of {schedule.steps}: its loss is not finite"
-            break
         if schedule.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
         state.steps = step + 1
         if step + 1 in evaluation_steps:
-            loss = _evaluate(held_out)
-            state.curve.append([step + 1, sum(losses) / len(losses), loss if math.isfinite(loss) else None])
+            values = torch.stack(losses).tolist()
             losses.clear()
+            spoiled = next((number for number, value in enumerate(values) if not math.isfinite(value)), None)
+            if spoiled is not None:  # steps made since then are undone with it: they count as never made
+                state.steps = step + 1 - len(values) + spoiled
+                stopped = f"training stopped before step {state.steps + 1} of {schedule.steps}: its loss is not finite"
+                break
+            loss = _evaluate(held_out)
+            state.curve.append([step + 1, sum(values) / len(values), loss if math.isfinite(loss) else None])
             if loss < state.after:
                 state.after, state.best_step = loss, step + 1
                 for value, parameter in zip(best, parameters, strict=True):
                     value.copy_(parameter.detach())
             if checkpointer is not None:
                 checkpointer.save(_tensors(parameters, optimizer, best), asdict(state))
-        detail = f"held-out loss {state.before:.3g} -> {state.after:.3g}"
-        progress("train", step + 1, schedule.steps, f"loss {losses[-1]:.3g}, {detail}" if losses else detail)
+            detail = f"loss {values[-1]:.3g}, held-out loss {state.before:.3g} -> {state.after:.3g}"
+        progress("train", step + 1, schedule.steps, detail)
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.training.straight_through import through_rounding
+from qcli.core.straight_through import through_rounding
 
 _SMALLEST_UNIT = 0.1  # of the mean magnitude, as for tables; of 1 where all of a bias is 0
 

@@ -12,6 +12,8 @@ from qcli.core.weight import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qcli.core.weight import QuantizedWeight
+
 
 class Grouped(Format):
     """A format with table entries for every `group_size` weights of a row; a row's last group may be shorter."""
@@ -63,6 +65,30 @@ class Grouped(Format):
         if in_features % width:
             rows = F.pad(rows, (0, width - in_features % width))
         return rows.reshape(rows.shape[0], -1, width)
+
+    @property
+    def alike(self) -> bool:
+        return True
+
+    def as_rows(self, weight: QuantizedWeight) -> QuantizedWeight:
+        from qcli.core.weight import QuantizedWeight
+
+        codes = self.values_as_rows(weight.codes)
+        tables = {name: table.reshape(-1, 1) for name, table in weight.tables.items()}
+        whole = self.model_copy(update={"group_size": -1})
+        return QuantizedWeight(whole, (codes.shape[0], codes.shape[1]), codes, tables)
+
+    def from_rows(self, rows: QuantizedWeight, shape: tuple[int, int]) -> QuantizedWeight:
+        from qcli.core.weight import QuantizedWeight
+
+        tables = {name: table.view(shape[0], -1) for name, table in rows.tables.items()}
+        return QuantizedWeight(self, shape, self.values_from_rows(rows.codes, shape).contiguous(), tables)
+
+    def values_as_rows(self, values: Tensor) -> Tensor:
+        return self.grouped(values).flatten(0, 1)
+
+    def values_from_rows(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        return rows.view(shape[0], -1)[:, : shape[1]]
 
 
 class NonUniform(Grouped):

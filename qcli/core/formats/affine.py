@@ -15,10 +15,11 @@ from pydantic import model_validator
 
 from qcli.core.formats._grouped import Grouped
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, not_finite, refuse
-from qcli.core.weight import LARGEST_SCALE, Rounder
+from qcli.core.weight import LARGEST_SCALE, MAX_OFFSET, Rounder
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.core.weight import QuantizedWeight
@@ -120,6 +121,32 @@ class Affine(Grouped):
         weight = (self.grouped(codes).float() - zero_point) * scale
         return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
+    def trained_latents(self, weight: QuantizedWeight, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """On the scale of codes (ours): a code is its latent, rounded, whatever becomes of the scale, and a latent has
+        the same slope as the weight in units of its step."""
+        scale, zero_point = self._per_group(weight.tables)
+        codes, exact = self.grouped(weight.codes).float(), self.grouped(target) / scale + zero_point
+        latents = codes + (exact - codes).clamp(-MAX_OFFSET, MAX_OFFSET)
+        return latents.view(weight.shape[0], -1)[:, : weight.shape[1]], None
+
+    def latent_codes(self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        return latents.round().clamp_(self.lowest, self.highest).to(torch.uint8)
+
+    def fake_quantize(
+        self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        return self.decode_as(latents, tables, dtype)
+
+    def decode_as(self, codes: Tensor, tables: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Of codes, or of latents, which are rounded to codes."""
+        from qcli.core.fake_quantize import fake_quantize
+
+        scale, zero_point = self._per_group(tables)
+        weight = fake_quantize(self.grouped(codes), scale, zero_point, (self.lowest, self.highest), dtype)
+        return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
+
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         import torch
 
@@ -153,8 +180,8 @@ class Affine(Grouped):
         """Repeat each entry of a table for its weights: `[out, groups]` -> `[out, in]`."""
         return table.repeat_interleave(self.group_width(in_features), dim=1)[:, :in_features]
 
-    def _per_group(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | int]:
+    def _per_group(self, tables: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | float]:
         scale = tables["weight_scale"].float().unsqueeze(-1)
         if self.zero_point == "none":
-            return scale, self.center
+            return scale, float(self.center)
         return scale, tables["weight_zero_point"].float().unsqueeze(-1)

@@ -94,10 +94,10 @@ def test_small_gradients_train_as_well(scale: float) -> None:
 def test_clipping_limits_the_harm_of_one_exploding_gradient(clip: float | None, converges: bool) -> None:
     parameter = torch.zeros(1, requires_grad=True)
 
-    def backward(step: int) -> float:
+    def backward(step: int) -> Tensor:
         loss = 0.5 * (parameter - 1).square().sum() * (-1e6 if step == 5 else 1)
         loss.backward()
-        return float(loss.detach())
+        return loss.detach()
 
     def held_out() -> float:
         return float((parameter.detach() - 1).square())
@@ -119,8 +119,16 @@ def test_a_loss_that_is_not_finite_ends_training() -> None:
         def loss(self, weights: Weights, step: int) -> Tensor:
             return super().loss(weights, step) * (torch.nan if step == 7 else 1)
 
-    outcome = fit(torch.zeros(3, requires_grad=True), Breaking(1, 1), Schedule(40))
+    parameter, evaluated = torch.zeros(3, requires_grad=True), list[float]()
+
+    def effective(as_stored: bool) -> Weights:
+        if as_stored:
+            evaluated.append(float(parameter.detach()[0]))
+        return {"w": parameter}
+
+    outcome = train([{"params": [parameter], "lr": 0.05}], effective, Breaking(1, 1), Schedule(40))
     assert (outcome.steps, outcome.best_step) == (7, 4)
+    assert parameter.tolist() == [evaluated[1]] * 3
     assert outcome.stopped == "training stopped before step 8 of 40: its loss is not finite"
 
 
@@ -171,10 +179,10 @@ def test_a_resumed_training_ends_with_the_same_bits(saves: int) -> None:
     def run(checkpointer: InMemory) -> tuple[Outcome, Tensor]:
         parameter = torch.linspace(-1, 1, 5).requires_grad_()
 
-        def backward(step: int) -> float:
+        def backward(step: int) -> Tensor:
             loss = (parameter - torch.sin(torch.tensor(float(step)))).square().sum()
             loss.backward()
-            return float(loss.detach())
+            return loss.detach()
 
         def held_out() -> float:
             return float((parameter.detach() - 0.1).square().sum())

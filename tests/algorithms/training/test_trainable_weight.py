@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from qcli.algorithms.solvers import grid
-from qcli.algorithms.training.trainable_weight import TrainableWeight, parameter_groups
-from qcli.core.formats.affine import Affine
+from qcli.algorithms.training.trainable_weight import TrainableWeight, TrainableWeights, parameter_groups
+from qcli.core.formats.affine import Affine, ZeroPoint
+from qcli.core.formats.dual_binary import DualBinary
 from qcli.core.formats.low_rank import LowRank
 from qcli.core.formats.sign import Sign
-from qcli.core.weight import QuantizedWeight
+from qcli.core.weight import Format, QuantizedWeight
 from tests.algorithms.tensors import normal
 
 OUT, IN = 12, 64
@@ -27,6 +29,20 @@ FORMATS = [
 def rounded(weight: Tensor, format: Affine) -> QuantizedWeight:
     codes, tables = grid.round_to_minmax(weight, format)
     return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), codes, tables)
+
+
+def nearest(weight: Tensor, format: Format) -> QuantizedWeight:
+    """A weight in any of these formats."""
+    if isinstance(format, Affine):
+        return rounded(weight, format)
+    if isinstance(format, Sign):
+        size = weight.abs().mean().sqrt()
+        tables = {"in_scale": size.expand(IN).half(), "out_scale": size.expand(OUT, 1).half()}
+    else:
+        assert isinstance(format, DualBinary)
+        size = format.grouped(weight).abs().mean(-1)
+        tables = {"alpha1": (1.5 * size).half(), "alpha2": -size.half()}
+    return QuantizedWeight(format, (weight.shape[0], weight.shape[1]), format.encode(weight, tables), tables)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -61,11 +77,13 @@ def test_training_sees_tables_as_they_will_be_stored() -> None:
 def test_latents_start_as_near_to_the_target_as_the_codes_allow() -> None:
     weight, format = normal(OUT, IN), Affine(bits=3, group_size=64)
     initial = rounded(weight, format)
-    latents = TrainableWeight(initial, weight, ("weights",)).initial_latents
+    trainable, zero_point = TrainableWeight(initial, weight, ("weights",)), initial.tables["weight_zero_point"].float()
+    assert trainable.latents is not None
     scale = format.spread(initial.tables["weight_scale"].float(), IN)
+    latents = (trainable.latents.detach() - format.spread(zero_point, IN)) * scale
     assert bool(((latents - initial.dense()).abs() <= 0.49 * scale + 1e-6).all())
     inside = (weight - initial.dense()).abs() < 0.49 * scale
-    torch.testing.assert_close(latents[inside], weight[inside])
+    torch.testing.assert_close(latents[inside], weight[inside], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -80,9 +98,24 @@ def test_gradient_of_tables_is_that_of_decoding_at_fixed_codes(format: Affine) -
     of_scale = format.grouped((initial.codes.float() - zero_points) * gradient).sum(-1)
     expected = of_scale * trainable.table_units["weight_scale"]
     torch.testing.assert_close(trainable.table_changes["weight_scale"].grad, expected, rtol=1e-4, atol=1e-5)
-    assert trainable.latent_changes is not None and trainable.latent_changes.grad is not None
-    torch.testing.assert_close(trainable.latent_changes.grad, gradient * trainable.step_sizes)
-    assert torch.equal(trainable.step_sizes, format.spread(scale.abs(), IN))
+    if isinstance(zero_point, Tensor) and format.zero_point == "float":
+        of_zero_point = -(format.grouped(gradient).sum(-1) * scale) * trainable.table_units["weight_zero_point"]
+        found = trainable.table_changes["weight_zero_point"].grad
+        torch.testing.assert_close(found, of_zero_point, rtol=1e-4, atol=1e-5)
+    assert trainable.latents is not None
+    torch.testing.assert_close(trainable.latents.grad, gradient * format.spread(scale, IN))
+
+
+def test_latents_far_beyond_the_last_code_get_no_gradient() -> None:
+    format = Affine(bits=2, group_size=-1)
+    trainable = TrainableWeight(rounded(normal(OUT, IN), format), None, ("weights",))
+    latents = trainable.latents
+    assert latents is not None
+    with torch.no_grad():
+        latents[:, :6] = torch.tensor([-1.1, -0.9, 0.2, 3.3, 3.9, 4.1])
+    trainable.dense(as_stored=False).sum().backward()
+    assert latents.grad is not None
+    assert (latents.grad[0, :6] != 0).tolist() == [False, True, True, True, True, False]
 
 
 def test_latents_of_signs_are_trained_as_in_onebits_code() -> None:
@@ -93,23 +126,70 @@ def test_latents_of_signs_are_trained_as_in_onebits_code() -> None:
     initial = QuantizedWeight(paper, (OUT, IN), paper.encode(weight, tables), tables)
     magnitude = initial.dense().abs()
     trainable = TrainableWeight(initial, weight, ("weights",))
-    torch.testing.assert_close(trainable.initial_latents / magnitude, 0.01 * weight.sign())
-    assert trainable.latent_changes is not None
+    assert trainable.latents is not None
+    torch.testing.assert_close(2 * trainable.latents.detach(), 0.01 * weight.sign())
     with torch.no_grad():
-        trainable.latent_changes.add_(gradient.roll(1) / 2)
+        trainable.latents.add_(gradient.roll(1) / 2)
     latent = 0.01 * weight.sign() + gradient.roll(1)
     dense = trainable.dense(as_stored=False)
     torch.testing.assert_close(dense, magnitude * latent.sign())
     (dense * gradient).sum().backward()
     expected = gradient * 2 * magnitude * (1.001 - latent.tanh() ** 2)
-    torch.testing.assert_close(trainable.latent_changes.grad, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(trainable.latents.grad, expected, rtol=1e-3, atol=1e-6)
     plain = TrainableWeight(dataclasses.replace(initial, format=Sign()), normal(OUT, IN, seed=3), ("weights",))
-    assert bool((plain.initial_latents.abs() > 0.5 * magnitude).any())
+    assert plain.latents is not None
+    assert bool((2 * plain.latents.detach().abs() > 0.5).any())
 
 
 def test_tables_and_latents_train_at_their_own_rates() -> None:
     initial = rounded(normal(OUT, IN), Affine(bits=3, group_size=16))
-    both, tables = (TrainableWeight(initial, None, train) for train in (("tables", "weights"), ("tables",)))
+    both, tables = (TrainableWeights({"w": initial}, None, train) for train in (("tables", "weights"), ("tables",)))
     groups = parameter_groups([both, tables], tables_lr=1e-3, weights_lr=1e-2)
     assert [(len(group["params"]), group["lr"]) for group in groups] == [(2, 1e-3), (1, 1e-2)]
     assert len(parameter_groups([tables], tables_lr=1e-3, weights_lr=1e-2)) == 1
+
+
+TOGETHER: list[Format] = [
+    *(Affine(bits=3, group_size=24, zero_point=zero_point) for zero_point in get_args(ZeroPoint)),
+    DualBinary(group_size=24),
+]
+
+
+@pytest.mark.parametrize("train", [("tables",), ("weights",), ("tables", "weights")], ids="+".join)
+@pytest.mark.parametrize("format", TOGETHER, ids=str)
+def test_layers_trained_as_one_are_trained_as_each_alone(format: Format, train: tuple[str, ...]) -> None:
+    """Of several widths, with shorter last groups: the same weights and gradients, to the last bit."""
+    shapes = {"a": (OUT, IN), "b": (5, IN), "c": (OUT, 48)}
+    originals = {path: normal(*shape, seed=number) for number, (path, shape) in enumerate(shapes.items())}
+    initial = {path: nearest(weight, format) for path, weight in originals.items()}
+    layers = TrainableWeights(initial, originals, train)
+    alone = {path: TrainableWeight(weight, originals[path], train) for path, weight in initial.items()}
+    assert len(layers.parts) == 1
+    for number in range(2):
+        dense = layers.dense(as_stored=False)
+        torch.stack([(weight * normal(*weight.shape, seed=9)).sum() for weight in dense.values()]).sum().backward()
+        for path, layer in alone.items():
+            own = layer.dense(as_stored=False)
+            (own * normal(*own.shape, seed=9)).sum().backward()
+            assert torch.equal(own, dense[path])
+            assert torch.equal(layers.dense(as_stored=True)[path], layer.quantized().dense())
+            found, expected = layers.quantized()[path], layer.quantized()
+            assert torch.equal(found.codes, expected.codes)
+            assert all(torch.equal(found.tables[name], table) for name, table in expected.tables.items())
+        if number == 0:
+            for parameters in [layers.parameters(), *(layer.parameters() for layer in alone.values())]:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.data -= 0.1 * parameter.grad.sign()
+                        parameter.grad = None
+
+
+def test_layers_of_other_formats_are_trained_alone() -> None:
+    weight = normal(OUT, IN)
+    initial = {"a": nearest(weight, Affine(bits=3, group_size=16)), "b": nearest(weight, Affine(bits=2, group_size=16))}
+    layers = TrainableWeights(
+        {**initial, "c": nearest(weight, Sign()), "d": nearest(weight, Sign())}, None, ("tables",)
+    )
+    assert len(layers.parts) == 4
+    assert all(torch.equal(layers.dense(as_stored=False)[path], weight.dense()) for path, weight in initial.items())
+    assert layers.dense(as_stored=False, dtype=torch.bfloat16)["c"].dtype == torch.bfloat16

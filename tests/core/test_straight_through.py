@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qcli.algorithms.training.straight_through import straight_through, through_rounding
+from qcli.core.straight_through import straight_through, through_rounding
 
 
 def test_latent_gets_the_gradient_of_the_value_times_the_slope() -> None:
