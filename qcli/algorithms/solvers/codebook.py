@@ -14,6 +14,7 @@ from torch import Tensor
 from qcli.algorithms.solvers import grid
 from qcli.algorithms.solvers.least_squares import fit_factors
 from qcli.algorithms.solvers.output_error import output_error
+from qcli.core.by_code import sums_by_code
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, Codebook, nearest
 from qcli.core.weight import QuantizedWeight
@@ -186,9 +187,8 @@ def _fit_scales(count: Tensor, total: Tensor, basis: Tensor) -> tuple[Tensor, Te
 
 def _sums_by_code(groups: Tensor, weights: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """Importance, and importance times weight, summed by group and code: `[rows, groups, K]` each."""
-    indices, weights = codes.long(), weights.expand_as(groups)
-    zeros = groups.new_zeros(*groups.shape[:2], entries)
-    return zeros.scatter_add(2, indices, weights), zeros.scatter_add(2, indices, weights * groups)
+    weights = weights.expand_as(groups)
+    return sums_by_code(weights, codes, entries), sums_by_code(weights * groups, codes, entries)
 
 
 def _stored_error(weight: Tensor, tables: dict[str, Tensor], format: Codebook, importance: Tensor) -> float:

@@ -108,7 +108,9 @@ class Codebook(NonUniform):
         return torch.cat(parts).view(len(weight), -1)[:, : weight.shape[1]]
 
     def decode(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        weight = self.entries(tables).gather(2, self.grouped(codes).long())
+        from qcli.core.by_code import look_up
+
+        weight = look_up(self.entries(tables), self.grouped(codes))
         return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
 
     def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
