@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
 from qcli.models.stream import ModelStream
@@ -21,6 +23,8 @@ from qcli.quantization.ranks import ALONE, add_up_statistics
 from qcli.utils.distributed import Processes
 from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
+
+_PANEL = 256  # rows of a small matrix product, at least
 
 
 class _Reached(Exception):
@@ -120,6 +124,7 @@ class StagedBlock:
                         module, forward = known
                         module.forward = forward
                         patches.callback(delattr, module, "forward")
+            patches.enter_context(_SkipsUnused())
             yield
 
     def _known(
@@ -187,6 +192,18 @@ class _Unused:
         return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
 
 
+class _SkipsUnused(TorchFunctionMode):
+    """Within: attention over the values of `_Unused` is not computed."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and len(args) > 2 and not any(args[2].stride()):
+            query, _, value = args[:3]
+            return query.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
 def collect(
     group: int,
     quantized: StagedBlock,
@@ -210,40 +227,64 @@ def collect(
     """
     paths = quantized.groups[group].linears
     weights = {path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths}
-    statistics: dict[str, Tensor] = {}
+    needs = needs | {HESSIAN} if CROSS in needs else needs
+    sums: dict[str, Tensor] = {}  # of H its upper triangle; in place of the cross moment what it has more than H
     tokens = 0
     for batch in range(len(quantized.hidden)):
         inputs, residual = quantized.reach(group, batch)
-        tokens += len(inputs)
+        inputs, tokens = inputs.float(), tokens + len(inputs)
         if HESSIAN in needs:
-            _add(statistics, HESSIAN, inputs, inputs)
+            _add_square(sums, HESSIAN, inputs)
         if original is None:
             continue
         true_inputs, true_residual = original.reach(group, batch)
         if CROSS in needs:
-            _add(statistics, CROSS, true_inputs, inputs)
+            _add_product(sums, CROSS, true_inputs.float() - inputs, inputs)
         if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
-            _add(statistics, RESIDUAL_CROSS, true_residual - residual, inputs)
+            _add_product(sums, RESIDUAL_CROSS, true_residual.float() - residual.float(), inputs)
     if processes.world_size > 1:
         if not tokens:  # there are more processes than held-out samples
             like, row = weights[paths[0]], quantized.groups[group]
             compared = needs & ({CROSS} if row.residual is None else {CROSS, RESIDUAL_CROSS})
             for name in (needs & {HESSIAN}) | (set() if original is None else compared):
-                statistics[name] = like.new_zeros(like.shape[name != RESIDUAL_CROSS], like.shape[1])
-        tokens = add_up_statistics(statistics, tokens, processes)
-    finite = [statistic.div_(tokens).isfinite().all() for statistic in statistics.values()]
+                sums[name] = like.new_zeros(like.shape[name != RESIDUAL_CROSS], like.shape[1])
+        tokens = add_up_statistics(sums, tokens, processes)
+    finite = [total.div_(tokens).isfinite().all() for total in sums.values()]
     if finite and not bool(torch.stack(finite).all()):
         raise UsageError(
             f"block {quantized.index}: the inputs of {paths[0]} are not finite",
             hint="activations overflow in this dtype: use --dtype float32",
         )
-    if HESSIAN in statistics:
-        statistics[HESSIAN] = (statistics[HESSIAN] + statistics[HESSIAN].T) / 2
-    return LinearGroup(weights, **statistics)
+    if HESSIAN in sums:
+        sums[HESSIAN].add_(sums[HESSIAN].triu_().triu(1).T)
+    if CROSS in sums:
+        sums[CROSS].add_(sums[HESSIAN])
+    return LinearGroup(weights, **sums)
 
 
-def _add(statistics: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
-    left, right = left.float(), right.float()
-    if name not in statistics:
-        statistics[name] = torch.zeros(left.shape[1], right.shape[1], device=left.device)
-    statistics[name].addmm_(left.T, right)
+def _add_square(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    """Add `x^T x` in float32; below the diagonal only in part."""
+    if name not in sums:
+        sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+    total = sums[name]
+    for part in _panels(total):
+        total[part, part.start :].addmm_(x[:, part].T, x[:, part.start :])
+
+
+def _add_product(sums: dict[str, Tensor], name: str, difference: Tensor, x: Tensor) -> None:
+    """Add `difference^T x`, computed in bf16 under autocast: differences of two streams need no more digits."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    if name not in sums:
+        sums[name] = x.new_zeros(difference.shape[1], x.shape[1])
+    total = sums[name]
+    difference, x = difference.to(dtype), x.to(dtype)
+    for part in _panels(total):
+        total[part] += difference[:, part].T @ x
+
+
+def _panels(total: Tensor) -> Iterator[slice]:
+    """Rows of a sum of products that are computed at a time: few enough that half of a square is left out."""
+    step = max(_PANEL, len(total) // 8)
+    for start in range(0, len(total), step):
+        yield slice(start, start + step)

@@ -164,16 +164,20 @@ class _BestGrid:
     def consider(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take the best of these grids, `[candidates, groups, rows]`, in the groups where its error is smaller."""
         together = max(1, tile_size(self.groups) // self.groups.numel())
-        for scales, zero_points in zip(scale.split(together), zero_point.split(together), strict=True):
-            steps = self._steps(scales, zero_points)
-            difference = self._rounded(steps).sub_(steps)
-            difference = difference.square_() if self.power == 2.0 else difference.abs_().pow_(self.power)
-            total = (self.importance @ difference).squeeze(2).mul_(scales.abs().pow_(self.power))
-            error, index = total.min(0, keepdim=True)
-            better = error[0] < self.error
-            self.error = torch.where(better, error[0], self.error)
-            self.scale = torch.where(better, scales.gather(0, index)[0], self.scale)
-            self.zero_point = torch.where(better, zero_points.gather(0, index)[0], self.zero_point)
+        parts = zip(scale.split(together), zero_point.split(together), strict=True)
+        total = torch.cat([self._total(*part) for part in parts]).mul_(scale.abs().pow_(self.power))
+        error, index = total.min(0, keepdim=True)
+        better = error[0] < self.error
+        self.error = torch.where(better, error[0], self.error)
+        self.scale = torch.where(better, scale.gather(0, index)[0], self.scale)
+        self.zero_point = torch.where(better, zero_point.gather(0, index)[0], self.zero_point)
+
+    def _total(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Error of each group in units of its scale, `[candidates, groups, rows]`."""
+        steps = self._steps(scale, zero_point)
+        difference = self._rounded(steps).sub_(steps)
+        difference = difference.square_() if self.power == 2.0 else difference.abs_().pow_(self.power)
+        return (self.importance @ difference).squeeze(2)
 
     def codes(self) -> Tensor:
         """Codes on the best grid, as floats `[groups, n, rows]`."""
