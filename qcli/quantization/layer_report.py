@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method, Solution
+from qcli.algorithms.solvers.output_error import row_output_errors
 from qcli.core.formats._tables import SMALLEST_SCALE
 from qcli.core.weight import LARGEST_SCALE, QuantizedWeight
 from qcli.models.manifest import LayerReport
@@ -76,8 +77,8 @@ def _measure(weight: QuantizedWeight, target: Tensor, hessian: Tensor | None) ->
     values = [
         target.abs().max(),
         weight.format.imprecise_scales(weight, target),
-        _squared(difference, hessian),
-        _squared(target, hessian),
+        row_output_errors(difference, hessian).sum(),
+        row_output_errors(target, hessian).sum(),
         *halves,
     ]
     largest, imprecise, error, size, *finite = torch.stack([value.double() for value in values]).tolist()
@@ -87,8 +88,3 @@ def _measure(weight: QuantizedWeight, target: Tensor, hessian: Tensor | None) ->
         int(imprecise),
         error / size if size else 0.0,
     )
-
-
-def _squared(weight: Tensor, hessian: Tensor | None) -> Tensor:
-    """`tr(W H W^T)`; without H `||W||^2`."""
-    return ((weight if hessian is None else weight @ hessian) * weight).sum()

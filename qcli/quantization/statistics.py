@@ -18,13 +18,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.solvers.tiles import panels
 from qcli.models.stream import ModelStream
 from qcli.quantization.ranks import ALONE, add_up_statistics
 from qcli.utils.distributed import Processes
 from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
-
-_PANEL = 256  # rows of a small matrix product, at least
 
 
 class _Reached(Exception):
@@ -267,7 +266,7 @@ def _add_square(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
     if name not in sums:
         sums[name] = x.new_zeros(x.shape[1], x.shape[1])
     total = sums[name]
-    for part in _panels(total):
+    for part in panels(total):
         total[part, part.start :].addmm_(x[:, part].T, x[:, part.start :])
 
 
@@ -279,12 +278,5 @@ def _add_product(sums: dict[str, Tensor], name: str, difference: Tensor, x: Tens
         sums[name] = x.new_zeros(difference.shape[1], x.shape[1])
     total = sums[name]
     difference, x = difference.to(dtype), x.to(dtype)
-    for part in _panels(total):
+    for part in panels(total):
         total[part] += difference[:, part].T @ x
-
-
-def _panels(total: Tensor) -> Iterator[slice]:
-    """Rows of a sum of products that are computed at a time: few enough that half of a square is left out."""
-    step = max(_PANEL, len(total) // 8)
-    for start in range(0, len(total), step):
-        yield slice(start, start + step)

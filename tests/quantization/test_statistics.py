@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.operations import Counting
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.statistics import StagedBlock, collect
+from qcli.quantization.statistics import StagedBlock, _add_product, _add_square, collect
 from qcli.utils.stored_batches import BatchMemory
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
@@ -80,6 +81,37 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
         torch.testing.assert_close(staged, stream.run_block(reference, 1, hidden), rtol=1e-4, atol=1e-5)
     for staged, hidden in zip(original.hidden, batches, strict=True):
         torch.testing.assert_close(staged, stream.run_block(stream.load_block(1), 1, hidden), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_is_computed_once_a_batch(tmp_path: Path) -> None:
+    """A later stage needs the outputs of the projection after it, not those of attention."""
+    stream = ModelStream(
+        open_source(str(tiny_model("llama", tmp_path))), device=torch.device("cpu"), dtype=torch.float32
+    )
+    batches = [stream.embed(part) for part in torch.randint(3, 300, (4, 12)).split(2)]
+    staged = StagedBlock(stream, 0, stream.load_block(0), MEMORY.store(batches))
+    with Counting() as counting:
+        for group in range(len(stream.family.groups)):
+            collect(group, staged, None, frozenset({HESSIAN}))
+        staged.advance()
+    attention = {name: count for name, count in counting.by_name.items() if "attention" in name}
+    assert sum(attention.values()) == len(batches), attention
+
+
+@torch.no_grad()
+def test_wide_inputs_are_summed_in_panels() -> None:
+    x, difference = torch.randn(40, 700), torch.randn(40, 300)
+    sums: dict[str, torch.Tensor] = {}
+    for part in (slice(0, 25), slice(25, 40)):
+        _add_square(sums, "square", x[part])
+        _add_product(sums, "product", difference[part], x[part])
+    torch.testing.assert_close(sums["square"].triu(), (x.T @ x).triu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums["product"], difference.T @ x, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        _add_product(sums, "bf16", difference, x)
+    assert sums["bf16"].dtype == torch.float32
+    torch.testing.assert_close(sums["bf16"], sums["product"], rtol=0.02, atol=0.2)
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def _round_columns(block: Tensor, relative: Tensor, rounder: Rounder, asymmetry:
     Returns:
         The error of each column, `[n, out]`.
     """
-    errors = torch.empty_like(block)
+    errors, taken = torch.empty_like(block), relative.T.contiguous()
     shift = block.new_zeros(1, 1).expand(block.shape) if rounder.shift is None else rounder.shift
     block += shift
     values, results = block.unbind(), errors.unbind()
@@ -187,7 +187,7 @@ def _round_columns(block: Tensor, relative: Tensor, rounder: Rounder, asymmetry:
             rounder.error(values[column], results[column], *operands[column])
             rest = slice(column + 1, step.stop)
             if column + 1 < step.stop:
-                block[rest].addr_(relative[column, rest], results[column], alpha=-1)
+                block[rest].addcmul_(taken[rest, column : column + 1], results[column], value=-1)
             if asymmetry is not None:
                 block[rest].addr_(asymmetry[column, rest], values[column] - shift[column])
         rest = slice(step.stop, len(block))

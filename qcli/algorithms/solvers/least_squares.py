@@ -59,25 +59,26 @@ def _normal_equations(
     def grouped(rows: Tensor) -> Tensor:  # `[out, in]` -> `[groups, width, out]`: rows last, so that sums vectorize
         return format.grouped(rows).permute(1, 2, 0).contiguous()
 
-    factors, target_hessian = [grouped(basis) for basis in bases], grouped(target @ hessian)
-    groups, width, rows = target_hessian.shape
+    weights, factors = grouped(target), [grouped(basis) for basis in bases]
+    groups, width, rows = weights.shape
     count = len(bases) + offset
     normal = torch.zeros(rows, count, groups, count, groups, dtype=torch.float64, device=target.device)
-    right = torch.stack([(factor * target_hessian).sum(1) for factor in factors])
-    if offset:
-        right = torch.cat([right, target_hessian.sum(1)[None]])
+    right = torch.zeros(rows, count, groups, dtype=torch.float64, device=target.device)
     by_group = format.grouped(format.grouped(hessian).flatten(1).T)  # `[in, groups, width]`, padded as `grouped` pads
-    together = max(1, tile_size(target) // target_hessian.numel())
+    together = max(1, tile_size(target) // weights.numel())
     for start in range(0, groups, together):
         part = slice(start, start + together)
         hessian_part = by_group[:, part].transpose(0, 1)  # `[part, in, width]`
         for number, factor in enumerate(factors):
             products = (hessian_part @ factor[part]).view(-1, groups, width, rows)
+            right[:, number, part] = (products * weights).sum((1, 2)).T
             sums = [(products * other).sum(2) for other in factors] + ([products.sum(2)] if offset else [])
             for other_number, entries in enumerate(sums):  # `[part, groups, out]`
                 normal[:, number, part, other_number] = entries.permute(2, 0, 1)
             if offset:
                 normal[:, -1, :, number, part] = sums[-1].permute(2, 1, 0)
     if offset:
-        normal[:, -1, :, -1] = by_group.unflatten(0, (groups, width)).sum((1, 3))
-    return normal.flatten(3).flatten(1, 2), right.permute(2, 0, 1).flatten(1).double()
+        of_inputs = by_group.unflatten(0, (groups, width)).sum(3)
+        right[:, -1] = (of_inputs.flatten(0, 1).T @ weights.flatten(0, 1)).T
+        normal[:, -1, :, -1] = of_inputs.sum(1)
+    return normal.flatten(3).flatten(1, 2), right.flatten(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcli.algorithms.solvers.tiles import panels
+
 
 def output_error(error: Tensor, hessian: Tensor | None) -> float:
     """`tr(E H E^T)`: the squared error of the outputs, a mean over tokens summed over channels; without H `||E||^2`.
@@ -13,9 +15,17 @@ def output_error(error: Tensor, hessian: Tensor | None) -> float:
         error: `[out, in]`, the error of the weight.
         hessian: `[in, in]`; None: the identity.
     """
-    return float(((error if hessian is None else error @ hessian) * error).sum(dtype=torch.float64))
+    return float(row_output_errors(error, hessian).sum(dtype=torch.float64))
 
 
-def row_output_errors(error: Tensor, hessian: Tensor) -> Tensor:
+def row_output_errors(error: Tensor, hessian: Tensor | None) -> Tensor:
     """`diag(E H E^T)`: the same for each output channel, `[out]`."""
-    return (error @ hessian * error).sum(1)
+    if hessian is None:
+        return error.square().sum(1)
+    total = error.new_zeros(len(error))
+    for part in panels(hessian):  # H is symmetric: every pair of panels once
+        products = error[:, part] @ hessian[part, part]
+        if part.start:
+            products.addmm_(error[:, : part.start], hessian[: part.start, part], alpha=2)
+        total += products.mul_(error[:, part]).sum(1)
+    return total
