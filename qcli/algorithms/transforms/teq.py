@@ -19,6 +19,7 @@ from qcli.core.weight import Format
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.algorithms.training.loop import Objective
@@ -89,6 +90,11 @@ class TEQ(Transform):
 class _Transformed:
     """Effective weights of linears as functions of `theta = log(alpha)`.
 
+    To the rest of the model a transformed linear is `Q(V) * alpha_out / alpha_in` with `V = W * alpha_in / alpha_out`,
+    which is `W + error * alpha_out / alpha_in` where `Q(V) = V + error`. Straight through, the error is a constant;
+    through the range, it is proportional to the step of its grid, hence to the range of its group. Linears whose groups
+    are alike are one weight, with a group in each row.
+
     Args:
         weights, formats, scales: as for `Transform.fit`.
         through_range: whether gradients pass through the range of each group.
@@ -104,7 +110,7 @@ class _Transformed:
     ) -> None:
         import torch
 
-        self.weights, self.scales, self.through_range = weights, scales, through_range
+        self.weights = weights
         grids = {path: _uniform(format) for path, format in formats.items() if format is not None}
         self.grids = {path: grid for path, grid in grids.items() if grid is not None}
         device = next(iter(weights.values())).device
@@ -114,44 +120,107 @@ class _Transformed:
             for theta, scale in zip(self.thetas, scales, strict=True)
             if any(reader in self.grids for reader in scale.readers)
         ]
+        together: dict[tuple[Affine, int], list[str]] = {}
+        for path, format in self.grids.items():
+            width = format.group_width(weights[path].shape[1])
+            together.setdefault((format.model_copy(update={"group_size": -1}), width), []).append(path)
+        self.parts = [
+            _Together({path: weights[path] for path in paths}, self.grids, format, scales, through_range=through_range)
+            for (format, _), paths in together.items()
+        ]
 
     def effective(self, as_stored: bool) -> dict[str, Tensor]:
         """All weights by path, quantized ones rounded; `as_stored` makes no difference."""
-        return {
-            path: self._rounded(path, self.grids[path]) if path in self.grids else weight
-            for path, weight in self.weights.items()
-        }
+        import torch
 
-    def _rounded(self, path: str, format: Affine) -> Tensor:
-        """`Q(V) * alpha_out / alpha_in` with `V = W * alpha_in / alpha_out`.
+        thetas = torch.cat([*self.thetas, self.thetas[0].new_zeros(1)]) if self.thetas else None
+        rounded: dict[str, Tensor] = {}
+        for part in self.parts:
+            rounded |= part.effective(thetas)
+        return {path: rounded.get(path, weight) for path, weight in self.weights.items()}
 
-        With `Q(V) = V + error` this is `W + error * alpha_out / alpha_in`. Straight through, the error is a constant;
-        through the range, it is proportional to the step of its grid, hence to the range of its group.
+
+class _Together:
+    """Linears whose groups are alike.
+
+    Args:
+        weights: float32 `[out, in]`, by path.
+        grids: the format of each, by path.
+        format: of rows that are groups.
+        scales, through_range: as for `_Transformed`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        grids: Mapping[str, Affine],
+        format: Affine,
+        scales: Sequence[ChannelScale],
+        *,
+        through_range: bool,
+    ) -> None:
+        import torch
+
+        self.format, self.through_range = format, through_range
+        self.grids, self.shapes = grids, {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
+        self.weight = torch.cat([grids[path].values_as_rows(weight) for path, weight in weights.items()])
+        inputs, places, outputs = [], [], []  # of thetas: for each input of a linear; of those, and of outputs, by row
+        seen = 0
+        for path, (rows, columns) in self.shapes.items():
+            of_inputs, of_outputs = _theta_indices(path, (rows, columns), scales, self.weight.device)
+            inputs.append(grids[path].values_as_rows(of_inputs[None]))
+            groups = len(inputs[-1])
+            places.append(torch.arange(seen, seen + groups, device=self.weight.device).repeat(rows))
+            outputs.append(of_outputs.repeat_interleave(groups))
+            seen += groups
+        self.inputs, self.places, self.outputs = torch.cat(inputs), torch.cat(places), torch.cat(outputs)
+        self.rows = [len(place) for place in places]
+
+    def effective(self, thetas: Tensor | None) -> dict[str, Tensor]:
+        """The effective weights by path.
+
+        Args:
+            thetas: of all scales in turn, and a last one that is 0; None: there are no scales.
         """
         import torch
 
         from qcli.algorithms.solvers import grid
 
-        weight = self.weights[path]
-        log_in, log_out = self._log_alphas(path)
-        scaled = weight * (log_in - log_out[:, None]).exp()
+        ratio, scaled = None, self.weight
+        if thetas is not None:
+            log_in = thetas.index_select(0, self.inputs.flatten()).view(self.inputs.shape)
+            log_out = thetas.index_select(0, self.outputs)
+            ratio = (log_in.index_select(0, self.places) - log_out[:, None]).exp()
+            scaled = self.weight * ratio
         with torch.no_grad():
-            error = format.decode(*grid.round_to_minmax(scaled, format)) - scaled
+            error = self.format.decode(*grid.round_to_minmax(scaled, self.format)) - scaled
         if self.through_range:
-            span = _group_range(scaled, format)
-            error = error * format.spread(span / span.detach(), weight.shape[1])
-        return torch.addcmul(weight, error, (log_out[:, None] - log_in).exp())
+            span = _group_range(scaled, self.format)
+            error = error * (span / span.detach())
+        effective = self.weight + error if ratio is None else torch.addcdiv(self.weight, error, ratio)
+        return {
+            path: self.grids[path].values_from_rows(rows, shape)
+            for (path, shape), rows in zip(self.shapes.items(), effective.split(self.rows), strict=True)
+        }
 
-    def _log_alphas(self, path: str) -> tuple[Tensor, Tensor]:
-        """`log(alpha_in)` `[in]` and `log(alpha_out)` `[out]` of a linear."""
-        weight = self.weights[path]
-        log_in, log_out = weight.new_zeros(weight.shape[1]), weight.new_zeros(weight.shape[0])
-        for theta, scale in zip(self.thetas, self.scales, strict=True):
-            if path in scale.readers:
-                log_in = scale.per_input(theta)
-            if path == scale.producer:
-                log_out = scale.per_output(theta, default=0.0)
-        return log_in, log_out
+
+def _theta_indices(
+    path: str, shape: tuple[int, int], scales: Sequence[ChannelScale], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which of all thetas, in turn, is the `log(alpha)` of each input and of each output of a linear; the one after the
+    last where there is none. int64 `[in]` and `[out]`."""
+    import torch
+
+    none = sum(scale.size for scale in scales)
+    inputs, outputs = (torch.full((size,), none, device=device) for size in reversed(shape))
+    first = 0
+    for scale in scales:
+        if path in scale.readers:
+            inputs = scale.inputs + first
+        if path == scale.producer:
+            outputs = torch.where(scale.outputs < 0, none, scale.outputs + first)
+        first += scale.size
+    return inputs, outputs
 
 
 def _group_range(weight: Tensor, format: Affine) -> Tensor:
