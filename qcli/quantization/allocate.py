@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -34,10 +35,11 @@ from qcli.recipe.record import portable, write_record
 from qcli.recipe.sections import Calibration
 from qcli.utils import shards
 from qcli.utils.cache import Cache
-from qcli.utils.device import matmul_precision, resolve_device, resolve_dtype
+from qcli.utils.device import local_device, matmul_precision, resolve_dtype
+from qcli.utils.distributed import process_group
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import RunFolder, partial
 from qcli.utils.trust import Trust
 
 _SENSITIVITY_TOKENS = 8192  # calibration tokens that sensitivity is measured on, at most
@@ -60,48 +62,62 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, 
     space = search_space(recipe, source.linears())
     held_out = _held_out_samples(recipe)
     calibration = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - held_out})
-    device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
-    with RunFolder(Path(out), run_identity(recipe, source, device), recipe.resume) as run:
-        shorter = recipe.model_copy(update={"calibration": calibration})
-        tokens = recipe_tokens(shorter, source, device, cache, progress, validation=held_out).ids
-        samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))
-        with matmul_precision(fast=False):
-            stream = ModelStream(source, device=device, dtype=dtype)
-            losses = sensitivities(space, stream, tokens[:samples], _once(run), progress)
-            del stream
-        trials, folder = _trials(space, losses, calibration), run.path / "trials"
+    device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
+    identity = run_identity(recipe, source, device)
+    with process_group(device) as processes, ExitStack() as stack:
+        opened: list[RunFolder] = []  # in the main process alone, as sensitivities and scores are
+
+        def measure_sensitivities() -> tuple[Tensor, Losses]:
+            opened.append(stack.enter_context(RunFolder(Path(out), identity, recipe.resume)))
+            shorter = recipe.model_copy(update={"calibration": calibration})
+            tokens = recipe_tokens(shorter, source, device, cache, progress, validation=held_out).ids
+            samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))
+            with matmul_precision(fast=False):
+                stream = ModelStream(source, device=device, dtype=dtype)
+                return tokens, sensitivities(space, stream, tokens[:samples], _once(opened[0]), progress)
+
+        tokens, losses = processes.broadcast(measure_sensitivities)
+        trials, folder = _trials(space, losses, calibration), partial(Path(out)) / "trials"
         for name, trial in trials.items():
-            if not (folder / name).exists():
+            if not processes.broadcast((folder / name).exists):
                 step = trial.recipe.model_copy(update={"resume": "auto"})
                 quantize_as_written(step, folder / name, progress, cache, trust)
-            else:  # of an interrupted run
+            elif opened:  # of an interrupted run
                 Manifest.read(folder / name).require_weights(folder / name)
-        measured = _measure(trials, folder, recipe, tokens[-held_out:], progress, trust)
-        shipped = min(trials, key=lambda name: (measured[name] is None, measured[name]))
-        report = AllocationReport(
-            target_bpw=recipe.allocation.target_bpw if recipe.allocation else None,
-            shipped=shipped,
-            trials={
-                name: TrialReport(trial.bits_per_weight, trial.predicted, measured[name])
-                for name, trial in trials.items()
-            },
-            held_out_samples=held_out,
-            sensitivity={
-                name: {_label(space, candidate): loss if isfinite(loss) else None for candidate, loss in enumerate(row)}
-                for name, row in losses.items()
-            },
-        )
-        final = trials[shipped].recipe
-        manifest = _publish(run, folder / shipped, final, report, time.monotonic() - started)
+
+        def ship() -> tuple[str, AllocationReport, Manifest]:
+            measured = _measure(trials, folder, recipe, tokens[-held_out:], progress, trust)
+            shipped = min(trials, key=lambda name: (measured[name] is None, measured[name]))
+            report = AllocationReport(
+                target_bpw=recipe.allocation.target_bpw if recipe.allocation else None,
+                shipped=shipped,
+                trials={
+                    name: TrialReport(trial.bits_per_weight, trial.predicted, measured[name])
+                    for name, trial in trials.items()
+                },
+                held_out_samples=held_out,
+                sensitivity={
+                    name: {
+                        _label(space, candidate): loss if isfinite(loss) else None for candidate, loss in enumerate(row)
+                    }
+                    for name, row in losses.items()
+                },
+            )
+            seconds = time.monotonic() - started
+            manifest = _publish(opened[0], folder / shipped, trials[shipped].recipe, report, seconds)
+            return shipped, report, manifest
+
+        shipped, report, manifest = processes.broadcast(ship)
     return Result(
         out=Path(out),
-        plan=make_plan(final, trust),
+        plan=make_plan(trials[shipped].recipe, trust),
         layers=manifest.layers,
         training={what: asdict(outcome) for what, outcome in manifest.training.items()},
         tokens_sha256=manifest.calibration_tokens_sha256,
         seconds=manifest.seconds,
         peak_memory=peak_memory(device),
         dense=[name for name, why in manifest.dense.items() if why == "recipe override"],
+        processes=processes.world_size,
         allocation=asdict(report),
     )
 

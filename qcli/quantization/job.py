@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qcli.models.manifest import LayerReport, versions
 from qcli.models.open import ModelSource
@@ -16,7 +17,7 @@ from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens, run_tokens
 from qcli.quantization.checkpoint import publish_checkpoint
 from qcli.quantization.data_free import DataFree
-from qcli.quantization.plan import make_plan
+from qcli.quantization.plan import Plan, make_plan
 from qcli.quantization.result import Result
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.recipe import Recipe
@@ -24,7 +25,7 @@ from qcli.utils.cache import Cache
 from qcli.utils.determinism import determinism
 from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import Processes, process_group, world_size
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UsageError, warn
 from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
@@ -51,7 +52,7 @@ def quantize_as_written(
             require_space(Path(out), 2 * plan.bytes - run.size())
             tokens = run_tokens(plan, run, device, cache, progress)
             if tokens is not None:
-                _require_samples(len(tokens.ids) - plan.held_out, processes)
+                require_samples(plan, tokens.ids, processes)
             return tokens, run.finished()
 
         tokens, finished = processes.broadcast(open_run)
@@ -100,12 +101,26 @@ def quantize_as_written(
     return result
 
 
-def _require_samples(samples: int, processes: Processes) -> None:
-    """Raise UsageError if there is a process without a sample to calibrate on."""
-    if samples < processes.world_size:
+def require_samples(plan: Plan, tokens: Tensor, processes: Processes) -> None:
+    """Refuse processes without a sample to calibrate on, and warn of those that steps of a training leave idle.
+
+    Args:
+        tokens: int64 `[samples, length]`, held-out ones included.
+    """
+    samples, length, count = len(tokens) - plan.held_out, tokens.shape[1], processes.world_size
+    if samples < count:
         raise UsageError(
-            f"{samples} calibration samples cannot be divided among {processes.world_size} processes",
+            f"{samples} calibration samples cannot be divided among {count} processes",
             hint="use more --samples, or fewer processes",
+        )
+    refinement = plan.recipe.refinement
+    if refinement is None or refinement.scope != "block" or refinement.batch_tokens >= count * length:
+        return
+    busy = max(1, refinement.batch_tokens // length)
+    if busy < count:
+        warn(
+            f"steps of the refinement have samples for {busy} of {count} processes; "
+            f"refine.batch_tokens {count * length} is one for each"
         )
 
 

@@ -10,8 +10,6 @@ from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.determinism import deterministic
 from qcli.utils.device import local_device
-from qcli.utils.distributed import world_size
-from qcli.utils.errors import UsageError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.trust import NOTHING, Trust
 
@@ -40,8 +38,6 @@ def quantize(
     with deterministic(local_device(recipe.device), wanted=recipe.deterministic):
         if recipe.allocation is None:
             return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
-        if world_size() > 1:
-            raise UsageError("bits: auto uses a single process", hint="run without torchrun")
         from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
 
         return allocate(recipe, out, progress, cache or Cache(None), trust)

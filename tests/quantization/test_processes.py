@@ -19,12 +19,14 @@ from qcli.algorithms.layer_group import LinearGroup
 from qcli.export.verify import verify
 from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
+from qcli.quantization.job import require_samples
+from qcli.quantization.plan import make_plan
 from qcli.quantization.quantize import quantize
 from qcli.quantization.ranks import own_part
 from qcli.recipe.load import load_recipe
 from qcli.utils import payload
 from qcli.utils.distributed import Processes, fails_first
-from qcli.utils.errors import StateError, UsageError
+from qcli.utils.errors import QcliWarning, StateError, UsageError
 from tests.quantizing import weights, write_text
 from tests.tiny import tiny_model
 
@@ -185,8 +187,10 @@ def test_the_first_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) 
     assert ask()
 
 
-def test_what_several_processes_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = load_recipe(None, {"model": str(tmp_path), "method.bits": "auto", "method.target_bpw": 3})
-    with pytest.raises(UsageError, match="bits: auto uses a single process"):
-        quantize(recipe, tmp_path / "out")
+def test_too_many_processes_are_refused_and_idle_ones_told_of(recipes: dict[str, dict[str, Any]]) -> None:
+    plan, eight = make_plan(load_recipe(None, recipes["block"])), Processes(CPU, 0, 8)
+    with pytest.raises(UsageError, match="7 calibration samples cannot be divided among 8 processes"):
+        require_samples(plan, torch.zeros(8, 32), eight)
+    with pytest.warns(QcliWarning, match="samples for 3 of 8 processes; refine.batch_tokens 256 is one for each"):
+        require_samples(plan, torch.zeros(9, 32), eight)
+    require_samples(plan, torch.zeros(9, 32), Processes(CPU, 0, 3))
