@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from qcli.evaluation.tasks import Tasks
     from qcli.export.result import PackResult
     from qcli.quantization.result import Result
+    from qcli.utils.distributed import Processes
 
+T = TypeVar("T")
 QUANTIZED, DISTILLED, EVALUATION, PACKED = "quantized", "distilled", "eval.json", "packed"
 RECORD = "stages.json"
 
@@ -72,6 +74,7 @@ class Pipeline:
         calibration_cache: keeps calibration tokens that several recipes share.
         skip: called with the path of each result that is there already.
         trust: code of models and tasks that may run.
+        processes: of `torchrun`: all quantize and distill, the main one evaluates, packs and writes. None: one.
 
     Raises:
         UsageError: the recipe does not fit its model.
@@ -88,7 +91,9 @@ class Pipeline:
         progress: Progress = silent,
         skip: Callable[[Path], None] = lambda _: None,
         trust: Trust = NOTHING,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes
         self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
         self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
         self.plan, self.record, self.result = make_plan(recipe, trust), StageRecord(folder), PipelineResult(folder)
@@ -104,14 +109,14 @@ class Pipeline:
         Raises:
             QcliError: as the stages do; what can be checked beforehand is checked before the first of them.
         """
-        self.check()
+        self._in_main(self.check)
         self.quantize()
         self.distill()
         gates = None
         if self.recipe.eval is not None:
-            evaluation, gates = self.evaluate(), self.recipe.eval.gates
+            evaluation, gates = self._in_main(self.evaluate), self.recipe.eval.gates
         if gates is None or not any(gates.failures(evaluation)):
-            self.pack()
+            self._in_main(self.pack)
         return self.result
 
     def check(self) -> None:
@@ -129,7 +134,7 @@ class Pipeline:
 
     def quantize(self) -> None:
         """Quantize the recipe's model."""
-        if self._is_missing(QUANTIZED, self.inputs):
+        if self._in_main(lambda: self._is_missing(QUANTIZED, self.inputs)):
             from qcli.quantization.quantize import quantize
 
             self.result.quantized = quantize(
@@ -143,7 +148,7 @@ class Pipeline:
         student, self.model = self.model, self.folder / DISTILLED
         text = content_hash(Path(self.recipe.distill_text.data))
         self.inputs = self.inputs | {"distill": self.recipe.distill.model_dump(mode="json"), "distill text": text}
-        if self._is_missing(DISTILLED, self.inputs):
+        if self._in_main(lambda: self._is_missing(DISTILLED, self.inputs)):
             from qcli.distillation.distill import distill
 
             self.result.distilled = distill(student, self.recipe, self.model, self.progress, trust=self.trust)
@@ -193,6 +198,10 @@ class Pipeline:
         from qcli.evaluation.from_recipe import recipe_tasks
 
         return recipe_tasks(self.recipe, self.trust)
+
+    def _in_main(self, work: Callable[[], T]) -> T:
+        """Do something in the main process; all get its result."""
+        return work() if self.processes is None else self.processes.broadcast(work)
 
     def _is_missing(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether a stage has to run."""

@@ -1,5 +1,6 @@
 """`qcli run`: every stage a recipe names."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +38,13 @@ def run(
     Quantizes, then distills, evaluates and packs if the recipe has these sections. Results are DIR/quantized,
     DIR/distilled, DIR/eval.json and DIR/packed; finished stages are skipped. Texts that are missing or too short, and
     methods that the packed layout cannot hold or its engines do not load, are reported before anything is quantized.
-    If a quality gate fails, nothing is packed and the exit code is 4.
+    If a quality gate fails, nothing is packed and the exit code is 4. On several GPUs, which share all but evaluation:
+    torchrun --nproc-per-node N -m qcli run ...
     """
-    with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
+    with (
+        Session(json=json, quiet=quiet, verbose=verbose, resumable=True, distributed=True) as session,
+        contextlib.ExitStack() as stack,
+    ):
         from qcli.recipe.gates import require
         from qcli.recipe.load import load_recipe
         from qcli.utils.cache import Cache, default_folder
@@ -49,6 +54,8 @@ def run(
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline
+        from qcli.utils.device import local_device
+        from qcli.utils.distributed import process_group
         from qcli.utils.trust import Trust
 
         pipeline = Pipeline(
@@ -58,6 +65,7 @@ def run(
             progress=session.progress,
             skip=lambda result: session.note(f"{result}: done already, skipped"),
             trust=Trust(remote_code=trust_remote_code, tasks=trust_tasks),
+            processes=stack.enter_context(process_group(local_device(resolved.device))),
         )
         if dry_run:
             pipeline.check()

@@ -1,7 +1,8 @@
 """What each process of `torchrun` runs for test_processes.py.
 
-`FOLDER`: FOLDER/jobs.json has recipe fields by name; each is quantized to FOLDER/NAME. Every process notes, for each
-block that it commits, what it holds and how often it has communicated since the block before.
+`FOLDER`: FOLDER/jobs.json has recipe fields by name; each is quantized to FOLDER/NAME, or goes through all stages there
+if it has an evaluation. Every process notes, for each block that it commits, what it holds and how often it has
+communicated since the block before.
 
 `FOLDER fail ARGUMENTS...`: the command line with these arguments; in the second process, the second block fails.
 """
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 
 from qcli.cli.main import main as command_line
+from qcli.pipeline import Pipeline
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.block_state import BlockState
 from qcli.quantization.quantize import quantize
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.load import load_recipe
+from qcli.utils.cache import Cache
 from qcli.utils.distributed import is_main_process, process_group
 from qcli.utils.errors import UsageError
 
@@ -56,11 +59,15 @@ def quantize_all(folder: Path) -> None:
         commit(parts, block)
 
     BlockParts.commit = noted  # type: ignore[method-assign,assignment]
-    with process_group(torch.device("cpu")):
+    with process_group(torch.device("cpu")) as processes:
         for job, fields in json.loads((folder / "jobs.json").read_text()).items():
             notes[job] = []
             counts.clear()
-            quantize(load_recipe(None, fields), folder / job)
+            recipe = load_recipe(None, fields)
+            if recipe.eval is None:
+                quantize(recipe, folder / job)
+            else:
+                Pipeline(recipe, folder / job, cache=Cache(None), processes=processes).run()
     (folder / f"notes-{0 if is_main_process() else 1}.json").write_text(json.dumps(notes))
 
 

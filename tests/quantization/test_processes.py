@@ -99,12 +99,16 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(
         quantize(load_recipe(None, given), tmp_path / "methods")
 
     jobs = {name: recipe | {"resume": "required"} if name == "methods" else recipe for name, recipe in recipes.items()}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs | {"again": given}))
+    evaluated = {"eval.perplexity": [given["calibration.data"]], "eval.window": 32, "eval.max_windows": 2}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs | {"run": given | evaluated}))
     done = in_two(tmp_path)
     assert done.returncode == 0, done.stderr
     notes = [json.loads((tmp_path / f"notes-{rank}.json").read_text()) for rank in range(2)]
     assert [note["block"] for note in notes[0]["methods"]] == [1], "the first was finished"
-    assert weights(tmp_path / "methods") == weights(tmp_path / "again")
+    resumed, straight = (weights(tmp_path / folder) for folder in ("methods", "run/quantized"))
+    assert len(resumed) > 3
+    assert all(resumed[name] == straight[name] for name in resumed if name.endswith((".safetensors", "config.json")))
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["perplexity"]
     for name, recipe in recipes.items():
         quantize(load_recipe(None, recipe), tmp_path / f"{name}-alone")
         assert differing_weights(tmp_path / f"{name}-alone", tmp_path / name) < 1e-3
@@ -124,7 +128,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(
     assert sum((Counter(note["calls"]) for note in notes[0]["rtn"]), Counter()).total() <= 4
     group = {"all_gather": 1, "broadcast": 2}  # sizes, then the solutions of each process
     statistics = 2 + 3 + 2 + 3  # of the four groups: hessian, cross, and of those that lead out residual_cross
-    for note in notes[0]["again"][1:]:
+    for note in notes[0]["run"][1:]:
         assert note["calls"]["all_reduce"] == statistics + 4  # and the number of tokens
         assert note["calls"]["broadcast"] == note["calls"]["all_gather"] * group["broadcast"]
 

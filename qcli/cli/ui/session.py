@@ -89,7 +89,7 @@ class Session:
             if fails_first():
                 show_error(
                     f"this command runs in one process, WORLD_SIZE says {world_size()}",
-                    hint="torchrun is for `qcli quantize` and `qcli distill`; without it, unset WORLD_SIZE",
+                    hint="torchrun is for `qcli quantize`, `distill` and `run`; without it, unset WORLD_SIZE",
                 )
             raise SystemExit(USAGE)
         return self
