@@ -7,8 +7,11 @@ tests themselves are known to work before they meet one.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,11 @@ from qcli.core.formats.low_rank import LowRank
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
+from qcli.quantization import job
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from qcli.utils.files import read_json
+from qcli.utils.stored_batches import BatchMemory
 from tests.determinism import as_on_a_gpu
 from tests.evaluation.questions import write_task
 from tests.inference.weights import random_weight
@@ -115,6 +120,30 @@ def test_a_run_on_a_gpu_resumes_to_the_same_bytes(name: str, tmp_path: Path, mon
     quantize("straight")
     assert in_pieces(lambda: quantize("resumed"), tmp_path / "resumed", monkeypatch) >= 4
     assert weights(tmp_path / "straight") == weights(tmp_path / "resumed")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["gptq-like", "lcq", "refined", "refined linears", "activations", "transform, KL"])
+def test_activations_in_host_memory_give_the_same_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = tiny_model("llama", tmp_path, num_hidden_layers=3), write_text(tmp_path)
+    run(model, tmp_path / "device", text, device="cuda", **RECIPES[name])
+    monkeypatch.setattr(job, "BatchMemory", partial(BatchMemory, on_host=True))
+    run(model, tmp_path / "host", text, device="cuda", **RECIPES[name])
+    assert weights(tmp_path / "device") == weights(tmp_path / "host")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["gptq-like", "refined"])
+def test_two_gpus_quantize_together(name: str, tmp_path: Path) -> None:
+    model, text = tiny_model("llama", tmp_path), write_text(tmp_path)
+    run(model, tmp_path / "alone", text, device="cuda", dtype="float32", **RECIPES[name])
+    recipe = tmp_path / "alone" / "recipe.yaml"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "qcli", "quantize", str(model)]
+    command += ["--recipe", str(recipe), "--data", str(text), "--out", str(tmp_path / "together"), "-q"]
+    subprocess.run([sys.executable, *command], check=True)
+    assert error(tmp_path / "together") < 1.1 * error(tmp_path / "alone") + 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------- commands

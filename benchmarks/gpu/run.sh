@@ -29,7 +29,8 @@ part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its en
     fi
     limit=$((limit * slower < left ? limit * slower : left))
     local begun=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || echo "$name ended with $? (124: after its limit of $limit s)"
+    timeout -s INT -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 || # pytest then tells what failed so far
+         echo "$name ended with $? (124: after its limit of $limit s)"
     echo "== $name: $((SECONDS - begun)) s"
     tail -n "${LINES_SHOWN:-40}" "$out/$name.log"
 }
@@ -37,7 +38,7 @@ part() { # part NAME SECONDS COMMAND...: its output goes to OUT/NAME.log, its en
 tests() { # tests NAME SECONDS FILE...
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" python3 -m pytest -q -n "$workers" -p no:cacheprovider --override-ini addopts= --durations 10 "$@"
+    part "$name" "$limit" python3 -m pytest -v -n "$workers" -p no:cacheprovider --override-ini addopts= --durations 10 "$@"
 }
 
 tests smoke 110 tests/test_cuda.py
