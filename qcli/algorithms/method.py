@@ -83,6 +83,15 @@ class Method(Options):
         """The reason why a weight of `shape` `(out, in)` cannot be quantized with these options; None if it can."""
         return None
 
+    def workspace(self, rows: int, columns: int) -> int:
+        """Estimated bytes that `quantize` takes at its peak, besides weights and statistics.
+
+        Args:
+            rows: outputs of all layers of a group together.
+            columns: their inputs.
+        """
+        return 14 * rows * columns
+
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """Quantize every layer of `group.weights`; the solutions are in the same order."""
         raise NotImplementedError

@@ -62,6 +62,14 @@ class Refine(Options):
             return "scope linear fits outputs without the norm that follows these layers: set scope to block"
         return None
 
+    def bytes_per_weight(self, itemsize: int) -> int:
+        """Estimated bytes that training takes at its peak for each weight.
+
+        Args:
+            itemsize: of the dense weights that are scored.
+        """
+        return 50
+
     def refine(
         self,
         weights: Mapping[str, QuantizedWeight],

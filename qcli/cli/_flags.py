@@ -42,6 +42,14 @@ Deterministic = Annotated[
         help="On a GPU, the same bytes at every run, or whatever is fastest. Default: deterministic.",
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of the device to use, as in 24GB or 7.5GiB: activations that do not fit wait in host memory. "
+        "Default: what is free.",
+    ),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Output folder; must not exist.")]
 OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist.")]
 Resume = Annotated[
@@ -87,6 +95,7 @@ def recipe_fields(
     device: str | None = None,
     dtype: str | None = None,
     deterministic: bool | None = None,
+    max_memory: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """The values of shared flags by the dotted path of the recipe field they set; None where a flag was not given."""
@@ -96,6 +105,7 @@ def recipe_fields(
         "device": device,
         "dtype": dtype,
         "deterministic": deterministic,
+        "max_memory": max_memory,
         "out": None if out is None else str(out),
         "calibration.data": data,
         "calibration.samples": samples,

@@ -11,6 +11,7 @@ from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
 from qcli.models.facts import facts_in_words
 from qcli.utils.errors import UsageError
+from qcli.utils.placement import Placement
 from qcli.utils.registry import names
 
 
@@ -69,6 +70,7 @@ def quantize(
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
+    max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
     recipe: flags.RecipeFile = None,
@@ -100,6 +102,7 @@ def quantize(
             seed=seed,
             device=device,
             dtype=dtype,
+            max_memory=max_memory,
             deterministic=deterministic,
             out=out,
         ) | {
@@ -115,9 +118,13 @@ def quantize(
         resolved = load_recipe(recipe, given, set_ or ())
         trust = Trust(remote_code=trust_remote_code)
         if dry_run:
+            from qcli.quantization.footprint import memory_hint, planned, quantization_placement
             from qcli.quantization.plan import make_plan
 
-            session.result(make_plan(resolved, trust).to_json(), show_plan)
+            plan = make_plan(resolved, trust)
+            placement = quantization_placement(plan)
+            session.result(planned(plan, placement), show_plan)
+            placement.require(memory_hint(plan))
             return
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
@@ -133,7 +140,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
         {
             "bits per weight": bits(plan),
             "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; source {size(plan['source_bytes'])})",
-            "peak memory": f"about {size(plan['peak_memory_estimate'])}",
+            "peak memory": Placement(**plan["memory"]).in_words(),
             "calibration": "required" if plan["calibrated"] else "not needed",
             "not transformed": _unscaled(plan["unscaled"]),
             "outside blocks": f"{len(plan['outside'])} tensors, unchanged",

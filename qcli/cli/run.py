@@ -22,6 +22,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
     ] = None,
     device: flags.Device = None,
+    max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
     set_: flags.Sets = None,
     dry_run: Annotated[
@@ -49,11 +50,12 @@ def run(
         from qcli.recipe.load import load_recipe
         from qcli.utils.cache import Cache, default_folder
 
-        given = flags.recipe_fields(device=device, deterministic=deterministic, out=out)
+        given = flags.recipe_fields(device=device, max_memory=max_memory, deterministic=deterministic, out=out)
         resolved = load_recipe(recipe, given, set_ or ())
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline
+        from qcli.quantization.footprint import memory_hint, planned, quantization_placement
         from qcli.utils.device import local_device
         from qcli.utils.distributed import process_group
         from qcli.utils.trust import Trust
@@ -69,7 +71,9 @@ def run(
         )
         if dry_run:
             pipeline.check()
-            session.result(pipeline.plan.to_json(), show_plan)
+            placement = quantization_placement(pipeline.plan)
+            session.result(planned(pipeline.plan, placement), show_plan)
+            placement.require(memory_hint(pipeline.plan))
             return
         result = pipeline.run()
         session.result(result.to_json(), show)

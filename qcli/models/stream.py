@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qcli.models.loadable import require_tensors, skeleton, tied_tensors
+from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
 from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import StoredBatches
 
-BATCH_TOKENS = 4096  # in one pass through a block
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
 
 
@@ -232,6 +232,11 @@ class ModelStream:
     def set_weight(module: nn.Module, weight: Tensor) -> None:
         """Overwrite the weight of a linear layer with `[out, in]` values, in its own dtype and device."""
         ModelStream.weight_of(module).copy_(weight)
+
+    @staticmethod
+    def new_weight(module: nn.Module, weight: Tensor) -> None:
+        """Let a linear layer have this tensor, `[out, in]`, as its weight, in whatever dtype."""
+        module.get_parameter("weight").data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
     def _block_forwards(self) -> Iterator[BlockForward]:
         for index in range(self.n_blocks):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qcli.algorithms.layer_group import LinearGroup
@@ -69,6 +70,7 @@ class BlockState:
 
     Attributes:
         index: number of the block.
+        dtype: of the weights that take the place of the original ones in `module`.
         groups: the linears that read one input, in order of computation.
         saved: weights from an interrupted run; None: the block is to be quantized.
         module: the block, whose weights become those that the codes stand for; None where no activations are needed.
@@ -84,6 +86,7 @@ class BlockState:
 
     index: int
     groups: list[BlockGroup]
+    dtype: torch.dtype = torch.float32
     saved: Mapping[str, QuantizedWeight] | None = None
     module: nn.Module | None = None
     original: nn.Module | None = None
@@ -100,7 +103,18 @@ class BlockState:
         self.weights |= weights
         if self.module is not None:
             for path, weight in weights.items():
-                ModelStream.set_weight(self.module.get_submodule(path), weight.dense())
+                ModelStream.new_weight(self.module.get_submodule(path), weight.dense().to(self.dtype))
+
+    def release_weights(self) -> None:
+        """Free what `module` has for the quantized weights, until they are replaced."""
+        if self.module is not None:
+            for path, weight in self.weights.items():
+                nothing = torch.empty(0, dtype=self.dtype, device=weight.codes.device)
+                self.module.get_submodule(path).get_parameter("weight").data = nothing
+
+    def release_original(self) -> None:
+        """Free the full-precision block, when its activations have left it."""
+        self.original = self.original_streams = None
 
     def saved_of(self, group: BlockGroup) -> dict[str, QuantizedWeight]:
         """The saved weights of a group; layers that stay dense have none."""

@@ -24,10 +24,12 @@ from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.families import Linear
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream, batches
+from qcli.quantization.footprint import calibration_demand
 from qcli.utils import shards
 from qcli.utils.determinism import deterministic
 from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device, resolve_dtype
 from qcli.utils.paths import portable_name
+from qcli.utils.placement import limit_memory, place
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder, refuse_existing
 from qcli.utils.stored_batches import BatchMemory, StoredBatches
@@ -88,7 +90,7 @@ def calibrate(
     Raises:
         UsageError: no such model or data, or too little text.
         StateError: `out` exists, or is being written by something else.
-        ResourceError: no space.
+        ResourceError: no space, or too little memory.
         UnsupportedError: as `quantize`.
     """
     refuse_existing(out)
@@ -102,6 +104,11 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
     linears = source.linears()
     text = recipe.calibration
     request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)
+    fast = recipe.dtype == "auto" and has_fast_matmul(device)
+    demand = calibration_demand(source, text, dtype.itemsize, fast=fast, hessians=hessians)
+    placement = place(demand, device, recipe.max_memory, "calibrating with this model")
+    placement.require("fewer --samples or a shorter --seq-len take less; --device cpu, or another --max-memory")
+    limit_memory(device, recipe.max_memory)
     tokens = calibration_tokens(request, source, device=device, progress=progress)
     settings = {
         "format_version": FORMAT_VERSION,
@@ -123,11 +130,10 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
         shards.write_tensors(folder / TOKENS, {"ids": tokens.ids})
         statistics: dict[str, Tensor] = {}
         layers: dict[str, LayerStatistics] = {}
-        fast = recipe.dtype == "auto" and has_fast_matmul(device)
         with matmul_precision(fast=fast), torch.inference_mode():
             stream = ModelStream(source, device=device, dtype=dtype)
-            hidden = BatchMemory(device).store(map(stream.embed, batches(tokens.ids)))
-            progress("calibrate", 0, stream.n_blocks)
+            hidden = BatchMemory(device, on_host=placement.on_host).store(map(stream.embed, batches(tokens.ids)))
+            progress("calibrate", 0, stream.n_blocks, f"memory: {placement.in_words()}")
             for index in range(stream.n_blocks):
                 members = [linear for linear in linears if linear.block == index]
                 inputs = _run_block(stream, index, hidden, members, layers, hessians)

@@ -27,7 +27,7 @@ class DataFree:
     def load(self, index: int, saved: dict[str, QuantizedWeight] | None) -> BlockState:
         """Nothing is read yet; every layer is a group of its own."""
         groups = [BlockGroup(number, [path]) for number, path in enumerate(self.plan.methods_of(index))]
-        return BlockState(index, groups, saved)
+        return BlockState(index, groups, saved=saved)
 
     def transform(self, block: BlockState) -> None:
         """Transforms take data."""

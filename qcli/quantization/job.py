@@ -17,6 +17,7 @@ from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.calibration import CalibrationTokens, run_tokens
 from qcli.quantization.checkpoint import publish_checkpoint
 from qcli.quantization.data_free import DataFree
+from qcli.quantization.footprint import memory_hint, quantization_placement
 from qcli.quantization.plan import Plan, make_plan
 from qcli.quantization.result import Result
 from qcli.quantization.sequential import Sequential
@@ -28,6 +29,7 @@ from qcli.utils.distributed import Processes, process_group, world_size
 from qcli.utils.errors import UsageError, warn
 from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
+from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import FollowedRun, RunFolder, RunParts, partial
 from qcli.utils.stored_batches import BatchMemory
@@ -42,6 +44,9 @@ def quantize_as_written(
     plan = make_plan(recipe, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
+    placement = quantization_placement(plan)
+    placement.require(memory_hint(plan))
+    limit_memory(device, recipe.max_memory)
     identity = run_identity(recipe, plan.source, device, reads_text=plan.calibrated)
     with process_group(device) as processes, ExitStack() as stack:
         opened: list[RunFolder] = []  # in the main process alone
@@ -58,7 +63,7 @@ def quantize_as_written(
         tokens, finished = processes.broadcast(open_run)
         run: RunParts = opened[0] if opened else FollowedRun(partial(Path(out)), finished)
         parts = BlockParts(plan, run)
-        progress("quantize", 0, parts.count)
+        progress("quantize", 0, parts.count, f"memory: {placement.in_words()}")
         with matmul_precision(fast=False), torch.no_grad():
             if tokens is None:
                 quantize_blocks_apart(DataFree(plan, device), parts, processes, progress)
@@ -70,7 +75,7 @@ def quantize_as_written(
                     device,
                     dtype,
                     fast=fast,
-                    memory=BatchMemory(device),
+                    memory=BatchMemory(device, on_host=placement.on_host),
                     progress=progress,
                     processes=processes,
                 )

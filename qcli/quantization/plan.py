@@ -7,6 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qcli.algorithms.layer_group import CROSS, RESIDUAL_CROSS
 from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
@@ -70,6 +71,21 @@ class Plan:
         """Whether calibration text has to run through the model."""
         return self.recipe.trained or bool(self.needs)
 
+    @cached_property
+    def compares(self) -> bool:
+        """Whether activations of the full-precision model move along."""
+        return self.recipe.trained or bool(self.needs & {CROSS, RESIDUAL_CROSS})
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether outputs of blocks are reconstructed."""
+        return self.recipe.refinement is not None and self.recipe.refinement.scope == "block"
+
+    @property
+    def source_dtype(self) -> str:
+        """What the weights are stored in (safetensors' name)."""
+        return self.source.tensors()[f"{self.layers[0].name}.weight"].dtype
+
     @property
     def bytes(self) -> int:
         """Size of the safetensors files, to the byte."""
@@ -87,25 +103,6 @@ class Plan:
         """Stored bits per weight of the whole model."""
         bits = 8 * sum(tensor.bytes for part in self.parts for tensor in part.values())
         return bits / sum(prod(tensor.shape) for tensor in self.source.tensors().values())
-
-    @property
-    def peak_memory(self) -> int:
-        """Estimated bytes at the peak: float32 copies of one block (more to train it), activations, statistics."""
-        blocks: dict[int, int] = {}
-        for layer in self.layers:
-            blocks[layer.block] = blocks.get(layer.block, 0) + 4 * prod(layer.shape)
-        block = max(blocks.values())
-        widest = max(layer.shape[1] for layer in self.layers)
-        outside = sum(tensor.bytes for tensor in self.parts[-1].values())
-        if not self.calibrated:
-            largest = max(prod(layer.shape) for layer in self.layers)
-            return _RUNTIME + outside + 4 * 6 * largest
-        hidden = self.layers[0].shape[1]
-        tokens = self.recipe.calibration.samples * self.recipe.calibration.seq_len
-        activations = tokens * (2 * 4 * hidden + 2 * 2 * hidden + 2 * widest)
-        copies = 3 + (_TRAINED_COPIES if self.recipe.trained else 0)
-        model = sum(blocks.values()) if any(transform.whole_model for transform in self.recipe.all_transforms) else 0
-        return _RUNTIME + 2 * outside + copies * block + 4 * model + activations + 8 * 6 * widest**2
 
     @property
     def unscaled(self) -> list[str]:
@@ -143,14 +140,13 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """All of it as plain data; `footprint.quantization_placement` knows the memory."""
         return {
             "model": self.recipe.model,
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
             "source_bytes": self.source.bytes(),
-            "peak_memory_estimate": self.peak_memory,
             "calibrated": self.calibrated,
             "unscaled": self.unscaled,
             "layers": [self._row(layer) for layer in self.layers],
@@ -169,10 +165,6 @@ class Plan:
             "bits_per_weight": format.bits_per_weight(layer.shape),
             "divides_tensor_parallel": [n for n in TENSOR_PARALLEL if _divides(layer, method, n)],
         }
-
-
-_RUNTIME = 450 * 10**6  # torch and transformers themselves
-_TRAINED_COPIES = 9  # of a block: latents, start, step, gradient, both moments, the best; values and their gradient
 
 
 def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:

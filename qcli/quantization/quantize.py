@@ -32,7 +32,7 @@ def quantize(
     Raises:
         UsageError: the recipe does not fit the model, or the data is not usable.
         StateError: the output exists or belongs to another run.
-        ResourceError: no space.
+        ResourceError: no space, or too little memory.
         UnsupportedError: an operation on the GPU has no deterministic algorithm, which the recipe asks for.
     """
     with deterministic(local_device(recipe.device), wanted=recipe.deterministic):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.layer_group import CROSS, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Solution
 from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Weights
@@ -68,8 +68,7 @@ class Sequential:
         self.tokens = Split(tokens[: len(tokens) - plan.held_out], tokens[len(tokens) - plan.held_out :])
         own = self.tokens.map(lambda side: side[_slice(processes.share(len(side)))])
         self.quantized = own.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
-        compares = plan.recipe.trained or plan.needs & {CROSS, RESIDUAL_CROSS}
-        self.original = self.quantized.map(StoredBatches.copy) if compares else None
+        self.original = self.quantized.map(StoredBatches.copy) if plan.compares else None
         self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
         self.transforms.fit_model(self.tokens)
         self.stream.drop_vocabulary()
@@ -81,7 +80,7 @@ class Sequential:
     def load(self, index: int, saved: dict[str, QuantizedWeight] | None) -> BlockState:
         """The block, its full-precision twin, and the activations that enter both."""
         module = self.stream.load_block(index)
-        original = copy.deepcopy(module) if self.original is not None else None
+        original = self._twin(index, module) if self.original is not None else None
         for path, method in self.plan.methods_of(index).items():
             linear = module.get_submodule(path)
             method.format.attach(linear)
@@ -89,7 +88,7 @@ class Sequential:
                 self.plan.recipe.activations.simulate(linear)
         saved = saved and {path: weight.to(self.stream.device) for path, weight in saved.items()}
         groups = [BlockGroup(number, [*group.linears]) for number, group in enumerate(self.stream.family.groups)]
-        block = BlockState(index, groups, saved, module, original)
+        block = BlockState(index, groups, self.keep, saved, module, original)
         block.quantized_streams = self._streams(block.index, module, self.quantized, final=False)
         if original is not None and self.original is not None:
             block.original_streams = self._streams(block.index, original, self.original, final=True)
@@ -109,7 +108,7 @@ class Sequential:
         assert block.module is not None
         block.transformed = self.transforms.fold(block.index, block.module, twin, objective)
         block.training |= self.transforms.outcomes(block.index)
-        for path in self.transforms.paths:
+        for path in self.transforms.paths if self.plan.reconstructs else ():
             block.targets[path] = self.stream.weight_of(twin.get_submodule(path)).float()
 
     def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
@@ -146,7 +145,7 @@ class Sequential:
                 block.reports.append(report)
             for path, solution in solutions.items():
                 weights[path] = solution.weight
-                if solution.target is not None:
+                if solution.target is not None and self.plan.reconstructs:
                     block.targets[path] = solution.target
         return weights
 
@@ -157,15 +156,15 @@ class Sequential:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             block.original_streams.training.advance()
         self._advance(block.original, block.index, self.original.held_out)
+        block.release_original()
 
     def refine(self, block: BlockState) -> None:
         """Reconstruct the block's output, where the recipe or the method says so."""
-        if self.refinement is None or self.refinement.scope != "block" or not block.weights:
+        if self.refinement is None or not self.plan.reconstructs or not block.weights:
             return
-        for streams in (block.quantized_streams, block.original_streams):
-            if streams is not None:
-                streams.release()  # room for training
-        assert self.original is not None
+        assert self.original is not None and block.quantized_streams is not None
+        block.quantized_streams.release()  # room for training
+        block.release_weights()
         objective = self._block_objective(block, self.original, self.refinement.batch_tokens, "refine")
         refined, block.training["refine"] = self.refinement.refine(
             block.weights, block.targets, objective, self.progress, linear_dtype(fast=self.fast)
@@ -177,12 +176,23 @@ class Sequential:
         if block.index >= self.last:
             return
         assert block.module is not None and block.quantized_streams is not None
-        if self.refinement is not None and self.refinement.scope == "block":
+        if self.plan.reconstructs:
             self._advance(block.module, block.index, self.quantized.training)  # staged results are of unrefined weights
         else:
             with matmul_precision(fast=self.fast, device=self.stream.device):
                 block.quantized_streams.training.advance()
         self._advance(block.module, block.index, self.quantized.held_out)
+
+    def _twin(self, index: int, module: nn.Module) -> nn.Module:
+        """A copy of an original block. Where linear layers compute in bf16 anyway, so are its weights, if nothing is
+        lost by it."""
+        twin, prefix, stored = copy.deepcopy(module), self.plan.prefix(index), self.plan.source.tensors()
+        if not self.transforms.transforms:
+            for path in self.transforms.paths:
+                if stored[f"{prefix}{path}.weight"].torch_dtype == self.keep:
+                    linear = twin.get_submodule(path)
+                    self.stream.new_weight(linear, self.stream.weight_of(linear).to(self.keep))
+        return twin
 
     def _streams(self, index: int, module: nn.Module, hidden: Split[StoredBatches[Tensor]], *, final: bool) -> Streams:
         """Staged forward passes of `module`; `final` where its weights will not change, so that they advance too."""

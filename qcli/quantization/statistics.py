@@ -25,6 +25,8 @@ from qcli.utils.distributed import Processes
 from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
 
+_BAND = 1024  # rows of a Hessian
+
 
 class _Reached(Exception):
     """The forward pass has reached the inputs of the requested group."""
@@ -248,17 +250,25 @@ def collect(
             for name in (needs & {HESSIAN}) | (set() if original is None else compared):
                 sums[name] = like.new_zeros(like.shape[name != RESIDUAL_CROSS], like.shape[1])
         tokens = add_up_statistics(sums, tokens, processes)
-    finite = [total.div_(tokens).isfinite().all() for total in sums.values()]
-    if finite and not bool(torch.stack(finite).all()):
+    ranges = [value for total in sums.values() for value in total.div_(tokens).aminmax()]
+    if ranges and not bool(torch.stack(ranges).isfinite().all()):
         raise UsageError(
             f"block {quantized.index}: the inputs of {paths[0]} are not finite",
             hint="activations overflow in this dtype: use --dtype float32",
         )
     if HESSIAN in sums:
-        sums[HESSIAN].add_(sums[HESSIAN].triu_().triu(1).T)
+        _mirror(sums[HESSIAN])
     if CROSS in sums:
         sums[CROSS].add_(sums[HESSIAN])
     return LinearGroup(weights, **sums)
+
+
+def _mirror(square: Tensor) -> None:
+    """Replace what is below the diagonal by what is above it, a band at a time: the whole may be a GPU's tenth."""
+    for start in range(0, len(square), _BAND):
+        band = slice(start, start + _BAND)
+        square[band, band] = square[band, band].triu() + square[band, band].triu(1).T
+        square[band.stop :, band] = square[band, band.stop :].T
 
 
 def _add_square(sums: dict[str, Tensor], name: str, x: Tensor) -> None:

@@ -39,6 +39,7 @@ from qcli.recipe.sections import Calibration, Eval, Override, Pack
 from qcli.recipe.yaml import KeyPath
 from qcli.utils.errors import UsageError
 from qcli.utils.options import Options, Place
+from qcli.utils.placement import SIZE
 
 if TYPE_CHECKING:
     from typing import Self
@@ -71,6 +72,12 @@ class Recipe(Options):
     )
     deterministic: bool = Field(
         default=True, description="on a GPU, only algorithms that give the same bytes at every run; a CPU has no others"
+    )
+    max_memory: str | None = Field(
+        default=None,
+        pattern=SIZE,
+        examples=["8GB", "7.5GiB"],
+        description="memory of the device that may be used; default: what is free",
     )
     out: Place | None = Field(default=None, min_length=1, description="output folder")
     resume: Literal["auto", "required", "never"] = Field(
@@ -203,5 +210,14 @@ class Recipe(Options):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The values that decide the bytes of the quantized model."""
-        decisive = {*Recipe.model_fields} - {"device", "deterministic", "out", "resume", "distill", "pack", "eval"}
+        decisive = {*Recipe.model_fields} - {
+            "device",
+            "deterministic",
+            "max_memory",
+            "out",
+            "resume",
+            "distill",
+            "pack",
+            "eval",
+        }
         return {name: value for name, value in self.to_dict().items() if name in decisive}

@@ -20,7 +20,7 @@ from qcli.utils.files import write_bytes
 from qcli.utils.markdown import code
 from qcli.utils.paths import portable_name
 
-_CONTROL = ("out", "resume")  # say nothing of the result
+_CONTROL = ("max_memory", "out", "resume")  # say nothing of the result
 _NAMES: tuple[KeyPath, ...] = (
     *(("model",), ("calibration", "data"), ("distill", "data")),
     *(("eval", "perplexity"), ("eval", "baseline"), ("eval", "include_path")),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qcli.quantization.footprint import quantization_placement
 from qcli.quantization.plan import make_plan
 from qcli.study.content import address_by_content, require_texts
 from qcli.study.grid import Study
@@ -65,5 +66,5 @@ def plan_study(study: Study, out: Path | None, *, retry: bool, trust: Trust = NO
     for run in address_by_content(study.runs, trust) if statuses else study.runs:
         plan = make_plan(run.recipe, trust)
         status = statuses.get(run.address)
-        runs.append(PlannedRun(run.point, plan.bits_per_weight, plan.bytes, plan.peak_memory, status))
+        runs.append(PlannedRun(run.point, plan.bits_per_weight, plan.bytes, quantization_placement(plan).peak, status))
     return StudyPlan(study.file, study.axes, runs)

@@ -33,11 +33,16 @@ def system_memory() -> SystemMemory | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device`; of RAM, within the limit of this control group. None: unknown."""
+    """Bytes that can still be allocated on `device`; None: unknown."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return free_memory_of_host()
+
+
+def free_memory_of_host() -> int | None:
+    """Bytes of RAM that can still be allocated, within the limit of this control group; None: unknown."""
     memory = system_memory()
     if memory is None:
         return None

@@ -22,7 +22,7 @@ from qcli.models.stream import ModelStream
 from qcli.quantization.calibrate import calibrate
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Calibration
-from qcli.utils.errors import StateError, UsageError
+from qcli.utils.errors import ResourceError, StateError, UsageError
 from qcli.utils.sealed import digest
 from tests.tiny import tiny_model
 
@@ -211,3 +211,11 @@ def test_no_byte_depends_on_where_model_text_and_folder_are(text: str, tmp_path:
     files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {file.name: file.read_bytes() for file in (elsewhere / "other").iterdir()} == files
     assert not any(str(tmp_path).encode() in content for content in files.values())
+
+
+def test_a_calibration_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    recipe = Recipe(model=model, calibration=Calibration(data=text), max_memory="1MB")
+    with pytest.raises(ResourceError, match="calibrating with this model needs .* --max-memory allows 1MB"):
+        calibrate(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -55,6 +55,9 @@ class DBLLM(GroupedMethod, PerLayerFeedback):
     def format(self) -> DualBinary:
         return DualBinary(group_size=self.group_size, levels=self.levels)
 
+    def refitted(self, columns: int) -> int:
+        return 2 * self.format.groups(columns) if self.refit_tables else 0
+
     def fit_tables(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
         from qcli.algorithms.solvers import dual_binary
 

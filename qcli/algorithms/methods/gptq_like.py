@@ -54,6 +54,10 @@ class GPTQLike(AffineMethod, ErrorFeedback):
     def needs(self) -> frozenset[str]:
         return super().needs | ({CROSS} if self.gptaq_alpha else frozenset())
 
+    def refitted(self, columns: int) -> int:
+        tables = 2 if self.format.zero_point == "float" else 1
+        return tables * self.format.groups(columns) if self.refit_tables else 0
+
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """All layers are solved as one matrix, rows stacked."""
         import torch
@@ -63,27 +67,28 @@ class GPTQLike(AffineMethod, ErrorFeedback):
 
         width = self.format.group_width(next(iter(group.weights.values())).shape[1])
         problem = self.prepare(group, self.column_order, width)
-        target, hessian, order, factor = problem.target, problem.hessian, problem.order, problem.factor
+        target, hessian, order = problem.target, problem.hessian, problem.order
         tables = self._fit_grids(target, hessian.diagonal())
         usable = torch.ones(len(target), dtype=torch.bool)
-        if factor is None:
+        if problem.factor is None:
             codes = self.format.encode(target, tables)
         else:
             asymmetry = None
             if self.gptaq_alpha and not group.is_dead:
                 assert group.cross is not None
                 cross = group.cross[order][:, order]
-                asymmetry = feedback.asymmetric_term(hessian[order][:, order], cross, factor, self.gptaq_alpha)
+                asymmetry = feedback.asymmetric_term(hessian[order][:, order], cross, problem.factor, self.gptaq_alpha)
             dynamic = self.column_order != "static" and width < target.shape[1]
             codes = feedback.quantize_columns(
                 target,
-                factor,
+                problem.factor,
                 order,
                 self.format,
                 [(len(target), tables)],
                 asymmetry=asymmetry,
                 dynamic=self._dynamic_grids(problem, tables, width) if dynamic else None,
             )
+            problem.factor = None  # as large as the Hessian, and read no more
             if self.refit_tables:
                 tables, usable = grid.refit(target, codes, tables, self.format, hessian)
 

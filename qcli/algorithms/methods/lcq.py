@@ -64,6 +64,9 @@ class LCQ(GroupedMethod, PerLayerFeedback):
     def refine(self) -> Refine | None:
         return Refine(steps=self.steps) if self.steps else None
 
+    def refitted(self, columns: int) -> int:
+        return (self.rank + 1) * self.format.groups(columns) if self.refit_tables else 0
+
     def fit_tables(self, target: Tensor, importance: Tensor) -> dict[str, Tensor]:
         from qcli.algorithms.solvers import codebook
 

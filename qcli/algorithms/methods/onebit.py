@@ -67,6 +67,12 @@ class OneBit(RowScaledMethod, PerLayerFeedback):
     def format(self) -> Sign:
         return Sign(output_norm=self.paper, bias_after_norm=self.paper)
 
+    def workspace(self, rows: int, columns: int) -> int:
+        if self.paper:
+            return 14 * rows * columns
+        scales = 12 * columns**2 + 20 * rows * columns if self.refit_scales else 0
+        return max(super().workspace(rows, columns), scales)
+
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         if self.paper:
             return {name: self._decompose(weight) for name, weight in group.weights.items()}

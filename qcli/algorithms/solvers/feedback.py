@@ -14,10 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from qcli.algorithms.solvers.cholesky import factor_in_place, invert_lower
 from qcli.core.weight import Format, Rounder
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)  # ours: tried in turn, relative to the Hessian's mean diagonal
-_DIRECT = 256  # rows of a triangle that is inverted in one call
+_BAND = 1024  # rows of a Hessian that are moved together
 _LAZY = 128  # columns per lazy block: the rest of the matrix gets their errors in one product
 _STEP = 16  # columns per step: likewise the rest of the block
 _TILE = 1 << 22  # weights encoded at a time
@@ -37,41 +38,37 @@ class DynamicTables:
     fit: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """Upper triangular `U` with `U^T U = (H + damping * mean(diag H) * I)^-1`.
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor | None, float]:
+    """Upper triangular `U` with `U^T U = (H + damping * mean(diag H) * I)^-1`, rows and columns of H in `order`.
 
     The damping is raised along `DAMPINGS` while the damped Hessian is not positive definite.
 
     Args:
         hessian: `[in, in]`; dead inputs need a nonzero diagonal (see `without_dead_inputs`).
         damping: the first one tried.
+        order: int64 `[in]`; None: as they are.
 
     Returns:
         float32 `[in, in]`, None if no damping suffices; and the damping used.
     """
+    size = len(hessian)
+    flipped = torch.arange(size, device=hessian.device).flip(0) if order is None else order.flip(0)
     for strength in (damping, *(step for step in DAMPINGS if step > damping)):
-        damped = hessian.flip(0, 1).double()
+        damped = torch.empty(size, size, dtype=torch.float64, device=hessian.device)
+        for start in range(0, size, _BAND):
+            band = slice(start, start + _BAND)
+            damped[band] = hessian[flipped[band]][:, flipped]
         damped.diagonal().add_(strength * damped.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # at 28,672 inputs each of these matrices takes 6.6 GB
-        if bool((failed == 0) & lower.isfinite().all()):
-            _invert_lower(lower)
-            return lower.float().flip(0, 1), strength
-        del lower
+        lower, failed = factor_in_place(damped)
+        if bool((failed == 0) & lower.diagonal().isfinite().all()):
+            invert_lower(lower)
+            upper = torch.empty(size, size, device=hessian.device)
+            for start in range(0, size, _BAND):
+                rows = slice(start, min(start + _BAND, size))
+                upper[size - rows.stop : size - start] = lower[rows].flip(0, 1)
+            return upper, strength
+        del damped, lower
     return None, DAMPINGS[-1]
-
-
-def _invert_lower(matrix: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: `[[A, 0], [B, C]]^-1 = [[A', 0], [-C' B A', C']]`."""
-    if len(matrix) <= _DIRECT:
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
-        return
-    half = len(matrix) // 2
-    first, last = matrix[:half, :half], matrix[half:, half:]
-    _invert_lower(first)
-    _invert_lower(last)
-    matrix[half:, :half] = (last @ matrix[half:, :half]).neg_() @ first
 
 
 def without_dead_inputs(hessian: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qcli.algorithms.solvers.cholesky import factor_in_place
 from qcli.algorithms.solvers.output_error import row_output_errors
 from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
 from qcli.core.weight import QuantizedWeight
@@ -73,11 +74,13 @@ def refit(target: Tensor, weight: QuantizedWeight, format: Sign, hessian: Tensor
         basis = signs * in_scale
         out_scale = (basis * target_hessian).sum(1) / (basis @ hessian * basis).sum(1).clamp(min=_TINY)
         scaled = signs * out_scale[:, None]
-        normal = (scaled.T @ scaled * hessian).double()
+        normal = (scaled.T @ scaled).mul_(hessian).double()
         ridge = _RIDGE * normal.diagonal().mean().clamp(min=_TINY)
         normal.diagonal().add_(ridge)
         right = (scaled * target_hessian).sum(0).double() + ridge * in_scale.double()
-        in_scale = torch.linalg.solve(normal, right).float()
+        lower, _ = factor_in_place(normal)  # if it fails, so will the comparison below
+        in_scale = torch.cholesky_solve(right[:, None], lower)[:, 0].float()
+        del normal, lower
         choices.append(QuantizedWeight(format, weight.shape, weight.codes, _tables(in_scale, out_scale)))
     errors = torch.stack([row_output_errors(target - choice.dense(), hessian).sum() for choice in choices])
     return choices[int(errors.nan_to_num(nan=torch.inf).argmin())]

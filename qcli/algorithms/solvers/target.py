@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcli.algorithms.solvers.cholesky import factor_in_place
+
 
 def refit_target(
     weight: Tensor, hessian: Tensor, cross: Tensor, residual_cross: Tensor | None, ridge: float
@@ -25,15 +27,17 @@ def refit_target(
     Returns:
         float32 `[out, in]`, and the ridge used.
     """
-    mean = hessian.double().diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    mean = hessian.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
         damped = hessian.double()
         damped.diagonal().add_(ridge * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = factor_in_place(damped)
         if not bool(failed):
             break
         ridge *= 10
-    right = weight @ cross + weight * (ridge * mean).float()
+    del damped
+    factor = factor.float()
+    right = (weight @ cross).add_(weight * (ridge * mean).float())
     if residual_cross is not None:
-        right = right + residual_cross
-    return torch.cholesky_solve(right.T, factor.float()).T.contiguous(), ridge
+        right += residual_cross
+    return torch.cholesky_solve(right.T, factor).T.contiguous(), ridge

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcli.algorithms.solvers import codebook, dual_binary, feedback, grid, sign_value
+from qcli.algorithms.solvers import cholesky, codebook, dual_binary, feedback, grid, sign_value
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
@@ -161,3 +161,16 @@ def test_column_orders_are_permutations(kind: str) -> None:
     if kind == "group-aware":
         groups = (order // 8).tolist()
         assert [groups[0], *(b for a, b in itertools.pairwise(groups) if a != b)] == list(dict.fromkeys(groups))
+
+
+def test_bands_of_rows_change_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(700, 300, generator=torch.Generator().manual_seed(3))
+    hessian, order = inputs.T @ inputs / 700, torch.randperm(300, generator=torch.Generator().manual_seed(4))
+    whole, _ = feedback.inverse_factor(hessian, 0.01, order)
+    for module in (feedback, cholesky):
+        monkeypatch.setattr(module, "_BAND", 7)
+    banded, _ = feedback.inverse_factor(hessian, 0.01, order)
+    plain, _ = feedback.inverse_factor(hessian[order][:, order], 0.01)
+    assert whole is not None and banded is not None and plain is not None
+    torch.testing.assert_close(banded, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(plain, banded)

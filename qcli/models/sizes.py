@@ -1,0 +1,67 @@
+"""Sizes of a model that estimates of memory are made of; from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from qcli.models.families import Linear
+from qcli.models.source import ModelSource
+
+BATCH_TOKENS = 4096  # in one pass through a block
+_STATES, _INNER = 11, 4  # hidden states, and outputs inside the MLP, that live together in a pass
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of elements.
+
+    Attributes:
+        layers: the linears of the block that has the most weights.
+        outside: all tensors outside of the blocks: embedding, head, final norm.
+        hidden, inner: widths of the hidden states, and of the widest input or output of a linear.
+    """
+
+    layers: list[Linear]
+    outside: int
+    hidden: int
+    inner: int
+
+    @classmethod
+    def of(cls, source: ModelSource) -> ModelSizes:
+        """Of a model that qcli can read."""
+        blocks: dict[int, list[Linear]] = {}
+        for linear in source.linears():
+            blocks.setdefault(linear.block, []).append(linear)
+        prefix = f"{source.family.blocks}."
+        outside = sum(prod(tensor.shape) for name, tensor in source.tensors().items() if not name.startswith(prefix))
+        layers = max(blocks.values(), key=_weights)
+        inner = max(max(layer.shape) for layer in layers)
+        return cls(layers, outside, source.hf_config().get_text_config().hidden_size, inner)
+
+    @property
+    def block(self) -> int:
+        """Weights of the linears of the largest block."""
+        return _weights(self.layers)
+
+    @property
+    def largest(self) -> int:
+        """Weights of its largest linear."""
+        return max(prod(layer.shape) for layer in self.layers)
+
+    def forward(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the activations in a pass of `tokens` tokens through a block, gradients aside.
+
+        Args:
+            itemsize: of the outputs of linears; hidden states and norms are float32.
+        """
+        return tokens * (4 * _STATES * self.hidden + itemsize * _INNER * self.inner)
+
+
+def pass_tokens(samples: int, length: int) -> int:
+    """Tokens of a pass through a block, for samples of this length (see `stream.batches`)."""
+    return length * min(samples, max(1, BATCH_TOKENS // length))
+
+
+def _weights(layers: list[Linear]) -> int:
+    return sum(prod(layer.shape) for layer in layers)
