@@ -43,7 +43,9 @@ class Sampling:
 class BatchSampler:
     """Sample indices of each training step, a pure function of the step, so that a resumed run sees the same batches.
 
-    Every epoch visits all samples once in an order of its own; a batch may span the end of an epoch.
+    The samples are cut into as many stretches as a batch has samples, and a batch takes one of each: where processes
+    have equal shares of consecutive samples, they have equal shares of every batch too. Every epoch visits all samples
+    of a stretch once in an order of its own.
 
     Args:
         n_samples: samples in total.
@@ -52,14 +54,18 @@ class BatchSampler:
     """
 
     def __init__(self, n_samples: int, batch_size: int, seed: str) -> None:
-        self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
+        count = min(batch_size, n_samples)
+        self._stretches = [range(n_samples * n // count, n_samples * (n + 1) // count) for n in range(count)]
 
     def indices(self, step: int) -> list[int]:
         """The `batch_size` sample indices of a step, counted from 0."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._epoch(position // self.n_samples)[position % self.n_samples] for position in positions]
+        return [self._sample(*divmod(position, len(self._stretches))) for position in positions]
 
-    def _epoch(self, epoch: int) -> list[int]:
-        samples = list(range(self.n_samples))
-        random.Random(f"{self.seed}:{epoch}").shuffle(samples)
-        return samples
+    def _sample(self, turn: int, number: int) -> int:
+        """What stretch `number` gives at its `turn`."""
+        samples = list(self._stretches[number])
+        epoch, place = divmod(turn, len(samples))
+        random.Random(f"{self.seed}:{epoch}" + (f":{number}" if number else "")).shuffle(samples)
+        return samples[place]
