@@ -24,7 +24,6 @@ _FIRST_BLOCK = """
 import os, sys, time
 from qcli.cli import main as program
 program.import_little()
-from qcli.quantization import block_loop
 from qcli.quantization.sequential import Sequential
 
 def first(self, *arguments):

@@ -5,6 +5,7 @@ QCLI_TINY=1 chooses the CPU. What is measured then means nothing; results are ma
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -33,9 +34,11 @@ def synchronize() -> None:
 
 def clear() -> None:
     """Free what is cached on the GPU, and count its peak memory anew."""
+    gc.collect()
     if not TINY:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(1.0)  # what max_memory has set
 
 
 class Calls:
@@ -45,6 +48,7 @@ class Calls:
         self.calls, self.graph = calls, None
         if TINY:
             return
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for call in calls[:2]:
                 call()

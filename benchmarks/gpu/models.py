@@ -54,10 +54,12 @@ class Times:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.at: list[float] = []
+        self.first = ""  # what it said at the start
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         if stage == self.stage:
             synchronize()
+            self.first = detail if not self.at else self.first
             self.at.append(time.perf_counter())
 
     @property
@@ -74,7 +76,7 @@ def measured(run: Callable[[Progress], object], stage: str) -> dict[str, Any]:
         run(times)
     except Exception as problem:
         return {"failed": f"{type(problem).__name__}: {problem}"[:300], "units": times.units}
-    row: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 2), "units": times.units}
+    row: dict[str, Any] = {"seconds": round(time.perf_counter() - begun, 2), "units": times.units, "said": times.first}
     if not TINY:
         row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         row["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)

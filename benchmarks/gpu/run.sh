@@ -42,7 +42,7 @@ tests() { # tests NAME SECONDS FILE...
 }
 
 tests smoke 110 tests/test_cuda.py
-part quantizing 80 python3 -m benchmarks.gpu.quantizing 8B --limit 65
+part quantizing 100 python3 -m benchmarks.gpu.quantizing 8B --limit 80
 part distilling 60 python3 -m benchmarks.gpu.distilling --limit 50
 part determinism 80 python3 -m benchmarks.gpu.determinism
 part commands 70 python3 -m benchmarks.gpu.commands
