@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
+from qcli.quantization import job
 from qcli.quantization.quantize import quantize
 from qcli.quantization.result import Result
 from qcli.recipe.load import load_recipe
 from qcli.utils import run_folder
+from qcli.utils.stored_batches import BatchMemory
 
 TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
 
@@ -54,6 +56,18 @@ def streamed(folder: Path) -> torch.Tensor:
 def weights(folder: Path) -> dict[str, bytes]:
     """Every file of a checkpoint but its manifest, which tells the time."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "qcli.manifest.json"}
+
+
+def keep_on_host(monkeypatch: pytest.MonkeyPatch) -> list[BatchMemory]:
+    """From now on, the activations of a quantization wait in host memory; the list gets that of each run."""
+    used: list[BatchMemory] = []
+
+    def on_host(device: torch.device, **_: bool) -> BatchMemory:
+        used.append(BatchMemory(device, on_host=True))
+        return used[-1]
+
+    monkeypatch.setattr(job, "BatchMemory", on_host)
+    return used
 
 
 def in_pieces(work: Callable[[], object], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ from qcli.core.formats.low_rank import LowRank
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
-from qcli.quantization import job
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from qcli.utils.files import read_json
-from qcli.utils.stored_batches import BatchMemory
 from tests.determinism import as_on_a_gpu
 from tests.evaluation.questions import write_task
 from tests.inference.weights import random_weight
-from tests.quantizing import TOKENS, in_pieces, logits, run, streamed, weights, write_text
+from tests.quantizing import TOKENS, in_pieces, keep_on_host, logits, run, streamed, weights, write_text
 from tests.tiny import tiny_model, with_merge
 
 GPU = torch.cuda.is_available()
@@ -129,8 +126,9 @@ def test_activations_in_host_memory_give_the_same_bytes(
 ) -> None:
     model, text = tiny_model("llama", tmp_path, num_hidden_layers=3), write_text(tmp_path)
     run(model, tmp_path / "device", text, device="cuda", **RECIPES[name])
-    monkeypatch.setattr(job, "BatchMemory", partial(BatchMemory, on_host=True))
+    used = keep_on_host(monkeypatch)
     run(model, tmp_path / "host", text, device="cuda", **RECIPES[name])
+    assert len(used) == 1
     assert weights(tmp_path / "device") == weights(tmp_path / "host")
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qcli.quantization import job
-from qcli.utils.stored_batches import BatchMemory
-from tests.quantizing import run, weights, write_text
+from tests.quantizing import keep_on_host, run, weights, write_text
 from tests.tiny import tiny_model
 
 
@@ -23,6 +20,7 @@ def test_activations_in_host_memory_give_the_same_bytes(
     run(model, tmp_path / "out", text, **flags)
     expected = weights(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "device")
-    monkeypatch.setattr(job, "BatchMemory", partial(BatchMemory, on_host=True))
+    used = keep_on_host(monkeypatch)
     run(model, tmp_path / "out", text, **flags)
+    assert len(used) == 1
     assert weights(tmp_path / "out") == expected
