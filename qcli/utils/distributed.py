@@ -245,9 +245,10 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if distributed.is_initialized():
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    own = device if device.type == "cuda" else None
+    if own is not None:
+        torch.cuda.set_device(own)
+    distributed.init_process_group("gloo" if own is None else "nccl", timeout=_TIMEOUT, device_id=own)
     try:
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     except BaseException as error:
@@ -257,9 +258,8 @@ def process_group(device: torch.device) -> Iterator[Processes]:
                 time.sleep(_END_SECONDS)  # torchrun reports the exit code of the process that ends first
             message = "another process of this run has ended"
             raise ResourceError(message, hint="its own message, or the system's log, says why") from error
-        raise
-    finally:
-        distributed.destroy_process_group()
+        raise  # the end of the process ends the group: NCCL would wait here for the others, who wait for this one
+    distributed.destroy_process_group()
 
 
 def _is_left_alone(error: RuntimeError) -> bool:

@@ -50,15 +50,6 @@ def in_two(student: Path, fields: dict[str, Any], *flags: str) -> subprocess.Pop
     )
 
 
-def test_an_error_is_printed_once(tmp_path: Path) -> None:
-    text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
-    run(teacher, student, text, method__name="rtn", method__bits=2)
-    process = in_two(student, {**FIELDS, "model": str(teacher), "calibration.data": str(text), "out": str(student)})
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode != 0
-    assert stderr.count("error:") == 1 and f"error: {student} exists" in stderr
-
-
 def test_two_processes_interrupted_and_resumed_give_what_one_gives(tmp_path: Path) -> None:
     text, teacher, student = write_text(tmp_path), tiny_model("llama", tmp_path), tmp_path / "student"
     run(teacher, student, text, method__name="gptq-like", method__bits=2, method__zero_point="float")
