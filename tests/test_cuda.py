@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "transform, text": {"transforms": [{"name": "teq", "steps": 10, "loss": "cross-entropy"}]},
     "auto": {"method__bits": "auto", "method__target_bpw": 4.0, "calibration__samples": 12},
     "self": {"calibration__data": "self"},
+    "bounded": {"max_memory": "8GB"},
 }
 
 

@@ -134,12 +134,14 @@ def parse_size(text: str) -> int:
 
 
 def limit_memory(device: torch.device, limit: str | None) -> None:
-    """Let allocations on a GPU fail beyond `limit`, a size. On the CPU it only bounds what is planned."""
-    if limit is not None and device.type == "cuda":
+    """Let allocations on a GPU fail beyond `limit`, a size; None: not any more, in a process that limited another run.
+    On the CPU it only bounds what is planned."""
+    if device.type == "cuda":
         import torch
 
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_size(limit) / total), device)
+        share = 1.0 if limit is None else min(1.0, parse_size(limit) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def _problem(what: str, kind: str, needed: int, usable: int | None, limit: str | None) -> str | None:

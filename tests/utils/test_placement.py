@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qcli.utils import placement
 from qcli.utils.errors import ResourceError
-from qcli.utils.placement import SIZE, Demand, Peak, parse_size, place
+from qcli.utils.placement import SIZE, Demand, Peak, limit_memory, parse_size, place
 
 GB = 10**9
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -88,3 +89,14 @@ def test_phases_that_peak_on_one_side_do_not_add_up() -> None:
     peak.add(device=5, host=2)
     peak.add(device=1, host=4)
     assert peak.demand(waiting=3) == Demand(device=5, waiting=3, host=5, together=8)
+
+
+def test_a_limit_ends_with_the_run_that_it_was_given_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study runs several recipes in one process."""
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    for limit in ("8GB", "100GB", None):
+        limit_memory(CUDA, limit)
+        limit_memory(CPU, limit)
+    assert shares == [0.1, 1.0, 1.0]
