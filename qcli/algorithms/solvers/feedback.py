@@ -2,7 +2,7 @@
 
 GPTQ (arXiv 2210.17323, section 3) and GPTAQ's asymmetric term (arXiv 2504.02692, eq. 14), for every format. Ours: the
 Cholesky factor of the inverse Hessian comes from one Cholesky of the flipped Hessian and one triangular inverse in
-place, in float64.
+place; in float32 where that is precise enough, else in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from qcli.algorithms.solvers.cholesky import factor_in_place, invert_lower
 from qcli.core.weight import Format, Rounder
 
 DAMPINGS = (0.01, 0.05, 0.1, 1.0)  # ours: tried in turn, relative to the Hessian's mean diagonal
+_LEAST_PIVOT = 1e-4  # what of a diagonal entry may be left when it is reached: below, float32 has under three digits
 _BAND = 1024  # rows of a Hessian that are moved together
 _LAZY = 128  # columns per lazy block: the rest of the matrix gets their errors in one product
 _STEP = 16  # columns per step: likewise the rest of the block
@@ -54,20 +55,23 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     size = len(hessian)
     flipped = torch.arange(size, device=hessian.device).flip(0) if order is None else order.flip(0)
     for strength in (damping, *(step for step in DAMPINGS if step > damping)):
-        damped = torch.empty(size, size, dtype=torch.float64, device=hessian.device)
-        for start in range(0, size, _BAND):
-            band = slice(start, start + _BAND)
-            damped[band] = hessian[flipped[band]][:, flipped]
-        damped.diagonal().add_(strength * damped.diagonal().mean())
-        lower, failed = factor_in_place(damped)
-        if bool((failed == 0) & lower.diagonal().isfinite().all()):
-            invert_lower(lower)
-            upper = torch.empty(size, size, device=hessian.device)
+        for dtype, least in ((torch.float32, _LEAST_PIVOT), (torch.float64, 0.0)):
+            damped = torch.empty(size, size, dtype=dtype, device=hessian.device)
             for start in range(0, size, _BAND):
-                rows = slice(start, min(start + _BAND, size))
-                upper[size - rows.stop : size - start] = lower[rows].flip(0, 1)
-            return upper, strength
-        del damped, lower
+                band = slice(start, start + _BAND)
+                damped[band] = hessian[flipped[band]][:, flipped]
+            damped.diagonal().add_(strength * damped.diagonal().mean())
+            diagonal = damped.diagonal().clone()
+            lower, failed = factor_in_place(damped)
+            pivots = lower.diagonal().square() / diagonal
+            if bool((failed == 0) & pivots.isfinite().all() & (pivots.min() > least)):
+                invert_lower(lower)
+                upper = torch.empty(size, size, device=hessian.device)
+                for start in range(0, size, _BAND):
+                    rows = slice(start, min(start + _BAND, size))
+                    upper[size - rows.stop : size - start] = lower[rows].flip(0, 1)
+                return upper, strength
+            del damped, lower
     return None, DAMPINGS[-1]
 
 

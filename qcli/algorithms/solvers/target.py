@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qcli.algorithms.solvers.cholesky import factor_in_place
 
+_MODERATE = 0.1  # ridge that keeps conditions below 10 times the number of inputs: float32 is precise enough
+
 
 def refit_target(
     weight: Tensor, hessian: Tensor, cross: Tensor, residual_cross: Tensor | None, ridge: float
@@ -29,7 +31,7 @@ def refit_target(
     """
     mean = hessian.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        damped = hessian.double()
+        damped = hessian.to(torch.float32 if ridge >= _MODERATE else torch.float64, copy=True)
         damped.diagonal().add_(ridge * mean)
         factor, failed = factor_in_place(damped)
         if not bool(failed):
