@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -139,6 +140,15 @@ class PerLayerFeedback(ErrorFeedback):
         """
         raise NotImplementedError
 
+    def fit_layers(self, stacked: Tensor, rows: Sequence[int], importance: Tensor) -> list[dict[str, Tensor]]:
+        """`fit_tables` of each layer.
+
+        Args:
+            stacked: float32 `[sum of rows, in]`, their targets.
+            rows: of each layer.
+        """
+        return [self.fit_tables(target, importance) for target in stacked.split([*rows])]
+
     def refit(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
         """The layer with its tables refitted to its codes, and the fallbacks of this step.
 
@@ -156,8 +166,8 @@ class PerLayerFeedback(ErrorFeedback):
 
         problem = self.prepare(group, "static", 0)
         rows = [len(weight) for weight in group.weights.values()]
-        targets, importance = problem.target.split(rows), problem.hessian.diagonal()
-        tables = [self.fit_tables(target, importance) for target in targets]
+        targets = problem.target.split(rows)
+        tables = self.fit_layers(problem.target, rows, problem.hessian.diagonal())
         if self.error_feedback and problem.factor is not None:
             parts = list(zip(rows, tables, strict=True))
             stacked = feedback.quantize_columns(problem.target, problem.factor, problem.order, self.format, parts)

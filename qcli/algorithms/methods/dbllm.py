@@ -9,6 +9,7 @@ second from the error of the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -64,6 +65,12 @@ class DBLLM(GroupedMethod, PerLayerFeedback):
         if self.start == "published":
             return dual_binary.published(target, self.format)
         return dual_binary.fit(target, self.format, importance)
+
+    def fit_layers(self, stacked: Tensor, rows: Sequence[int], importance: Tensor) -> list[dict[str, Tensor]]:
+        """All layers at once: no tables are shared by rows."""
+        tables = self.fit_tables(stacked, importance)
+        parts = {name: table.split([*rows]) for name, table in tables.items()}
+        return [{name: part[layer] for name, part in parts.items()} for layer in range(len(rows))]
 
     def refit(self, target: Tensor, weight: QuantizedWeight, hessian: Tensor) -> tuple[QuantizedWeight, list[str]]:
         from qcli.algorithms.solvers import dual_binary

@@ -12,7 +12,7 @@ from qcli.core.formats.dual_binary import ALPHA1, ALPHA2, DualBinary
 from qcli.core.weight import QuantizedWeight
 
 _SCALES = tuple(2 * (0.3 + 0.05 * step) for step in range(15))  # ours: INT2 scales tried, over the mean magnitude
-_ROUNDS = 8  # ours: alternations of codes and alphas
+_ROUNDS = 6  # ours: alternations of codes and alphas; two more lower the error by less than 0.01 %
 _RIDGE = 1e-6  # of each group's normal equations, relative to their trace
 _MIN_IMPORTANCE = 1e-6  # relative to the mean: every column keeps some weight
 
@@ -139,12 +139,11 @@ def _fit_groups(groups: Tensor, importance: Tensor, first: Tensor, second: Tenso
         importance: `[groups, 1, n]`.
     """
 
-    def inner(left: Tensor, right: Tensor) -> Tensor:
-        return (importance @ (left * right)).squeeze(1).double()
+    def inner(left: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return (importance @ (left * torch.stack(others))).squeeze(2).double().unbind()
 
-    aa, ab, bb = inner(first, first), inner(first, second), inner(second, second)
+    (aa, ab, at), (bb, bt) = inner(first, first, second, groups), inner(second, second, groups)
     ridge = _RIDGE * (aa + bb) + 1e-30
     aa, bb = aa + ridge, bb + ridge
-    at, bt = inner(first, groups), inner(second, groups)
     determinant = aa * bb - ab * ab
     return ((bb * at - ab * bt) / determinant).float(), ((aa * bt - ab * at) / determinant).float()

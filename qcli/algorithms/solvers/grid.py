@@ -212,22 +212,21 @@ class _Moments:
         variance = square - mean.square()
         usable = variance > 1e-6 * square  # below, rounding errors of the subtraction
 
-        def slope(origin: Tensor | float) -> tuple[Tensor, Tensor]:
-            """The best scale for codes that count from `origin`, and where there is one."""
+        def slope(origin: Tensor | float) -> Tensor:
+            """The best scale for codes that count from `origin`."""
             from_origin = mean - origin
-            scale = (product + self.mean * from_origin) / (variance + from_origin.square()).clamp_(min=1e-30)
-            return scale, usable & (scale.abs() > 1e-12)
+            covariance = torch.addcmul(product, self.mean, from_origin)
+            return covariance / torch.addcmul(variance, from_origin, from_origin).clamp_(min=1e-30)
 
         if format.zero_point == "none":
-            scale, found = slope(format.center)
-            return _round_scale(torch.where(found, scale, current.scale)), current.zero_point
-        scale, found = slope(mean)
-        scale = _round_scale(torch.where(found, scale, current.scale))
+            return _round_scale(torch.where(usable, slope(format.center), current.scale)), current.zero_point
+        scale = product / variance.clamp(min=1e-30)
+        usable &= scale.abs() > 1e-12
+        scale = _round_scale(torch.where(usable, scale, current.scale))
         zero_point = _round_zero_point(mean - self.mean / scale, format)
         if format.zero_point == "integer":  # the zero point was rounded: fit the scale once more
-            refitted, found_again = slope(zero_point)
-            scale = _round_scale(torch.where(found & found_again, refitted, scale))
-        return scale, torch.where(found, zero_point, current.zero_point)
+            scale = _round_scale(torch.where(usable, slope(zero_point), scale))
+        return scale, torch.where(usable, zero_point, current.zero_point)
 
     def _mean(self, values: Tensor) -> Tensor:
         """`[groups, n, rows]` -> `[groups, rows]`."""
@@ -254,9 +253,8 @@ def _covering(low: Tensor, high: Tensor, format: Affine) -> tuple[Tensor, Tensor
 
 def _round_scale(scale: Tensor) -> Tensor:
     """Round to nonzero float16 values, in float32; 0, the scale of a group of zeros, becomes 1."""
-    stored = scale.to(torch.float16).float()
-    smallest = torch.copysign(torch.full_like(scale, SMALLEST_SCALE), scale)
-    return torch.where(scale == 0, 1.0, torch.where(stored == 0, smallest, stored))
+    stored = torch.copysign(scale.abs().clamp_(min=SMALLEST_SCALE).half().float(), scale)
+    return stored.masked_fill_(scale == 0, 1.0)
 
 
 def _round_zero_point(zero_point: Tensor, format: Affine) -> Tensor:
