@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.solvers import feedback, tiles
+from qcli.algorithms.training import loop
 from qcli.core.weight import QuantizedWeight
 from qcli.models.source import ModelSource
 from qcli.models.stream import ModelStream
@@ -60,6 +61,10 @@ class Live(TorchDispatchMode):
         if name == "any":
             output.is_any = True
         return output
+
+    def restart(self) -> None:
+        """Begin a new peak, at what lives now."""
+        self.peak, self._snapshot, self.largest = Counter(self.now), 0.0, []
 
     def on_host(self, tensors: Any) -> Any:
         """Take the storages of these tensors for host memory; returns them."""
@@ -112,9 +117,10 @@ class _OneFakeMode(FakeTensorMode):
 def counted(*, fake: bool) -> Iterator[Live]:
     """Within: tensors are counted, and have no values if `fake`."""
     live = Live()
-    to_host, read = BatchMemory._to_host, ModelSource.read
+    to_host, read, best = BatchMemory._to_host, ModelSource.read, loop._on_host
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(BatchMemory, "_to_host", lambda *args: live.on_host(to_host(*args))))
+        stack.enter_context(mock.patch.object(loop, "_on_host", lambda *args: live.on_host(best(*args))))
         stack.enter_context(mock.patch.object(tiles, "_CPU", tiles._GPU))
         if fake:
             stack.enter_context(mock.patch.object(ModelSource, "read", lambda *args: live.on_host(_unread(*args))))

@@ -100,11 +100,50 @@ def quantized(model: Path, out: Path, method: str, text: Path) -> dict[str, Any]
     }
 
 
+def planned(model: Path, method: str, text: Path, samples: int, length: int) -> dict[str, Any]:
+    """Peak memory of a run on the CPU, and what its plan says beforehand; each in a process of its own."""
+    flags = [str(model), "--method", method, "--bits", "4", "--data", str(text), "--device", "cpu", "--json", "-q"]
+    flags += ["--samples", str(samples), "--seq-len", str(length)]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for more in (["--dry-run"], ["--out", str(Path(folder) / "out")]):
+            command = [sys.executable, "-m", "qcli", "quantize", *flags, *more]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results.append(json.loads(done.stdout))
+    plan, result = results
+    peak = result["peak_memory"]["rss"]
+    return {
+        "method": method,
+        "samples": samples,
+        "length": length,
+        "peak_rss_gb": round(peak / 1e9, 3),
+        "estimate_gb": round(plan["peak_memory_estimate"] / 1e9, 3),
+        "estimate_off": round(plan["peak_memory_estimate"] / peak - 1, 3),
+    }
+
+
+def compare_plans() -> None:
+    """The plan's peak against the measured one over three sizes."""
+    for hidden, ffn in ((1024, 4096), (1536, 6144), (2048, 8192)):
+        with tempfile.TemporaryDirectory() as folder:
+            model, text = Path(folder) / "llama", Path(folder) / "text.txt"
+            write_llama(model, 2, Size(hidden, ffn))
+            write_text(text, 40_000, Size().vocab)
+            for method, samples in (("rtn", 8), ("gptq-like", 8), ("gptq-like", 64)):
+                row = {"hidden": hidden, **planned(model, method, text, samples, 512)}
+                print(row, flush=True)
+                common.save_row("planned_memory", ("hidden", "method", "samples"), row, compare_plans.__doc__)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=32, help="32 blocks are 4 GB")
     parser.add_argument("--methods", nargs="+", default=["rtn"], help="of these, gptq-like takes hours at this size")
+    parser.add_argument("--plans", action="store_true", help="compare plans with measured peaks instead")
     blocks = parser.parse_args()
+    if blocks.plans:
+        compare_plans()
+        return
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         write_text(text, 3000, Size().vocab)

@@ -90,7 +90,7 @@ class Method(Options):
             rows: outputs of all layers of a group together.
             columns: their inputs.
         """
-        return 14 * rows * columns
+        return 10 * rows * columns
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:
         """Quantize every layer of `group.weights`; the solutions are in the same order."""

@@ -73,7 +73,7 @@ class Refine(Options):
     def refine(
         self,
         weights: Mapping[str, QuantizedWeight],
-        targets: Mapping[str, Tensor],
+        targets: dict[str, Tensor],
         objective: Objective,
         progress: Progress = silent,
         dtype: torch.dtype | None = None,
@@ -83,7 +83,7 @@ class Refine(Options):
         Args:
             weights: as the method quantized them, by path.
             targets: float32 `[out, in]`, by path: the weights the codes were fitted to; latents start as near to them
-                as the codes allow.
+                as the codes allow. Taken: the mapping is empty afterwards.
             objective: scores dense weights under the same paths.
             progress: called at the start and after each step.
             dtype: of the dense weights that are scored; None: float32.
@@ -97,6 +97,7 @@ class Refine(Options):
         from qcli.algorithms.training.trainable_weight import TrainableWeights, parameter_groups
 
         layers = TrainableWeights(weights, targets, self.train)
+        targets.clear()  # of a whole block they are as large as its latents
         outcome = train(
             parameter_groups([layers], tables_lr=self.tables_lr, weights_lr=self.weights_lr),
             lambda as_stored: layers.dense(as_stored=as_stored, dtype=dtype or torch.float32),

@@ -1,5 +1,6 @@
 """`qcli eval`: measure models, alone or against a baseline."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
 from qcli.data.datasets import set_names
 from qcli.utils.errors import UsageError
+from qcli.utils.placement import SIZE
 
 if TYPE_CHECKING:
     from qcli.recipe.gates import Gates
@@ -77,6 +79,7 @@ def evaluate(
         str,
         typer.Option(metavar="TYPE", help="Compute dtype: auto (float32), float32, bfloat16 or float16."),
     ] = "auto",
+    max_memory: flags.MaxMemory = None,
     trust_remote_code: flags.TrustRemoteCode = False,
     trust_tasks: flags.TrustTasks = False,
     json: flags.Json = False,
@@ -106,6 +109,8 @@ def evaluate(
         for name, bound in on_text.items() if not texts else ():
             if bound is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")
+        if max_memory is not None and not re.match(SIZE, max_memory):
+            raise UsageError(f"--max-memory: must be written as '8GB' or '7.5GiB', not {max_memory!r}")
         from qcli.evaluation.evaluate import compare
         from qcli.evaluation.options import EvalOptions
         from qcli.models.open import open_source
@@ -124,7 +129,7 @@ def evaluate(
             for name in filter(None, [*models, baseline]):
                 open_source(name, trust)  # a wrong name fails before any data is loaded
             lm_eval.require_data()
-        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, trust)
+        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust)
         cache = Cache(None if no_cache else default_folder())
         evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
         results = [evaluation.to_json() for evaluation in evaluations]

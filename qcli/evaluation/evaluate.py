@@ -60,7 +60,7 @@ def compare(
     Raises:
         UsageError: no such model or text, a text that is too short or that a model was calibrated on, or models and
             baseline do not share a vocabulary.
-        ResourceError: the hidden states of all windows do not fit in memory.
+        ResourceError: the hidden states of all windows, or a block, do not fit in memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
     _require_consistent(models, options, baseline)
@@ -77,7 +77,7 @@ def compare(
     nothing, kept = Cache(None), cache or Cache(None)
     everything = [*sources, reference] if reference is not None else sources
     windows = evaluation_windows(options, everything, kept, progress)
-    require_memory(windows, sources, reference, dtype)
+    require_memory(windows, sources, reference, dtype, options)
     run = _Evaluator(options, windows, device, dtype, progress)
     evaluations = []
     with matmul_precision(fast=False), torch.inference_mode():

@@ -78,4 +78,12 @@ def evaluate_recipe(
 
 def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None, trust: Trust) -> EvalOptions:
     section = recipe.eval or Eval()
-    return EvalOptions(texts, section.window, section.max_windows, tasks, device=recipe.device, trust=trust)
+    return EvalOptions(
+        texts,
+        section.window,
+        section.max_windows,
+        tasks,
+        device=recipe.device,
+        max_memory=recipe.max_memory,
+        trust=trust,
+    )

@@ -28,6 +28,7 @@ class EvalOptions:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: of weights and activations: `auto` (float32, with exact matrix products), `float32`, `bfloat16`,
             `float16`.
+        max_memory: a size that bounds the memory of the device (see `placement.SIZE`); None: what is free.
         trust: whether Python files of the models may run.
     """
 
@@ -38,4 +39,5 @@ class EvalOptions:
     layers: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    max_memory: str | None = None
     trust: Trust = NOTHING

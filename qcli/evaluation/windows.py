@@ -12,10 +12,12 @@ from qcli.data.stored_windows import stored_windows
 from qcli.data.tokens import Tokens, evaluation_tokens
 from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
 from qcli.models.open import ModelSource
+from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.utils.cache import Cache
 from qcli.utils.device import resolve_device
 from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.memory import free_memory
+from qcli.utils.placement import RUNTIME, Peak, limit_memory, place
 from qcli.utils.progress import Progress
 
 
@@ -64,13 +66,20 @@ def _windows(
 
 
 def require_memory(
-    windows: Sequence[Tokens], sources: Sequence[ModelSource], baseline: ModelSource | None, dtype: torch.dtype
+    windows: Sequence[Tokens],
+    sources: Sequence[ModelSource],
+    baseline: ModelSource | None,
+    dtype: torch.dtype,
+    options: EvalOptions,
 ) -> None:
-    """Check that the final hidden states of all windows fit in memory: those of one model and of the baseline.
+    """Check that the final hidden states of all windows fit in memory, those of one model and of the baseline, and what
+    computes them on the device.
 
     Raises:
         ResourceError: they do not.
     """
+    if not windows:
+        return
     positions = sum(tokens.ids.numel() for tokens in windows)
     width = max(_hidden_size(source) for source in sources) + (0 if baseline is None else _hidden_size(baseline))
     needed, free = positions * width * dtype.itemsize, free_memory(torch.device("cpu"))
@@ -80,6 +89,18 @@ def require_memory(
             f"{free / 1e9:.1f} GB are free",
             hint="evaluate fewer windows: --max-windows N",
         )
+    device, sizes = resolve_device(options.device), [ModelSizes.of(source) for source in sources]
+    reference = [] if baseline is None else [ModelSizes.of(baseline)]
+    outside = max(size.outside for size in sizes) + sum(size.outside for size in reference)
+    block = max(size.block for size in [*sizes, *reference]) * (2 if options.layers else 1)
+    tokens = max(pass_tokens(*each.ids.shape) for each in windows)
+    work = max(size.forward(tokens, dtype.itemsize) for size in [*sizes, *reference])
+    peak = Peak(RUNTIME)
+    peak.add(device=dtype.itemsize * (outside + block) + work, host=needed)
+    place(peak.demand(waiting=0), device, options.max_memory, "evaluating these models").require(
+        "a shorter --window, --dtype bfloat16, --device cpu, or another --max-memory"
+    )
+    limit_memory(device, options.max_memory)
 
 
 def _hidden_size(source: ModelSource) -> int:

@@ -187,7 +187,13 @@ def _measure(
     """
     (folder / _HELD_OUT).mkdir(parents=True, exist_ok=True)
     shards.write_tensors(folder / _HELD_OUT / "tokens.safetensors", {"ids": held_out.clone()})
-    options = EvalOptions([str(folder / _HELD_OUT)], window=held_out.shape[1], device=recipe.device, trust=trust)
+    options = EvalOptions(
+        [str(folder / _HELD_OUT)],
+        window=held_out.shape[1],
+        device=recipe.device,
+        max_memory=recipe.max_memory,
+        trust=trust,
+    )
     checkpoints = [str(folder / name) for name in trials]
     scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
     return {name: score.kl for name, score in zip(trials, scores, strict=True)}

@@ -13,7 +13,7 @@ from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.quantization.plan import Plan
 from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.dtypes import torch_dtype
-from qcli.utils.placement import Demand, Peak, Placement, place
+from qcli.utils.placement import RUNTIME, Demand, Peak, Placement, place
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from qcli.models.source import ModelSource
     from qcli.recipe.sections import Calibration
 
-RUNTIME = 450 * 10**6  # torch and transformers themselves
 TRAINED_TOKENS = 1024  # of a training step
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.training.batches import Sampling, Split
@@ -141,31 +142,35 @@ class ModelObjective:
         return self.processes.mean(float(torch.stack(errors).mean()) if errors else 0.0, len(errors))
 
     def _error(self, weights: Weights, tokens: Tensor) -> Tensor:
-        with self.simulate():
-            predicted = self._logits(tokens, weights)[:, :-1].flatten(0, 1).log_softmax(-1)
+        predicted = self._logits(tokens, weights, self.simulate)[:, :-1].flatten(0, 1).log_softmax(-1)
         if not self.predictions:
             return F.nll_loss(predicted, tokens[:, 1:].flatten().to(predicted.device))
         with torch.no_grad():
-            target = self._logits(tokens, {})[:, :-1].flatten(0, 1).log_softmax(-1)
+            target = self._logits(tokens, {}, nullcontext)[:, :-1].flatten(0, 1).log_softmax(-1)
         return F.kl_div(predicted, target, log_target=True, reduction="batchmean")
 
-    def _logits(self, tokens: Tensor, weights: Weights) -> Tensor:
-        by_block = _by_block(weights)
-        forwards = (
-            partial(self.stream.run_block, block, index, weights=by_block.get(str(index), {}))
-            for index, block in enumerate(self.blocks)
-        )
+    def _logits(
+        self, tokens: Tensor, weights: Weights, simulate: Callable[[], AbstractContextManager[object]]
+    ) -> Tensor:
+        forwards = (partial(self._run, index, weights, simulate) for index in range(len(self.blocks)))
         with matmul_precision(fast=self.fast, device=self.stream.device):
             return self.stream.logits_of(tokens, forwards).float()
 
+    def _run(
+        self, index: int, weights: Weights, simulate: Callable[[], AbstractContextManager[object]], hidden: Tensor
+    ) -> Tensor:
+        """Run one block. Its activations are computed once more in the backward pass: those of all do not fit."""
+        prefix = f"{index}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
-def _by_block(weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """`BLOCK.PATH` -> block -> path."""
-    by_block: dict[str, dict[str, Tensor]] = {}
-    for name, weight in weights.items():
-        block, _, path = name.partition(".")
-        by_block.setdefault(block, {})[path] = weight
-    return by_block
+        def run(hidden: Tensor) -> Tensor:
+            with simulate(), matmul_precision(fast=self.fast, device=self.stream.device):
+                return self.stream.run_block(self.blocks[index], index, hidden, own)
+
+        if not (own and torch.is_grad_enabled()):
+            return run(hidden)
+        output: Tensor = checkpoint(run, hidden, use_reentrant=False)
+        return output
 
 
 def _quadratic(group: LinearGroup) -> tuple[Tensor, dict[str, Tensor], Tensor]:

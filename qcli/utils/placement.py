@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 SIZE = rf"^[1-9][0-9]*(\.[0-9]+)?({'|'.join(_UNITS)})$"
 """How recipes and flags write a number of bytes."""
+RUNTIME = 450 * 10**6
+"""Bytes of a process that has loaded torch and transformers."""
 _USABLE = 0.9  # of a GPU's free memory: what its allocator does not lose to fragments
 
 

@@ -59,7 +59,7 @@ def test_held_out_error_falls(
     initial = with_low_rank(rounded(group.weights["w"], Affine(bits=2, group_size=32, zero_point="float")), low_rank)
     objective = LinearObjective(group, held_out)
     refine = Refine(scope="linear", steps=80, train=train, weights_lr=1e-2)
-    refined, outcome = refine.refine({"w": initial}, group.weights, objective)
+    refined, outcome = refine.refine({"w": initial}, dict(group.weights), objective)
     weight = refined["w"]
     weight.check()
     assert weight.format == initial.format
@@ -80,7 +80,7 @@ def test_all_tables_of_codebooks_are_refined(
     tables = codebook.fit(weight, format)
     initial = with_low_rank(QuantizedWeight(format, (OUT, IN), format.encode(weight, tables), tables), low_rank)
     objective = LinearObjective(group, held_out)
-    refined, outcome = Refine(scope="linear", steps=60).refine({"w": initial}, group.weights, objective)
+    refined, outcome = Refine(scope="linear", steps=60).refine({"w": initial}, dict(group.weights), objective)
     refined["w"].check()
     assert outcome.after == pytest.approx(objective.held_out({"w": refined["w"].dense()}))
     assert outcome.after < 0.99 * outcome.before
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_ends_training() -> None:
 def test_global_random_state_is_left_alone(layer: tuple[LinearGroup, LinearGroup]) -> None:
     state, weights = torch.get_rng_state(), layer[0].weights
     initial = rounded(weights["w"], Affine(bits=3, group_size=16))
-    Refine(scope="linear", steps=5).refine({"w": initial}, weights, LinearObjective(*layer))
+    Refine(scope="linear", steps=5).refine({"w": initial}, dict(weights), LinearObjective(*layer))
     assert torch.equal(torch.get_rng_state(), state)
 
 

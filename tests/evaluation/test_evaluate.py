@@ -189,6 +189,14 @@ def test_text_a_model_was_calibrated_on_is_flagged(tmp_path: Path, text: str, th
     assert fitted_to == {"read": [text], "not read": []}
 
 
+def test_a_device_that_does_not_hold_a_block_is_refused(tmp_path: Path, text: str) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    options = EvalOptions([text], window=32, max_windows=2, device="cpu", max_memory="1MB")
+    with pytest.raises(ResourceError, match="evaluating these models needs .* --max-memory allows 1MB") as caught:
+        evaluate(model, options)
+    assert "--window" in str(caught.value.hint)
+
+
 def test_more_text_than_memory_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "free_memory", lambda _: 2 * 2 * 32 * HIDDEN * 4)
     model = str(tiny_model("llama", tmp_path))

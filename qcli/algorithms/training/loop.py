@@ -151,7 +151,7 @@ def optimize(
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, weight_decay=0.0, eps=_EPSILON, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    best = [parameter.detach().clone() for parameter in parameters]
+    best = [_on_host(parameter) for parameter in parameters]
     for parameter in parameters:  # AdamW creates these at its first step; resuming needs them before
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
@@ -200,6 +200,12 @@ def optimize(
             parameter.grad = None
     curve = tuple((step, loss, held_out_loss) for step, loss, held_out_loss in state.curve)
     return Outcome(state.before, state.after, state.best_step, state.steps, stopped, curve)
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    """A copy in host memory, which is only written at evaluations; one that processes share stays where it is."""
+    value = parameter.detach()
+    return value.clone() if hasattr(value, "device_mesh") else value.to("cpu", copy=True)
 
 
 def _initial_state(held_out: Callable[[], float]) -> _State:

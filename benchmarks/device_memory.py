@@ -1,0 +1,199 @@
+"""Device memory of quantizing large models, counted without a GPU: python -m benchmarks.device_memory
+
+The first block of a model with the shapes of Llama 3, quantized by qcli's own code on tensors that have no values
+(`live_memory`), activations in host memory, against the estimate that `qcli quantize` decides by. A few samples do:
+what does not wait for its next use does not depend on their number. Computed, not measured on a GPU: what kernels use
+inside, what the allocator loses to fragments and the CUDA context come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from math import prod
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from benchmarks.live_memory import DEVICE, HOST, counted
+from qcli.quantization import transforms
+from qcli.quantization.block_loop import BlockQuantizer
+from qcli.quantization.data_free import DataFree
+from qcli.quantization.footprint import quantization_demand
+from qcli.quantization.plan import Plan, make_plan
+from qcli.quantization.sequential import Sequential
+from qcli.recipe.load import load_recipe
+from qcli.utils.device import matmul_precision
+from qcli.utils.progress import silent
+from qcli.utils.stored_batches import BatchMemory
+
+SIZES = {  # hidden, inner, heads
+    "1B": (2048, 8192, 32),
+    "8B": (4096, 14336, 32),
+    "70B": (8192, 28672, 64),
+}
+VOCABULARY, KV_HEADS, LENGTH, SAMPLES = 128256, 8, 2048, 16
+CASES: dict[str, dict[str, Any]] = {
+    "rtn": {"method.name": "rtn"},
+    "gptq-like": {"method.name": "gptq-like"},
+    "gptq-like, refined": {"method.name": "gptq-like", "refine.steps": 2},
+    "teq": {"method.name": "teq", "method.steps": 2},
+    "lcq": {"method.name": "lcq", "method.bits": 2, "method.steps": 2},
+    "onebit": {"method.name": "onebit"},
+    "dbllm": {"method.name": "dbllm"},
+}
+CPU = torch.device("cpu")
+
+
+def write_headers(folder: Path, size: str) -> Path:
+    """A model of two blocks whose file of weights is a hole behind its header."""
+    hidden, inner, heads = SIZES[size]
+    kv = hidden // heads * KV_HEADS
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "dtype": "bfloat16"}
+    config |= {"num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    shapes: dict[str, tuple[int, ...]] = {"lm_head": (VOCABULARY, hidden), "model.norm": (hidden,)}
+    shapes |= {"model.embed_tokens": (VOCABULARY, hidden)}
+    linears = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden)}
+    linears |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    linears |= {"mlp.down_proj": (hidden, inner)}
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    for block in range(2):
+        shapes |= {f"model.layers.{block}.{name}": shape for name, shape in (linears | norms).items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return folder
+
+
+class _Parts:
+    """A run's folder in memory."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, tuple[dict[str, Tensor], Any]] = {}
+
+    def done(self, part: str) -> str | None:
+        return part if part in self.parts else None
+
+    def file(self, part: str) -> str:
+        return part
+
+    def report(self, part: str) -> Any:
+        return self.parts[part][1]
+
+    def commit(self, part: str, tensors: dict[str, Tensor], report: Any = None) -> None:
+        self.parts[part] = tensors, report
+
+
+def phases(plan: Plan, *, fast: bool) -> dict[str, dict[str, int]]:
+    """Highest bytes of the device in each phase of a block, and what waits in host memory at its end."""
+    found: dict[str, dict[str, int]] = {}
+    run: Any = _Parts()
+    with (
+        counted(fake=True) as live,
+        mock.patch.object(transforms, "load_file", lambda part: run.parts[part][0]),
+        matmul_precision(fast=False),
+        torch.no_grad(),
+    ):
+
+        def ended(phase: str) -> None:
+            known = found.setdefault(phase, {"peak": 0, "waiting": 0})
+            known["peak"] = max(known["peak"], live.peak[DEVICE])
+            known["waiting"] = max(known["waiting"], live.now[HOST])
+            if known["peak"] == live.peak[DEVICE]:
+                largest[phase] = live.largest
+            live.restart()
+
+        largest: dict[str, list[tuple[int, str]]] = {}
+        tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
+        quantizer: BlockQuantizer = DataFree(plan, CPU)
+        if plan.calibrated:
+            memory = BatchMemory(CPU, on_host=True)
+            quantizer = Sequential(plan, run, tokens, CPU, torch.float32, fast=fast, memory=memory, progress=silent)
+        ended("embed")
+        block = quantizer.load(0, None)
+        ended("load")
+        quantizer.transform(block)
+        ended("transform")
+        for group in block.groups:
+            collected = quantizer.collect(block, group)
+            ended("collect")
+            block.replace(quantizer.solve(block, collected))
+            del collected
+            ended("solve")
+        quantizer.advance_original(block)
+        ended("advance")
+        quantizer.refine(block)
+        ended("refine")
+        quantizer.advance(block)
+        ended("advance")
+        found["largest"] = {}
+    phases.largest = largest  # type: ignore[attr-defined]
+    del found["largest"]
+    return found
+
+
+def measure(size: str, case: str, folder: Path, *, fast: bool) -> dict[str, Any]:
+    """One row of the table."""
+    model, text = folder / size, folder / "text.txt"
+    if not model.exists():
+        write_headers(model, size)
+        text.write_text("text")
+    given: dict[str, Any] = {"model": str(model), "device": "cpu", "calibration.data": str(text)}
+    given |= {"calibration.samples": SAMPLES, "calibration.seq_len": LENGTH, "calibration.held_out": 1}
+    plan = make_plan(load_recipe(None, {**given, **CASES[case]}))
+    found = phases(plan, fast=fast)
+    peak = max(phase["peak"] for phase in found.values())
+    waiting = max(found[phase]["waiting"] for phase in ("collect", "solve"))
+    demand = quantization_demand(plan, torch.float32, fast=fast)
+    samples = 128 / SAMPLES
+    return {
+        "size": size,
+        "case": case,
+        "matrix_products": "bf16" if fast else "float32",
+        "device_gb": _gb(peak),
+        "estimate_gb": _gb(demand.device),
+        "estimate_off": round(demand.device / peak - 1, 3),
+        "host_activations_gb_at_128_samples": _gb(waiting * samples),
+        "estimated_host_activations_gb": _gb(demand.waiting * samples),
+        "phases_gb": {name: _gb(phase["peak"]) for name, phase in found.items()},
+    }
+
+
+def _gb(size: float) -> float:
+    return round(size / 1e9, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--float32", action="store_true", help="matrix products, as with --dtype float32")
+    parser.add_argument("--largest", action="store_true", help="print the largest tensors of each phase")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes:
+            for case in options.cases:
+                row = measure(size, case, Path(folder), fast=not options.float32)
+                print(row, flush=True)
+                if options.largest:
+                    for phase, storages in phases.largest.items():  # type: ignore[attr-defined]
+                        print("  ", phase, [(_gb(bytes), name) for bytes, name in storages[:14]])
+                common.save_row("device_memory", ("size", "case", "matrix_products"), row, __doc__)
+
+
+if __name__ == "__main__":
+    main()
