@@ -236,8 +236,7 @@ class Pipeline:
         from qcli.distillation.plan import require_feasible
         from qcli.export.packable import PlannedCheckpoint
 
-        vocabulary = self.plan.source.hf_config().get_text_config().vocab_size
-        require_feasible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, vocabulary)
+        require_feasible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, self.plan.source)
         if self.recipe.distill_text.data != SELF:
             distillation_tokens(self.recipe, self.plan.source)
 

@@ -68,7 +68,7 @@ class Refine(Options):
         Args:
             itemsize: of the dense weights that are scored.
         """
-        return 50
+        return 27 + itemsize if "weights" in self.train else 14 + itemsize
 
     def refine(
         self,

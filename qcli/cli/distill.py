@@ -9,6 +9,7 @@ from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
+from qcli.utils.placement import Placement
 
 _MEMORY_HINT = "a smaller distill.batch_tokens needs less; --scope block keeps one block in memory"
 
@@ -41,6 +42,7 @@ def distill(
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
+    max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
     recipe: flags.RecipeFile = None,
@@ -69,6 +71,7 @@ def distill(
             seed=seed,
             device=device,
             dtype=dtype,
+            max_memory=max_memory,
             deterministic=deterministic,
             out=out,
         ) | {
@@ -98,14 +101,13 @@ def distill(
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
     """What `--dry-run` reports."""
-    memory = "one block at a time" if plan["memory"] is None else f"at least {size(plan['memory'])}"
     tables.pairs(
         {
             "teacher": plan["teacher"],
             "layers": plan["layers"],
             "trained": f"{plan['trained']:,} parameters, for {plan['weights']:,} weights",
             "tokens": f"{plan['tokens']:,}",
-            "memory": memory + (f", {size(plan['free'])} are free" if plan["free"] is not None else ""),
+            "peak memory": Placement(**plan["memory"]).in_words(),
         }
     )
 

@@ -58,7 +58,7 @@ def distill(
         VerificationError: weights of the student have changed since they were written.
         UnsupportedError: as `quantize`.
     """
-    plan_distillation(student, recipe, trust)
+    memory = plan_distillation(student, recipe, trust).memory
     started, options = time.monotonic(), recipe.distill or Distillation()
     student_source, teacher_source = open_pair(student, recipe.model, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
@@ -105,6 +105,7 @@ def distill(
             dtype=dtype,
             fast=fast,
             progress=progress,
+            on_host=memory.on_host,
         )
         job = replace(job, progress=_with_speed(job))
         blocks: list[Outcome] = []

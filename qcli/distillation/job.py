@@ -26,6 +26,7 @@ class DistillationJob:
         seed: of the samples' order.
         device, dtype: of both models.
         fast: whether their matrix products may use bf16 or TF32 units.
+        on_host: whether hidden states wait in host memory, block by block.
     """
 
     student: NativeSource
@@ -38,6 +39,7 @@ class DistillationJob:
     dtype: torch.dtype
     fast: bool
     progress: Progress
+    on_host: bool = False
 
     def stream(self, source: ModelSource) -> ModelStream:
         """A stream of the student or the teacher."""

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from qcli.data.datasets import is_folder
-from qcli.distillation.whole_model import needed_memory
+from qcli.distillation.footprint import distillation_demand
 from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import LayerStorage
+from qcli.models.sizes import ModelSizes
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
-from qcli.utils.device import local_device, resolve_dtype
+from qcli.utils.device import has_fast_matmul, local_device, resolve_dtype
 from qcli.utils.distributed import local_world_size, world_size
-from qcli.utils.errors import ResourceError, UsageError
-from qcli.utils.memory import free_memory
+from qcli.utils.errors import UsageError
+from qcli.utils.placement import Placement, place
 from qcli.utils.trust import NOTHING, Trust
 
 
@@ -32,8 +33,7 @@ class DistillationPlan:
         weights: number of their weights.
         trained: number of trained parameters.
         tokens: of all steps together.
-        memory: lower bound of the bytes that training needs, activations not included; None: one block's at a time.
-        free: bytes of free memory; None: unknown.
+        memory: what training needs at its peak.
     """
 
     student: str
@@ -42,8 +42,7 @@ class DistillationPlan:
     weights: int
     trained: int
     tokens: int
-    memory: int | None
-    free: int | None
+    memory: Placement
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -60,7 +59,7 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
     options, text = recipe.distill or Distillation(), recipe.distill_text
     source, teacher = open_pair(student, recipe.model, trust)
     source.companions()  # what cannot be copied is refused before any work
-    needed, free = require_feasible(recipe, source.quantized, teacher.hf_config().get_text_config().vocab_size)
+    memory = require_feasible(recipe, source.quantized, teacher)
     n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in source.quantized.values()))
     n_trained = 0
     if "weights" in options.train:
@@ -77,26 +76,24 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
         weights=n_weights,
         trained=n_trained,
         tokens=options.steps * options.accumulate * pass_tokens * n_trainings,
-        memory=needed,
-        free=free,
+        memory=memory,
     )
 
 
-def require_feasible(
-    recipe: Recipe, layers: Mapping[str, LayerStorage], vocabulary: int
-) -> tuple[int | None, int | None]:
+def require_feasible(recipe: Recipe, layers: Mapping[str, LayerStorage], teacher: ModelSource) -> Placement:
     """Refuse options that fit neither model nor processes, and a training that does not fit in memory.
 
     Args:
         layers: the student's quantized layers, which may exist only as a plan.
 
     Returns:
-        `memory` and `free` of `DistillationPlan`.
+        Where the training keeps what it needs.
 
     Raises:
         UsageError, ResourceError: as `plan_distillation`.
     """
     options, text, processes = recipe.distill or Distillation(), recipe.distill_text, world_size()
+    vocabulary = teacher.hf_config().get_text_config().vocab_size
     exact = next((name for name, layer in layers.items() if not layer.format.rounds), None)
     if exact is not None:
         raise UsageError(f"{exact} is in full precision: there are no codes and tables to train")
@@ -114,18 +111,22 @@ def require_feasible(
             f"{text.held_out} of {text.samples} samples are held out: none is left to train on",
             hint="use more --samples",
         )
-    device, needed = local_device(recipe.device), None
-    free = free_memory(device)
-    if free is not None and device.type == "cpu":
-        free //= local_world_size()
-    if options.scope == "model":
-        needed = needed_memory(layers, options, resolve_dtype(recipe.dtype).itemsize, processes)
-        if free is not None and needed > free:
-            raise ResourceError(
-                f"distilling the whole model needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                hint="--train tables needs less; --scope block needs only one block in memory",
-            )
-    return needed, free
+    device = local_device(recipe.device)
+    demand = distillation_demand(
+        options,
+        text,
+        ModelSizes.of(teacher),
+        layers.values(),
+        vocabulary=vocabulary,
+        itemsize=resolve_dtype(recipe.dtype).itemsize,
+        fast=recipe.dtype == "auto" and has_fast_matmul(device),
+        processes=processes,
+    )
+    placement = place(demand, device, recipe.max_memory, "this distillation", local_world_size())
+    ways = ["--train tables needs less"] if "weights" in options.train else []
+    ways += ["--scope block needs only one block in memory"] if options.scope == "model" else []
+    placement.require("; ".join([*ways, "a smaller distill.batch_tokens needs less"]))
+    return placement
 
 
 def open_pair(student: Path, teacher: str, trust: Trust = NOTHING) -> tuple[NativeSource, ModelSource]:

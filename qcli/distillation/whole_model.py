@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -15,8 +14,6 @@ from qcli.distillation.loss import DistillationLoss
 from qcli.distillation.student import StoredTensors, Student, load_student_block
 from qcli.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, TeacherFn, cache_predictions
 from qcli.distillation.training_state import TrainingState
-from qcli.models.quantized import LayerStorage
-from qcli.recipe.distillation import Distillation
 from qcli.utils.distributed import Processes
 from qcli.utils.run_folder import RunFolder, part_file
 
@@ -52,19 +49,6 @@ def distill_model(
         TrainingState(run, folder, processes),
     )
     return _stored(student, outcome, processes), outcome
-
-
-def needed_memory(layers: Mapping[str, LayerStorage], options: Distillation, teacher_bytes: int, processes: int) -> int:
-    """Lower bound of the bytes that `distill_model` needs in each process, activations not included.
-
-    Args:
-        layers: the student's quantized layers.
-        teacher_bytes: per weight.
-    """
-    n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers.values()))
-    teacher = n_weights * teacher_bytes // processes
-    student = n_weights * (_CODE + (_TRAINED // processes if "weights" in options.train else 0))
-    return teacher + student if options.teacher_top_k is None else max(teacher, student)
 
 
 def _student(job: DistillationJob, processes: Processes) -> Student:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qcli.recipe.sections import Calibration
 
 TRAINED_TOKENS = 1024  # of a training step
+_TRANSFORMED, _BETWEEN = 49, 32  # bytes of a weight while a transform rounds it; and while the block computes
+_ROUNDING = 9  # bytes of a weight that refinement needs to round it, not while the block computes
 
 
 def quantization_placement(plan: Plan) -> Placement:
@@ -103,7 +105,7 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, pea
     chosen = plan.methods_of(sizes.layers[0].block)
     model = 0
     if any(transform.whole_model for transform in recipe.all_transforms):
-        model = (itemsize + 16) * sum(prod(layer.shape) for layer in plan.layers) + sizes.outside * itemsize
+        model = itemsize * sum(prod(layer.shape) for layer in plan.layers) + sizes.outside * itemsize
     done, groups = 0, dict.fromkeys(layer.group for layer in sizes.layers)
     for group in groups:
         members = [layer for layer in sizes.layers if layer.group == group]
@@ -124,13 +126,16 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, pea
     peak.add(device=itemsize * sizes.block + twin, host=sizes.block * torch_dtype(plan.source_dtype).itemsize)
     trained = max(text.seq_len, TRAINED_TOKENS)
     if recipe.all_transforms:
-        copies = itemsize * sizes.block + twin + 16 * sizes.block
-        peak.add(device=max(model, copies) + 4 * sizes.forward(trained, kept))
+        originals = model or itemsize * sizes.block + twin
+        forward = 2 * sizes.forward(trained, kept)
+        of = sum(prod(layer.shape) for layer in plan.layers) if model else sizes.block
+        peak.add(device=originals + max(_TRANSFORMED * of, _BETWEEN * of + forward))
     if recipe.refinement is not None:
         tokens = max(text.seq_len, recipe.refinement.batch_tokens)
         per_weight = recipe.refinement.bytes_per_weight(kept)
         weights = sizes.block if plan.reconstructs else sizes.largest
-        peak.add(device=per_weight * weights + 4 * sizes.forward(tokens, kept))
+        forward = 2 * sizes.forward(tokens, kept)
+        peak.add(device=max(per_weight * weights, (per_weight - _ROUNDING) * weights + forward))
     peak.add(device=kept * sizes.block + sizes.block, host=2 * part)
 
 

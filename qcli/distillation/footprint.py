@@ -1,0 +1,70 @@
+"""The memory that a distillation needs at its peak; from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from qcli.models.quantized import LayerStorage
+from qcli.models.sizes import ModelSizes
+from qcli.recipe.distillation import Distillation
+from qcli.recipe.sections import Calibration
+from qcli.utils.placement import RUNTIME, Demand, Peak
+
+_LATENTS = 20  # bytes of a weight that is trained: latent and its unit, gradient, two moments
+_TABLES = 28  # bytes of a table's entry: value, change and unit, gradient, two moments, rounded value
+_DENSE = 22  # bytes of a weight of the block that computes: dense, decoded, and what gradients need of both
+_LOGITS = 6  # that live together, float32: of both models, their log-probabilities and gradients
+
+
+def distillation_demand(
+    options: Distillation,
+    text: Calibration,
+    sizes: ModelSizes,
+    layers: Iterable[LayerStorage],
+    *,
+    vocabulary: int,
+    itemsize: int,
+    fast: bool,
+    processes: int,
+) -> Demand:
+    """What training needs in each process.
+
+    Args:
+        text: of the training.
+        sizes: of both models.
+        layers: the student's quantized layers.
+        itemsize: of activations and dense weights.
+        fast: whether linear layers compute in bf16 or TF32.
+        processes: that share parameters.
+    """
+    kept = 2 if fast else itemsize
+    weights = sum(prod(layer.shape) for layer in layers)
+    entries = sum(
+        prod(stored.shape)
+        for layer in layers
+        for suffix, stored in layer.format.stored(layer.shape).items()
+        if suffix != "weight_packed"
+    )
+    blocks = -(-weights // sizes.block)
+    trained = _LATENTS if "weights" in options.train else 0
+    tokens = text.seq_len * max(1, options.batch_tokens // text.seq_len)
+    outside, peak = itemsize * sizes.outside, Peak(RUNTIME)
+    logits = 4 * _LOGITS * tokens * vocabulary
+    computing = _DENSE * sizes.block + 4 * sizes.forward(tokens, kept)
+    host = 4 * weights // processes if trained else 0  # the best step's latents
+    if options.scope == "block":
+        student = (1 + trained) * sizes.block + _TABLES * entries // blocks
+        states = 2 * 4 * sizes.hidden * text.samples * text.seq_len
+        peak.add(device=2 * outside + kept * sizes.block + student + computing + logits, host=host // blocks)
+        return peak.demand(waiting=states)
+    teacher = kept * weights // processes + outside
+    student = weights + (trained * weights + _TABLES * entries) // processes + outside
+    states = itemsize * tokens * sizes.hidden * blocks * (2 if options.needs_hidden else 1)
+    if options.teacher_top_k is None:
+        peak.add(device=teacher + student + states + computing + logits, host=host)
+    else:
+        cached = text.samples * text.seq_len * (8 * options.teacher_top_k + 4)
+        peak.add(device=teacher + logits)
+        peak.add(device=student + states + computing + logits, host=host + cached)
+    return peak.demand(waiting=0)
