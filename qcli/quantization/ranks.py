@@ -87,7 +87,9 @@ def shared_loss(loss: Callable[[Weights], Tensor], weights: Weights, processes: 
     if processes.world_size == 1:
         return loss(weights)
     summed, total = cast("Any", _SummedGradients).apply, cast("Any", _Sum).apply
-    result: Tensor = total(processes, loss(dict(zip(weights, summed(processes, *weights.values()), strict=True))))
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    copies = dict(zip(trained, summed(processes, *trained.values()), strict=True))
+    result: Tensor = total(processes, loss({**weights, **copies}))
     return result
 
 
