@@ -177,6 +177,6 @@ def _mean_kl(
 
 
 def _logits(job: DistillationJob, stream: ModelStream, hidden: Tensor) -> Tensor:
-    """`[batch, length, hidden]` -> `[tokens, vocabulary]`, float32."""
+    """`[batch, length, hidden]` -> `[tokens, vocabulary]`."""
     with matmul_precision(fast=job.fast, device=stream.device):
-        return stream.logits(hidden).float().flatten(0, 1)
+        return stream.logits(hidden).flatten(0, 1)

@@ -43,7 +43,14 @@ class DistillationJob:
 
     def stream(self, source: ModelSource) -> ModelStream:
         """A stream of the student or the teacher."""
-        return ModelStream(source, device=self.device, dtype=self.dtype)
+        stream = ModelStream(source, device=self.device, dtype=self.dtype)
+        stream.round_linears(stream.model.get_output_embeddings(), self.linear_dtype)
+        return stream
+
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        """That weights of frozen linear layers are multiplied in."""
+        return torch.bfloat16 if self.fast else self.dtype
 
     @property
     def n_training(self) -> int:

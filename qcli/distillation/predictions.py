@@ -17,8 +17,8 @@ class Predictions:
     """A model's predictions, and the hidden states behind them.
 
     Attributes:
-        logits: `[tokens, vocabulary]`; or log-probabilities `[tokens, classes + 1]` of `classes`, and of all others
-            together last.
+        logits: `[tokens, vocabulary]` as the head makes them; or log-probabilities `[tokens, classes + 1]` of
+            `classes`, and of all others together last.
         hidden: `[tokens, hidden]` after each block; empty unless requested.
         classes: int64 `[tokens, classes]`: the tokens that `logits` tells apart; None: the whole vocabulary.
     """
@@ -46,4 +46,4 @@ def predict(
         if hidden:
             kept.append(states.flatten(0, -2))
     with matmul_precision(fast=fast, device=stream.device):
-        return Predictions(stream.logits(states).float().flatten(0, 1), kept)
+        return Predictions(stream.logits(states).flatten(0, 1), kept)

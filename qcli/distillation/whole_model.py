@@ -79,8 +79,10 @@ def _teacher_fn(job: DistillationJob, run: RunFolder | None, folder: Path, proce
 def _teacher(job: DistillationJob, processes: Processes) -> Teacher:
     stream, blocks = job.stream(job.teacher), []
     for index in range(stream.n_blocks):
-        blocks.append(stream.load_block(index))
-        processes.shard(blocks[-1])
+        block = stream.load_block(index)
+        stream.round_linears(block, job.linear_dtype)
+        processes.shard(block)
+        blocks.append(block)
     return Teacher(stream, blocks, fast=job.fast)
 
 

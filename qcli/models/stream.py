@@ -216,6 +216,14 @@ class ModelStream:
             last = hidden
         return self.logits(last)
 
+    @staticmethod
+    def round_linears(module: nn.Module, dtype: torch.dtype) -> None:
+        """Keep the frozen weights of linear layers in the dtype that they are multiplied in, so that they are not
+        converted in every pass: half the memory, and the same outputs. A tensor that others share becomes a copy."""
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear | Conv1D) and linear.weight is not None:
+                linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+
     def drop_vocabulary(self) -> None:
         """Free embedding and head, often larger than a block; `embed` and `logits` cannot be called afterwards."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):

@@ -7,11 +7,13 @@ float32 whatever the dtype of the inputs; the caller averages over tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_PART = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits at a time: in the processor's cache; few launches
 
 
 def log_probs_with_remainder(logits: Tensor, classes: Tensor) -> Tensor:
@@ -30,20 +32,54 @@ def log_probs_with_remainder(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 KL(p_teacher || p_student)` in nats, both softened by the temperature T.
+    """`T^2 KL(p_teacher || p_student)` in nats, both softened by the temperature T; differentiable in the student's.
 
     The factor T^2 keeps the gradient's magnitude independent of T (Hinton et al., arXiv 1503.02531, section 2).
     """
-    teacher_log_probs, student_log_probs = (
-        logits.float().div(temperature).log_softmax(-1) for logits in (teacher, student)
-    )
-    kl = F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(-1)
-    return kl * temperature**2
+    return _divergence(teacher, student, temperature, relative=True)
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-    """`-sum_v p_teacher log p_student` in nats: the logits term of OneBit's loss (arXiv 2402.11295), temperature 1."""
-    return -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1)
+    """`-sum_v p_teacher log p_student` in nats: the logits term of OneBit's loss (arXiv 2402.11295), temperature 1;
+    differentiable in the student's."""
+    return _divergence(teacher, student, 1.0, relative=False)
+
+
+def _divergence(teacher: Tensor, student: Tensor, temperature: float, *, relative: bool) -> Tensor:
+    result: Tensor = _Divergence.apply(teacher, student, temperature, relative)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    """KL divergence (`relative`) or cross-entropy, whose gradients are both `p_student - p_teacher`: made in the
+    forward pass, some tokens at a time, so that logits are read once and nothing else of their size exists."""
+
+    @staticmethod
+    def forward(context: Any, teacher: Tensor, student: Tensor, temperature: float, relative: bool) -> Tensor:
+        result = torch.empty(len(student), device=student.device)
+        gradient = torch.empty_like(student) if context.needs_input_grad[1] else None
+        tokens = max(1, _PART[student.device.type] // student.shape[1])
+        for first in range(0, len(student), tokens):
+            part = slice(first, first + tokens)
+            target, own = (_log_probs(logits[part], temperature) for logits in (teacher, student))
+            probabilities = target.exp()
+            terms = target.sub_(own) if relative else -own
+            torch.sum(terms.mul_(probabilities), -1, out=result[part])
+            if gradient is not None:
+                torch.sub(own.exp_(), probabilities, out=gradient[part])
+        context.save_for_backward(gradient)
+        context.temperature = temperature
+        return result.mul_(temperature**2) if temperature != 1 else result
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        (own,), (of_loss,) = context.saved_tensors, gradients
+        return None, torch.mul(own, of_loss[:, None] * context.temperature, out=torch.empty_like(own)), None, None
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """Float32, a tensor of its own."""
+    return (logits if temperature == 1 else logits.float() / temperature).log_softmax(-1, dtype=torch.float32)
 
 
 def deviation_aware(

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
+from qcli.algorithms.training import losses
 from qcli.algorithms.training.losses import (
     deviation_aware,
     kl_divergence,
@@ -31,6 +32,37 @@ def test_kl_divergence(temperature: float) -> None:
     expected = temperature**2 * (p * (p / q).log()).sum(-1)
     torch.testing.assert_close(kl_divergence(TEACHER, STUDENT, temperature), expected)
     torch.testing.assert_close(kl_divergence(TEACHER, TEACHER), torch.zeros(TOKENS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("part", [1, 3 * VOCABULARY, 1 << 20])
+def test_gradients_of_logits_are_those_of_the_definition(
+    part: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any number of tokens at a time."""
+    monkeypatch.setitem(losses._PART, "cpu", part)
+    scale = normal(TOKENS, seed=3)
+    found, expected = (STUDENT.clone().requires_grad_() for _ in range(2))
+    kl = kl_divergence(TEACHER, found, temperature)
+    p, q = ((logits / temperature).softmax(-1) for logits in (TEACHER, expected))
+    definition = temperature**2 * (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(kl, definition)
+    ((kl + soft_cross_entropy(TEACHER, found)) * scale).sum().backward()
+    (definition * scale).sum().backward()
+    (-(TEACHER.softmax(-1) * expected.log_softmax(-1)).sum(-1) * scale).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_logits_of_16_bits_are_scored_in_float32() -> None:
+    teacher, student = (logits.bfloat16() for logits in (TEACHER, STUDENT))
+    student.requires_grad_()
+    kl = kl_divergence(teacher, student)
+    torch.testing.assert_close(kl, kl_divergence(teacher.float(), student.detach().float()))
+    kl.sum().backward()
+    assert student.grad is not None and student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        student.grad.float(), student.float().softmax(-1) - teacher.float().softmax(-1), rtol=0.01, atol=1e-3
+    )
 
 
 def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy() -> None:
