@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ SIZES = {  # hidden, inner, heads
     "8B": (4096, 14336, 32),
     "70B": (8192, 28672, 64),
 }
-VOCABULARY, KV_HEADS, LENGTH, SAMPLES = 128256, 8, 2048, 16
+VOCABULARY, KV_HEADS, LENGTH, SAMPLES = 128256, 8, 2048, 3
 CASES: dict[str, dict[str, Any]] = {
     "rtn": {"method.name": "rtn"},
     "gptq-like": {"method.name": "gptq-like"},
@@ -98,9 +99,24 @@ class _Parts:
         self.parts[part] = tensors, report
 
 
-def phases(plan: Plan, *, fast: bool) -> dict[str, dict[str, int]]:
-    """Highest bytes of the device in each phase of a block, and what waits in host memory at its end."""
-    found: dict[str, dict[str, int]] = {}
+@dataclass
+class Phase:
+    """One phase of a block.
+
+    Attributes:
+        peak: highest bytes of the device.
+        waiting: bytes in host memory at its end.
+        largest: tensors of the device at its peak: bytes, and the operation that made them.
+    """
+
+    peak: int = 0
+    waiting: int = 0
+    largest: list[tuple[int, str]] = field(default_factory=list)
+
+
+def phases(plan: Plan, *, fast: bool) -> dict[str, Phase]:
+    """The first block, phase by phase."""
+    found: dict[str, Phase] = {}
     run: Any = _Parts()
     with (
         counted(fake=True) as live,
@@ -110,14 +126,12 @@ def phases(plan: Plan, *, fast: bool) -> dict[str, dict[str, int]]:
     ):
 
         def ended(phase: str) -> None:
-            known = found.setdefault(phase, {"peak": 0, "waiting": 0})
-            known["peak"] = max(known["peak"], live.peak[DEVICE])
-            known["waiting"] = max(known["waiting"], live.now[HOST])
-            if known["peak"] == live.peak[DEVICE]:
-                largest[phase] = live.largest
+            known = found.setdefault(phase, Phase())
+            known.waiting = max(known.waiting, live.now[HOST])
+            if live.peak[DEVICE] >= known.peak:
+                known.peak, known.largest = live.peak[DEVICE], live.largest
             live.restart()
 
-        largest: dict[str, list[tuple[int, str]]] = {}
         tokens = torch.zeros(SAMPLES, LENGTH, dtype=torch.int64)
         quantizer: BlockQuantizer = DataFree(plan, CPU)
         if plan.calibrated:
@@ -140,14 +154,11 @@ def phases(plan: Plan, *, fast: bool) -> dict[str, dict[str, int]]:
         ended("refine")
         quantizer.advance(block)
         ended("advance")
-        found["largest"] = {}
-    phases.largest = largest  # type: ignore[attr-defined]
-    del found["largest"]
     return found
 
 
-def measure(size: str, case: str, folder: Path, *, fast: bool) -> dict[str, Any]:
-    """One row of the table."""
+def measure(size: str, case: str, folder: Path, *, fast: bool, largest: bool) -> dict[str, Any]:
+    """One row of the table; prints the largest tensors of each phase if `largest`."""
     model, text = folder / size, folder / "text.txt"
     if not model.exists():
         write_headers(model, size)
@@ -156,8 +167,10 @@ def measure(size: str, case: str, folder: Path, *, fast: bool) -> dict[str, Any]
     given |= {"calibration.samples": SAMPLES, "calibration.seq_len": LENGTH, "calibration.held_out": 1}
     plan = make_plan(load_recipe(None, {**given, **CASES[case]}))
     found = phases(plan, fast=fast)
-    peak = max(phase["peak"] for phase in found.values())
-    waiting = max(found[phase]["waiting"] for phase in ("collect", "solve"))
+    for name, phase in found.items() if largest else ():
+        print("  ", name, [(_gb(size), made) for size, made in phase.largest[:14]])
+    peak = max(phase.peak for phase in found.values())
+    waiting = max(found[phase].waiting for phase in ("collect", "solve"))
     demand = quantization_demand(plan, torch.float32, fast=fast)
     samples = 128 / SAMPLES
     return {
@@ -169,7 +182,7 @@ def measure(size: str, case: str, folder: Path, *, fast: bool) -> dict[str, Any]
         "estimate_off": round(demand.device / peak - 1, 3),
         "host_activations_gb_at_128_samples": _gb(waiting * samples),
         "estimated_host_activations_gb": _gb(demand.waiting * samples),
-        "phases_gb": {name: _gb(phase["peak"]) for name, phase in found.items()},
+        "phases_gb": {name: _gb(phase.peak) for name, phase in found.items()},
     }
 
 
@@ -187,11 +200,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
             for case in options.cases:
-                row = measure(size, case, Path(folder), fast=not options.float32)
+                row = measure(size, case, Path(folder), fast=not options.float32, largest=options.largest)
                 print(row, flush=True)
-                if options.largest:
-                    for phase, storages in phases.largest.items():  # type: ignore[attr-defined]
-                        print("  ", phase, [(_gb(bytes), name) for bytes, name in storages[:14]])
                 common.save_row("device_memory", ("size", "case", "matrix_products"), row, __doc__)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qcli.models.source import ModelSource
     from qcli.recipe.sections import Calibration
 
+_DATA_FREE = 340 * 10**6  # bytes of a process that runs no model
 TRAINED_TOKENS = 1024  # of a training step
 _TRANSFORMED, _BETWEEN = 49, 32  # bytes of a weight while a transform rounds it; and while the block computes
 _ROUNDING = 9  # bytes of a weight that refinement needs to round it, not while the block computes
@@ -47,7 +48,7 @@ def memory_hint(plan: Plan) -> str:
     if any(transform.whole_model for transform in plan.recipe.all_transforms):
         ways.append("teq's loss: block holds one block instead of all")
     elif plan.reconstructs:
-        ways.append("--set refine.scope=linear trains fewer weights at a time")
+        ways.append("--set refine.train=[tables] trains no weights")
     ways.append("--device cpu, or another --max-memory")
     return "; ".join(ways)
 
@@ -60,7 +61,7 @@ def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool) -> Demand
         fast: whether linear layers compute in bf16 or TF32.
     """
     sizes = ModelSizes.of(plan.source)
-    peak = Peak(RUNTIME)
+    peak = Peak(RUNTIME if plan.calibrated else _DATA_FREE)
     outside = sum(tensor.bytes for tensor in plan.parts[-1].values())
     peak.add(host=outside)  # as it is written
     part = max(sum(tensor.bytes for tensor in part.values()) for part in plan.parts[:-1])

@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folder: Path) -> None:
     assert not [*folder.glob("out*")]
     with pytest.raises(ResourceError) as refused:
         run(model, out, folder / "text.txt", max_memory="1MB", refine__steps=5)
-    assert refused.value.hint is not None and "refine.scope=linear" in refused.value.hint
+    assert refused.value.hint is not None and "refine.train=[tables]" in refused.value.hint
     with pytest.raises(UsageError, match=re.escape("must be written as '8GB' or '7.5GiB', not '12'")):
         run(model, out, folder / "text.txt", max_memory="12")
 

@@ -80,10 +80,11 @@ class ErrorFeedback(Method):
         return 0
 
     def workspace(self, rows: int, columns: int) -> int:
-        """The larger of two steps: factors of the Hessian, first in float64; and what is fitted beside the last one."""
-        factors = 12 * columns**2 + 5 * rows * columns
+        """The larger of two steps: the factor of the Hessian and its inverse, in float32 where that is precise enough;
+        and what is fitted to the codes, when both are gone."""
+        factors = 8 * columns**2 + 5 * rows * columns
         normal = 24 * min(NORMAL_NUMBERS, rows * self.refitted(columns) ** 2)
-        return max(factors, 4 * columns**2 + 14 * rows * columns + normal)
+        return max(factors, 16 * rows * columns + normal)
 
     def prepare(self, group: LinearGroup, column_order: str, group_width: int) -> Problem:
         """Stack the layers, refit their target, and factor the damped Hessian.
