@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LARGEST_SCALE = 65504.0  # the largest float16
-MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
+_MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
 _SMALLEST_UNIT = 1e-30  # of a latent whose value has another entry of its codebook as an equal: it cannot move
 
 
@@ -191,7 +191,7 @@ class Format(BaseModel):
             value: float32 `[out, in]`, the decoded weight.
             step: float32 `[out, in]`, its quantization steps.
         """
-        return value + (target - value).clamp(-MAX_OFFSET * step, MAX_OFFSET * step)
+        return value + (target - value).clamp(-_MAX_OFFSET * step, _MAX_OFFSET * step)
 
     def ste_slope(self, latent: Tensor, value: Tensor, step: Tensor) -> Tensor:
         """Derivative of values by their latent weights in the straight-through estimator: `[out, in]`, float or bool.

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from qcli.core.formats._grouped import Grouped
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, not_finite, refuse
-from qcli.core.weight import LARGEST_SCALE, MAX_OFFSET, Rounder
+from qcli.core.weight import LARGEST_SCALE, Rounder
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Affine"]
 
+_MAX_OFFSET = 0.49  # of a latent from its code, where training starts: 0.5 is the boundary to the next code
+# Ours: where the target lies beyond that boundary, because error feedback chose the code against the rounding of its
+# own weight. Next to the boundary, the first steps flip all such codes at once: at 2 bits that took 200 steps to make
+# good.
+_OFFSET_AGAINST_ROUNDING = 0.35
 ZeroPoint = Literal["none", "integer", "float"]
 
 
@@ -124,9 +129,13 @@ class Affine(Grouped):
     def trained_latents(self, weight: QuantizedWeight, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """On the scale of codes (ours): a code is its latent, rounded, whatever becomes of the scale, and a latent has
         the same slope as the weight in units of its step."""
+        import torch
+
         scale, zero_point = self._per_group(weight.tables)
-        codes, exact = self.grouped(weight.codes).float(), self.grouped(target) / scale + zero_point
-        latents = codes + (exact - codes).clamp(-MAX_OFFSET, MAX_OFFSET)
+        codes = self.grouped(weight.codes).float()
+        offset = (self.grouped(target) / scale).add_(zero_point).sub_(codes)
+        against = offset.sign() * _OFFSET_AGAINST_ROUNDING
+        latents = codes + torch.where(offset.abs() > 0.5, against, offset.clamp(-_MAX_OFFSET, _MAX_OFFSET))
         return latents.view(weight.shape[0], -1)[:, : weight.shape[1]], None
 
     def latent_codes(self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor]) -> Tensor:
