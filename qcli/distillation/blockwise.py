@@ -95,7 +95,8 @@ def _train_block(
     block = load_student_block(job, student, index)
     last = index == student.n_blocks - 1
     median = torch.cat([token_norms(batch).flatten() for batch in targets]).median()
-    sampler = BatchSampler(job.n_training, job.pass_samples, f"{job.seed}:{index}")
+    size = job.pass_samples
+    sampler = BatchSampler(job.n_training, size * options.accumulate, f"{job.seed}:{index}")
 
     def loss(samples: list[int]) -> Tensor:
         output, target = block(inputs.samples(samples), False), targets.samples(samples)
@@ -107,7 +108,7 @@ def _train_block(
     def backward(step: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=job.device)
         for number in range(options.accumulate):
-            samples = sampler.indices(step * options.accumulate + number)
+            samples = sampler.indices(step)[number * size : (number + 1) * size]
             mean = loss(samples).mean() / options.accumulate
             mean.backward()
             total += mean.detach()

@@ -25,15 +25,15 @@ class DistillationLoss:
 
     def __init__(self, job: DistillationJob, student: Student, teacher: TeacherFn, processes: Processes) -> None:
         self.job, self.student, self.teacher, self.processes = job, student, teacher, processes
-        self.sampler = BatchSampler(job.n_training, job.pass_samples, job.seed)
+        self.sampler = BatchSampler(job.n_training, job.pass_samples * job.options.accumulate, job.seed)
 
     def backward(self, step: int) -> Tensor:
         """Add a step's gradients; returns its loss, a scalar on the device."""
         options, processes = self.job.options, self.processes
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
-        passes, hidden = options.accumulate, options.needs_hidden
+        passes, size, hidden = options.accumulate, self.job.pass_samples, options.needs_hidden
         for number in range(processes.rank, passes, processes.world_size):
-            rows = self.sampler.indices(step * passes + number)
+            rows = self.sampler.indices(step)[number * size : (number + 1) * size]
             teacher = self.teacher(rows, hidden=hidden)
             student: Predictions = self.student(self.job.tokens[rows], final=False, hidden=hidden)
             logits = student.over(teacher.classes)
