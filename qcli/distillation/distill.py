@@ -24,6 +24,7 @@ from qcli.distillation.checkpoint import publish_checkpoint
 from qcli.distillation.job import DistillationJob
 from qcli.distillation.plan import open_pair, plan_distillation
 from qcli.distillation.result import DistillationResult
+from qcli.distillation.training_state import STATE_VERSION
 from qcli.distillation.whole_model import distill_model
 from qcli.models.manifest import Manifest, versions
 from qcli.models.open import ModelSource
@@ -80,6 +81,7 @@ def distill(
         "distill": options.model_dump(mode="json"),
         "seed": recipe.seed,
         "dtype": recipe.dtype,
+        "state": STATE_VERSION,
     }
     with (
         deterministic(device, wanted=recipe.deterministic),

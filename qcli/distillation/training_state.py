@@ -13,6 +13,7 @@ from qcli.utils.distributed import Processes
 from qcli.utils.files import files_below, sha256
 from qcli.utils.run_folder import RunFolder
 
+STATE_VERSION = 2  # part of a run's identity; 1: a parameter for each layer
 _PARTS = ("state-0", "state-1")
 _FILES = "files"
 
