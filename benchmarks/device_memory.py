@@ -9,6 +9,7 @@ inside, what the allocator loses to fragments and the CUDA context come on top.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -22,12 +23,16 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.live_memory import DEVICE, HOST, counted
+from qcli.distillation.footprint import distillation_demand
+from qcli.models.quantized import LayerStorage
+from qcli.models.sizes import ModelSizes
 from qcli.quantization import transforms
 from qcli.quantization.block_loop import BlockQuantizer
 from qcli.quantization.data_free import DataFree
 from qcli.quantization.footprint import quantization_demand
 from qcli.quantization.plan import Plan, make_plan
 from qcli.quantization.sequential import Sequential
+from qcli.recipe.distillation import Distillation
 from qcli.recipe.load import load_recipe
 from qcli.utils.device import matmul_precision
 from qcli.utils.progress import silent
@@ -47,6 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
     "lcq": {"method.name": "lcq", "method.bits": 2, "method.steps": 2},
     "onebit": {"method.name": "onebit"},
     "dbllm": {"method.name": "dbllm"},
+}
+BLOCKS = {"1B": 16, "8B": 32, "70B": 80}
+TRAINED: dict[str, dict[str, Any]] = {
+    "tables": {"train": ["tables"]},
+    "tables, cached predictions": {"train": ["tables"], "teacher_top_k": 128},
+    "weights by blocks": {"train": ["tables", "weights"], "scope": "block"},
 }
 CPU = torch.device("cpu")
 
@@ -186,6 +197,30 @@ def measure(size: str, case: str, folder: Path, *, fast: bool, largest: bool) ->
     }
 
 
+def planned_distillation(size: str, trained: str, folder: Path) -> dict[str, Any]:
+    """What `qcli distill` decides by on a GPU with bf16 units, for a student of 4 bits g64; planned, not counted."""
+    model, text = folder / size, folder / "text.txt"
+    if not model.exists():
+        write_headers(model, size)
+        text.write_text("text")
+    given = {"model": str(model), "device": "cpu", "calibration.data": str(text), "method.name": "rtn"}
+    plan = make_plan(load_recipe(None, given))
+    formats = [(plan.formats[layer.name], layer.shape) for layer in plan.layers]
+    layers = [LayerStorage(format, shape) for format, shape in formats if format is not None]
+    demand = distillation_demand(
+        Distillation.model_validate(TRAINED[trained]),
+        plan.recipe.distill_text,
+        ModelSizes.of(plan.source),
+        layers * (BLOCKS[size] // 2),
+        vocabulary=VOCABULARY,
+        itemsize=4,
+        fast=True,
+        processes=1,
+    )
+    planned = {"estimate_gb": _gb(demand.device), "estimated_host_activations_gb": _gb(demand.waiting)}
+    return {"size": size, "case": f"distill: {trained}", "matrix_products": "bf16", **planned}
+
+
 def _gb(size: float) -> float:
     return round(size / 1e9, 2)
 
@@ -193,14 +228,18 @@ def _gb(size: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--float32", action="store_true", help="matrix products, as with --dtype float32")
     parser.add_argument("--largest", action="store_true", help="print the largest tensors of each phase")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
-            for case in options.cases:
-                row = measure(size, case, Path(folder), fast=not options.float32, largest=options.largest)
+            rows = (planned_distillation(size, trained, Path(folder)) for trained in TRAINED)
+            counted_rows = (
+                measure(size, case, Path(folder), fast=not options.float32, largest=options.largest)
+                for case in options.cases
+            )
+            for row in itertools.chain(rows, counted_rows):
                 print(row, flush=True)
                 common.save_row("device_memory", ("size", "case", "matrix_products"), row, __doc__)
 

@@ -46,6 +46,8 @@ def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors,
         memory.store(map(stream.embed, job.tokens.split(job.pass_samples))) for stream in (student, teacher)
     )
     untrained_hidden = memory.store(map(student.embed, job.tokens[job.n_training :].split(1)))
+    student.drop_embedding()
+    teacher.drop_embedding()
     for index in range(student.n_blocks):
         job.progress("blocks", index, student.n_blocks)
         _advance(job, teacher, teacher.load_block(index), index, teacher_hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from qcli.algorithms.training.losses import LOGITS_AT_ONCE
 from qcli.models.quantized import LayerStorage
 from qcli.models.sizes import ModelSizes
 from qcli.recipe.distillation import Distillation
@@ -14,7 +15,8 @@ from qcli.utils.placement import RUNTIME, Demand, Peak
 _LATENTS = 20  # bytes of a weight that is trained: latent and its unit, gradient, two moments
 _TABLES = 28  # bytes of a table's entry: value, change and unit, gradient, two moments, rounded value
 _DENSE = 22  # bytes of a weight of the block that computes: dense, decoded, and what gradients need of both
-_LOGITS = 6  # that live together, float32: of both models, their log-probabilities and gradients
+_PART = 28  # bytes of a logit among those whose loss is computed at once
+_CACHED_LOGIT = 21  # bytes of a logit that is compared with cached predictions
 
 
 def distillation_demand(
@@ -49,14 +51,19 @@ def distillation_demand(
     blocks = -(-weights // sizes.block)
     trained = _LATENTS if "weights" in options.train else 0
     tokens = text.seq_len * max(1, options.batch_tokens // text.seq_len)
-    outside, peak = itemsize * sizes.outside, Peak(RUNTIME)
-    logits = 4 * _LOGITS * tokens * vocabulary
+    table = vocabulary * sizes.hidden  # the embedding, or the head
+    outside, peak = itemsize * (sizes.outside - table) + kept * table, Peak(RUNTIME)
+    # of both models, and the gradient, which deviation awareness needs twice
+    logits = (4 if options.loss == "dad" else 3) * kept * tokens * vocabulary
+    logits += _PART * min(tokens * vocabulary, LOGITS_AT_ONCE["cuda"])
     computing = _DENSE * sizes.block + 4 * sizes.forward(tokens, kept)
     host = 4 * weights // processes if trained else 0  # the best step's latents
     if options.scope == "block":
         student = (1 + trained) * sizes.block + _TABLES * entries // blocks
         states = 2 * 4 * sizes.hidden * text.samples * text.seq_len
-        peak.add(device=2 * outside + kept * sizes.block + student + computing + logits, host=host // blocks)
+        head = kept * table + itemsize * max(0, sizes.outside - 2 * table)  # the embedding is freed
+        peak.add(device=2 * outside)
+        peak.add(device=2 * head + kept * sizes.block + student + computing + logits, host=host // blocks)
         return peak.demand(waiting=states)
     teacher = kept * weights // processes + outside
     student = weights + (trained * weights + _TABLES * entries) // processes + outside
@@ -66,5 +73,6 @@ def distillation_demand(
     else:
         cached = text.samples * text.seq_len * (8 * options.teacher_top_k + 4)
         peak.add(device=teacher + logits)
+        logits = _CACHED_LOGIT * tokens * vocabulary
         peak.add(device=student + states + computing + logits, host=host + cached)
     return peak.demand(waiting=0)

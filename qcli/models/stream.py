@@ -177,11 +177,12 @@ class ModelStream:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: last block's output `[batch, length, hidden]` -> `[batch, length, vocab]`."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        width = self.model.get_input_embeddings().embedding_dim
+        embedded = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
         self._stand_ins[0].output = hidden.to(self.device)
         try:
             with any_order():
-                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                logits: Tensor = self.model(inputs_embeds=embedded, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
         self._entered()
@@ -224,8 +225,15 @@ class ModelStream:
             if isinstance(linear, nn.Linear | Conv1D) and linear.weight is not None:
                 linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
 
+    def drop_embedding(self) -> None:
+        """Free the embedding, often larger than a block, unless the head is the same tensor; `embed` cannot be called
+        afterwards."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            embedding.to("meta")
+
     def drop_vocabulary(self) -> None:
-        """Free embedding and head, often larger than a block; `embed` and `logits` cannot be called afterwards."""
+        """Free embedding and head; `embed` and `logits` cannot be called afterwards."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             module.to("meta")
 

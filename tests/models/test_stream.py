@@ -155,9 +155,10 @@ def test_only_what_lies_outside_the_blocks_has_memory(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in (*block.parameters(), *stream.model.parameters()))
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_blocks_run_without_the_vocabulary(model_type: str, tmp_path: Path) -> None:
-    path = tiny_model(model_type, tmp_path)
+def test_blocks_run_without_the_vocabulary(model_type: str, tied: bool, tmp_path: Path) -> None:
+    path = tiny_model(model_type, tmp_path, tie_word_embeddings=tied)
     stream, other = streamed(path), streamed(path)
     expected = run(stream)
     hidden = stream.embed(TOKENS)
@@ -166,6 +167,8 @@ def test_blocks_run_without_the_vocabulary(model_type: str, tmp_path: Path) -> N
     assert all(parameter.is_meta for module in vocabulary for parameter in module.parameters())
     for index in range(other.n_blocks):
         hidden = other.run_block(other.load_block(index), index, hidden)
+    stream.drop_embedding()
+    assert stream.model.get_input_embeddings().weight.is_meta == (not tied)
     assert torch.equal(stream.logits(hidden), expected)
 
 

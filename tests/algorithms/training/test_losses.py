@@ -40,7 +40,7 @@ def test_gradients_of_logits_are_those_of_the_definition(
     part: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of any number of tokens at a time."""
-    monkeypatch.setitem(losses._PART, "cpu", part)
+    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", part)
     scale = normal(TOKENS, seed=3)
     found, expected = (STUDENT.clone().requires_grad_() for _ in range(2))
     kl = kl_divergence(TEACHER, found, temperature)
