@@ -37,6 +37,7 @@ from qcli.utils.distributed import process_group, world_size
 from qcli.utils.environment import can_plot
 from qcli.utils.files import content_hash
 from qcli.utils.memory import peak_memory
+from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
 from qcli.utils.trust import NOTHING, Trust
@@ -63,6 +64,7 @@ def distill(
     started, options = time.monotonic(), recipe.distill or Distillation()
     student_source, teacher_source = open_pair(student, recipe.model, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
+    limit_memory(device, recipe.max_memory)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     manifest = Manifest.read(student)
     manifest.require_weights(student)

@@ -281,7 +281,7 @@ def _add_square(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
 
 
 def _add_product(sums: dict[str, Tensor], name: str, difference: Tensor, x: Tensor) -> None:
-    """Add `difference^T x` in float32; what is solved with it magnifies its errors, so bf16 products lose quality."""
+    """Add `difference^T x` in float32: what is solved with it magnifies its errors."""
     if name not in sums:
         sums[name] = x.new_zeros(difference.shape[1], x.shape[1])
     sums[name].addmm_(difference.T, x)

@@ -13,7 +13,7 @@ from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
 from qcli.core.weight import QuantizedWeight
 
 SVID = Literal["power", "svd", "nmf"]
-_ITERATIONS = 10  # ours: of power iteration and of NMF; the first singular value of |W| is so well separated that 6 do
+_ITERATIONS = 10  # ours: of power iteration and of NMF; the first singular value of |W| is well separated
 _ROUNDS = 3  # ours: alternations of the two scales under a full Hessian
 _RIDGE = 1e-2  # ours: of the normal equations of all input scales, which correlate
 _MIN_IMPORTANCE = 1e-6  # relative to the mean: every column keeps some weight

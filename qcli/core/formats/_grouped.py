@@ -66,6 +66,10 @@ class Grouped(Format):
             rows = F.pad(rows, (0, width - in_features % width))
         return rows.reshape(rows.shape[0], -1, width)
 
+
+class IndependentGroups(Grouped):
+    """A format whose groups share no tables, so that each can be a row of another weight."""
+
     @property
     def alike(self) -> bool:
         return True

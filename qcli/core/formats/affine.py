@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from qcli.core.formats._grouped import Grouped
+from qcli.core.formats._grouped import IndependentGroups
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, not_finite, refuse
 from qcli.core.weight import LARGEST_SCALE, Rounder
 from qcli.utils.dtypes import StoredTensor
@@ -28,13 +28,12 @@ __all__ = ["Affine"]
 
 _MAX_OFFSET = 0.49  # of a latent from its code, where training starts: 0.5 is the boundary to the next code
 # Ours: where the target lies beyond that boundary, because error feedback chose the code against the rounding of its
-# own weight. Next to the boundary, the first steps flip all such codes at once: at 2 bits that took 200 steps to make
-# good.
+# own weight. Next to the boundary, the first steps would flip all such codes at once.
 _OFFSET_AGAINST_ROUNDING = 0.35
 ZeroPoint = Literal["none", "integer", "float"]
 
 
-class Affine(Grouped):
+class Affine(IndependentGroups):
     """`bits`-bit codes on one uniform grid for every `group_size` weights of a row.
 
     Tables: `weight_scale` float16 `[out, groups]`; `weight_zero_point` uint8 (integer) or float16 (float)

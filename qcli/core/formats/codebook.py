@@ -133,22 +133,6 @@ class Codebook(NonUniform):
         size_by_row = self.spread(size, len(half_range)).squeeze(-1)
         return {BASIS: size, SCALE: half_range[..., None] / size_by_row[:, None], OFFSET: half_range}
 
-    @property
-    def alike(self) -> bool:
-        return False  # a basis belongs to its layer
-
-    def as_rows(self, weight: QuantizedWeight) -> QuantizedWeight:
-        return weight
-
-    def from_rows(self, rows: QuantizedWeight, shape: tuple[int, int]) -> QuantizedWeight:
-        return rows
-
-    def values_as_rows(self, values: Tensor) -> Tensor:
-        return values
-
-    def values_from_rows(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
-        return rows
-
     def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         floats = self.float_tables(tables)
         basis = self.spread(floats[BASIS], len(floats[SCALE]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qcli.core.formats._grouped import NonUniform
+from qcli.core.formats._grouped import IndependentGroups, NonUniform
 from qcli.core.formats._tables import SMALLEST_NORMAL_SCALE, check_tables
 from qcli.core.weight import Rounder
 from qcli.utils.dtypes import StoredTensor
@@ -27,7 +27,7 @@ _MIN_RATIO = 1 + 2.0**-9  # of alpha1 to |alpha2|: two steps of float16
 _SMALLEST = 2.0**-24  # the smallest positive float16: lower bound of |alpha2| and of the difference
 
 
-class DualBinary(NonUniform):
+class DualBinary(IndependentGroups, NonUniform):
     """Two bit planes, with a scale each for every `group_size` weights of a row.
 
     Tables: `alpha1`, `alpha2` float16 `[out, groups]`. The last group of a row may be shorter.
