@@ -7,9 +7,9 @@ module and the formats import no torch at the top, so that recipes stay fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -65,11 +65,18 @@ class Rounder:
             the nearest representable ones by into the result.
         operands: what `error` needs of every column, `[columns, out, ...]` each.
         shift: to be added to the values before, `[columns, out]`; None: nothing. It leaves errors as they are.
+        rule: what `error` computes, for kernels that compute the same. `grid`: to multiples of the operand, from
+            `codes[0]` to `codes[1]` times it. `signs`: to the sum of the operands with a sign each, the larger first.
+            `table`: to the first operand's entries, ascending, between which the second has the boundaries. None: only
+            `error` knows.
+        codes: of a `grid`, the lowest and the highest.
     """
 
     error: Callable[..., object]
     operands: tuple[Tensor, ...]
     shift: Tensor | None = None
+    rule: Literal["grid", "signs", "table"] | None = None
+    codes: tuple[int, int] = (0, 0)
 
     @staticmethod
     def stack(rounders: Sequence[Rounder]) -> Rounder:
@@ -81,7 +88,7 @@ class Rounder:
             return first
         operands = tuple(torch.cat(parts, 1) for parts in zip(*(part.operands for part in rounders), strict=True))
         shifts = [part.shift for part in rounders if part.shift is not None]
-        return Rounder(first.error, operands, torch.cat(shifts, 1) if shifts else None)
+        return replace(first, operands=operands, shift=torch.cat(shifts, 1) if shifts else None)
 
 
 class Format(BaseModel):

@@ -166,7 +166,7 @@ class Affine(IndependentGroups):
             torch.div(values, scale, out=result).round_().clamp_(self.lowest, self.highest)
             torch.addcmul(values, result, scale, value=-1, out=result)
 
-        return Rounder(error, (scale,), shift=scale * zero_point)
+        return Rounder(error, (scale,), scale * zero_point, "grid", (self.lowest, self.highest))
 
     def check(self, weight: QuantizedWeight) -> None:
         problems = not_finite(weight.tables)

@@ -210,7 +210,7 @@ class Codebook(NonUniform):
             places = torch.searchsorted(boundaries, values[:, None])
             torch.sub(values, entries.gather(1, places)[:, 0], out=result)
 
-        return Rounder(error, (entries, _boundaries(entries)))
+        return Rounder(error, (entries, _boundaries(entries)), rule="table")
 
     def round_table(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Quantize S `[out, groups, rank]` or beta `[out, groups]` to 8 bits: float values -> stored tables."""

@@ -102,7 +102,7 @@ class DualBinary(IndependentGroups, NonUniform):
             torch.sub(values, torch.copysign(larger, values, out=result), out=result)
             result.sub_(torch.copysign(smaller, result))
 
-        return Rounder(error, (larger, smaller), shift=-middle)
+        return Rounder(error, (larger, smaller), -middle, "signs")
 
     def as_signs(self, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The levels as `middle +- larger +- smaller`; the alphas are in order."""

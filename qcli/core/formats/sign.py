@@ -108,7 +108,7 @@ class Sign(Format):
         def error(values: Tensor, result: Tensor, magnitude: Tensor) -> None:
             torch.sub(values, torch.copysign(magnitude, values, out=result), out=result)
 
-        return Rounder(error, (magnitude,))
+        return Rounder(error, (magnitude,), rule="signs")
 
     def check(self, weight: QuantizedWeight) -> None:
         stored = self.stored(weight.shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from qcli.core.formats.sign import IN_SCALE, OUT_SCALE, Sign
 from qcli.core.weight import Format
 from qcli.inference.backend import Backend
 from qcli.inference.cuda import tuning
+from qcli.utils import triton_kernels
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,7 +30,6 @@ MATMUL_ROWS = 64  # computed by `matmul`; above, a decoded tile and the vendor's
 _FEW_ROWS = 4  # faster one by one than from a decoded tile
 _MAX_SPANS = 512  # of one program of `gemv`
 _TILE = 1 << 26  # weights decoded at a time
-_OLDEST = (7, 5)  # compute capability
 
 
 class Triton(Backend):
@@ -40,7 +39,7 @@ class Triton(Backend):
     device_types: ClassVar[frozenset[str] | None] = frozenset({"cuda"})
 
     def unavailable_reason(self) -> str | None:
-        return _unavailable_reason()
+        return triton_kernels.unavailable_reason()
 
     def unsupported_reason(self, format: Format, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
         if not isinstance(format, Affine | Codebook | DualBinary | Sign):
@@ -222,7 +221,7 @@ def matmul(x: Tensor, call: Call, bias: Tensor | None, tuned: tuning.Matmul | No
         per_program,
         **{name: value for name, value in call.constants.items() if name != "EVEN"},
         BASE=1024 if x.dtype == torch.float16 else 128 if bits < 8 else 0,
-        DOT32=_interpreted(),
+        DOT32=triton_kernels.interpreted(),
         TILE=tile,
         BN=outputs,
         BM=columns,
@@ -280,26 +279,10 @@ def _by_place(x: Tensor, call: Call) -> Tensor:
 
 
 @cache
-def _unavailable_reason() -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is missing: install torch with CUDA, which brings it, or `pip install triton`"
-    if not _interpreted() and torch.cuda.get_device_capability() < _OLDEST:
-        return f"the GPU's compute capability is below {_OLDEST[0]}.{_OLDEST[1]}"
-    return None
-
-
-@cache
 def _kernels() -> ModuleType:
     from qcli.inference.cuda import kernels
 
     return kernels
-
-
-@cache
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
+from qcli.utils import triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's interpreter runs kernels
 
 
 def layer(inputs: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -161,6 +165,72 @@ def test_column_orders_are_permutations(kind: str) -> None:
     if kind == "group-aware":
         groups = (order // 8).tolist()
         assert [groups[0], *(b for a, b in itertools.pairwise(groups) if a != b)] == list(dict.fromkeys(groups))
+
+
+KERNEL_FORMATS = [
+    Affine(bits=3, group_size=32, zero_point="integer"),
+    Affine(bits=8, group_size=32, zero_point="none", restricted=True),
+    Affine(bits=2, group_size=-1, zero_point="float"),
+    Codebook(bits=1, group_size=32, rank=1, table_bits=16),
+    Codebook(bits=4, group_size=32, rank=2, table_bits=8),
+    DualBinary(group_size=32),
+    DualBinary(group_size=32, levels="symmetric"),
+    Sign(),
+]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("format", KERNEL_FORMATS, ids=str)
+def test_the_kernel_rounds_a_block_as_the_loop_does(format: Format, asymmetric: bool) -> None:
+    """Up to the last bits of sums: where these choose another code, the row goes its own way from there."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from qcli.algorithms.solvers import feedback_kernel
+
+    inputs, device = 40, DEVICE
+    weight, hessian = layer(inputs, tokens=4 * inputs)
+    factor, _ = feedback.inverse_factor(hessian, 0.1)
+    assert factor is not None
+    relative, columns = (factor / factor.diagonal()[:, None]).to(device), torch.arange(inputs, device=device)
+    added = torch.triu(relative.sin() / 50, 1) if asymmetric else None
+    tables = {name: table.to(device) for name, table in fitted(weight, format).items()}
+    rounder = format.rounder(tables, columns)
+    loop, kernel = (weight.T.contiguous().to(device) for _ in range(2))
+    expected = feedback._round_columns(loop, relative, rounder, added)
+    errors = feedback_kernel.round_columns(kernel, relative, rounder, added)
+    same = (kernel - loop).abs().amax(0) < 1e-4
+    assert float(same.float().mean()) == 1
+    torch.testing.assert_close(errors[:, same], expected[:, same], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [16, 200])
+def test_kernels_serve_blocks_wider_than_one(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And find the codes of the loop, whatever ends blocks."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from qcli.algorithms.solvers import feedback_kernel
+
+    inputs, format = 300, Affine(bits=3, group_size=group_size, zero_point="integer")
+    weight, hessian = layer(inputs, tokens=2 * inputs)
+    factor, _ = feedback.inverse_factor(hessian, 0.1)
+    assert factor is not None
+    tables, calls = grid.minmax(weight, format), list[int]()
+    dynamic = feedback.DynamicTables([*range(group_size, inputs, group_size), inputs], lambda *_: tables)
+    asymmetry = torch.triu(factor.sin() / 100, 1)
+    tables = {name: table.to(DEVICE) for name, table in tables.items()}
+    columns = torch.arange(inputs, device=DEVICE)
+    arguments: Any = (weight.to(DEVICE), factor.to(DEVICE), columns, format, [(10, tables)])
+    asymmetry = asymmetry.to(DEVICE)
+    monkeypatch.setattr(triton_kernels, "DEVICES", set())
+    loop = feedback.quantize_columns(*arguments, asymmetry=asymmetry, dynamic=dynamic)
+
+    def counted(block: Tensor, *others: Any) -> None:
+        calls.append(len(block))
+        feedback_kernel._launch(block, *others)
+
+    monkeypatch.setattr(triton_kernels, "DEVICES", {DEVICE})
+    monkeypatch.setattr(torch.ops.qcli, "round_columns", counted)
+    kernel = feedback.quantize_columns(*arguments, asymmetry=asymmetry, dynamic=dynamic)
+    assert calls == ([16] * 18 + [12] if group_size == 16 else [128, 72, 100])
+    assert float((kernel == loop).float().mean()) > 0.99
 
 
 def test_bands_of_rows_change_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
