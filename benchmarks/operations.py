@@ -3,12 +3,15 @@
 On a GPU every operation of a small tensor costs a launch, 5-10 us whatever its size, and every operation of a large one
 costs the bytes that it moves. Both can be counted on a CPU, exactly. Counted on a random Llama of two blocks of seven
 linears each: the second block, quantized by each method; one training step of reconstruction, of TEQ and of
-distillation, forward pass and loss included. Views and allocations are no operations; bytes are those of the inputs and
-outputs of every operation. A synchronization is an operation that waits for a value: on a GPU it empties the queue.
+distillation, forward pass and loss included; and error feedback on a weight of 256 columns. Views and allocations are
+no operations, a Triton kernel is one: ", with kernels" is what a GPU does, run by Triton's interpreter. Bytes are those
+of the inputs and outputs of every operation. A synchronization is an operation that waits for a value: on a GPU it
+empties the queue.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +19,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":  # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
@@ -23,11 +30,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
+from qcli.algorithms.solvers.feedback import quantize_columns
+from qcli.core.formats.affine import Affine
+from qcli.core.formats.codebook import Codebook
+from qcli.core.weight import Format
 from qcli.distillation.distill import distill
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
+from qcli.utils import triton_kernels
 from qcli.utils.progress import Progress
+from tests.inference.weights import random_weight
 from tests.quantizing import write_text
 from tests.tiny import tiny_model
 
@@ -61,7 +74,14 @@ DISTILLATION: dict[str, dict[str, Any]] = {
     for loss in ("kl", "dad", "onebit")
     for train in (["tables"], ["tables", "weights"])
 }
+FEEDBACK: dict[str, Format] = {
+    "affine": Affine(bits=3, group_size=32),
+    "codebook": Codebook(bits=2, group_size=32, rank=1, table_bits=16),
+}
+COLUMNS = 256
+_KERNELS = ", with kernels"
 NAMES = (
+    *(f"error feedback: {name}{kernels}" for name in FEEDBACK for kernels in ("", _KERNELS)),
     *(f"block: {name}" for name in METHODS),
     *(f"step: {name}" for name in STEPS),
     *(f"distillation step: {name}" for name in DISTILLATION),
@@ -152,27 +172,46 @@ def recipe(model: Path, text: Path, fields: Mapping[str, Any]) -> Recipe:
 
 def measure(name: str, folder: Path) -> dict[str, float]:
     """One of `NAMES`, counted with one thread in an empty folder, as the result keeps it."""
-    model, text = tiny_model("llama", folder), write_text(folder)
-    kind, _, key = name.partition(": ")
+    kind, _, key = name.removesuffix(_KERNELS).partition(": ")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    kernels = mock.patch.object(triton_kernels, "DEVICES", {"cpu"} if name.endswith(_KERNELS) else set())
     try:
-        if kind == "distillation step":
-            student, linears = folder / "student", LINEARS * BLOCKS
-            quantize(recipe(model, text, METHODS["rtn"]), student)
-            training = {**METHODS["rtn"], **DISTILLATION[key]}
-            plan = recipe(model, text, {**training, "distill.steps": _STEPS, "distill.judgements": _EVALUATIONS})
-            count = one_step(marks(lambda progress: distill(student, plan, folder / "out", progress)))
-        else:
-            plan, linears = recipe(model, text, METHODS[key] if kind == "block" else STEPS[key]), LINEARS
-            found = marks(lambda progress: quantize(plan, folder / "out", progress))
-            count = found["quantize", BLOCKS] - found["quantize", BLOCKS - 1] if kind == "block" else one_step(found)
+        with kernels:
+            count, parts, part = _count(kind, key, folder)
     finally:
         torch.set_num_threads(threads)
-    return {"operations": count.operations, "operations_per_linear": round(count.operations / linears, 1)} | {
+    return {"operations": count.operations, f"operations_per_{part}": round(count.operations / parts, 1)} | {
         "bytes": count.bytes,
         "synchronizations": count.synchronizations,
     }
+
+
+def _count(kind: str, key: str, folder: Path) -> tuple[Count, int, str]:
+    """And of how many parts, and what they are."""
+    if kind == "error feedback":
+        return _feedback(FEEDBACK[key]), COLUMNS, "column"
+    model, text = tiny_model("llama", folder), write_text(folder)
+    if kind == "distillation step":
+        student = folder / "student"
+        quantize(recipe(model, text, METHODS["rtn"]), student)
+        training = {**METHODS["rtn"], **DISTILLATION[key]}
+        plan = recipe(model, text, {**training, "distill.steps": _STEPS, "distill.judgements": _EVALUATIONS})
+        step = one_step(marks(lambda progress: distill(student, plan, folder / "out", progress)))
+        return step, LINEARS * BLOCKS, "linear"
+    plan = recipe(model, text, METHODS[key] if kind == "block" else STEPS[key])
+    found = marks(lambda progress: quantize(plan, folder / "out", progress))
+    block = found["quantize", BLOCKS] - found["quantize", BLOCKS - 1] if kind == "block" else one_step(found)
+    return block, LINEARS, "linear"
+
+
+def _feedback(format: Format) -> Count:
+    weight = random_weight(format, (16, COLUMNS))
+    arguments = weight.dense(), torch.eye(COLUMNS), torch.arange(COLUMNS), format, [(16, weight.tables)]
+    counting = Counting()
+    with counting:
+        quantize_columns(*arguments)
+    return counting.now()
 
 
 def main() -> None:
