@@ -113,7 +113,8 @@ def _first_blocks(folder: Path, source: NativeSource, blocks: int) -> Iterator[P
             {tensor: extent}
             for header in extents
             for tensor, extent in header.items()
-            if not tensor.startswith(prefix) or int(tensor.removeprefix(prefix).partition(".")[0]) < blocks
+            if not (inside := source.names.name_in_model(tensor)).startswith(prefix)
+            or int(inside.removeprefix(prefix).partition(".")[0]) < blocks
         ]
         shards.join(kept, part, shards.SHARD_SIZE)
         config = json.loads((folder / "config.json").read_text())

@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
 from qcli.models.manifest import FORMAT_VERSION
+from qcli.models.names import Names
 from qcli.models.native import GUARD, NativeStorage
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
@@ -60,9 +61,10 @@ class QcliQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        names = Names(model)  # of its own modules
         replaced = _replace_linears(model, self.storage)
         if checkpoint_files:
-            _check_files(checkpoint_files, model, replaced, self.storage.guard)
+            _check_files(checkpoint_files, names, model, replaced, self.storage.guard)
         if (guard := self.storage.guard) is not None:
             tail = re.escape(guard.partition(".")[2])  # a model without a head has its own names
             known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
@@ -119,9 +121,14 @@ def _unread(format: Format, shape: tuple[int, int], device: torch.device) -> dic
     return {name: torch.empty(like.shape, dtype=like.torch_dtype, device=device) for name, like in stored.items()}
 
 
-def _check_files(files: list[str], model: Any, replaced: dict[str, QuantLinear], guard: str | None) -> None:
+def _check_files(
+    files: list[str], names: Names, model: Any, replaced: dict[str, QuantLinear], guard: str | None
+) -> None:
     """Raise VerificationError unless the files hold exactly the tensors that the model needs, and the guard."""
-    on_disk = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    headers = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
+    on_disk = {names.name_in_model(name): stored for name, stored in headers.items()}
+    if len(on_disk) < len(headers):
+        raise VerificationError("the checkpoint has tensors twice, under an old and a new name", hint="copy it again")
     if guard is not None:
         stored_as = guard if guard in on_disk else guard.removeprefix(f"{model.base_model_prefix}.")
         if on_disk.pop(stored_as, None) != GUARD:

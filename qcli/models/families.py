@@ -80,7 +80,8 @@ class Family:
         conv1d: whether weights are stored `[in, out]`.
         variants: other groups and folds, by settings of the config; the first match applies.
         defaults: values of settings in `variants` and `folds` that a config may omit.
-        renames: prefixes of tensor names in older checkpoints, and the current ones.
+        renames: prefixes of tensor names on disk, and those in the causal LM; None: names are converted as transformers
+            converts them (`qcli.models.names`), which takes the time to build its model.
         embedding_name: name of the token embedding, which is beside the list of blocks.
         tied: whether head and embedding are one matrix if a config does not have `tie_word_embeddings`.
         own_linear: whether linear layers are a class of the family's own, which reads the weight itself.
@@ -97,7 +98,7 @@ class Family:
     conv1d: bool = False
     variants: tuple[Variant, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] | None = ()
     embedding_name: str = "embed_tokens"
     tied: bool = False
     own_linear: bool = False

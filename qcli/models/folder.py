@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.models import families
 from qcli.models.companions import code_files, companions
+from qcli.models.derived import Derived, SourceTensor
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from qcli.models.names import Names
+
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _UNNAMED = "unnamed method"
@@ -29,16 +33,45 @@ _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", "
 
 
 class FolderSource(ModelSource):
-    """A local folder, or the snapshot of a hub model."""
+    """A local folder, or the snapshot of a hub model.
+
+    Attributes:
+        extents: tensors that the files hold as they are read, by name in the causal LM.
+        derived: tensors that are made of others when they are read.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
         families.block_count(config)  # transformers would make lists of any length
-        self.extents = _normalise(self.family, _shards(path))
+        self.extents: dict[str, Extent] = {}
+        self.derived: dict[str, Derived] = {}
+        stored = {name: extent for name, extent in _shards(path).items() if not name.endswith(_BUFFERS)}
+        if self.family.renames is None:
+            for name, tensor in self.names.in_model(stored).items():
+                if isinstance(tensor, Extent):
+                    self.extents[name] = tensor
+                else:
+                    self.derived[name] = tensor
+        else:
+            self.extents = _normalise(self.family, self.family.renames, stored)
         self._settle_head()
 
+    @cached_property
+    def names(self) -> Names:
+        """The tensors' names on disk and in the causal LM."""
+        from qcli.models.loadable import skeleton
+        from qcli.models.names import Names
+
+        with reported(f"{self.path}: transformers cannot build this model"):
+            model = skeleton(self.hf_config(), trust_remote_code=self.trust_remote_code)
+        return Names(model)
+
+    def on_disk(self, name: str) -> str:
+        return self.names.on_disk(name)
+
     def tensors(self) -> dict[str, StoredTensor]:
-        return {name: extent.stored for name, extent in self.extents.items()}
+        tensors: dict[str, SourceTensor] = {**self.extents, **self.derived}
+        return {name: tensor.stored for name, tensor in tensors.items()}
 
     def hf_config(self) -> PreTrainedConfig:
         config = read_hf_config(self.path, trust_remote_code=self.trust_remote_code)
@@ -63,9 +96,14 @@ class FolderSource(ModelSource):
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         for name in names:
-            if name not in self.extents:
+            if name not in self.extents and name not in self.derived:
                 raise UsageError(f"{self.path} has no tensor {name}", hint="download the model again")
-        return read_tensors((name, self.extents[name]) for name in names)
+        tensors = read_tensors((name, self.extents[name]) for name in names if name in self.extents)
+        tensors |= {name: self.derived[name].read() for name in names if name in self.derived}
+        return {name: tensors[name] for name in names}
+
+    def stored_as(self, name: str) -> str:
+        return self.derived[name].stored_as if name in self.derived else super().stored_as(name)
 
     def _settle_head(self) -> None:
         """Let the tensors and the flag of tied embeddings say the same, namely what transformers makes of them: a head
@@ -83,10 +121,11 @@ class FolderSource(ModelSource):
             self.config = {**self.config, **nested, _TIED: False}
 
     def _stored_bytes(self, name: str) -> int:
-        return self.extents[name].bytes
+        return self.derived[name].bytes if name in self.derived else self.extents[name].bytes
 
     def weight_files(self) -> list[Path]:
-        return sorted({extent.file for extent in self.extents.values()})
+        made_of = (extent for tensor in self.derived.values() for extent in tensor.origins)
+        return sorted({extent.file for extent in (*self.extents.values(), *made_of)})
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -188,22 +227,22 @@ def _no_weights(path: Path) -> UsageError:
     return UsageError(f"{path} has neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
 
 
-def _normalise(family: families.Family, extents: Mapping[str, Extent]) -> dict[str, Extent]:
+def _normalise(
+    family: families.Family, renames: tuple[tuple[str, str], ...], extents: Mapping[str, Extent]
+) -> dict[str, Extent]:
     """Tensors by their names in the causal LM: old prefixes renamed, the base model's prefix added if missing."""
     prefix, _, blocks = family.blocks.partition(".")
     bare = not any(name.startswith(f"{prefix}.") for name in extents)
     bare = bare and any(name.startswith(f"{blocks}.") for name in extents)
     normal: dict[str, Extent] = {}
     for name, extent in extents.items():
-        for old, new in family.renames:
+        for old, new in renames:
             if name.startswith(old):
                 name = new + name.removeprefix(old)
                 break
         else:
             if bare and not name.startswith("lm_head."):
                 name = f"{prefix}.{name}"
-        if name.endswith(_BUFFERS):
-            continue
         if name in normal:
             raise UsageError(
                 f"{normal[name].file.parent} holds {name} twice, under an old and a new name",

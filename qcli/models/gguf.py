@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from qcli.models.names import Names
+
 
 _OTHER_FILES = "use the model's safetensors folder"
 _EMBEDDING = "token_embd.weight"
@@ -165,6 +167,16 @@ class GGUFSource(ModelSource):
 
     def code_files(self) -> Mapping[str, Path]:
         return code_files(self._beside) if self.trust_remote_code and self._beside is not None else {}
+
+    def on_disk(self, name: str) -> str:
+        return self._names.on_disk(name)
+
+    @cached_property
+    def _names(self) -> Names:
+        from qcli.models.loadable import skeleton
+        from qcli.models.names import Names
+
+        return Names(skeleton(self._config, trust_remote_code=self.trust_remote_code))
 
     def copy_companions(self, out: Path) -> None:
         if self._beside is not None:

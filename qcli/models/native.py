@@ -109,13 +109,13 @@ class NativeSource(QuantizedSource):
         return config | {"quantization_config": config["quantization_config"] | current}
 
     def parts_to_write(self, changed: Mapping[str, Extent] | None = None) -> list[Mapping[str, Extent]]:
-        """All stored tensors, a part each, as `shards.join` takes them; with the guard.
+        """All stored tensors by their names on disk, a part each, as `shards.join` takes them; with the guard.
 
         Args:
             changed: tensors that replace the checkpoint's.
         """
-        parts = [{name: (changed or {}).get(name, extent)} for name, extent in self.extents.items()]
-        return with_guard(parts, self._guard, guard_extent(self.weight_files()[0]))
+        parts = [{self.on_disk(name): (changed or {}).get(name, extent)} for name, extent in self.extents.items()]
+        return with_guard(parts, self.on_disk(self._guard), guard_extent(self.weight_files()[0]))
 
     @property
     def _guard(self) -> str:

@@ -90,6 +90,14 @@ class ModelSource:
             for name, block, group in self._linear_names()
         ]
 
+    def on_disk(self, name: str) -> str:
+        """The name that checkpoints have for a tensor, as `save_pretrained` writes it and engines expect it.
+
+        Args:
+            name: in the causal LM, or that of a tensor of a quantized layer.
+        """
+        raise NotImplementedError
+
     def formats(self) -> Mapping[str, Format]:
         """The formats of the quantized layers, by name."""
         return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qcli.algorithms.training.outcome import Outcome
 from qcli.models.manifest import Manifest, OriginalModel, recipe_sha256, versions
 from qcli.models.native import guard_extent, guard_name, quantization_config, with_guard
@@ -13,7 +15,7 @@ from qcli.utils import shards
 from qcli.utils.files import write_json
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunFolder
-from qcli.utils.safetensors import read_header
+from qcli.utils.safetensors import Extent, read_header
 
 
 def publish_checkpoint(
@@ -23,9 +25,12 @@ def publish_checkpoint(
     plan = result.plan
     folder = run.result()
     progress("write", 0, 1)
-    stored = [read_header(run.file(name)) for name in parts.names()]
+    stored: list[Mapping[str, Extent]] = [
+        {plan.source.on_disk(name): extent for name, extent in read_header(run.file(part)).items()}
+        for part in parts.names()
+    ]
     guard = guard_extent(run.file(parts.names()[-1]))
-    shards.join(with_guard(stored, guard_name(plan.formats), guard), folder, shards.SHARD_SIZE)
+    shards.join(with_guard(stored, plan.source.on_disk(guard_name(plan.formats)), guard), folder, shards.SHARD_SIZE)
     config = plan.source.config_to_write()
     config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
     write_json(folder / "config.json", config)

@@ -86,10 +86,12 @@ class Plan:
         """What the weights are stored in (safetensors' name)."""
         return self.source.tensors()[f"{self.layers[0].name}.weight"].dtype
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Size of the safetensors files, to the byte."""
-        return shards.shard_bytes(with_guard(self.parts, guard_name(self.formats), GUARD), shards.SHARD_SIZE)
+        parts = with_guard(self.parts, guard_name(self.formats), GUARD)
+        on_disk = [{self.source.on_disk(name): tensor for name, tensor in part.items()} for part in parts]
+        return shards.shard_bytes(on_disk, shards.SHARD_SIZE)
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,7 +8,7 @@ of its own, where the library maps the whole file.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +39,17 @@ class Extent:
     stored: StoredTensor
     start: int
     bytes: int
+
+    def item(self, index: int) -> Extent:
+        """One of the tensors of a stack: an index along the first dimension."""
+        part = self.rows(index, index + 1)
+        return replace(part, stored=StoredTensor(self.stored.dtype, self.stored.shape[1:]))
+
+    def rows(self, start: int, stop: int) -> Extent:
+        """Consecutive indices along the first dimension, whose bytes are together in the file."""
+        shape = (stop - start, *self.stored.shape[1:])
+        row = self.bytes // self.stored.shape[0]
+        return Extent(self.file, StoredTensor(self.stored.dtype, shape), self.start + start * row, shape[0] * row)
 
 
 def read_header(file: Path) -> dict[str, Extent]:

@@ -1,0 +1,51 @@
+"""A checkpoint's tensors have the names that the hub's have, where the model's own differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qcli.export.pack import pack
+from qcli.models.open import open_source
+from qcli.utils.safetensors import read_header
+from tests.quantizing import logits, run, streamed
+from tests.tiny import tiny_model
+
+NAMES = {
+    "gpt_neox": ("embed_out.weight", "gpt_neox.layers.1.attention.dense.weight_packed"),
+    "gemma3": (
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.1.self_attn.o_proj.weight_packed",
+    ),
+}
+
+
+def on_disk(folder: Path) -> list[str]:
+    return [name for file in folder.glob("*.safetensors") for name in read_header(file)]
+
+
+@pytest.mark.parametrize("model_type", NAMES)
+def test_names_are_those_of_the_hub_and_every_loader_finds_them(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type, tmp_path)
+    result = run(model, tmp_path / "q", method__name="rtn")
+    names = on_disk(tmp_path / "q")
+    assert {*NAMES[model_type]} <= {*names}
+    dense, source = {*on_disk(model)}, open_source(str(model))
+    assert {name for name in names if name.endswith((".weight", ".bias"))} <= dense
+    assert (tmp_path / "q" / "model.safetensors").stat().st_size == result.plan.bytes
+    assert not [name for name in names if name.startswith("lm_head")], names
+    reopened = open_source(str(tmp_path / "q"))
+    assert reopened.tensors().keys() == source.tensors().keys()
+    torch.testing.assert_close(logits(tmp_path / "q"), streamed(tmp_path / "q"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["qcli", "dense", "compressed-tensors"])
+def test_packed_checkpoints_have_them_too(format: str, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"method__symmetric": True} if format == "compressed-tensors" else {}
+    run(tiny_model("gpt_neox", tmp_path), tmp_path / "q", method__name="rtn", **flags)
+    pack(tmp_path / "q", tmp_path / "packed", format=format, shard_size=10**9, allow_refused=True)
+    assert "embed_out.weight" in on_disk(tmp_path / "packed")
+    assert "lm_head.weight" not in on_disk(tmp_path / "packed")
