@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,7 +129,7 @@ class ModelStream:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`."""
-        with reported(self._problem), any_order():  # masks and positions follow the config only now
+        with reported(self._problem), any_order(), self._without_masks():
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return self._entered()
 
@@ -181,7 +182,7 @@ class ModelStream:
         embedded = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
         self._stand_ins[0].output = hidden.to(self.device)
         try:
-            with any_order():
+            with any_order(), self._without_masks():
                 logits: Tensor = self.model(inputs_embeds=embedded, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
@@ -253,6 +254,18 @@ class ModelStream:
     def new_weight(module: nn.Module, weight: Tensor) -> None:
         """Let a linear layer have this tensor, `[out, in]`, as its weight, in whatever dtype."""
         module.get_parameter("weight").data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+    @contextmanager
+    def _without_masks(self) -> Iterator[None]:
+        """Where only stand-ins run, no attention masks are made: to make them, transformers waits for the device, which
+        looks for packed sequences. It makes none for an implementation that it does not know."""
+        config = self.model.base_model.config
+        previous = config._attn_implementation
+        config._attn_implementation = {"": "none"}  # of this config, not of those in it
+        try:
+            yield
+        finally:
+            config._attn_implementation = {"": previous}
 
     def _block_forwards(self) -> Iterator[BlockForward]:
         for index in range(self.n_blocks):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.operations import Counting
 from qcli.models import stream as module
 from qcli.models.families import FAMILIES
 from qcli.models.open import open_source
@@ -141,6 +142,17 @@ def test_batches_advance_in_place_as_the_whole_does(tmp_path: Path, monkeypatch:
         torch.testing.assert_close(torch.cat(hidden.waiting()), expected)
     torch.testing.assert_close(torch.cat([stream.logits(batch) for batch in hidden]), run(stream))
     assert batches(TOKENS[:0]) == ()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom", "gemma2"])
+def test_embedding_and_head_do_not_wait_for_the_device(model_type: str, tmp_path: Path) -> None:
+    """Only making masks does, once for each shape of batches."""
+    stream = streamed(tiny_model(model_type, tmp_path))
+    with Counting() as counting:
+        hidden = stream.embed(TOKENS)
+        stream.logits(hidden)
+    assert counting.now().synchronizations == 0
+    assert stream.config._attn_implementation in ("sdpa", "eager")
 
 
 def test_only_what_lies_outside_the_blocks_has_memory(tmp_path: Path) -> None:
