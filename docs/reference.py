@@ -60,7 +60,8 @@ def values(field: Schema) -> str:
     if "anyOf" in field:
         return " or ".join(values(part) for part in field["anyOf"] if part.get("type") != "null")
     if "enum" in field or "const" in field:
-        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+        known = field.get("enum", [field.get("const")])
+        return ", ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in known)
     if field["type"] == "array":
         return f"list of {values(field['items'])}" if "items" in field else "list"
     bounds = [f"{sign} {field[key]}" for key, sign in BOUNDS.items() if key in field]

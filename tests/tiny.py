@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qcli.models.families import FAMILIES
 
@@ -126,6 +126,14 @@ def tiny_tokenizer() -> Any:
     fast = fast_tokenizer(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], pad_token=SPECIAL[2])
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def with_bos(folder: Path) -> Path:
+    """Let a model's tokenizer put its begin token (0) before every text."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @cache

@@ -27,6 +27,23 @@ Data = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Number of sequences. Default: 128.")]
 SeqLen = Annotated[int | None, typer.Option(metavar="L", help="Tokens per sequence. Default: 2048.")]
+
+
+def _bos(text: str) -> Any:
+    """The value of `--bos`; anything else is refused where it is used."""
+    return {"true": True, "false": False}.get(text, text)
+
+
+Bos = Annotated[
+    Any,
+    typer.Option(
+        "--bos",
+        metavar="WHEN",
+        parser=_bos,
+        help="Begin every window of text with the begin token: auto (as the tokenizer does), true or false. "
+        "Default: auto.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Random seed. Default: 0.")]
 Device = Annotated[
     str | None, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N. Default: auto.")
@@ -92,6 +109,7 @@ def recipe_fields(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
+    bos: Any = None,
     device: str | None = None,
     dtype: str | None = None,
     deterministic: bool | None = None,
@@ -102,6 +120,7 @@ def recipe_fields(
     return {
         "model": model,
         "seed": seed,
+        "bos": bos,
         "device": device,
         "dtype": dtype,
         "deterministic": deterministic,

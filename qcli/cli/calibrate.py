@@ -19,6 +19,7 @@ def calibrate(
     data: flags.Data = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
+    bos: flags.Bos = None,
     hessians: Annotated[
         bool, typer.Option("--hessians", help="Also write the Hessian of every layer's inputs.")
     ] = False,
@@ -50,6 +51,7 @@ def calibrate(
                 samples=samples,
                 seq_len=seq_len,
                 seed=seed,
+                bos=bos,
                 device=device,
                 dtype=dtype,
                 max_memory=max_memory,
@@ -87,7 +89,8 @@ def show_calibration(tables: Tables, result: dict[str, Any]) -> None:
     tables.pairs(
         {
             "written": result["out"],
-            "tokens": f"{result['samples']} x {result['seq_len']} of {result['data']}",
+            "tokens": f"{result['samples']} x {result['seq_len']} of {result['data']}"
+            + (", each behind a begin token" if result["bos"] else ""),
             "dead inputs": sum(layer["dead_channels"] for layer in layers.values()),
         }
     )

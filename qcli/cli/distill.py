@@ -39,6 +39,7 @@ def distill(
     seq_len: Annotated[
         int | None, typer.Option(metavar="L", help="Tokens per sequence. Default: as for calibration, 2048.")
     ] = None,
+    bos: flags.Bos = None,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
@@ -69,6 +70,7 @@ def distill(
         given = flags.recipe_fields(
             model=teacher,
             seed=seed,
+            bos=bos,
             device=device,
             dtype=dtype,
             max_memory=max_memory,

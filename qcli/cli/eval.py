@@ -40,6 +40,7 @@ def evaluate(
     max_windows: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Use only the first N windows of each text.")
     ] = None,
+    bos: flags.Bos = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,9 +91,10 @@ def evaluate(
     """Measure the quality of models, and the loss against a baseline.
 
     Reports perplexity; against a baseline the KL divergence of the predictions, as a mean and for the worst window, and
-    how often both models rank the same token first. Windows do not overlap and have no begin-of-text token. Models run
-    block by block and may be larger than memory, except for --tasks. If a gate fails, it is named and the exit code
-    is 4. Results of the baseline are cached in $QCLI_CACHE (default: ~/.cache/qcli).
+    how often both models rank the same token first. Windows do not overlap; where the tokenizer puts a begin token
+    before a text, every window begins with it (--bos). Models run block by block and may be larger than memory, except
+    for --tasks. If a gate fails, it is named and the exit code is 4. Results of the baseline are cached in $QCLI_CACHE
+    (default: ~/.cache/qcli).
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = list(dict.fromkeys(name.strip() for given in tasks or [] for name in given.split(",")))
@@ -111,6 +113,9 @@ def evaluate(
                 raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")
         if max_memory is not None and not re.match(SIZE, max_memory):
             raise UsageError(f"--max-memory: must be written as '8GB' or '7.5GiB', not {max_memory!r}")
+        bos = "auto" if bos is None else bos
+        if bos not in ("auto", True, False):
+            raise UsageError(f"--bos must be auto, true or false, not {bos!r}")
         from qcli.evaluation.evaluate import compare
         from qcli.evaluation.options import EvalOptions
         from qcli.models.open import open_source
@@ -129,7 +134,7 @@ def evaluate(
             for name in filter(None, [*models, baseline]):
                 open_source(name, trust)  # a wrong name fails before any data is loaded
             lm_eval.require_data()
-        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust)
+        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust, bos)
         cache = Cache(None if no_cache else default_folder())
         evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
         results = [evaluation.to_json() for evaluation in evaluations]
@@ -209,12 +214,14 @@ def show_comparison(tables: Tables, result: dict[str, Any]) -> None:
         if warning := fitted(model):
             tables.line(f"{model['model']} was fitted to {warning}")
     for text, score in first["perplexity"].items():
-        tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens, {score['tokens']} scored")
+        begin = ", each behind a begin token" if score["bos"] else ""
+        tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens{begin}, {score['tokens']} scored")
 
 
 def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
     """Perplexity by text, loss against the baseline, tasks, layer errors, size."""
     before = evaluation["baseline"]["perplexity"] if evaluation["baseline"] else {}
+    scores = evaluation["perplexity"].values()
     columns = ("text", "perplexity", "baseline", "ratio", "windows", "of tokens", "scored")
     rows = []
     for data, score in evaluation["perplexity"].items():
@@ -233,6 +240,7 @@ def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
             "top-1 agreement": evaluation["top1_agreement"],
             "bits per weight": bits(evaluation),
             "size": size(evaluation["bytes"]),
+            "begin token": "before every window" if any(score["bos"] for score in scores) else None,
             "fitted to": fitted(evaluation),
         }
     )

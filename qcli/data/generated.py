@@ -2,13 +2,14 @@
 
 Each document starts with a token drawn uniformly from the vocabulary, continues greedily for a few tokens, so that it
 settles on a subject, and is then sampled at temperature 1 (the procedure of OneBit's authors). When the model ends a
-document, the next one starts in the same window: no sampled token is discarded.
+document, the next one starts in the same window: no sampled token is discarded. Where the tokenizer puts begin tokens
+before a text, every document starts behind them.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from math import prod
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def sample(
     samples: int,
     length: int,
     seed: str,
+    begin: Sequence[int] = (),
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Tensor:
@@ -46,6 +48,9 @@ def sample(
 
     Computes in bfloat16 if the device has units for it, else in float32. A window depends only on `seed` and its own
     index: each has its own random generator.
+
+    Args:
+        begin: tokens before every document.
 
     Returns:
         int64 `[samples, length]`, on the CPU.
@@ -76,7 +81,7 @@ def sample(
         generators = [random.Random(f"{seed}:{number}") for number in numbers]
         ids = torch.empty(len(numbers), length, dtype=torch.int64)
         cache = empty_cache(stream.n_blocks, length)
-        positions = _sample_positions(model, cache, generators, length, starts, ends, device)
+        positions = _sample_positions(model, cache, generators, length, starts, ends, begin, device)
         for step, tokens in enumerate(positions):
             ids[:, step] = tokens
             progress("sampling text from the model", first // batch * length + step + 1, steps)
@@ -92,6 +97,7 @@ def _sample_positions(
     length: int,
     starts: list[int],
     ends: list[int],
+    begin: Sequence[int],
     device: torch.device,
 ) -> Iterator[Tensor]:
     """The tokens of all windows, one position after another: int64 `[batch]` on the CPU, `length` times.
@@ -99,9 +105,11 @@ def _sample_positions(
     A document does not attend to earlier ones and counts its positions from 0, as if it were alone. (Otherwise the
     model soon repeats one-word documents forever.)
     """
-    ending = torch.tensor(ends)
+    ending, lead = torch.tensor(ends), len(begin)
     takes_positions = "position_ids" in signature(model.forward).parameters
     tokens = torch.tensor([generator.choice(starts) for generator in generators])
+    if begin:
+        tokens[:] = begin[0]
     age = torch.zeros_like(tokens)  # position of the last token in its document
     for step in range(length):
         yield tokens
@@ -119,10 +127,13 @@ def _sample_positions(
         logits = output.logits[:, -1].float()
         draws = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
         fresh = torch.tensor([generator.choice(starts) for generator in generators])
-        chosen = torch.where(age < _GREEDY, logits.argmax(-1).cpu(), draw(logits.softmax(-1), draws.to(device)).cpu())
-        ended = torch.isin(tokens, ending)
-        tokens = torch.where(ended, fresh, chosen)
+        drawn = draw(logits.softmax(-1), draws.to(device)).cpu()
+        chosen = torch.where(age < lead + _GREEDY, logits.argmax(-1).cpu(), drawn)
+        ended = torch.isin(tokens, ending) & (age >= lead)  # a begin token may be the end token, too
         age = torch.where(ended, 0, age + 1)
+        tokens = torch.where(age > lead, chosen, fresh)
+        for position, token in enumerate(begin):
+            tokens[age == position] = token
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ends: list[int]) -> list[int]:

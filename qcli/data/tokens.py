@@ -1,20 +1,22 @@
 """Text to token windows: calibration samples drawn at random, evaluation windows back to back.
 
-No window starts with a beginning-of-text token: windows lie anywhere in a text, not at its start.
+Where the tokenizer puts a begin token before a text, every window begins with it, too: models of such tokenizers have
+never seen a sequence without. It counts as one of the window's tokens and is never predicted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qcli.data.begin import Bos, begin_tokens
 from qcli.data.calibration_folder import read_folder
 from qcli.data.datasets import SELF, is_folder, read_text
 from qcli.data.identity import content_key
@@ -38,10 +40,17 @@ class Tokens:
     Attributes:
         ids: int64 `[windows, length]`, on the CPU.
         data: the text they were cut from, as the user named it.
+        begin: how many of each window's tokens come before its text.
     """
 
     ids: Tensor
     data: str
+    begin: int = 0
+
+    @property
+    def bos(self) -> bool:
+        """Whether windows begin with a begin token."""
+        return self.begin > 0
 
     @property
     def sha256(self) -> str:
@@ -65,6 +74,7 @@ class TokenRequest:
         seed: the same request gives the same windows.
         held_out: of `samples`, the last ones, which share no token with those before.
         validation: further windows, behind `samples`, that share no token with any other.
+        bos: whether windows begin with a begin token; one that a folder's windows do not is refused.
     """
 
     data: str
@@ -73,6 +83,7 @@ class TokenRequest:
     seed: int
     held_out: int = 0
     validation: int = 0
+    bos: Bos = "auto"
 
 
 def calibration_tokens(
@@ -91,19 +102,22 @@ def calibration_tokens(
         cache: keeps the windows; None: nothing is kept.
 
     Raises:
-        UsageError: no such data, unreadable, or too short; windows longer than the model's context.
+        UsageError: no such data, unreadable, or too short; windows longer than the model's context; `bos` does not fit
+            the tokenizer or the folder.
         ResourceError: not enough memory to sample from the model.
     """
     if is_folder(request.data):
-        return Tokens(_from_folder(request.data, source), request.data)
+        return _from_folder(request.data, source, request.bos)
+    begin = _begin(source, request.bos, request.seq_len)
     settings = [request.samples, request.seq_len, request.seed, request.held_out, request.validation]
     return _cached(
         request.data,
         source,
         {"calibration": settings},
+        begin,
         torch.device(device),
         cache,
-        lambda: _draw(request, source, device, progress),
+        lambda: _draw(request, source, begin, device, progress),
     )
 
 
@@ -113,6 +127,7 @@ def evaluation_tokens(
     *,
     window: int,
     max_windows: int | None = None,
+    bos: Bos = "auto",
     device: torch.device | str = "cpu",
     cache: Cache | None = None,
     progress: Progress = silent,
@@ -123,31 +138,33 @@ def evaluation_tokens(
         data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; `self`, sampled
             from `source` independently of any calibration, 32 windows unless `max_windows` is given; or a folder
             written by `qcli calibrate`, whose windows are truncated to `window`.
-        window: tokens per window, at least 2; at most those of the calibration folder.
+        window: tokens per window, at least 2, a begin token included; at most those of the calibration folder.
         max_windows: use only the first ones.
-        device, cache: as for `calibration_tokens`.
+        bos, device, cache: as for `calibration_tokens`.
 
     Raises:
-        UsageError: no such data, unreadable, or too short; windows longer than the model's context.
+        UsageError: as `calibration_tokens`.
         ResourceError: not enough memory to sample from the model.
     """
     if window < 2:
         raise UsageError(f"a window of {window} leaves no token to predict", hint="a window has at least 2 tokens")
     if is_folder(data):
-        ids = _from_folder(data, source)
-        if window > ids.shape[1]:
+        whole = _from_folder(data, source, bos)
+        if window > (length := whole.ids.shape[1]):
             raise UsageError(
-                f"{data} has windows of {ids.shape[1]} tokens, {window} are asked for",
-                hint=f"--window {ids.shape[1]} or less, or none",
+                f"{data} has windows of {length} tokens, {window} are asked for",
+                hint=f"--window {length} or less, or none",
             )
-        return Tokens(ids[:max_windows, :window].contiguous(), data)
+        return replace(whole, ids=whole.ids[:max_windows, :window].contiguous())
+    begin = _begin(source, bos, window)
     return _cached(
         data,
         source,
         {"evaluation": [window, max_windows]},
+        begin,
         torch.device(device),
         cache,
-        lambda: _consecutive(data, source, window, max_windows, device, progress),
+        lambda: _consecutive(data, source, window, max_windows, begin, device, progress),
     )
 
 
@@ -160,56 +177,102 @@ def require_training_samples(tokens: Tokens, held_out: int) -> None:
         )
 
 
-def _from_folder(data: str, source: ModelSource) -> Tensor:
+def _from_folder(data: str, source: ModelSource, bos: Bos) -> Tokens:
+    """The folder's windows, which begin as they do.
+
+    Raises:
+        UsageError: damaged, too long for the model, or `bos` asks for another beginning.
+    """
     ids = read_folder(Path(data), source)
     _require_context(ids.shape[1], source)
-    return ids
+    begin = next((each for each in _beginnings(source) if _all_begin(ids, each)), [])
+    if bos != "auto" and bos != bool(begin):
+        have, asked = ("no", "true") if bos else ("a", "false")
+        raise UsageError(
+            f"{data}: its windows begin with {have} begin token, bos is {asked}",
+            hint=f"bos: auto takes them as they are; or run `qcli calibrate --bos {asked}` again",
+        )
+    return Tokens(ids, data, len(begin))
+
+
+def _beginnings(source: ModelSource) -> Iterator[list[int]]:
+    """What windows of the model's text may begin with."""
+    yield begin_tokens(source, "auto")
+    if (bos := source.tokenizer().bos_token_id) is not None:
+        yield [bos]
+
+
+def _all_begin(ids: Tensor, begin: list[int]) -> bool:
+    return 0 < len(begin) < ids.shape[1] and bool((ids[:, : len(begin)] == torch.tensor(begin)).all())
+
+
+def _begin(source: ModelSource, bos: Bos, length: int) -> list[int]:
+    """The begin tokens of windows of `length` tokens, which leave room for text."""
+    begin = begin_tokens(source, bos)
+    if begin:
+        require_known_ids(source, max(begin))
+    if len(begin) >= length:
+        raise UsageError(
+            f"windows of {length} tokens have no room for text behind {len(begin)} begin tokens",
+            hint="use longer windows, or bos: false",
+        )
+    return begin
 
 
 def _cached(
     data: str,
     source: ModelSource,
     settings: dict[str, Any],
+    begin: list[int],
     device: torch.device,
     cache: Cache | None,
     make: Callable[[], Tensor],
 ) -> Tokens:
     if cache is None or cache.folder is None:
-        return Tokens(make(), data)
-    key = {**settings, **content_key(data, source, calibration="calibration" in settings), **versions()}
+        return Tokens(make(), data, len(begin))
+    key = {**settings, "begin": begin, **content_key(data, source, calibration="calibration" in settings), **versions()}
     if data == SELF:
         key["computed"] = hardware(device)
     ids = cache.tensors(key, lambda: {"ids": make()}, _is_tokens)["ids"]
     require_known_ids(source, int(ids.max()))  # they may be those of a model with the same tokenizer and more rows
-    return Tokens(ids, data)
+    return Tokens(ids, data, len(begin))
 
 
 def _is_tokens(tensors: dict[str, Tensor]) -> bool:
     return tensors.keys() == {"ids"} and tensors["ids"].ndim == 2 and tensors["ids"].dtype == torch.int64
 
 
-def _draw(request: TokenRequest, source: ModelSource, device: torch.device | str, progress: Progress) -> Tensor:
+def _draw(
+    request: TokenRequest, source: ModelSource, begin: list[int], device: torch.device | str, progress: Progress
+) -> Tensor:
     data, seq_len = request.data, request.seq_len
     _require_context(seq_len, source)
     if data == SELF:
         from qcli.data.generated import sample
 
         windows, seed = request.samples + request.validation, f"calibration:{request.seed}"
-        return sample(source, windows, seq_len, seed, device, progress)
+        return sample(source, windows, seq_len, seed, begin, device, progress)
     ids = _encode(source, read_text(data, calibration=True))
-    if len(ids) <= seq_len:
+    span = seq_len - len(begin)
+    if len(ids) <= span:
         raise UsageError(
-            f"{data}: too short for calibration: {len(ids)} tokens, but a window of {seq_len} needs {seq_len + 1}",
+            f"{data}: too short for calibration: {len(ids)} tokens, but a window of {seq_len} needs {span + 1}",
             hint="use more text, or a smaller --seq-len",
         )
-    return torch.stack([ids[offset : offset + seq_len] for offset in _offsets(request, len(ids))])
+    offsets = _offsets(request, span, len(ids))
+    return _after(begin, torch.stack([ids[offset : offset + span] for offset in offsets]))
 
 
-def _offsets(request: TokenRequest, length: int) -> list[int]:
-    """Where the windows of a request start in a text of `length` tokens."""
-    generator, last = random.Random(request.seed), length - request.seq_len
+def _after(begin: list[int], ids: Tensor) -> Tensor:
+    """Windows `[windows, length]` behind begin tokens."""
+    return torch.cat([torch.tensor(begin, dtype=ids.dtype).expand(len(ids), -1), ids], 1) if begin else ids
+
+
+def _offsets(request: TokenRequest, span: int, length: int) -> list[int]:
+    """Where the windows of a request, `span` tokens of text each, start in a text of `length` tokens."""
+    generator, last = random.Random(request.seed), length - span
     offsets = [generator.randrange(0, last) for _ in range(request.samples)]
-    free = _FreeOffsets(length, request)
+    free = _FreeOffsets(length, span, request.data)
     if 0 < request.held_out < request.samples:
         held_out = offsets[-request.held_out :]
         for offset in held_out:
@@ -233,8 +296,8 @@ def _offsets(request: TokenRequest, length: int) -> list[int]:
 class _FreeOffsets:
     """Offsets of a text where a window overlaps none of those that have been taken."""
 
-    def __init__(self, length: int, request: TokenRequest) -> None:
-        self.length, self.window, self.data = length, request.seq_len, request.data
+    def __init__(self, length: int, window: int, data: str) -> None:
+        self.length, self.window, self.data = length, window, data
         self._free = torch.ones(length - self.window, dtype=torch.bool)
 
     def take(self, offset: int) -> None:
@@ -262,21 +325,28 @@ class _FreeOffsets:
 
 
 def _consecutive(
-    data: str, source: ModelSource, window: int, max_windows: int | None, device: torch.device | str, progress: Progress
+    data: str,
+    source: ModelSource,
+    window: int,
+    max_windows: int | None,
+    begin: list[int],
+    device: torch.device | str,
+    progress: Progress,
 ) -> Tensor:
     _require_context(window, source)
     if data == SELF:
         from qcli.data.generated import sample
 
-        return sample(source, max_windows or _SELF_WINDOWS, window, "evaluation", device, progress)
+        return sample(source, max_windows or _SELF_WINDOWS, window, "evaluation", begin, device, progress)
     ids = _encode(source, read_text(data, calibration=False))
-    windows = len(ids) // window
+    span = window - len(begin)
+    windows = len(ids) // span
     if windows == 0:
         raise UsageError(
-            f"{data}: too short for evaluation: {len(ids)} tokens, but one window needs {window}",
+            f"{data}: too short for evaluation: {len(ids)} tokens, but one window needs {span}",
             hint="use more text, or a smaller --window",
         )
-    return ids[: windows * window].view(windows, window)[:max_windows].clone()
+    return _after(begin, ids[: windows * span].view(windows, span)[:max_windows].clone())
 
 
 def _encode(source: ModelSource, text: str) -> Tensor:

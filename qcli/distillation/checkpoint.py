@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ def publish_checkpoint(
     recipe: Recipe,
     trained: StoredTensors,
     result: DistillationResult,
-    text_identity: str | None,
+    text: Mapping[str, Any],
     run: RunFolder,
 ) -> None:
     """Assemble the checkpoint in the run's folder, the manifest last, and give it its name in one step.
 
     Args:
         trained: stored tensors that replace the student's.
-        text_identity: of the text it was trained on.
+        text: `text_identity` and `bos` of what it was trained on.
     """
     run.commit(_WEIGHTS, trained)
     folder, header = run.result(), read_header(run.file(_WEIGHTS))
@@ -49,7 +50,8 @@ def publish_checkpoint(
     report = DistillationReport(
         teacher=recipe.model,
         text=recipe.distill_text.model_dump(mode="json"),
-        text_identity=text_identity,
+        text_identity=text["text_identity"],
+        bos=text["bos"],
         tokens_sha256=hashlib.sha256(job.tokens.numpy().tobytes()).hexdigest(),
         seed=recipe.seed,
         measure=result.measure,

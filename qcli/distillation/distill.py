@@ -81,6 +81,7 @@ def distill(
         "text": recipe.distill_text.model_dump(mode="json"),
         "data": content_hash(Path(recipe.distill_text.data)),
         "distill": options.model_dump(mode="json"),
+        "bos": recipe.bos,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
         "state": STATE_VERSION,
@@ -148,7 +149,7 @@ def distillation_tokens(
         UsageError: as `calibration_tokens` does, or no sample is left to train on.
     """
     text = recipe.distill_text
-    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out, bos=recipe.bos)
     tokens = calibration_tokens(request, teacher, device=device, progress=progress)
     require_training_samples(tokens, text.held_out)
     return tokens
@@ -157,8 +158,8 @@ def distillation_tokens(
 def _tokens(recipe: Recipe, teacher: ModelSource, run: RunFolder, device: torch.device, progress: Progress) -> Tensor:
     """int64 `[samples, length]`; the last ones are held out."""
     if (file := run.done(_TOKENS)) is None:
-        identity = text_identity(recipe.distill_text.data)
-        run.commit(_TOKENS, {"ids": distillation_tokens(recipe, teacher, device, progress).ids}, identity)
+        tokens = distillation_tokens(recipe, teacher, device, progress)
+        run.commit(_TOKENS, {"ids": tokens.ids}, {"text_identity": text_identity(tokens.data), "bos": tokens.bos})
         file = run.file(_TOKENS)
     return load_file(file)["ids"]
 

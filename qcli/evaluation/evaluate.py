@@ -125,11 +125,12 @@ class _Evaluator:
             return {}
 
         def results() -> dict[str, object]:
-            measured = tasks.run(name, source, self.device, self.dtype, self.progress)
+            measured = tasks.run(name, source, self.device, self.dtype, self.progress, self.options.bos)
             return {task: asdict(result) for task, result in measured.items()}
 
         tokenizer = source.tokenizer_content() if cache.folder is not None else None
-        key = {**tasks.key, "tokenizer": tokenizer, **model_key(source, self.device, self.dtype, cache)}
+        inputs = {"bos": self.options.bos, "tokenizer": tokenizer}
+        key = {**tasks.key, **inputs, **model_key(source, self.device, self.dtype, cache)}
         return {task: TaskResult(**result) for task, result in cache.values(key, results).items()}
 
     def layer_errors(self, source: ModelSource, baseline: ModelSource) -> list[BlockErrors]:

@@ -86,4 +86,5 @@ def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None, trust: Trust
         device=recipe.device,
         max_memory=recipe.max_memory,
         trust=trust,
+        bos=recipe.bos,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcli.data.begin import Bos
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class EvalOptions:
             model.
         window: tokens per window; None: 2048, or the models' context or the calibration folder's windows, if shorter.
         max_windows: of each text, use only the first ones.
+        bos: whether windows, and the prompts of tasks, begin with a begin token; `auto`: as the tokenizer does.
         tasks: lm-eval tasks, for which a model is in memory as a whole.
         layers: also measure the error of every block and layer against the baseline, on the first text.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -41,3 +43,4 @@ class EvalOptions:
     dtype: str = "auto"
     max_memory: str | None = None
     trust: Trust = NOTHING
+    bos: Bos = "auto"

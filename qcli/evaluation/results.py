@@ -22,7 +22,7 @@ from qcli.utils.paths import portable_name
 
 @dataclass(frozen=True)
 class Score:
-    """Loss on one text. In every window all tokens but the first are predicted, from those before them.
+    """Loss on one text. In every window all tokens but the first and begin tokens are predicted, from those before.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the predicted tokens.
@@ -32,7 +32,8 @@ class Score:
         worst_window_kl: mean KL of that window.
         top1_agreement: fraction of predicted tokens for which both models rank the same token first.
         baseline_perplexity: the baseline's, on the same tokens.
-        windows, window: number of windows, and tokens in each; they do not overlap and have no begin-of-text token.
+        windows, window: number of windows, and tokens in each; they do not overlap.
+        begin: how many of each window's tokens are begin tokens, before its text; none of them is predicted.
         sha256: of the windows' tokens.
     """
 
@@ -45,11 +46,12 @@ class Score:
     windows: int
     window: int
     sha256: str
+    begin: int = 0
 
     @property
     def tokens(self) -> int:
         """Number of predicted tokens."""
-        return self.windows * (self.window - 1)
+        return self.windows * (self.window - max(1, self.begin))
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ def _protocol(score: Score) -> dict[str, Any]:
     fields = asdict(score)
     del fields["baseline_perplexity"]
     fields |= {name: _finite(fields[name]) for name in ("kl", "worst_window_kl")}
-    value = _finite(fields.pop("perplexity"))
-    return {"value": value, "stride": score.window, "bos": False, "tokens": score.tokens, **fields}
+    value, bos = _finite(fields.pop("perplexity")), fields.pop("begin") > 0
+    stride = score.window - score.begin  # in the text
+    return {"value": value, "stride": stride, "bos": bos, "tokens": score.tokens, **fields}
 
 
 def portable(evaluation: Mapping[str, Any]) -> dict[str, Any]:

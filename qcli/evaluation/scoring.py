@@ -24,13 +24,14 @@ def score(tokens: Tokens, model: FinalStates, baseline: FinalStates | None, prog
         VerificationError: logits are not finite.
     """
     windows, window = tokens.ids.shape
+    first = max(0, tokens.begin - 1)  # the position from which text is predicted
     positions = _LOGITS // model.stream.config.get_text_config().vocab_size
     hidden = model.windows(tokens.data)
     baseline_hidden = [] if baseline is None else baseline.windows(tokens.data)
     nll = baseline_nll = agreements = 0.0
     kl = [0.0] * windows
     for row in range(windows):
-        for start in range(0, window - 1, positions):
+        for start in range(first, window - 1, positions):
             stop = min(start + positions, window - 1)
             targets = tokens.ids[row, start + 1 : stop + 1]
             log = _log_probabilities(model, hidden[row][start:stop])
@@ -46,18 +47,20 @@ def score(tokens: Tokens, model: FinalStates, baseline: FinalStates | None, prog
                 agreements += (log.argmax(-1) == reference.argmax(-1)).sum().item()
                 kl[row] += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
         progress(f"scoring {tokens.data}", row + 1, windows)
-    count = windows * (window - 1)
+    predicted = window - 1 - first
+    count = windows * predicted
     worst = max(range(windows), key=kl.__getitem__)
     return Score(
         perplexity=_exp(nll / count),
         kl=None if baseline is None else math.fsum(kl) / count,
         worst_window=None if baseline is None else worst,
-        worst_window_kl=None if baseline is None else kl[worst] / (window - 1),
+        worst_window_kl=None if baseline is None else kl[worst] / predicted,
         top1_agreement=None if baseline is None else agreements / count,
         baseline_perplexity=None if baseline is None else _exp(baseline_nll / count),
         windows=windows,
         window=window,
         sha256=tokens.sha256,
+        begin=tokens.begin,
     )
 
 

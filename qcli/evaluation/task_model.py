@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qcli.data.begin import Bos, begin_tokens
 from qcli.data.tokens import require_known_ids
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
 _BARS = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")  # modules that draw them
 
 
-def wrapped(loaded: Any, source: ModelSource) -> Any:
+def wrapped(loaded: Any, source: ModelSource, bos: Bos = "auto") -> Any:
     """The model for `simple_evaluate`.
 
+    Args:
+        bos: whether prompts begin with a begin token.
+
     Raises:
+        UnsupportedError: the tokenizer adds no begin token and cannot be made to.
         UsageError: the tokenizer has neither a begin nor an end token. Later: it gives an id that the model has no
             embedding for, as for texts.
     """
@@ -43,9 +49,23 @@ def wrapped(loaded: Any, source: ModelSource) -> Any:
             # lm-eval decodes the end token to stop at it. Where there is none, there is no such text.
             return None if tokens is None else super().tok_decode(tokens, *arguments, **options)
 
-    tokenizer = source.tokenizer()
+    tokenizer = deepcopy(source.tokenizer())  # what is changed here concerns tasks alone
     _require_padding(source, tokenizer)
-    return Checked(pretrained=loaded, tokenizer=tokenizer, batch_size=8)
+    if bos is True:
+        _require_begin(source, tokenizer)
+    return Checked(pretrained=loaded, tokenizer=tokenizer, batch_size=8, add_bos_token=None if bos == "auto" else bos)
+
+
+def _require_begin(source: ModelSource, tokenizer: Any) -> None:
+    """Let the tokenizer begin texts with its begin token."""
+    begin = begin_tokens(source, True)
+    if begin != begin_tokens(source, "auto"):
+        tokenizer.add_bos_token = True
+    if tokenizer("a", verbose=False)["input_ids"][: len(begin)] != begin:
+        raise UnsupportedError(
+            f"{source.path}: bos is true, but its tokenizer cannot be made to begin the prompts of tasks",
+            hint="bos: auto does as the tokenizer does",
+        )
 
 
 def _require_padding(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:

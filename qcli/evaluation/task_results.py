@@ -24,6 +24,7 @@ class TaskResult:
         samples: number of questions; of a group, in all its tasks.
         version: of the task's definition.
         higher_is_better: false for metrics such as perplexity.
+        bos: whether prompts begin with a begin token.
     """
 
     metric: str
@@ -33,15 +34,16 @@ class TaskResult:
     samples: int
     version: str
     higher_is_better: bool
+    bos: bool
 
 
-def task_results(output: Mapping[str, Any]) -> dict[str, TaskResult]:
+def task_results(output: Mapping[str, Any], *, bos: bool) -> dict[str, TaskResult]:
     """By task or group, all that have a score in lm-eval's output.
 
     Raises:
         UsageError: a task gives no number.
     """
-    return {task: _result(task, output) for task in output["results"] if _has_score(task, output)}
+    return {task: _result(task, output, bos=bos) for task in output["results"] if _has_score(task, output)}
 
 
 def _has_score(task: str, output: Mapping[str, Any]) -> bool:
@@ -49,7 +51,7 @@ def _has_score(task: str, output: Mapping[str, Any]) -> bool:
     return bool(output["n-samples"].get(task)) or any("," in key for key in output["results"][task])
 
 
-def _result(task: str, output: Mapping[str, Any]) -> TaskResult:
+def _result(task: str, output: Mapping[str, Any], *, bos: bool) -> TaskResult:
     """From lm-eval's `{"acc,none": .., "acc_stderr,none": ..}`, where a filter follows the comma."""
     values = {tuple(key.split(",", 1)): value for key, value in output["results"][task].items() if "," in key}
     scores = {
@@ -72,6 +74,7 @@ def _result(task: str, output: Mapping[str, Any]) -> TaskResult:
         samples=sum(int(output["n-samples"][leaf]["effective"]) for leaf in leaves),
         version=str(output["versions"].get(task)),
         higher_is_better=False not in directions,
+        bos=bos,
     )
 
 

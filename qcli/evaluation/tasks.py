@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qcli.data.begin import Bos, begin_tokens
 from qcli.evaluation.task_files import code_files, definition, is_own, members, task_manager
 from qcli.evaluation.task_model import hushed, wrapped
 from qcli.evaluation.task_results import TaskResult, task_results
@@ -108,12 +109,22 @@ class Tasks:
         }
 
     def run(
-        self, name: str, source: ModelSource, device: torch.device, dtype: torch.dtype, progress: Progress
+        self,
+        name: str,
+        source: ModelSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+        bos: Bos = "auto",
     ) -> dict[str, TaskResult]:
         """Evaluate a model, as transformers loads it.
 
+        Args:
+            bos: whether prompts begin with a begin token.
+
         Raises:
-            UsageError: a task's data cannot be loaded, its templates or its code fail on it, or it gives no number.
+            UsageError: a task's data cannot be loaded, its templates or its code fail on it, or it gives no number; the
+                tokenizer has no begin token, and `bos` is true.
         """
         from lm_eval import simple_evaluate
 
@@ -121,7 +132,7 @@ class Tasks:
         progress(stage, 0, len(tasks))
         with reported(f"{source.path}: transformers cannot load this model"):
             loaded = _load(source, device, dtype)
-            model = wrapped(loaded, source)
+            model = wrapped(loaded, source, bos)
         results: dict[str, TaskResult] = {}
         for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
             with self._errors(task), self._restrictions(task), hushed(bars=progress is not silent):
@@ -135,7 +146,7 @@ class Tasks:
                     log_samples=False,
                 )
             assert output is not None
-            results |= task_results(output)
+            results |= task_results(output, bos=bool(begin_tokens(source, bos)))
             progress(stage, done, len(tasks))
         return results
 

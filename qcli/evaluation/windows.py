@@ -51,6 +51,7 @@ def _windows(
             source,
             window=length,
             max_windows=options.max_windows,
+            bos=options.bos,
             device=resolve_device(options.device),
             cache=cache,
             progress=progress,

@@ -53,7 +53,8 @@ def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
     for data, score in evaluation["perplexity"].items():
         was = "" if before is None else f", the base model's {_number(before['perplexity'][data])}"
         facts[f"perplexity, {portable_name(data)}"] = (
-            f"{_number(score['value'])}{was} ({score['windows']} windows of {score['window']} tokens)"
+            f"{_number(score['value'])}{was} ({score['windows']} windows of {score['window']} tokens"
+            f"{', each behind a begin token' if score.get('bos') else ''})"
         )
     for task, score in evaluation["tasks"].items():
         was = "" if score["baseline"] is None else f", the base model's {_number(score['baseline'])}"

@@ -122,6 +122,7 @@ class DistillationReport:
     Attributes:
         text: the training text, as `Recipe.distill_text`.
         text_identity: of that text; None: sampled from the model, or not recorded.
+        bos: whether the samples begin with a begin token; None: not recorded.
         measure: the loss that `outcome` reports.
         blocks: outcome of each block, if they were trained one by one.
         peak_memory: bytes, by kind of memory.
@@ -130,6 +131,7 @@ class DistillationReport:
     teacher: str
     text: dict[str, Any]
     text_identity: str | None = None
+    bos: bool | None = None
     tokens_sha256: str
     seed: int
     measure: str
@@ -153,6 +155,7 @@ class Manifest(BaseModel):
         versions: as the function `versions` returns them.
         recipe: as plain data, with every default.
         calibration_tokens_sha256: None: quantized without calibration data.
+        calibration_bos: whether the calibration samples begin with a begin token; None: not recorded.
         calibration_text_identity: of the calibration text; None: the model's own text, or unknown.
         bits_per_weight: of the quantized layers, every stored table counted.
         model_bits_per_weight: of the whole model.
@@ -179,6 +182,7 @@ class Manifest(BaseModel):
     source: OriginalModel
     calibration_tokens_sha256: str | None
     calibration_text_identity: str | None = None
+    calibration_bos: bool | None = None
     seed: int
     bits_per_weight: float
     model_bits_per_weight: float

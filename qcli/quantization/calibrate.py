@@ -83,7 +83,7 @@ def calibrate(
     """Run calibration text through a model, block by block, and write the statistics of its layers' inputs.
 
     Args:
-        recipe: its model, seed, device, dtype and calibration.
+        recipe: its model, seed, device, dtype, bos and calibration.
         out: a folder that appears complete or not at all.
         hessians: also write `E[x^T x]` of every input: exact, `in_features` squared numbers each.
 
@@ -103,7 +103,7 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
     source = open_source(recipe.model, trust)
     linears = source.linears()
     text = recipe.calibration
-    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out)
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out, bos=recipe.bos)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
     demand = calibration_demand(source, text, dtype.itemsize, fast=fast, hessians=hessians)
     placement = place(demand, device, recipe.max_memory, "calibrating with this model")
@@ -119,6 +119,7 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
         "samples": tokens.ids.shape[0],
         "seq_len": tokens.ids.shape[1],
         "seed": recipe.seed,
+        "bos": tokens.bos,
         "tokens_sha256": tokens.sha256,
         "text_identity": text_identity(text.data),
         "device": str(device),

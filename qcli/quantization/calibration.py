@@ -28,10 +28,12 @@ class CalibrationTokens:
     Attributes:
         ids: int64 `[samples, length]`; the last ones are held out where something is trained.
         text_identity: what the text is known by in a manifest.
+        bos: whether samples begin with a begin token.
     """
 
     ids: Tensor
     text_identity: str | None
+    bos: bool
 
     @property
     def sha256(self) -> str:
@@ -50,10 +52,10 @@ def run_tokens(
         if plan.held_out:
             require_training_samples(tokens, plan.held_out)
         ids = tokens.ids
-        run.commit(_PART, {"tokens": ids}, text_identity(tokens.data))
+        run.commit(_PART, {"tokens": ids}, {"text_identity": text_identity(tokens.data), "bos": tokens.bos})
     else:
         ids = load_file(file)["tokens"]
-    return CalibrationTokens(ids, run.report(_PART))
+    return CalibrationTokens(ids, **run.report(_PART))
 
 
 def recipe_tokens(
@@ -71,5 +73,5 @@ def recipe_tokens(
     """
     text = recipe.calibration
     held_out = text.held_out if recipe.trained else 0
-    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, held_out, validation)
+    request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, held_out, validation, recipe.bos)
     return calibration_tokens(request, source, device=device, cache=cache, progress=progress)

@@ -43,6 +43,7 @@ def publish_checkpoint(
         source=OriginalModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,
+        calibration_bos=None if tokens is None else tokens.bos,
         seed=plan.recipe.seed,
         bits_per_weight=plan.bits_per_weight,
         model_bits_per_weight=plan.model_bits_per_weight,

@@ -28,6 +28,7 @@ from qcli.algorithms.method import Method
 from qcli.algorithms.refine import Refine
 from qcli.algorithms.transform import Transform
 from qcli.core.activations import Activations
+from qcli.data.begin import Bos
 from qcli.recipe.allocation import Allocation, allocation_of
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
@@ -72,6 +73,11 @@ class Recipe(Options):
     )
     deterministic: bool = Field(
         default=True, description="on a GPU, only algorithms that give the same bytes at every run; a CPU has no others"
+    )
+    bos: Bos = Field(
+        default="auto",
+        description="whether windows of text begin with a begin token, for calibration, distillation and evaluation; "
+        "auto: as the tokenizer does",
     )
     max_memory: str | None = Field(
         default=None,

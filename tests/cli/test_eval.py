@@ -36,6 +36,25 @@ def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, tex
     assert result["bytes"] == sum(file.stat().st_size for file in small.glob("*.safetensors"))
 
 
+def test_begin_tokens_follow_the_tokenizer_and_the_flag(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ("--data", text, "--window", 64, "--max-windows", 2)
+    assert "begin token" not in invoke("eval", model, *flags).out
+    shown = invoke("eval", model, *flags, "--bos", "true").out
+    assert re.search(r"^begin token +before every window$", shown, re.MULTILINE)
+    assert (
+        "2 windows of 64 tokens, each behind a begin token, 126 scored"
+        in invoke("eval", model, model, *flags, "--bos", "true").out
+    )
+    code, _, err = invoke("eval", model, *flags, "--bos", "yes")
+    assert (code, err.splitlines()[0]) == (2, "error: --bos must be auto, true or false, not 'yes'")
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": None}))
+    code, _, err = invoke("eval", model, *flags, "--bos", "true")
+    assert code == 2 and "bos is true, but its tokenizer has no begin token" in err
+
+
 def test_table_and_errors(invoke: Invoke, model: Path, text: Path) -> None:
     code, out, _ = invoke("eval", model, "--data", text, "--window", 64, "--max-windows", 2)
     assert code == 0

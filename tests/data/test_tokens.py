@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def test_a_text_that_held_out_samples_fill_is_too_short(source: ModelSource, fil
     text = TEXT[:60]
     data, length = file("a.txt", text), len(ids_of(source, text)) - 2
     assert calibration_tokens(TokenRequest(data, samples=4, seq_len=length, seed=0), source).ids.shape == (4, length)
-    for options in ({"held_out": 1}, {"validation": 1}):
-        message = problem(calibration_tokens, TokenRequest(data, samples=4, seq_len=length, seed=0, **options), source)
+    request = TokenRequest(data, samples=4, seq_len=length, seed=0)
+    for each in (replace(request, held_out=1), replace(request, validation=1)):
+        message = problem(calibration_tokens, each, source)
         assert "too short for samples that do not overlap" in message and str(length + 2) in message
 
 
@@ -308,12 +310,12 @@ def test_an_unknown_set_names_the_nearest() -> None:
 def test_folders_that_are_no_calibration(source: ModelSource, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    options = {"samples": 1, "seq_len": 8, "seed": 0}
-    assert "no tokens.safetensors" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
+    request = TokenRequest(str(folder), samples=1, seq_len=8, seed=0)
+    assert "no tokens.safetensors" in problem(calibration_tokens, request, source)
     (folder / "tokens.safetensors").write_bytes(b"torn")
-    assert "truncated or broken" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
+    assert "truncated or broken" in problem(calibration_tokens, request, source)
     save_file({"ids": torch.full((1, 8), 320)}, folder / "tokens.safetensors")
-    assert "vocabulary of 320" in problem(calibration_tokens, TokenRequest(str(folder), **options), source)
+    assert "vocabulary of 320" in problem(calibration_tokens, request, source)
     assert "vocabulary of 320" in problem(evaluation_tokens, str(folder), source, window=8)
 
 

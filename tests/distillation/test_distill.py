@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qcli.distillation import blockwise as blockwise_module
 from qcli.distillation.distill import distill
@@ -19,6 +20,7 @@ from qcli.distillation.result import DistillationResult
 from qcli.evaluation.evaluate import evaluate
 from qcli.evaluation.options import EvalOptions
 from qcli.export.verify import verify
+from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.quantization.calibrate import calibrate
@@ -26,7 +28,7 @@ from qcli.recipe.load import load_recipe
 from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.stored_batches import BatchMemory
 from tests.quantizing import in_pieces, logits, run, streamed, write_text
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_bos
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq-like": {"method__bits": 2, "method__zero_point": "float"},
@@ -329,3 +331,22 @@ def test_distillations_that_are_impossible_are_refused(tmp_path: Path, text: Pat
         with pytest.raises(UsageError, match=problem):
             train(student, teacher, tmp_path / "out", text, flag)
     assert not (tmp_path / "out").exists()
+
+
+def test_begin_tokens_reach_every_text_and_are_recorded(tmp_path: Path, text: Path) -> None:
+    """Those of the calibration, of its folder and of the distillation; what `bos` decides is part of a run's state."""
+    teacher, student = with_bos(tiny_model("llama", tmp_path)), tmp_path / "student"
+    run(teacher, student, text, method__name="gptq-like", method__bits=2)
+    assert Manifest.read(student).calibration_bos is True
+    sets = ("distill.steps=2", "distill.judgements=1", "calibration.samples=6")
+    train(student, teacher, tmp_path / "begins", text, *sets)
+    train(student, teacher, tmp_path / "plain", text, *sets, "bos=false")
+    assert [Manifest.read(tmp_path / name).distilled[0].bos for name in ("begins", "plain")] == [True, False]
+    run(teacher, tmp_path / "without", text, method__name="gptq-like", method__bits=2, bos=False)
+    manifest = Manifest.read(tmp_path / "without")
+    assert (manifest.calibration_bos, manifest.recipe["bos"]) == (False, False)
+    assert manifest.calibration_tokens_sha256 != Manifest.read(student).calibration_tokens_sha256
+    flags = {"model": str(teacher), "calibration.data": str(text), "calibration.samples": 6, "calibration.seq_len": 32}
+    calibrate(load_recipe(None, flags), tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "calibration.json").read_text())["bos"] is True
+    assert load_file(tmp_path / "folder" / "tokens.safetensors")["ids"][:, 0].tolist() == [0] * 6

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qcli.data.tokens import Tokens
 from qcli.evaluation import scoring, windows
 from qcli.evaluation.evaluate import compare, evaluate
+from qcli.evaluation.final_states import final_states
 from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.results import Evaluation, Score
 from qcli.models import stream
@@ -23,8 +25,10 @@ from qcli.models.stream import ModelStream
 from qcli.quantization.calibrate import calibrate
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
+from qcli.utils.cache import Cache
 from qcli.utils.errors import ResourceError, UsageError, VerificationError
-from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer
+from qcli.utils.progress import silent
+from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer, with_bos
 
 LLAMA = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -104,6 +108,31 @@ def test_equals_the_whole_model(family: str, tmp_path: Path, text: str) -> None:
     assert result["top1_agreement"] == pytest.approx(direct["top1"], abs=1e-9)
     assert (score["window"], score["stride"], score["bos"]) == (50, 50, False)
     assert (score["windows"], score["tokens"]) == (direct["windows"], direct["windows"] * 49)
+
+
+@torch.no_grad()
+def test_begin_tokens_are_read_and_never_predicted(tmp_path: Path, text: str) -> None:
+    """With one in front all of the text is predicted; of two, the second is not."""
+    model = with_bos(tiny_model("llama", tmp_path))
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])[: 3 * 31].view(3, 31)
+    windows = torch.cat([torch.zeros(3, 1, dtype=torch.int64), ids], 1)
+    log = logits(model, windows).log_softmax(-1)
+    options = EvalOptions([text], window=32, max_windows=3, device="cpu")
+    score = evaluate(str(model), options).to_json()["perplexity"][text]
+    assert score["value"] == pytest.approx(log.gather(-1, ids[..., None]).mean().neg().exp().item(), rel=1e-5)
+    assert (score["bos"], score["window"], score["stride"], score["tokens"]) == (True, 32, 31, 93)
+    without = evaluate(str(model), replace(options, bos=False)).to_json()["perplexity"][text]
+    assert (without["bos"], without["stride"], without["tokens"]) == (False, 32, 93)
+    text_alone = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])[: 3 * 32].view(3, 32)
+    plain = logits(model, text_alone).log_softmax(-1).gather(-1, text_alone[:, 1:, None])
+    assert without["value"] == pytest.approx(plain.mean().neg().exp().item(), rel=1e-5)
+    tokens, stream = (
+        Tokens(windows, text, 2),
+        ModelStream(open_source(str(model)), device=torch.device("cpu"), dtype=torch.float32),
+    )
+    both = scoring.score(tokens, final_states("model", stream, [tokens], Cache(None), silent), None, silent)
+    assert both.perplexity == pytest.approx(log[:, 1:].gather(-1, ids[:, 1:, None]).mean().neg().exp().item(), rel=1e-5)
+    assert both.tokens == 3 * 30
 
 
 def test_a_model_against_itself_loses_nothing(tmp_path: Path, text: str) -> None:

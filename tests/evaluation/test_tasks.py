@@ -11,6 +11,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
+from qcli.data.begin import Bos
 from qcli.evaluation.evaluate import compare
 from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.task_results import TaskResult, task_results
@@ -20,7 +21,7 @@ from qcli.utils.errors import UsageError
 from qcli.utils.progress import silent
 from tests.evaluation.questions import QUESTIONS, write_task
 from tests.quantizing import run
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer, with_bos
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lm-eval")]  # one worker alone imports it
 
@@ -63,6 +64,20 @@ def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> 
     assert result["baseline"] == pytest.approx(accuracy(model, 10))
     assert result["stderr"] > 0 or result["score"] in (0, 1)
     assert output["kl"] is None and output["perplexity"] == {}
+
+
+def test_prompts_begin_as_bos_says(folder: Path, tmp_path: Path) -> None:
+    """`true` with a tokenizer that adds none gives what one that adds it gives on its own."""
+    tasks, model = Tasks(["our_times", generating(folder)], str(folder)), tiny_model("llama", tmp_path)
+    begins = with_bos(tiny_model("llama", tmp_path))
+
+    def of(folder: Path, bos: Bos) -> dict[str, TaskResult]:
+        return tasks.run("model", open_source(str(folder)), torch.device("cpu"), torch.float32, silent, bos)
+
+    own, asked, without = of(begins, "auto"), of(model, True), of(begins, False)
+    assert own == asked == of(begins, True) and without == of(model, "auto")
+    assert [result.bos for results in (own, without) for result in results.values()] == [True, True, False, False]
+    assert own["our_times"].metrics != without["our_times"].metrics
 
 
 def test_unknown_tasks_offer_the_nearest(folder: Path) -> None:
@@ -295,7 +310,7 @@ def test_the_first_filter_counts_and_directions_are_kept() -> None:
         "higher_is_better": {"sums": {"exact_match": True}, "prose": {"word_perplexity": False}},
         "group_subtasks": {},
     }
-    results = task_results(output)
+    results = task_results(output, bos=False)
     sums, prose = results["sums"], results["prose"]
     assert (sums.metric, sums.score, sums.stderr) == ("exact_match (strict-match)", 0.62, 0.02)
     assert sums.metrics == {"exact_match (strict-match)": 0.62, "exact_match (flexible-extract)": 0.31}
