@@ -3,7 +3,8 @@
 On a GPU every operation of a small tensor costs a launch, 5-10 us whatever its size, and every operation of a large one
 costs the bytes that it moves. Both can be counted on a CPU, exactly. Counted on a random Llama of two blocks of seven
 linears each: the second block, quantized by each method; one training step of reconstruction, of TEQ and of
-distillation, forward pass and loss included; and error feedback on a weight of 256 columns. Views and allocations are
+distillation, forward pass and loss included; error feedback on a weight of 256 columns; and fake quantization of 2^16
+weights to bfloat16, forward and backward. Views and allocations are
 no operations, a Triton kernel is one: ", with kernels" is what a GPU does, run by Triton's interpreter. Bytes are those
 of the inputs and outputs of every operation. A synchronization is an operation that waits for a value: on a GPU it
 empties the queue.
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from qcli.algorithms.solvers.feedback import quantize_columns
+from qcli.core.fake_quantize import fake_quantize
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
 from qcli.core.weight import Format
@@ -82,6 +84,7 @@ COLUMNS = 256
 _KERNELS = ", with kernels"
 NAMES = (
     *(f"error feedback: {name}{kernels}" for name in FEEDBACK for kernels in ("", _KERNELS)),
+    *(f"fake quantization: affine{kernels}" for kernels in ("", _KERNELS)),
     *(f"block: {name}" for name in METHODS),
     *(f"step: {name}" for name in STEPS),
     *(f"distillation step: {name}" for name in DISTILLATION),
@@ -178,19 +181,25 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     kernels = mock.patch.object(triton_kernels, "DEVICES", {"cpu"} if name.endswith(_KERNELS) else set())
     try:
         with kernels:
-            count, parts, part = _count(kind, key, folder)
+            count, by_parts = _count(kind, key, folder)
     finally:
         torch.set_num_threads(threads)
-    return {"operations": count.operations, f"operations_per_{part}": round(count.operations / parts, 1)} | {
+    return {
+        "operations": count.operations,
+        **by_parts,
         "bytes": count.bytes,
         "synchronizations": count.synchronizations,
     }
 
 
-def _count(kind: str, key: str, folder: Path) -> tuple[Count, int, str]:
-    """And of how many parts, and what they are."""
+def _count(kind: str, key: str, folder: Path) -> tuple[Count, dict[str, float]]:
+    """And what it is by parts."""
     if kind == "error feedback":
-        return _feedback(FEEDBACK[key]), COLUMNS, "column"
+        count = _feedback(FEEDBACK[key])
+        return count, {"operations_per_column": round(count.operations / COLUMNS, 1)}
+    if kind == "fake quantization":
+        count = _fake_quantization()
+        return count, {"bytes_per_weight": round(count.bytes / (512 * 128), 1)}
     model, text = tiny_model("llama", folder), write_text(folder)
     if kind == "distillation step":
         student = folder / "student"
@@ -198,11 +207,11 @@ def _count(kind: str, key: str, folder: Path) -> tuple[Count, int, str]:
         training = {**METHODS["rtn"], **DISTILLATION[key]}
         plan = recipe(model, text, {**training, "distill.steps": _STEPS, "distill.judgements": _EVALUATIONS})
         step = one_step(marks(lambda progress: distill(student, plan, folder / "out", progress)))
-        return step, LINEARS * BLOCKS, "linear"
+        return step, {"operations_per_linear": round(step.operations / LINEARS / BLOCKS, 1)}
     plan = recipe(model, text, METHODS[key] if kind == "block" else STEPS[key])
     found = marks(lambda progress: quantize(plan, folder / "out", progress))
     block = found["quantize", BLOCKS] - found["quantize", BLOCKS - 1] if kind == "block" else one_step(found)
-    return block, LINEARS, "linear"
+    return block, {"operations_per_linear": round(block.operations / LINEARS, 1)}
 
 
 def _feedback(format: Format) -> Count:
@@ -211,6 +220,16 @@ def _feedback(format: Format) -> Count:
     counting = Counting()
     with counting:
         quantize_columns(*arguments)
+    return counting.now()
+
+
+def _fake_quantization() -> Count:
+    latents = torch.zeros(512, 128, requires_grad=True)
+    scale, zero_point = (torch.ones(512, 1, requires_grad=True) for _ in range(2))
+    gradient = torch.zeros(512, 128, dtype=torch.bfloat16)
+    counting = Counting()
+    with counting:
+        fake_quantize(latents, scale, zero_point, (0, 7), torch.bfloat16).backward(gradient)
     return counting.now()
 
 

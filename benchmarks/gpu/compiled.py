@@ -22,11 +22,15 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import save
 from benchmarks.gpu.layers import FORMATS
+from qcli.algorithms.solvers import feedback_kernel
+from qcli.core import fake_quantize_kernel
+from qcli.core.weight import Rounder, Rule
 from qcli.inference.backends import triton as backend
 from qcli.inference.cuda import kernels
 
 SHAPE = (14336, 4096)
 _KERNELS = ("gemv", "arrange", "matmul", "collect", "decode")
+_OPERANDS: dict[Rule, list[tuple[int, ...]]] = {"grid": [()], "table": [(16,), (15,)], "signs": [(), ()]}
 PROCESSORS = 132
 _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TYPES = {
@@ -44,14 +48,14 @@ _TYPES = {
 class _Recorded:
     """Stands for a kernel: compiles the call in place of launching it."""
 
-    def __init__(self, name: str, arch: int, results: list[dict[str, Any]]) -> None:
-        self.name, self.arch, self.results = name, arch, results
+    def __init__(self, kernel: Any, arch: int, results: list[dict[str, Any]]) -> None:
+        self.kernel, self.arch, self.results = kernel, arch, results
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.results.append(self._compile(arguments, options))
 
     def _compile(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        kernel = getattr(kernels, self.name)
+        kernel = self.kernel
         launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
         signature: dict[str, str] = dict.fromkeys(options, "constexpr")
         constants = dict(options)
@@ -60,6 +64,8 @@ class _Recorded:
             if isinstance(value, torch.Tensor):
                 signature[name] = _TYPES[value.dtype]
                 divisible[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32"
                 if value % 16 == 0:
@@ -67,7 +73,7 @@ class _Recorded:
         ordered = {name: signature[name] for name in kernel.arg_names}
         source = ASTSource(kernel, signature=ordered, constexprs=constants, attrs=divisible)
         made = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=launch)
-        return {"kernel": self.name, "arch": self.arch, **_facts(made.asm["cubin"], made.asm["ptx"])}
+        return {"kernel": kernel.__name__, "arch": self.arch, **_facts(made.asm["cubin"], made.asm["ptx"])}
 
 
 def _facts(cubin: bytes, ptx: str) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def compiled(names: list[str], arch: int, rows: int) -> list[dict[str, Any]]:
     results = []
     for name in names:
         found: list[dict[str, Any]] = []
-        launches = SimpleNamespace(**{kernel: _Recorded(kernel, arch, found) for kernel in _KERNELS})
+        launches = SimpleNamespace(**{name: _Recorded(getattr(kernels, name), arch, found) for name in _KERNELS})
         stored = FORMATS[name].stored(SHAPE)
         tensors = {suffix: torch.empty(entry.shape, dtype=entry.torch_dtype) for suffix, entry in stored.items()}
         x = torch.empty(rows, SHAPE[1], dtype=torch.bfloat16)
@@ -109,6 +115,26 @@ def compiled(names: list[str], arch: int, rows: int) -> list[dict[str, Any]]:
             backend.Triton().linear(x, FORMATS[name], SHAPE, tensors, None)
         results += [{"format": name, "rows": rows, **fact} for fact in found]
     return results
+
+
+def trained(arch: int) -> list[dict[str, Any]]:
+    """What kernels of error feedback and of training compile to."""
+    found: list[dict[str, Any]] = []
+
+    def recorded(module: Any, name: str) -> Any:
+        return mock.patch.object(module, name, _Recorded(getattr(module, name), arch, found))
+
+    block, taken = torch.empty(128, SHAPE[0]), torch.empty(128, 128)
+    with recorded(feedback_kernel, "round_block"):
+        for rule, operands in _OPERANDS.items():
+            shaped = [torch.empty(128, SHAPE[0], *shape) for shape in operands]
+            feedback_kernel.round_columns(block, taken, Rounder(print, tuple(shaped), block, rule, (0, 7)), taken)
+    groups = torch.empty(SHAPE[0], SHAPE[1] // 128, 128)
+    scale = torch.empty(*groups.shape[:2], 1)
+    with recorded(fake_quantize_kernel, "quantize_rows"), recorded(fake_quantize_kernel, "gradients_of_rows"):
+        value = fake_quantize_kernel.forward(groups, scale, scale, 0.0, (0, 7), torch.bfloat16)
+        fake_quantize_kernel.backward(value, groups, scale, scale, 0.0, (0, 7), True)
+    return found
 
 
 def main() -> None:
@@ -124,6 +150,7 @@ def main() -> None:
         for rows in map(int, given.rows.split(","))
         for result in compiled(given.formats.split(","), arch, rows)
     ]
+    results += [result for arch in map(int, given.arch.split(",")) for result in trained(arch)]
     if given.json:
         print(json.dumps(results))
         return

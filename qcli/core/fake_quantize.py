@@ -1,4 +1,7 @@
-"""Rounding to a uniform grid and back, in few passes over the weight, with closed-form gradients."""
+"""Rounding to a uniform grid and back, in few passes over the weight, with closed-form gradients.
+
+On a GPU a Triton kernel makes one pass forward, with the same bits as torch, and one backward.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcli.utils import triton_kernels
 
 
 def fake_quantize(
@@ -24,7 +29,8 @@ def fake_quantize(
         `[..., group]`. Gradients by the tables are those of decoding at fixed codes; by latents they are the scale,
         or 0 where a latent is more than 1 beyond the last code.
     """
-    output: Tensor = _FakeQuantize.apply(latents, scale, zero_point, codes, dtype)  # type: ignore[no-untyped-call]
+    kind = _WithKernels if triton_kernels.serve(latents.device) else _FakeQuantize
+    output: Tensor = kind.apply(latents, scale, zero_point, codes, dtype)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -56,3 +62,35 @@ class _FakeQuantize(torch.autograd.Function):
         if context.needs_input_grad[0]:
             of_latents = torch.ops.aten.hardtanh_backward(gradient * scale, latents, lowest - 1, highest + 1)
         return of_latents, of_scale, of_zero_point, None, None
+
+
+class _WithKernels(torch.autograd.Function):
+    """The same; keeps the latents alone for the backward pass."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        latents: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | float,
+        codes: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from qcli.core import fake_quantize_kernel
+
+        tensor, center = (zero_point, 0.0) if isinstance(zero_point, Tensor) else (None, zero_point)
+        context.save_for_backward(latents, scale, tensor)
+        context.center, context.codes = center, codes
+        value: Tensor = fake_quantize_kernel.forward(latents, scale, tensor, center, codes, dtype)
+        return value
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from qcli.core import fake_quantize_kernel
+
+        needed = context.needs_input_grad[:3]
+        latents, scale, zero_point = context.saved_tensors
+        found = fake_quantize_kernel.backward(
+            gradients[0], latents, scale, zero_point, context.center, context.codes, needed[2]
+        )
+        return *(each if wanted else None for each, wanted in zip(found, needed, strict=True)), None, None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Rule = Literal["grid", "signs", "table"]
 LARGEST_SCALE = 65504.0  # the largest float16
 _MAX_OFFSET = 0.49  # of a latent from its value, in quantization steps: 0.5 is the boundary to the next code
 _SMALLEST_UNIT = 1e-30  # of a latent whose value has another entry of its codebook as an equal: it cannot move
@@ -75,7 +76,7 @@ class Rounder:
     error: Callable[..., object]
     operands: tuple[Tensor, ...]
     shift: Tensor | None = None
-    rule: Literal["grid", "signs", "table"] | None = None
+    rule: Rule | None = None
     codes: tuple[int, int] = (0, 0)
 
     @staticmethod
