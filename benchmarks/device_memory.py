@@ -28,6 +28,7 @@ from qcli.models.quantized import LayerStorage
 from qcli.models.sizes import ModelSizes
 from qcli.quantization import transforms
 from qcli.quantization.block_loop import BlockQuantizer
+from qcli.quantization.block_state import BlockState
 from qcli.quantization.data_free import DataFree
 from qcli.quantization.footprint import quantization_demand
 from qcli.quantization.plan import Plan, make_plan
@@ -116,7 +117,7 @@ class Phase:
 
     Attributes:
         peak: highest bytes of the device.
-        waiting: bytes in host memory at its end.
+        waiting: bytes of activations in host memory at its end.
         largest: tensors of the device at its peak: bytes, and the operation that made them.
     """
 
@@ -129,6 +130,7 @@ def phases(plan: Plan, *, fast: bool) -> dict[str, Phase]:
     """The first block, phase by phase."""
     found: dict[str, Phase] = {}
     run: Any = _Parts()
+    block: BlockState | None = None
     with (
         counted(fake=True) as live,
         mock.patch.object(transforms, "load_file", lambda part: run.parts[part][0]),
@@ -138,7 +140,8 @@ def phases(plan: Plan, *, fast: bool) -> dict[str, Phase]:
 
         def ended(phase: str) -> None:
             known = found.setdefault(phase, Phase())
-            known.waiting = max(known.waiting, live.now[HOST])
+            targets = sum(target.nbytes for target in block.targets.values()) if block is not None else 0
+            known.waiting = max(known.waiting, live.now[HOST] - targets)
             if live.peak[DEVICE] >= known.peak:
                 known.peak, known.largest = live.peak[DEVICE], live.largest
             live.restart()

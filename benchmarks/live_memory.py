@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.solvers import feedback, tiles
 from qcli.algorithms.training import loop
+from qcli.core import by_code
 from qcli.core.weight import QuantizedWeight
 from qcli.models.source import ModelSource
 from qcli.models.stream import ModelStream
@@ -122,6 +123,7 @@ def counted(*, fake: bool) -> Iterator[Live]:
         stack.enter_context(mock.patch.object(BatchMemory, "_to_host", lambda *args: live.on_host(to_host(*args))))
         stack.enter_context(mock.patch.object(loop, "_on_host", lambda *args: live.on_host(best(*args))))
         stack.enter_context(mock.patch.object(tiles, "_CPU", tiles._GPU))
+        stack.enter_context(mock.patch.object(by_code, "sums_by_code", by_code.one_code_at_a_time))
         if fake:
             stack.enter_context(mock.patch.object(ModelSource, "read", lambda *args: live.on_host(_unread(*args))))
             stack.enter_context(mock.patch.object(LinearGroup, "is_dead", property(lambda _: False)))

@@ -63,12 +63,12 @@ class Refine(Options):
         return None
 
     def bytes_per_weight(self, itemsize: int) -> int:
-        """Estimated bytes that training takes at its peak for each weight.
+        """Estimated bytes that training keeps of each weight while others are rounded.
 
         Args:
             itemsize: of the dense weights that are scored.
         """
-        return 27 + itemsize if "weights" in self.train else 14 + itemsize
+        return 17 + itemsize if "weights" in self.train else 5 + itemsize
 
     def refine(
         self,
@@ -82,8 +82,8 @@ class Refine(Options):
 
         Args:
             weights: as the method quantized them, by path.
-            targets: float32 `[out, in]`, by path: the weights the codes were fitted to; latents start as near to them
-                as the codes allow. Taken: the mapping is empty afterwards.
+            targets: float32 `[out, in]`, by path, on any device: the weights the codes were fitted to; latents start
+                as near to them as the codes allow. Taken: the mapping is empty afterwards.
             objective: scores dense weights under the same paths.
             progress: called at the start and after each step.
             dtype: of the dense weights that are scored; None: float32.

@@ -15,6 +15,7 @@ from qcli.utils.options import Options
 from qcli.utils.progress import Progress, silent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.algorithms.training.loop import Objective
@@ -44,6 +45,7 @@ class Transform(Options):
         scales: Sequence[ChannelScale],
         objective: Objective,
         progress: Progress = silent,
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], Outcome]:
         """Train the values of `scales`; nothing is folded yet.
 
@@ -53,6 +55,7 @@ class Transform(Options):
             scales: where channels may be scaled, with index maps on the device of the weights.
             objective: scores effective weights under the paths of `weights`.
             progress: called at the start and after each step.
+            dtype: that the objective's linear layers compute in, which effective weights may have; None: float32.
 
         Returns:
             `alpha` of each scale, float32 `[size]`, and the outcome of the training.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_AT_ONCE = 1 << 25  # codes that are indices of eight bytes at a time: enough to fill a GPU
 _MAX_PASSES = 16  # on a GPU; with more entries, torch sorts the codes, which takes some 70 bytes for each
 
 
@@ -35,7 +36,13 @@ class _LookUp(torch.autograd.Function):
     def forward(ctx: Any, entries: Tensor, codes: Tensor) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.entries = entries.shape[-1]
-        return entries.gather(-1, codes.long())
+        if codes.numel() <= _AT_ONCE:
+            return entries.gather(-1, codes.long())
+        found = torch.empty(codes.shape, dtype=entries.dtype, device=codes.device)
+        rows = max(1, _AT_ONCE // codes[0].numel())
+        for own, indices, result in zip(entries.split(rows), codes.split(rows), found.split(rows), strict=True):
+            torch.gather(own, -1, indices.long(), out=result)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -13,7 +13,7 @@ from qcli.utils.distributed import Processes
 from qcli.utils.files import files_below, sha256
 from qcli.utils.run_folder import RunFolder
 
-STATE_VERSION = 2  # part of a run's identity; 1: a parameter for each layer
+STATE_VERSION = 3  # part of a run's identity; 1: a parameter for each layer; 2: one for a block's, whatever their size
 _PARTS = ("state-0", "state-1")
 _FILES = "files"
 

@@ -79,7 +79,8 @@ class BlockState:
         original_streams: activations of the full-precision model.
         transformed: tensors of `module` that transforms have rewritten, by name in the block.
         weights: the quantized weights.
-        targets: float32 `[out, in]`: what codes were fitted to; the original weight where a method names nothing.
+        targets: float32 `[out, in]`, on the device or in host memory: what codes were fitted to; the original weight
+            where a method names nothing.
         reports: one for each quantized layer.
         training: held-out losses of everything trained, by what it was: `teq`, `refine`, or `refine GROUP`.
     """

@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.algorithms.solvers.tiles import tile_size_on, together
 from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.quantization.plan import Plan
 from qcli.utils.distributed import local_world_size, world_size
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 _DATA_FREE = 340 * 10**6  # bytes of a process that runs no model
 TRAINED_TOKENS = 1024  # of a training step
-_TRANSFORMED, _BETWEEN = 49, 32  # bytes of a weight while a transform rounds it; and while the block computes
-_ROUNDING = 9  # bytes of a weight that refinement needs to round it, not while the block computes
+_ROUNDED = 1.25  # bytes of a weight that a transform rounds: its code, and what its group has
+_TILED = 36  # bytes of a number in a tile that a transform works on
+_ROUNDING = 10  # bytes of a weight among those that refinement rounds together
 
 
 def quantization_placement(plan: Plan) -> Placement:
@@ -33,7 +35,8 @@ def quantization_placement(plan: Plan) -> Placement:
 
     recipe = plan.recipe
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
-    demand = quantization_demand(plan, dtype, fast=recipe.dtype == "auto" and has_fast_matmul(device))
+    fast = recipe.dtype == "auto" and has_fast_matmul(device)
+    demand = quantization_demand(plan, dtype, fast=fast, device=device.type)
     return place(demand, device, recipe.max_memory, "quantizing this model", local_world_size())
 
 
@@ -53,12 +56,13 @@ def memory_hint(plan: Plan) -> str:
     return "; ".join(ways)
 
 
-def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool) -> Demand:
+def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool, device: str = "cuda") -> Demand:
     """What quantizing by this plan needs.
 
     Args:
         dtype: of activations and dense weights.
         fast: whether linear layers compute in bf16 or TF32.
+        device: `cpu` or `cuda`.
     """
     sizes = ModelSizes.of(plan.source)
     peak = Peak(RUNTIME if plan.calibrated else _DATA_FREE)
@@ -73,7 +77,7 @@ def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool) -> Demand
         peak.add(device=sizes.block, host=2 * part)
         return peak.demand(waiting=0)
     peak.add(device=sizes.outside * dtype.itemsize, host=outside)
-    _add_blocks(plan, sizes, dtype.itemsize, fast=fast, peak=peak, part=part)
+    _add_blocks(plan, sizes, dtype.itemsize, fast=fast, tile=tile_size_on(device), peak=peak, part=part)
     return peak.demand(waiting=_waiting(plan, sizes, dtype.itemsize, fast=fast))
 
 
@@ -96,7 +100,7 @@ def calibration_demand(source: ModelSource, text: Calibration, itemsize: int, *,
     return peak.demand(waiting=text.samples * text.seq_len * sizes.hidden * itemsize)
 
 
-def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, peak: Peak, part: int) -> None:
+def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, tile: int, peak: Peak, part: int) -> None:
     """A block, group by group as `Sequential` goes through it."""
     recipe, text = plan.recipe, plan.recipe.calibration
     kept = 2 if fast else itemsize
@@ -118,26 +122,35 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, pea
             statistics += 4 * rows * columns
         if recipe.refinement is not None and recipe.refinement.scope == "linear":
             statistics *= 2  # of held-out samples
-        # module, twin, codes, and targets of the reconstruction
+        # module, twin, codes, and targets of the reconstruction, the new ones on the device
         block = itemsize * (sizes.block - done) + kept * done + twin + done
-        block += 4 * done if plan.reconstructs else 0
+        targets = 4 * done if plan.reconstructs else 0
         work = max((method.workspace(rows, columns) for method in methods), default=0)
-        peak.add(device=block + statistics + max(forward, work))
+        peak.add(device=block + statistics + max(forward, work), waiting=targets)
         done += rows * columns
     peak.add(device=itemsize * sizes.block + twin, host=sizes.block * torch_dtype(plan.source_dtype).itemsize)
-    trained = max(text.seq_len, TRAINED_TOKENS)
+    trained, parts = max(text.seq_len, TRAINED_TOKENS), _parts(sizes)
     if recipe.all_transforms:
-        originals = model or itemsize * sizes.block + twin
-        forward = 2 * sizes.forward(trained, kept)
         of = sum(prod(layer.shape) for layer in plan.layers) if model else sizes.block
-        peak.add(device=originals + max(_TRANSFORMED * of, _BETWEEN * of + forward))
+        originals = model or itemsize * sizes.block + twin
+        copies = 4 * of * sum(size for names, size in parts if len(names) > 1) // sizes.block
+        rounded = int((_ROUNDED + kept) * of)
+        work = _TILED * min(tile, max(size for _, size in parts))
+        peak.add(device=originals + copies + rounded + max(work, 2 * sizes.forward(trained, kept)))
     if recipe.refinement is not None:
         tokens = max(text.seq_len, recipe.refinement.batch_tokens)
-        per_weight = recipe.refinement.bytes_per_weight(kept)
         weights = sizes.block if plan.reconstructs else sizes.largest
-        forward = 2 * sizes.forward(tokens, kept)
-        peak.add(device=max(per_weight * weights, (per_weight - _ROUNDING) * weights + forward))
+        resting = recipe.refinement.bytes_per_weight(kept) * weights
+        rounding = _ROUNDING * max(size for _, size in parts)
+        peak.add(device=resting + max(rounding, kept * weights, 2 * sizes.forward(tokens, kept)))
     peak.add(device=kept * sizes.block + sizes.block, host=2 * part)
+
+
+def _parts(sizes: ModelSizes) -> list[tuple[list[str], int]]:
+    """The linears of a block as training joins them where their groups are alike: paths, and weights together."""
+    weights = {layer.path: prod(layer.shape) for layer in sizes.layers}
+    joined = together((path, None, size) for path, size in weights.items())
+    return [(paths, sum(weights[path] for path in paths)) for _, paths in joined]
 
 
 def _waiting(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool) -> int:

@@ -43,7 +43,7 @@ class Sequential:
         run: keeps what transforms have fitted.
         tokens: int64 `[samples, length]`; the last `plan.held_out` of them are held out.
         fast: whether bf16 or TF32 matrix products are allowed.
-        memory: where activations wait for the next block.
+        memory: where activations wait for the next block, and targets for the reconstruction.
         processes: that share the work: each runs its own samples through the model.
     """
 
@@ -60,7 +60,7 @@ class Sequential:
         progress: Progress,
         processes: Processes = ALONE,
     ) -> None:
-        self.processes = processes
+        self.processes, self.memory = processes, memory
         self.plan, self.fast, self.refinement, self.progress = plan, fast, plan.recipe.refinement, progress
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(plan.source, device=device, dtype=dtype)
@@ -109,7 +109,7 @@ class Sequential:
         block.transformed = self.transforms.fold(block.index, block.module, twin, objective)
         block.training |= self.transforms.outcomes(block.index)
         for path in self.transforms.paths if self.plan.reconstructs else ():
-            block.targets[path] = self.stream.weight_of(twin.get_submodule(path)).float()
+            block.targets[path] = self.memory.keep(self.stream.weight_of(twin.get_submodule(path)).float())
 
     def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
         """Both streams reach the group's inputs; of a saved block no statistics are taken on the way."""
@@ -146,7 +146,7 @@ class Sequential:
             for path, solution in solutions.items():
                 weights[path] = solution.weight
                 if solution.target is not None and self.plan.reconstructs:
-                    block.targets[path] = solution.target
+                    block.targets[path] = self.memory.keep(solution.target)
         return weights
 
     def advance_original(self, block: BlockState) -> None:
@@ -165,6 +165,7 @@ class Sequential:
         assert self.original is not None and block.quantized_streams is not None
         block.quantized_streams.release()  # room for training
         block.release_weights()
+        self.memory.finish()  # targets are read
         objective = self._block_objective(block, self.original, self.refinement.batch_tokens, "refine")
         refined, block.training["refine"] = self.refinement.refine(
             block.weights, block.targets, objective, self.progress, linear_dtype(fast=self.fast)

@@ -22,6 +22,7 @@ from qcli.quantization.folding import channel_scales, fold
 from qcli.quantization.objectives import ModelObjective
 from qcli.quantization.plan import Plan
 from qcli.quantization.ranks import ALONE
+from qcli.utils.device import linear_dtype
 from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
 from qcli.utils.run_folder import RunParts
@@ -48,7 +49,7 @@ class BlockTransforms:
         processes: Processes = ALONE,
     ) -> None:
         self.plan, self.run, self.stream, self.fast, self.progress = plan, run, stream, fast, progress
-        self.processes = processes
+        self.processes, self.dtype = processes, linear_dtype(fast=fast)
         self.transforms = plan.recipe.all_transforms
         self.paths = [path for group in stream.family.groups for path in group.linears]
 
@@ -113,7 +114,7 @@ class BlockTransforms:
     ) -> None:
         weights = {path: self._weight(module, path) for path in self.paths}
         formats = {path: method.format for path, method in self.plan.methods_of(block).items()}
-        alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress)
+        alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress, self.dtype)
         named = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
         self._commit(number, block, named, outcome)
 
@@ -145,7 +146,8 @@ class BlockTransforms:
             simulate=lambda: self._simulated(quantized),
             processes=self.processes,
         )
-        alphas, outcome = transform.fit(weights, formats, list(scales.values()), objective, self.progress)
+        fitted = transform.fit(weights, formats, list(scales.values()), objective, self.progress, self.dtype)
+        alphas, outcome = fitted
         self._commit(number, 0, dict(zip(scales, alphas, strict=True)), outcome)
 
     def _commit(self, number: int, block: int, alphas: dict[str, Tensor], outcome: Outcome) -> None:

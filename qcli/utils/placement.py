@@ -27,13 +27,15 @@ class Demand:
     """Bytes that a command needs at its peak, estimated.
 
     Attributes:
-        device: on the compute device, without `waiting`.
+        device: on the compute device, without what can wait in host memory.
+        resident: likewise, with what only some phases keep waiting; without `waiting`.
         waiting: of activations between two uses, which can be on the device or in host memory.
         host: of the process besides, with libraries and what is read and written.
         together: device and host where they are one memory: their peaks may come at different times.
     """
 
     device: int
+    resident: int
     waiting: int
     host: int
     together: int
@@ -48,16 +50,18 @@ class Peak:
 
     def __init__(self, runtime: int) -> None:
         self.runtime = runtime
-        self._device = self._host = self._together = 0
+        self._device = self._resident = self._host = self._together = 0
 
-    def add(self, *, device: int = 0, host: int = 0) -> None:
-        """A phase that needs this."""
+    def add(self, *, device: int = 0, host: int = 0, waiting: int = 0) -> None:
+        """A phase that needs this; `waiting` can be on the device or in host memory."""
         self._device, self._host = max(self._device, device), max(self._host, host)
-        self._together = max(self._together, device + host)
+        self._resident = max(self._resident, device + waiting)
+        self._together = max(self._together, device + host + waiting)
 
     def demand(self, waiting: int) -> Demand:
         """Of all phases; `waiting` as for `Demand`."""
-        return Demand(self._device, waiting, self.runtime + self._host, self.runtime + self._together)
+        host, together = self.runtime + self._host, self.runtime + self._together
+        return Demand(self._device, self._resident, waiting, host, together)
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,10 @@ def place(demand: Demand, device: torch.device, limit: str | None, what: str, pr
         return Placement("cpu", False, demand.waiting, peak, usable, problem=problem)
     if usable is not None and limit is None:
         usable = int(_USABLE * usable)
-    on_host = usable is not None and demand.device + demand.waiting > usable
-    peak = demand.device + (0 if on_host else demand.waiting)
-    host_peak = demand.host + (demand.waiting if on_host else 0)
+    on_device = demand.resident + demand.waiting
+    on_host = usable is not None and on_device > usable
+    peak = demand.device if on_host else on_device
+    host_peak = demand.host + (on_device - demand.device if on_host else 0)
     host_free = None if host_free is None else host_free // processes
     problem = _problem(what, "GPU memory", peak, usable, limit)
     problem = problem or _problem(what, "host memory", host_peak, host_free, None)

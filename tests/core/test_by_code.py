@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcli.core import by_code
 from qcli.core.by_code import look_up, one_code_at_a_time, sums_by_code
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -22,6 +23,13 @@ def test_entries_and_their_gradients(entries: int) -> None:
     assert torch.equal(found, expected)
     gradients = [torch.autograd.grad(values, table, upstream)[0] for values in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_many_codes_are_looked_up_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.randn(7, 5, 4, generator=GENERATOR)
+    codes = torch.randint(4, (7, 5, 40), generator=GENERATOR, dtype=torch.uint8)
+    monkeypatch.setattr(by_code, "_AT_ONCE", 2 * 5 * 40)  # of two rows
+    assert torch.equal(look_up(table, codes), table.gather(2, codes.long()))
 
 
 @pytest.mark.parametrize("sums", [sums_by_code, one_code_at_a_time])

@@ -14,7 +14,7 @@ from qcli.utils.placement import SIZE, Demand, Peak, limit_memory, parse_size, p
 
 GB = 10**9
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DEMAND = Demand(device=6 * GB, waiting=20 * GB, host=2 * GB, together=7 * GB)
+DEMAND = Demand(device=6 * GB, resident=6 * GB, waiting=20 * GB, host=2 * GB, together=7 * GB)
 
 
 @pytest.fixture
@@ -88,7 +88,15 @@ def test_phases_that_peak_on_one_side_do_not_add_up() -> None:
     peak = Peak(runtime=1)
     peak.add(device=5, host=2)
     peak.add(device=1, host=4)
-    assert peak.demand(waiting=3) == Demand(device=5, waiting=3, host=5, together=8)
+    peak.add(device=3, waiting=4)
+    assert peak.demand(waiting=3) == Demand(device=5, resident=7, waiting=3, host=5, together=8)
+
+
+def test_what_one_phase_keeps_waits_where_activations_do(free: dict[str, int]) -> None:
+    demand = Demand(device=6 * GB, resident=9 * GB, waiting=20 * GB, host=2 * GB, together=10 * GB)
+    assert place(demand, CUDA, "29GB", "this").on_host is False
+    placed = place(demand, CUDA, "28GB", "this")
+    assert (placed.on_host, placed.peak, placed.host_peak) == (True, 6 * GB, 25 * GB)
 
 
 def test_a_limit_ends_with_the_run_that_it_was_given_for(monkeypatch: pytest.MonkeyPatch) -> None:

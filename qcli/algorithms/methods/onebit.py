@@ -70,7 +70,7 @@ class OneBit(RowScaledMethod, PerLayerFeedback):
     def workspace(self, rows: int, columns: int) -> int:
         if self.paper:
             return 10 * rows * columns
-        scales = 12 * columns**2 + 20 * rows * columns if self.refit_scales else 0
+        scales = 9 * columns**2 + 16 * rows * columns if self.refit_scales else 0
         return max(super().workspace(rows, columns), scales)
 
     def quantize(self, group: LinearGroup) -> dict[str, Solution]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qcli.algorithms.solvers.tiles import together
 from qcli.algorithms.training.trainable_bias import TrainableBias
 from qcli.core.straight_through import through_rounding
 from qcli.core.weight import QuantizedWeight
@@ -101,12 +102,12 @@ class TrainableWeight(nn.Module):
 
 
 class TrainableWeights(nn.Module):
-    """Quantized weights of several linears as parameters. Those whose groups are alike are trained as one weight: one
-    operation does for all of them what each would need its own for.
+    """Quantized weights of several linears as parameters. Small ones whose groups are alike are trained as one weight:
+    one operation does for all of them what each would need its own for.
 
     Args:
         weights: by path; they stay as they are.
-        targets: float32 `[out, in]`, by path; None: the decoded weights.
+        targets: float32 `[out, in]`, by path, on any device; None: the decoded weights.
         train: as for `TrainableWeight`.
 
     Attributes:
@@ -120,14 +121,16 @@ class TrainableWeights(nn.Module):
         self.initial = dict(weights)
         rows = {path: weight.format.as_rows(weight) for path, weight in weights.items()}
         self._rows = {path: weight.shape[0] for path, weight in rows.items()}
-        together: dict[object, list[str]] = {}
-        for path, weight in rows.items():
-            together.setdefault((weight.format, weight.shape[1]) if weight.format.alike else path, []).append(path)
-        self._paths, parts = list(together.values()), []
+        kinds = {
+            path: (weight.format, weight.shape[1]) if weight.format.alike else path for path, weight in rows.items()
+        }
+        sizes = ((path, kinds[path], weight.codes.numel()) for path, weight in rows.items())
+        self._paths, parts = [paths for _, paths in together(sizes)], []
         for paths in self._paths:
             target = None
             if targets is not None:
-                target = _joined([weights[path].format.values_as_rows(targets[path]) for path in paths])
+                device = rows[paths[0]].codes.device
+                target = _joined([weights[path].format.values_as_rows(targets[path].to(device)) for path in paths])
             units = [_table_units(weights[path]) for path in paths]
             joined = {name: _joined([own[name] for own in units]) for name in units[0]}
             parts.append(TrainableWeight(_one_weight([rows[path] for path in paths]), target, train, joined))

@@ -8,6 +8,7 @@ inference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -64,6 +65,7 @@ class TEQ(Transform):
         scales: Sequence[ChannelScale],
         objective: Objective,
         progress: Progress = silent,
+        dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], Outcome]:
         """Train the alphas in the basis of the original weights (see `Transform.fit`).
 
@@ -79,7 +81,8 @@ class TEQ(Transform):
         if transformed.trained:
             schedule = Schedule(self.steps, betas=(0.9, 0.9), floor=0.0)
             group = {"params": transformed.trained, "lr": self.lr}
-            outcome = train([group], transformed.effective, objective, schedule, progress=progress)
+            effective = partial(transformed.effective, dtype=dtype)
+            outcome = train([group], effective, objective, schedule, progress=progress)
         else:
             with torch.no_grad():
                 loss = objective.held_out(transformed.effective(True))
@@ -90,10 +93,8 @@ class TEQ(Transform):
 class _Transformed:
     """Effective weights of linears as functions of `theta = log(alpha)`.
 
-    To the rest of the model a transformed linear is `Q(V) * alpha_out / alpha_in` with `V = W * alpha_in / alpha_out`,
-    which is `W + error * alpha_out / alpha_in` where `Q(V) = V + error`. Straight through, the error is a constant;
-    through the range, it is proportional to the step of its grid, hence to the range of its group. Linears whose groups
-    are alike are one weight, with a group in each row.
+    To the rest of the model a transformed linear is `Q(V) * alpha_out / alpha_in` with `V = W * alpha_in / alpha_out`
+    (see `training.scaled_rounding`). Small linears whose groups are alike are one weight, with a group in each row.
 
     Args:
         weights, formats, scales: as for `Transform.fit`.
@@ -110,6 +111,8 @@ class _Transformed:
     ) -> None:
         import torch
 
+        from qcli.algorithms.solvers.tiles import together
+
         self.weights = weights
         grids = {path: _uniform(format) for path, format in formats.items() if format is not None}
         self.grids = {path: grid for path, grid in grids.items() if grid is not None}
@@ -120,23 +123,29 @@ class _Transformed:
             for theta, scale in zip(self.thetas, scales, strict=True)
             if any(reader in self.grids for reader in scale.readers)
         ]
-        together: dict[tuple[Affine, int], list[str]] = {}
-        for path, format in self.grids.items():
-            width = format.group_width(weights[path].shape[1])
-            together.setdefault((format.model_copy(update={"group_size": -1}), width), []).append(path)
+        self.none = torch.zeros(1, device=device)  # what channels without a scale have
+        kinds = {
+            path: (grid.model_copy(update={"group_size": -1}), grid.group_width(weights[path].shape[1]))
+            for path, grid in self.grids.items()
+        }
+        sizes = ((path, kind, weights[path].numel()) for path, kind in kinds.items())
         self.parts = [
-            _Together({path: weights[path] for path in paths}, self.grids, format, scales, through_range=through_range)
-            for (format, _), paths in together.items()
+            _Together({path: weights[path] for path in paths}, self.grids, kinds[paths[0]][0], scales, through_range)
+            for _, paths in together(sizes)
         ]
 
-    def effective(self, as_stored: bool) -> dict[str, Tensor]:
-        """All weights by path, quantized ones rounded; `as_stored` makes no difference."""
+    def effective(self, as_stored: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All weights by path, quantized ones rounded; `as_stored` makes no difference.
+
+        Args:
+            dtype: of rounded weights; None: float32.
+        """
         import torch
 
-        thetas = torch.cat([*self.thetas, self.thetas[0].new_zeros(1)]) if self.thetas else None
         rounded: dict[str, Tensor] = {}
+        thetas = torch.cat([*self.thetas, self.none])
         for part in self.parts:
-            rounded |= part.effective(thetas)
+            rounded |= part.effective(thetas, dtype or torch.float32)
         return {path: rounded.get(path, weight) for path, weight in self.weights.items()}
 
 
@@ -156,48 +165,39 @@ class _Together:
         grids: Mapping[str, Affine],
         format: Affine,
         scales: Sequence[ChannelScale],
-        *,
         through_range: bool,
     ) -> None:
         import torch
 
-        self.format, self.through_range = format, through_range
+        from qcli.algorithms.training.scaled_rounding import Rounding
+
         self.grids, self.shapes = grids, {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
-        self.weight = torch.cat([grids[path].values_as_rows(weight) for path, weight in weights.items()])
+        as_rows = [grids[path].values_as_rows(weight) for path, weight in weights.items()]
+        weight = torch.cat(as_rows) if len(as_rows) > 1 else as_rows[0]
         inputs, places, outputs = [], [], []  # of thetas: for each input of a linear; of those, and of outputs, by row
         seen = 0
         for path, (rows, columns) in self.shapes.items():
-            of_inputs, of_outputs = _theta_indices(path, (rows, columns), scales, self.weight.device)
+            of_inputs, of_outputs = _theta_indices(path, (rows, columns), scales, weight.device)
             inputs.append(grids[path].values_as_rows(of_inputs[None]))
             groups = len(inputs[-1])
-            places.append(torch.arange(seen, seen + groups, device=self.weight.device).repeat(rows))
+            places.append(torch.arange(seen, seen + groups, device=weight.device).repeat(rows))
             outputs.append(of_outputs.repeat_interleave(groups))
             seen += groups
-        self.inputs, self.places, self.outputs = torch.cat(inputs), torch.cat(places), torch.cat(outputs)
+        self.inputs, self.outputs = torch.cat(inputs), torch.cat(outputs)
         self.rows = [len(place) for place in places]
+        self.rounding = Rounding(weight, torch.cat(places), format, through_range)
 
-    def effective(self, thetas: Tensor | None) -> dict[str, Tensor]:
+    def effective(self, thetas: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The effective weights by path.
 
         Args:
-            thetas: of all scales in turn, and a last one that is 0; None: there are no scales.
+            thetas: of all scales in turn, and a last one that is 0.
+            dtype: of the weights.
         """
-        import torch
+        from qcli.algorithms.training.scaled_rounding import scaled_rounding
 
-        from qcli.algorithms.solvers import grid
-
-        ratio, scaled = None, self.weight
-        if thetas is not None:
-            log_in = thetas.index_select(0, self.inputs.flatten()).view(self.inputs.shape)
-            log_out = thetas.index_select(0, self.outputs)
-            ratio = (log_in.index_select(0, self.places) - log_out[:, None]).exp()
-            scaled = self.weight * ratio
-        with torch.no_grad():
-            error = self.format.decode(*grid.round_to_minmax(scaled, self.format)) - scaled
-        if self.through_range:
-            span = _group_range(scaled, self.format)
-            error = error * (span / span.detach())
-        effective = self.weight + error if ratio is None else torch.addcdiv(self.weight, error, ratio)
+        log_in = thetas.index_select(0, self.inputs.flatten()).view(self.inputs.shape)
+        effective = scaled_rounding(self.rounding, log_in, thetas.index_select(0, self.outputs), dtype)
         return {
             path: self.grids[path].values_from_rows(rows, shape)
             for (path, shape), rows in zip(self.shapes.items(), effective.split(self.rows), strict=True)
@@ -221,16 +221,6 @@ def _theta_indices(
             outputs = torch.where(scale.outputs < 0, none, scale.outputs + first)
         first += scale.size
     return inputs, outputs
-
-
-def _group_range(weight: Tensor, format: Affine) -> Tensor:
-    """The range of each group, to which its grid's step is proportional, `[out, groups]`; 1 for groups of zeros."""
-    groups = format.grouped(weight)
-    if format.zero_point == "none":
-        span = groups.abs().amax(-1)
-    else:
-        span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
-    return span.where(span > 0, 1.0)
 
 
 def _uniform(format: Format) -> Affine | None:
