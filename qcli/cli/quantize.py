@@ -142,6 +142,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
         {
             "bits per weight": bits(plan),
             "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; source {size(plan['source_bytes'])})",
+            "source": _source(plan["source_quantized_as"]),
             "peak memory": Placement(**plan["memory"]).in_words(),
             "calibration": "required" if plan["calibrated"] else "not needed",
             "not transformed": _unscaled(plan["unscaled"]),
@@ -161,6 +162,7 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             **facts_in_words(result["facts"]),
             **_allocation(result["allocation"]),
             "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
+            "source": _source(result["source_quantized_as"]),
             "time": duration(result["seconds"]),
             "peak memory": peak,
             "resumed": f"{result['resumed_blocks']} blocks" if result["resumed_blocks"] else None,
@@ -172,6 +174,11 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
     )
     for name, steps in result["fallbacks"].items():
         tables.line(f"  {name}: {'; '.join(steps)}")
+
+
+def _source(quantized_as: str | None) -> str | None:
+    """That the model was quantized before."""
+    return None if quantized_as is None else f"quantized already ({quantized_as}), decoded as it is read"
 
 
 def _unscaled(paths: Sequence[str]) -> str | None:

@@ -29,7 +29,7 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
     if _HUB_ID.fullmatch(model) is not None and not model.endswith(".gguf"):
         front = [f"base_model: {model}", "base_model_relation: quantized", *front]
     rows = {
-        "base model": code(model),
+        "base model": code(model) + _already(manifest),
         "method": plain(_counted(_method(layer) for layer in manifest.layers)),
         "bits per weight": f"{manifest.bits_per_weight:.3g} in the quantized layers, "
         f"{manifest.model_bits_per_weight:.3g} in the whole model, every stored table counted",
@@ -42,6 +42,11 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
         "---\n" + "\n".join(front) + f"\n---\n\n# {plain(model)}, quantized by qcli\n\n| | |\n|---|---|\n{table}\n\n"
         f"## Loading\n\n{loading}\n\n## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
     )
+
+
+def _already(manifest: Manifest) -> str:
+    quantized_as = manifest.source.quantized_as
+    return "" if quantized_as is None else f", quantized already ({plain(quantized_as)})"
 
 
 def _method(layer: LayerReport) -> str:

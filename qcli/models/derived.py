@@ -105,6 +105,10 @@ class _Piece(Derived):
     def bytes(self) -> int:
         return self.of.bytes * prod(self.stored.shape) // prod(self.of.stored.shape)
 
+    @property
+    def stored_as(self) -> str:
+        return self.of.stored.dtype if isinstance(self.of, Extent) else self.of.stored_as
+
     def read(self) -> Tensor:
         import torch
 
@@ -128,6 +132,10 @@ class _Item(Derived):
     @property
     def bytes(self) -> int:
         return self.of.bytes // self.of.stored.shape[0]
+
+    @property
+    def stored_as(self) -> str:
+        return self.of.stored_as
 
     def read(self) -> Tensor:
         return self.of.read()[self.index].clone()

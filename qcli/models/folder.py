@@ -45,16 +45,23 @@ class FolderSource(ModelSource):
         families.block_count(config)  # transformers would make lists of any length
         self.extents: dict[str, Extent] = {}
         self.derived: dict[str, Derived] = {}
-        stored = {name: extent for name, extent in _shards(path).items() if not name.endswith(_BUFFERS)}
-        if self.family.renames is None:
-            for name, tensor in self.names.in_model(stored).items():
-                if isinstance(tensor, Extent):
-                    self.extents[name] = tensor
-                else:
-                    self.derived[name] = tensor
-        else:
-            self.extents = _normalise(self.family, self.family.renames, stored)
+        stored = {name: tensor for name, tensor in self._stored().items() if not name.endswith(_BUFFERS)}
+        renames = self.family.renames
+        tensors = self.names.in_model(stored) if renames is None else _normalise(self.family, renames, stored)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Extent):
+                self.extents[name] = tensor
+            else:
+                self.derived[name] = tensor
         self._settle_head()
+
+    def _stored(self) -> Mapping[str, SourceTensor]:
+        """The folder's tensors, by their names on disk."""
+        return self._headers()
+
+    def _headers(self) -> dict[str, Extent]:
+        """The tensors of all files, by their names there."""
+        return _shards(self.path)
 
     @cached_property
     def names(self) -> Names:
@@ -109,11 +116,13 @@ class FolderSource(ModelSource):
         """Let the tensors and the flag of tied embeddings say the same, namely what transformers makes of them: a head
         stored alone is the embedding, a copy of the embedding is left out, and another matrix clears the flag."""
         head, embedding = "lm_head.weight", f"{self.family.embedding}.weight"
-        if head not in self.extents or not self.config.get(_TIED, self.family.tied):
+        names = self.extents.keys() | self.derived.keys()
+        if head not in names or not self.config.get(_TIED, self.family.tied):
             return
-        if embedding not in self.extents:
+        if embedding not in names:
             self.extents = {embedding if name == head else name: extent for name, extent in self.extents.items()}
-        elif same_content(self.extents[embedding], self.extents[head]):
+            self.derived = {embedding if name == head else name: tensor for name, tensor in self.derived.items()}
+        elif {head, embedding} <= self.extents.keys() and same_content(self.extents[embedding], self.extents[head]):
             del self.extents[head]
         else:
             text = self.config.get("text_config")
@@ -228,14 +237,14 @@ def _no_weights(path: Path) -> UsageError:
 
 
 def _normalise(
-    family: families.Family, renames: tuple[tuple[str, str], ...], extents: Mapping[str, Extent]
-) -> dict[str, Extent]:
+    family: families.Family, renames: tuple[tuple[str, str], ...], tensors: Mapping[str, SourceTensor]
+) -> dict[str, SourceTensor]:
     """Tensors by their names in the causal LM: old prefixes renamed, the base model's prefix added if missing."""
     prefix, _, blocks = family.blocks.partition(".")
-    bare = not any(name.startswith(f"{prefix}.") for name in extents)
-    bare = bare and any(name.startswith(f"{blocks}.") for name in extents)
-    normal: dict[str, Extent] = {}
-    for name, extent in extents.items():
+    bare = not any(name.startswith(f"{prefix}.") for name in tensors)
+    bare = bare and any(name.startswith(f"{blocks}.") for name in tensors)
+    normal: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
         for old, new in renames:
             if name.startswith(old):
                 name = new + name.removeprefix(old)
@@ -245,8 +254,8 @@ def _normalise(
                 name = f"{prefix}.{name}"
         if name in normal:
             raise UsageError(
-                f"{normal[name].file.parent} holds {name} twice, under an old and a new name",
+                f"the checkpoint holds {name} twice, under an old and a new name",
                 hint="the folder mixes two checkpoints; download the model again",
             )
-        normal[name] = extent
+        normal[name] = tensor
     return normal

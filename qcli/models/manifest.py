@@ -58,10 +58,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class OriginalModel:
-    """The model that was quantized: its folder, file or hub id, and `ModelSource.fingerprint`."""
+    """The model that was quantized: its folder, file or hub id, and `ModelSource.fingerprint`.
+
+    Attributes:
+        quantized_as: what its weights were stored as, if other software had quantized them already.
+    """
 
     model: str
     fingerprint: str
+    quantized_as: str | None = None
 
 
 @dataclass(frozen=True)

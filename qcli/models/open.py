@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from qcli.models import decoded
 from qcli.models.companions import CHAT_TEMPLATES, tokenizer_files
 from qcli.models.folder import FolderSource, quant_method, read_config
 from qcli.models.gguf import GGUFSource
@@ -91,7 +92,12 @@ def _source_class(path: Path, method: str | None, *, packed: bool) -> type[Folde
     if packed and method in registry.names(_LAYOUTS):
         source: type[FolderSource] = registry.load(_LAYOUTS, method)
         return source
-    raise UnsupportedError(f"{path} is already quantized ({method})", hint="use the unquantized model")
+    if decoded.reads(method):
+        return decoded.DecodedSource
+    raise UnsupportedError(
+        f"{path} is already quantized ({method}), which qcli does not read",
+        hint=f"it reads {', '.join(decoded.encodings())}; or use the unquantized model",
+    )
 
 
 def _download(model: str, trust: Trust) -> Path:

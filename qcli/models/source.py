@@ -90,6 +90,11 @@ class ModelSource:
             for name, block, group in self._linear_names()
         ]
 
+    @property
+    def quantized_as(self) -> str | None:
+        """What other software stored the weights as, which are decoded; None: they are not quantized, or by qcli."""
+        return None
+
     def on_disk(self, name: str) -> str:
         """The name that checkpoints have for a tensor, as `save_pretrained` writes it and engines expect it.
 

@@ -40,7 +40,11 @@ def publish_checkpoint(
         recipe_sha256=recipe_sha256(recipe),
         versions=versions(),
         recipe=recipe,
-        source=OriginalModel(model=plan.recipe.model, fingerprint=plan.source.fingerprint()),
+        source=OriginalModel(
+            model=plan.recipe.model,
+            fingerprint=plan.source.fingerprint(),
+            quantized_as=plan.source.quantized_as,
+        ),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,
         calibration_bos=None if tokens is None else tokens.bos,

@@ -149,6 +149,7 @@ class Plan:
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
             "source_bytes": self.source.bytes(),
+            "source_quantized_as": self.source.quantized_as,
             "calibrated": self.calibrated,
             "unscaled": self.unscaled,
             "layers": [self._row(layer) for layer in self.layers],

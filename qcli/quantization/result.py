@@ -61,6 +61,7 @@ class Result:
             "model_bits_per_weight": self.plan.model_bits_per_weight,
             "bytes": self.plan.bytes,
             "source_bytes": self.plan.source.bytes(),
+            "source_quantized_as": self.plan.source.quantized_as,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "processes": self.processes,

@@ -23,6 +23,7 @@ DTYPES = {  # keyed by safetensors' name
     "BF16": DType(2, "bfloat16"),
     "F8_E4M3": DType(1, "float8_e4m3fn"),
     "F8_E5M2": DType(1, "float8_e5m2"),
+    "F8_E8M0": DType(1, "float8_e8m0fnu"),
     "I64": DType(8, "int64"),
     "I32": DType(4, "int32"),
     "I16": DType(2, "int16"),

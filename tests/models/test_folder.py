@@ -259,11 +259,13 @@ def test_errors_of_the_machine_are_not_blamed_on_the_model(llama: Path, monkeypa
         assert isinstance(expected(caught.value), ResourceError)
 
 
-def test_models_that_others_quantized_are_refused(llama: Path) -> None:
-    edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(llama, UnsupportedError, r"already quantized \(gptq\)")
+def test_models_in_encodings_that_are_not_read_are_refused(llama: Path) -> None:
+    edit_config(llama, quantization_config={"quant_method": "aqlm", "bits": 2})
+    refused(llama, UnsupportedError, r"already quantized \(aqlm\), which qcli does not read")
     edit_config(llama, quantization_config={})
-    refused(llama, UnsupportedError, "already quantized")
+    refused(llama, UnsupportedError, r"already quantized \(unnamed method\)")
+    edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(llama, UsageError, "weights are stored as gptq, and none of them is")
 
 
 def test_pickled_weights_are_refused(llama: Path) -> None:
