@@ -10,8 +10,10 @@ from pydantic import Field, field_validator
 from qcli.core.weight import Format
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from qcli.core.fake_look_up import Rule
     from qcli.core.weight import QuantizedWeight
 
 
@@ -105,6 +107,27 @@ class NonUniform(Grouped):
     def step_sizes(self, codes: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
         steps = nearest_gaps(self.entries(tables)).gather(2, self.grouped(codes).long())
         return steps.view(codes.shape[0], -1)[:, : codes.shape[1]]
+
+    def look_up_tables(self, tables: Mapping[str, Tensor]) -> tuple[Rule, Tensor]:
+        """The codebook of each group as `fake_look_up` takes it: its rule and tables, `[out, groups, n]`."""
+        return "table", self.entries(tables).sort(dim=-1, stable=True).values
+
+    def fake_quantize(
+        self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """As for all formats; on a GPU in two passes over the weight where the kernels take it."""
+        from qcli.utils import triton_kernels
+
+        assert units is not None
+        if not triton_kernels.serve(latents.device):
+            return super().fake_quantize(latents, units, tables, dtype)
+        from qcli.core.fake_look_up import fake_look_up, holds
+
+        if not holds(self.group_width(latents.shape[1]), 1 << self.bits):
+            return super().fake_quantize(latents, units, tables, dtype)
+        rule, found = self.look_up_tables(tables)
+        value = fake_look_up(self.grouped(latents), self.grouped(units), found, rule, dtype)
+        return value.view(latents.shape[0], -1)[:, : latents.shape[1]]
 
 
 def nearest_gaps(entries: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from qcli.utils.dtypes import StoredTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qcli.core.fake_look_up import Rule
     from qcli.core.weight import QuantizedWeight
 
 __all__ = ["DualBinary"]
@@ -77,6 +78,11 @@ class DualBinary(IndependentGroups, NonUniform):
         first, second = self.planes(torch.arange(4, device=alpha1.device))
         entries: Tensor = first * alpha1 + second * alpha2
         return entries
+
+    def look_up_tables(self, tables: Mapping[str, Tensor]) -> tuple[Rule, Tensor]:
+        import torch
+
+        return self.levels, torch.stack([tables[name].float() for name in (ALPHA1, ALPHA2)], dim=-1)
 
     def round_tables(self, tables: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
         alpha1, alpha2 = self.ordered(tables[ALPHA1], tables[ALPHA2])
