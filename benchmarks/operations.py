@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from qcli.algorithms.solvers.feedback import quantize_columns
-from qcli.core.fake_quantize import fake_quantize
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
+from qcli.core.formats.dual_binary import DualBinary
 from qcli.core.weight import Format
 from qcli.distillation.distill import distill
 from qcli.quantization.quantize import quantize
@@ -81,10 +81,15 @@ FEEDBACK: dict[str, Format] = {
     "codebook": Codebook(bits=2, group_size=32, rank=1, table_bits=16),
 }
 COLUMNS = 256
+TRAINED: dict[str, Format] = {
+    "affine": Affine(bits=3, group_size=32, zero_point="float"),
+    "codebook": Codebook(bits=2, group_size=32, rank=1, table_bits=16),
+    "dual-binary": DualBinary(group_size=32),
+}
 _KERNELS = ", with kernels"
 NAMES = (
     *(f"error feedback: {name}{kernels}" for name in FEEDBACK for kernels in ("", _KERNELS)),
-    *(f"fake quantization: affine{kernels}" for kernels in ("", _KERNELS)),
+    *(f"fake quantization: {name}{kernels}" for name in TRAINED for kernels in ("", _KERNELS)),
     *(f"block: {name}" for name in METHODS),
     *(f"step: {name}" for name in STEPS),
     *(f"distillation step: {name}" for name in DISTILLATION),
@@ -198,7 +203,7 @@ def _count(kind: str, key: str, folder: Path) -> tuple[Count, dict[str, float]]:
         count = _feedback(FEEDBACK[key])
         return count, {"operations_per_column": round(count.operations / COLUMNS, 1)}
     if kind == "fake quantization":
-        count = _fake_quantization()
+        count = _fake_quantization(TRAINED[key])
         return count, {"bytes_per_weight": round(count.bytes / (512 * 128), 1)}
     model, text = tiny_model("llama", folder), write_text(folder)
     if kind == "distillation step":
@@ -223,13 +228,14 @@ def _feedback(format: Format) -> Count:
     return counting.now()
 
 
-def _fake_quantization() -> Count:
-    latents = torch.zeros(512, 128, requires_grad=True)
-    scale, zero_point = (torch.ones(512, 1, requires_grad=True) for _ in range(2))
+def _fake_quantization(format: Format) -> Count:
+    weight = random_weight(format, (512, 128))
+    tables = {name: table.requires_grad_() for name, table in format.float_tables(weight.tables).items()}
+    latents, units = format.trained_latents(weight, weight.dense())
     gradient = torch.zeros(512, 128, dtype=torch.bfloat16)
     counting = Counting()
     with counting:
-        fake_quantize(latents, scale, zero_point, (0, 7), torch.bfloat16).backward(gradient)
+        format.fake_quantize(latents.requires_grad_(), units, tables, torch.bfloat16).backward(gradient)
     return counting.now()
 
 

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from benchmarks.common import save
 from benchmarks.gpu.layers import FORMATS
 from qcli.algorithms.solvers import feedback_kernel
-from qcli.core import fake_quantize_kernel
+from qcli.core import fake_look_up_kernel, fake_quantize_kernel
 from qcli.core.weight import Rounder, Rule
 from qcli.inference.backends import triton as backend
 from qcli.inference.cuda import kernels
@@ -31,6 +31,7 @@ from qcli.inference.cuda import kernels
 SHAPE = (14336, 4096)
 _KERNELS = ("gemv", "arrange", "matmul", "collect", "decode")
 _OPERANDS: dict[Rule, list[tuple[int, ...]]] = {"grid": [()], "table": [(16,), (15,)], "signs": [(), ()]}
+_LEVELS = {"table": 16, "fdb": 2, "symmetric": 2}
 PROCESSORS = 132
 _OBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TYPES = {
@@ -134,6 +135,11 @@ def trained(arch: int) -> list[dict[str, Any]]:
     with recorded(fake_quantize_kernel, "quantize_rows"), recorded(fake_quantize_kernel, "gradients_of_rows"):
         value = fake_quantize_kernel.forward(groups, scale, scale, 0.0, (0, 7), torch.bfloat16)
         fake_quantize_kernel.backward(value, groups, scale, scale, 0.0, (0, 7), True)
+    with recorded(fake_look_up_kernel, "look_up_rows"), recorded(fake_look_up_kernel, "gradients_of_look_up"):
+        for kind, entries in _LEVELS.items():
+            tables = torch.empty(*groups.shape[:2], entries)
+            value = fake_look_up_kernel.forward(groups, groups, tables, kind, torch.bfloat16)
+            fake_look_up_kernel.backward(value, groups, groups, tables, kind)
     return found
 
 
