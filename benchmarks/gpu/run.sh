@@ -48,6 +48,7 @@ part determinism 80 python3 -m benchmarks.gpu.determinism
 part commands 70 python3 -m benchmarks.gpu.commands
 part large 70 python3 -m benchmarks.gpu.quantizing 70B --limit 50
 part small 40 python3 -m benchmarks.gpu.quantizing 135M --limit 30
+part kernels 40 python3 -m benchmarks.gpu.kernels
 tests correct 60 tests/inference/test_triton.py tests/core/test_fake_*.py tests/algorithms/solvers/test_feedback.py
 part layers 80 python3 -m benchmarks.gpu.layers table --shapes 1
 part decoding 90 python3 -m benchmarks.gpu.decoding

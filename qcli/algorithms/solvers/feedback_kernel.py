@@ -10,7 +10,7 @@ from torch import Tensor
 from qcli.core.weight import Rounder
 
 WIDTH = 128  # columns of a launch at most: their errors are kept in registers
-_ROWS = 16  # of a program
+ROWS = 16  # of a program
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 that is added to it loses its fraction, half to even
 
 
@@ -61,7 +61,7 @@ def _launch(
     columns, rows = block.shape
     rule = "two signs" if rule == "signs" and len(operands) > 1 else rule
     with torch.cuda.device_of(block):
-        round_block[(triton.cdiv(rows, _ROWS),)](
+        round_block[(triton.cdiv(rows, ROWS),)](
             block,
             errors,
             taken,
@@ -78,7 +78,7 @@ def _launch(
             SHIFT=shift is not None,
             ADDED=added is not None,
             COLUMNS=triton.next_power_of_2(columns),
-            ROWS=_ROWS,
+            ROWS=ROWS,
             num_warps=4,
             enable_fp_fusion=True,
         )
