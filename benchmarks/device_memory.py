@@ -23,15 +23,22 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.live_memory import DEVICE, HOST, counted
+from qcli.core.formats.affine import Affine
+from qcli.core.weight import QuantizedWeight
+from qcli.distillation import blockwise
 from qcli.distillation.footprint import distillation_demand
+from qcli.distillation.job import DistillationJob
+from qcli.distillation.whole_model import distill_model
 from qcli.models.quantized import LayerStorage
 from qcli.models.sizes import ModelSizes
+from qcli.models.source import ModelSource
 from qcli.quantization import transforms
 from qcli.quantization.block_loop import BlockQuantizer
 from qcli.quantization.block_state import BlockState
 from qcli.quantization.data_free import DataFree
 from qcli.quantization.footprint import quantization_demand
 from qcli.quantization.plan import Plan, make_plan
+from qcli.quantization.ranks import ALONE
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.load import load_recipe
@@ -63,11 +70,11 @@ TRAINED: dict[str, dict[str, Any]] = {
 CPU = torch.device("cpu")
 
 
-def write_headers(folder: Path, size: str) -> Path:
-    """A model of two blocks whose file of weights is a hole behind its header."""
+def write_headers(folder: Path, size: str, blocks: int = 2) -> Path:
+    """A model whose file of weights is a hole behind its header."""
     hidden, inner, heads = SIZES[size]
     kv = hidden // heads * KV_HEADS
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": blocks}
     config |= {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "dtype": "bfloat16"}
     config |= {"num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
     folder.mkdir()
@@ -79,7 +86,7 @@ def write_headers(folder: Path, size: str) -> Path:
     linears |= {"self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     linears |= {"mlp.down_proj": (hidden, inner)}
     norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
-    for block in range(2):
+    for block in range(blocks):
         shapes |= {f"model.layers.{block}.{name}": shape for name, shape in (linears | norms).items()}
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -200,28 +207,92 @@ def measure(size: str, case: str, folder: Path, *, fast: bool, largest: bool) ->
     }
 
 
-def planned_distillation(size: str, trained: str, folder: Path) -> dict[str, Any]:
-    """What `qcli distill` decides by on a GPU with bf16 units, for a student of 4 bits g64; planned, not counted."""
-    model, text = folder / size, folder / "text.txt"
-    if not model.exists():
-        write_headers(model, size)
-        text.write_text("text")
-    given = {"model": str(model), "device": "cpu", "calibration.data": str(text), "method.name": "rtn"}
-    plan = make_plan(load_recipe(None, given))
-    formats = [(plan.formats[layer.name], layer.shape) for layer in plan.layers]
-    layers = [LayerStorage(format, shape) for format, shape in formats if format is not None]
+class _Student:
+    """A quantized checkpoint of a model, without values."""
+
+    def __init__(self, original: ModelSource, quantized: dict[str, LayerStorage]) -> None:
+        self.original, self.quantized, self.extents = original, quantized, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def read_quantized(self, name: str) -> QuantizedWeight:
+        format, (rows, columns) = self.quantized[name].format, self.quantized[name].shape
+        assert isinstance(format, Affine)
+        tables = {"weight_scale": torch.float16, "weight_zero_point": torch.uint8}
+        groups = {table: torch.empty(rows, format.groups(columns), dtype=dtype) for table, dtype in tables.items()}
+        return QuantizedWeight(format, (rows, columns), torch.empty(rows, columns, dtype=torch.uint8), groups)
+
+
+def distilled_peak(options: Distillation, source: ModelSource, layers: dict[str, LayerStorage]) -> int:
+    """Bytes at the peak of two training steps and their evaluations, hidden states of blocks in host memory; of a whole
+    model without its loading, so that it grows evenly with the number of blocks."""
+
+    def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+        if options.scope == "model" and (stage, done) == ("train", 0):
+            live.restart()
+
+    run: Any = _Parts()
+    student: Any = _Student(source, layers)
+    with (
+        counted(fake=True) as live,
+        mock.patch.object(blockwise, "load_file", lambda part: run.parts[part][0]),
+        matmul_precision(fast=False),
+        torch.no_grad(),
+    ):
+        job = DistillationJob(
+            student=student,
+            teacher=source,
+            tokens=torch.zeros(SAMPLES, LENGTH, dtype=torch.int64),
+            held_out=1,
+            options=options,
+            seed="",
+            device=CPU,
+            dtype=torch.float32,
+            fast=True,
+            progress=progress,
+            on_host=True,
+        )
+        if options.scope == "block":
+            blockwise.distill_blocks(job, run)
+        else:
+            distill_model(job, run, Path(), ALONE)
+    return live.peak[DEVICE]
+
+
+def distillation(size: str, trained: str, folder: Path) -> dict[str, Any]:
+    """What `qcli distill` decides by on a GPU with bf16 units, for a student of 4 bits g64; and what is counted, not
+    with cached predictions. A whole model is counted at two and four blocks, to which the others add in proportion."""
+    options = Distillation.model_validate({**TRAINED[trained], "steps": 2})
+    row: dict[str, Any] = {"size": size, "case": f"distill: {trained}", "matrix_products": "bf16"}
+    text, counts, whole = folder / "text.txt", list[int](), BLOCKS[size]
+    text.write_text("text")
+    for blocks in (2, 4):
+        model = folder / f"{size}-{blocks}"
+        if not model.exists():
+            write_headers(model, size, blocks)
+        given = {"model": str(model), "device": "cpu", "calibration.data": str(text), "method.name": "rtn"}
+        plan = make_plan(load_recipe(None, given))
+        formats = {layer.name: (plan.formats[layer.name], layer.shape) for layer in plan.layers}
+        layers = {name: LayerStorage(format, shape) for name, (format, shape) in formats.items() if format is not None}
+        if options.teacher_top_k is None and (blocks == 2 or options.scope == "model"):
+            counts.append(distilled_peak(options, plan.source, layers))
     demand = distillation_demand(
-        Distillation.model_validate(TRAINED[trained]),
+        options,
         plan.recipe.distill_text,
         ModelSizes.of(plan.source),
-        layers * (BLOCKS[size] // 2),
+        [*layers.values()] * (whole // blocks),
         vocabulary=VOCABULARY,
         itemsize=4,
         fast=True,
         processes=1,
+        shared=True,
+        device="cuda",
     )
-    planned = {"estimate_gb": _gb(demand.device), "estimated_host_activations_gb": _gb(demand.waiting)}
-    return {"size": size, "case": f"distill: {trained}", "matrix_products": "bf16", **planned}
+    if counts:
+        peak = counts[0] + (counts[-1] - counts[0]) * (whole - 2) // 2
+        row |= {"device_gb": _gb(peak), "estimate_off": round(demand.device / peak - 1, 3)}
+    return row | {"estimate_gb": _gb(demand.device), "estimated_host_activations_gb": _gb(demand.waiting)}
 
 
 def _gb(size: float) -> float:
@@ -232,12 +303,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+    parser.add_argument("--trained", nargs="*", default=list(TRAINED), choices=TRAINED)
     parser.add_argument("--float32", action="store_true", help="matrix products, as with --dtype float32")
     parser.add_argument("--largest", action="store_true", help="print the largest tensors of each phase")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
-            rows = (planned_distillation(size, trained, Path(folder)) for trained in TRAINED)
+            rows = (distillation(size, trained, Path(folder)) for trained in options.trained)
             counted_rows = (
                 measure(size, case, Path(folder), fast=not options.float32, largest=options.largest)
                 for case in options.cases

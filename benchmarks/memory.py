@@ -100,49 +100,66 @@ def quantized(model: Path, out: Path, method: str, text: Path) -> dict[str, Any]
     }
 
 
-def planned(model: Path, method: str, text: Path, samples: int, length: int) -> dict[str, Any]:
+PLANS: dict[str, tuple[str, int, list[str]]] = {  # method, samples, further settings
+    "rtn": ("rtn", 8, []),
+    "gptq-like": ("gptq-like", 8, []),
+    "gptq-like, 64 samples": ("gptq-like", 64, []),
+    "refined": ("rtn", 8, ["--set", "refine.steps=3"]),
+    "teq": ("teq", 8, ["--set", "method.steps=3"]),
+}
+SIZES = ((512, 2048), (1024, 4096), (1536, 6144))
+_DISTILLED = ("tables", "weights by blocks")
+_LENGTH = 512
+
+
+def planned(command: list[str]) -> dict[str, Any]:
     """Peak memory of a run on the CPU, and what its plan says beforehand; each in a process of its own."""
-    flags = [str(model), "--method", method, "--bits", "4", "--data", str(text), "--device", "cpu", "--json", "-q"]
-    flags += ["--samples", str(samples), "--seq-len", str(length)]
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for more in (["--dry-run"], ["--out", str(Path(folder) / "out")]):
-            command = [sys.executable, "-m", "qcli", "quantize", *flags, *more]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            flags = ["--device", "cpu", "--json", "-q", "--seq-len", str(_LENGTH), *more]
+            done = subprocess.run([sys.executable, "-m", "qcli", *command, *flags], stdout=subprocess.PIPE, check=True)
             results.append(json.loads(done.stdout))
     plan, result = results
+    estimate = plan["peak_memory_estimate"] if "peak_memory_estimate" in plan else plan["memory"]["peak"]
     peak = result["peak_memory"]["rss"]
     return {
-        "method": method,
-        "samples": samples,
-        "length": length,
         "peak_rss_gb": round(peak / 1e9, 3),
-        "estimate_gb": round(plan["peak_memory_estimate"] / 1e9, 3),
-        "estimate_off": round(plan["peak_memory_estimate"] / peak - 1, 3),
+        "estimate_gb": round(estimate / 1e9, 3),
+        "estimate_off": round(estimate / peak - 1, 3),
     }
 
 
-def compare_plans() -> None:
-    """The plan's peak against the measured one over three sizes."""
-    for hidden, ffn in ((1024, 4096), (1536, 6144), (2048, 8192)):
+def compare_plans(cases: list[str]) -> None:
+    """The plan's peak against the measured one over three sizes; sequences of 512 tokens."""
+    for hidden, ffn in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            model, text = Path(folder) / "llama", Path(folder) / "text.txt"
+            model, text, student = Path(folder) / "llama", Path(folder) / "text.txt", Path(folder) / "student"
             write_llama(model, 2, Size(hidden, ffn))
             write_text(text, 40_000, Size().vocab)
-            for method, samples in (("rtn", 8), ("gptq-like", 8), ("gptq-like", 64)):
-                row = {"hidden": hidden, **planned(model, method, text, samples, 512)}
+            quantized(model, student, "rtn", text)
+            for case in cases:
+                data = ["--data", str(text), "--samples"]
+                if case in PLANS:
+                    method, samples, more = PLANS[case]
+                    command = ["quantize", str(model), "--method", method, "--bits", "4", *data, str(samples), *more]
+                else:
+                    command = ["distill", str(student), "--teacher", str(model), *data, "8", "--steps", "2"]
+                    blockwise = ["--train", "tables,weights", "--scope", "block"]
+                    command += ["--train", "tables"] if case == "tables" else blockwise
+                row = {"hidden": hidden, "case": case, **planned(command)}
                 print(row, flush=True)
-                common.save_row("planned_memory", ("hidden", "method", "samples"), row, compare_plans.__doc__)
+                common.save_row("planned_memory", ("hidden", "case"), row, compare_plans.__doc__)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=32, help="32 blocks are 4 GB")
     parser.add_argument("--methods", nargs="+", default=["rtn"], help="of these, gptq-like takes hours at this size")
-    parser.add_argument("--plans", action="store_true", help="compare plans with measured peaks instead")
+    parser.add_argument("--plans", nargs="+", choices=[*PLANS, *_DISTILLED], help="compare plans with peaks instead")
     blocks = parser.parse_args()
     if blocks.plans:
-        compare_plans()
+        compare_plans(blocks.plans)
         return
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"

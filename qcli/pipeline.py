@@ -236,7 +236,8 @@ class Pipeline:
         from qcli.distillation.plan import require_feasible
         from qcli.export.packable import PlannedCheckpoint
 
-        require_feasible(self.recipe, PlannedCheckpoint(self.plan, self.folder).quantized, self.plan.source)
+        student = PlannedCheckpoint(self.plan, self.folder).quantized
+        require_feasible(self.recipe, student, self.plan.source, shared=True)
         if self.recipe.distill_text.data != SELF:
             distillation_tokens(self.recipe, self.plan.source)
 

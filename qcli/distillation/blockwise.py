@@ -41,6 +41,7 @@ def distill_blocks(job: DistillationJob, run: RunFolder) -> tuple[StoredTensors,
     trained: StoredTensors = {}
     outcomes: list[Outcome] = []
     student, teacher = job.stream(job.student), job.stream(job.teacher)
+    student.share(teacher)
     memory = BatchMemory(job.device, on_host=job.on_host)
     student_hidden, teacher_hidden = (
         memory.store(map(stream.embed, job.tokens.split(job.pass_samples))) for stream in (student, teacher)

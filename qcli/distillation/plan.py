@@ -59,7 +59,9 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
     options, text = recipe.distill or Distillation(), recipe.distill_text
     source, teacher = open_pair(student, recipe.model, trust)
     source.companions()  # what cannot be copied is refused before any work
-    memory = require_feasible(recipe, source.quantized, teacher)
+    original = Manifest.read(student).source
+    shared = original.model == recipe.model and original.fingerprint == teacher.fingerprint()
+    memory = require_feasible(recipe, source.quantized, teacher, shared=shared)
     n_weights = sum(rows * columns for rows, columns in (layer.shape for layer in source.quantized.values()))
     n_trained = 0
     if "weights" in options.train:
@@ -80,11 +82,14 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
     )
 
 
-def require_feasible(recipe: Recipe, layers: Mapping[str, LayerStorage], teacher: ModelSource) -> Placement:
+def require_feasible(
+    recipe: Recipe, layers: Mapping[str, LayerStorage], teacher: ModelSource, *, shared: bool
+) -> Placement:
     """Refuse options that fit neither model nor processes, and a training that does not fit in memory.
 
     Args:
         layers: the student's quantized layers, which may exist only as a plan.
+        shared: whether the student was made from this teacher, so that they have one embedding and head.
 
     Returns:
         Where the training keeps what it needs.
@@ -121,6 +126,8 @@ def require_feasible(recipe: Recipe, layers: Mapping[str, LayerStorage], teacher
         itemsize=resolve_dtype(recipe.dtype).itemsize,
         fast=recipe.dtype == "auto" and has_fast_matmul(device),
         processes=processes,
+        shared=shared,
+        device=device.type,
     )
     placement = place(demand, device, recipe.max_memory, "this distillation", local_world_size())
     ways = ["--train tables needs less"] if "weights" in options.train else []

@@ -37,6 +37,8 @@ def distill_model(
     options = job.options
     teacher = _teacher_fn(job, run, folder, processes)
     student = _student(job, processes)
+    if isinstance(teacher, LiveTeacher):
+        student.stream.share(teacher.teacher.stream)
     loss = DistillationLoss(job, student, teacher, processes)
     layers = [block.layers for block in student.blocks]
     biases = [bias for block in student.blocks for bias in block.biases.values()]

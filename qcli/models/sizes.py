@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from qcli.algorithms.solvers.tiles import together
 from qcli.models.families import Linear
 from qcli.models.source import ModelSource
 
@@ -48,6 +49,13 @@ class ModelSizes:
     def largest(self) -> int:
         """Weights of its largest linear."""
         return max(prod(layer.shape) for layer in self.layers)
+
+    @property
+    def joined(self) -> list[tuple[list[str], int]]:
+        """The linears as training joins them where their groups are alike: paths, and weights together."""
+        weights = {layer.path: prod(layer.shape) for layer in self.layers}
+        joined = together((path, None, size) for path, size in weights.items())
+        return [(paths, sum(weights[path] for path in paths)) for _, paths in joined]
 
     def forward(self, tokens: int, itemsize: int) -> int:
         """Bytes of the activations in a pass of `tokens` tokens through a block, gradients aside.

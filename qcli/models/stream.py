@@ -226,6 +226,16 @@ class ModelStream:
             if isinstance(linear, nn.Linear | Conv1D) and linear.weight is not None:
                 linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
 
+    def share(self, other: ModelStream) -> None:
+        """Use the tensors outside of the other stream's blocks, such as its embedding, in place of one's own where both
+        are the same: at 8B embedding and head take 3 GB."""
+        shared = dict(other.model.named_parameters(remove_duplicate=False))
+        for name, own in [*self.model.named_parameters(remove_duplicate=False)]:
+            tensor = shared.get(name)
+            if tensor is not None and own.dtype == tensor.dtype and torch.equal(own, tensor):
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, tensor)
+
     def drop_embedding(self) -> None:
         """Free the embedding, often larger than a block, unless the head is the same tensor; `embed` cannot be called
         afterwards."""

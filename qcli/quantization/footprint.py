@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
-from qcli.algorithms.solvers.tiles import tile_size_on, together
+from qcli.algorithms.solvers.tiles import tile_size_on
 from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.quantization.plan import Plan
 from qcli.utils.distributed import local_world_size, world_size
@@ -129,7 +129,7 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
         peak.add(device=block + statistics + max(forward, work), waiting=targets)
         done += rows * columns
     peak.add(device=itemsize * sizes.block + twin, host=sizes.block * torch_dtype(plan.source_dtype).itemsize)
-    trained, parts = max(text.seq_len, TRAINED_TOKENS), _parts(sizes)
+    trained, parts = max(text.seq_len, TRAINED_TOKENS), sizes.joined
     if recipe.all_transforms:
         of = sum(prod(layer.shape) for layer in plan.layers) if model else sizes.block
         originals = model or itemsize * sizes.block + twin
@@ -144,13 +144,6 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
         rounding = _ROUNDING * max(size for _, size in parts)
         peak.add(device=resting + max(rounding, kept * weights, 2 * sizes.forward(tokens, kept)))
     peak.add(device=kept * sizes.block + sizes.block, host=2 * part)
-
-
-def _parts(sizes: ModelSizes) -> list[tuple[list[str], int]]:
-    """The linears of a block as training joins them where their groups are alike: paths, and weights together."""
-    weights = {layer.path: prod(layer.shape) for layer in sizes.layers}
-    joined = together((path, None, size) for path, size in weights.items())
-    return [(paths, sum(weights[path] for path in paths)) for _, paths in joined]
 
 
 def _waiting(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool) -> int:

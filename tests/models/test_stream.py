@@ -241,3 +241,21 @@ def test_weights_that_do_not_fit_the_config_are_refused(change: Any, problem: st
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=problem):
         streamed(path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equal_models_share_what_lies_outside_their_blocks(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path, tie_word_embeddings=tied)
+    one, other, changed = (streamed(model) for _ in range(3))
+    with torch.no_grad():
+        changed.model.base_model.norm.weight += 1
+    tokens = torch.arange(8)[None]
+    expected = changed.logits_of(tokens)
+    for stream in (other, changed):
+        stream.share(one)
+        assert stream.model.get_input_embeddings().weight is one.model.get_input_embeddings().weight
+        assert stream.model.get_output_embeddings().weight is one.model.get_output_embeddings().weight
+    assert other.model.base_model.norm.weight is one.model.base_model.norm.weight
+    assert torch.equal(changed.logits_of(tokens), expected)
+    one.drop_vocabulary()
+    assert torch.equal(changed.logits_of(tokens), expected)
