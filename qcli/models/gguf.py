@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
 _OTHER_FILES = "use the model's safetensors folder"
 _EMBEDDING = "token_embd.weight"
 _TEMPLATE = "tokenizer.chat_template"
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _LONG = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 _PROCESSORS = {"gemma": "gemma2"}  # architectures that transformers has no processor for, by one that does the same
 
 
 class _Entry(NamedTuple):
-    """A tensor in the file: its GGUF name and type, where its bytes are, the array that they form, and its weights."""
+    """A tensor in a file: its GGUF name and type, where its bytes are, the array that they form, and its weights."""
 
+    file: Path
     name: str
     type: Any
     start: int
@@ -53,9 +56,11 @@ class _Entry(NamedTuple):
 
 
 class GGUFSource(ModelSource):
-    """A `.gguf` file. Tensors are read as float32; sizes are those in the file.
+    """A `.gguf` file, or several that llama.cpp has split a model into. Tensors are read as float32; sizes are those in
+    the file.
 
     Args:
+        path: the file; of a split model the first one, which has the metadata.
         beside: folder with the model's original config and tokenizer, which the file has only in part; None: no such
             folder, both are converted from the file.
 
@@ -69,15 +74,21 @@ class GGUFSource(ModelSource):
 
     def __init__(self, path: Path, *, beside: Path | None = None, trust_remote_code: bool = False) -> None:
         self._beside, self.trust_remote_code = beside, trust_remote_code
+        self._files = parts(path)
         try:
             import gguf  # noqa: F401
         except ImportError:
             raise UnsupportedError(f"{path} needs the package gguf", hint="install it: pip install gguf") from None
         with reported(f"{path} is truncated or not a GGUF file", hint="download it again"):
-            reader = _parse(path)
+            reader, *others = map(_parse, self._files)
             self._architecture = str(reader.fields["general.architecture"].contents())
+        tensors = [
+            (file, tensor) for file, part in zip(self._files, (reader, *others), strict=True) for tensor in part.tensors
+        ]
+        self._require_all(reader, len(tensors))
         self._in_file = [
             _Entry(
+                file,
                 tensor.name,
                 tensor.tensor_type,
                 int(tensor.data_offset),
@@ -86,15 +97,30 @@ class GGUFSource(ModelSource):
                 tuple(tensor.data.shape),
                 int(tensor.n_elements),
             )
-            for tensor in reader.tensors
+            for file, tensor in tensors
             if tensor.name not in gguf_config.FACTORS
         ]
         self._require_blocks(path, reader)
         self._require_types(path)
+        factors = {
+            tensor.name: tensor.data.astype("float32").tolist()
+            for _, tensor in tensors
+            if tensor.name in gguf_config.FACTORS
+        }
         with _shared_reader(reader):
-            self._config = self._converted_config(path, reader)
+            self._config = self._converted_config(path, reader, factors)
         super().__init__(path, _raw(self._config), trust_remote_code=trust_remote_code)
         self._stored, self._entries = self._mapped()
+
+    def _require_all(self, reader: Any, count: int) -> None:
+        """Refuse a split model whose files are not as many, or do not have as many tensors, as the first one says."""
+        for key, actual in (("split.count", len(self._files)), ("split.tensors.count", count)):
+            said = reader.fields[key].contents() if key in reader.fields else actual
+            if said != actual:
+                raise UsageError(
+                    f"{self._files[0]}: its metadata say {key} {said!r}, there are {actual}",
+                    hint="give the first of all its files; download them again if one is missing",
+                )
 
     def _require_blocks(self, path: Path, reader: Any) -> None:
         """Refuse a number of blocks that the file does not have: transformers would build as many, however long."""
@@ -205,7 +231,7 @@ class GGUFSource(ModelSource):
             if name not in self._entries:
                 raise UsageError(f"{self.path} has no tensor {name}", hint="download it again")
             entry = self._entries[name]
-            data = np.fromfile(self.path, entry.dtype, prod(entry.shape), offset=entry.start)
+            data = np.fromfile(entry.file, entry.dtype, prod(entry.shape), offset=entry.start)
             weights = dequantize(data.reshape(entry.shape), entry.type)
             weights = self._processor.process(weights, entry.name, parsed_parameters={"tensors": {}}).weights
             weights = np.ascontiguousarray(weights, dtype=np.float32)
@@ -216,9 +242,9 @@ class GGUFSource(ModelSource):
         return self._entries[name].bytes
 
     def weight_files(self) -> list[Path]:
-        return [self.path]
+        return list(self._files)
 
-    def _converted_config(self, path: Path, reader: Any) -> PreTrainedConfig:
+    def _converted_config(self, path: Path, reader: Any, factors: dict[str, list[float]]) -> PreTrainedConfig:
         from transformers import AutoConfig
 
         trust = self.trust_remote_code
@@ -234,11 +260,6 @@ class GGUFSource(ModelSource):
         try:
             with reported("its settings cannot be read", UnsupportedError, hint=_OTHER_FILES):
                 self._settings = {key: field.contents() for key, field in reader.fields.items() if key not in _LONG}
-                factors = {
-                    tensor.name: tensor.data.astype("float32").tolist()
-                    for tensor in reader.tensors
-                    if tensor.name in gguf_config.FACTORS
-                }
                 return gguf_config.complete(config, self._settings, factors, embedding.shape[0])
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error.message}", hint=error.hint) from None
@@ -284,6 +305,26 @@ class GGUFSource(ModelSource):
                     hint="the file is damaged: download it again",
                 )
         return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries
+
+
+def parts(path: Path) -> list[Path]:
+    """All files of a split model, in order, from the name of one of them; of any other model, its file.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    named = _SPLIT.fullmatch(path.name)
+    if named is None:
+        return [path]
+    stem, _, count = named.groups()
+    files = [path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or path not in files:
+        raise UsageError(
+            f"{path.parent} has no {', '.join(missing[:3]) or files[0].name}, a part of {path.name}",
+            hint="download all files of the model into one folder",
+        )
+    return files
 
 
 def _parse(path: Path) -> Any:

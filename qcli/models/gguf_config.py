@@ -103,8 +103,6 @@ class _File:
         self.settings = {key.removeprefix(prefix): _short(value) for key, value in settings.items()}
         self.left = {key: self.settings[key] for key in self.settings if prefix + key in settings}
         self.left |= {key: value for key, value in settings.items() if key.startswith(_OTHER_MODELS)}
-        if settings.get("split.count", 0) > 1:
-            raise UnsupportedError("split.count: this is one of several files", hint=_OTHER_FILES)
 
     def take(self, key: str, default: Any = None) -> Any:
         return self.left.pop(key, default)

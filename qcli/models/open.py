@@ -8,7 +8,7 @@ from pathlib import Path
 from qcli.models import decoded
 from qcli.models.companions import CHAT_TEMPLATES, tokenizer_files
 from qcli.models.folder import FolderSource, quant_method, read_config
-from qcli.models.gguf import GGUFSource
+from qcli.models.gguf import GGUFSource, parts
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.source import ModelSource, first_line
@@ -45,6 +45,7 @@ def open_source(model: str, trust: Trust = NOTHING) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"{model} is neither a folder nor a .gguf file", hint="give the model's folder")
+        path = parts(path)[0]
         if _is_packed_gguf(path):
             return GGUFSource(path, beside=path.parent, trust_remote_code=trust.remote_code)
         if beside := tokenizer_files(path.parent):

@@ -185,12 +185,9 @@ class ModelSource:
 
     def state(self) -> dict[str, Any]:
         """Plain data that changes when model or tokenizer does; of the weights only headers and the time are read."""
-        files = [self.path]
-        if self.path.is_dir():
-            files = [file for file in self.path.iterdir() if file.suffix == ".safetensors"]
         state = {
             "headers": self.fingerprint(),
-            "modified": max(file.stat().st_mtime for file in files),
+            "modified": max(file.stat().st_mtime for file in self.weight_files()),
             "tokenizer": self.tokenizer_content() if self.tokenizer_path.is_dir() else None,
         }
         return state | ({"code": self._code_hashes()} if self.code_files() else {})

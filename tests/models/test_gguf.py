@@ -28,12 +28,16 @@ def interleave(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(folder: Path, extra: dict[str, Any] | None = None) -> Path:
-    """The tiny llama as llama.cpp's converter writes it, with up projections in Q8_0, down ones in Q4_1."""
+def write_gguf(folder: Path, extra: dict[str, Any] | None = None, split_max_tensors: int = 0) -> Path:
+    """The tiny llama as llama.cpp's converter writes it, with up projections in Q8_0, down ones in Q4_1.
+
+    Args:
+        split_max_tensors: how many tensors a file has at most; 0: it is not split.
+    """
     source = open_source(str(tiny_model("llama", folder, tie_word_embeddings=True)))
     config, tokenizer = tiny_config("llama"), tiny_tokenizer()
     file = folder / "tiny.gguf"
-    writer: Any = gguf.GGUFWriter(file, "llama")
+    writer: Any = gguf.GGUFWriter(file, "llama", split_max_tensors=split_max_tensors)
     writer.add_name("tiny")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -105,6 +109,37 @@ def test_bits_and_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     assert source.bits_per_weight() < source.model_bits_per_weight() < 32
     assert source.bytes() == file.stat().st_size
     assert len(source.linears()) == 14
+
+
+def test_a_split_model_is_read_from_the_name_of_any_part(tmp_path: Path) -> None:
+    for folder in ("whole", "split"):
+        (tmp_path / folder).mkdir()
+    whole = open_source(str(write_gguf(tmp_path / "whole")))
+    write_gguf(tmp_path / "split", split_max_tensors=8)
+    files = sorted((tmp_path / "split").glob("*.gguf"))
+    assert [file.name for file in files] == [f"tiny-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for file in files:
+        source = open_source(str(file))
+        assert source.weight_files() == files
+        assert source.bytes() == sum(file.stat().st_size for file in files)
+        assert source.tensors() == whole.tensors()
+        expected, actual = whole.read(whole.tensors()), source.read(source.tensors())
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert source.tokenizer().get_vocab() == whole.tokenizer().get_vocab()
+
+
+def test_split_models_with_a_part_missing_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path, split_max_tensors=8)
+    first, second, third = sorted(tmp_path.glob("*.gguf"))
+    second.rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"has no tiny-00002-of-00003\.gguf, a part of tiny-00001-of-00003\.gguf"):
+        open_source(str(first))
+    (tmp_path / "elsewhere").rename(second)
+    third.rename(tmp_path / "rest.gguf")
+    first.rename(tmp_path / "tiny-00001-of-00002.gguf")
+    second.rename(tmp_path / "tiny-00002-of-00002.gguf")
+    with pytest.raises(UsageError, match=r"its metadata say split\.count 3, there are 2"):
+        open_source(str(tmp_path / "tiny-00001-of-00002.gguf"))
 
 
 def test_companions_make_a_loadable_tokenizer(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_heads_that_the_file_does_not_size_are_no_crash(tmp_path: Path) -> None:
 
 def test_one_file_of_several_is_refused(tmp_path: Path) -> None:
     _, file = write(tmp_path, "llama", settings={":split.count": 2})
-    with pytest.raises(UnsupportedError, match=r"split\.count"):
+    with pytest.raises(UsageError, match=r"metadata say split\.count 2, there are 1"):
         open_source(str(file))
 
 
