@@ -12,6 +12,9 @@ OptionalModel = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file. Default: the recipe's."),
 ]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model. Default: the main branch.")
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe to start from.")]
 Sets = Annotated[
     list[str] | None,
@@ -105,6 +108,7 @@ Verbose = Annotated[
 def recipe_fields(
     *,
     model: str | None = None,
+    revision: str | None = None,
     data: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -119,6 +123,7 @@ def recipe_fields(
     """The values of shared flags by the dotted path of the recipe field they set; None where a flag was not given."""
     return {
         "model": model,
+        "revision": revision,
         "seed": seed,
         "bos": bos,
         "device": device,

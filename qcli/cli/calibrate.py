@@ -16,6 +16,7 @@ SHOWN = 10  # layers in the table
 def calibrate(
     model: flags.OptionalModel = None,
     out: flags.OptionalOut = None,
+    revision: flags.Revision = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
@@ -47,6 +48,7 @@ def calibrate(
             recipe,
             flags.recipe_fields(
                 model=model,
+                revision=revision,
                 data=data,
                 samples=samples,
                 seq_len=seq_len,

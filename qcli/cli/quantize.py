@@ -64,6 +64,7 @@ def quantize(
             help="Where the group size does not divide a row: error, or ragged (a shorter last group). Default: error.",
         ),
     ] = None,
+    revision: flags.Revision = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
@@ -97,6 +98,7 @@ def quantize(
 
         given = flags.recipe_fields(
             model=model,
+            revision=revision,
             data=data,
             samples=samples,
             seq_len=seq_len,

@@ -48,7 +48,7 @@ def publish_checkpoint(
     manifest = Manifest.read(Path(result.student))
     fields = manifest.recipe | {"distill": job.options.model_dump(mode="json", exclude_none=True)}
     report = DistillationReport(
-        teacher=recipe.model,
+        teacher=recipe.source,
         text=recipe.distill_text.model_dump(mode="json"),
         text_identity=text["text_identity"],
         bos=text["bos"],

@@ -62,7 +62,7 @@ def distill(
     """
     memory = plan_distillation(student, recipe, trust).memory
     started, options = time.monotonic(), recipe.distill or Distillation()
-    student_source, teacher_source = open_pair(student, recipe.model, trust)
+    student_source, teacher_source = open_pair(student, recipe.source, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     limit_memory(device, recipe.max_memory)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
@@ -124,7 +124,7 @@ def distill(
         result = DistillationResult(
             out=out,
             student=str(student),
-            teacher=recipe.model,
+            teacher=recipe.source,
             outcome=outcome,
             measure="KL" if top_k is None else f"KL over the teacher's {top_k} likeliest tokens and all others",
             blocks=blocks,

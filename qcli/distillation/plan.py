@@ -57,7 +57,7 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
         ResourceError: student, teacher and optimizer do not fit in memory.
     """
     options, text = recipe.distill or Distillation(), recipe.distill_text
-    source, teacher = open_pair(student, recipe.model, trust)
+    source, teacher = open_pair(student, recipe.source, trust)
     source.companions()  # what cannot be copied is refused before any work
     original = Manifest.read(student).source
     shared = original.model == recipe.model and original.fingerprint == teacher.fingerprint()
@@ -73,7 +73,7 @@ def plan_distillation(student: Path, recipe: Recipe, trust: Trust = NOTHING) -> 
     n_trainings = source.hf_config().get_text_config().num_hidden_layers if options.scope == "block" else 1
     return DistillationPlan(
         student=str(student),
-        teacher=recipe.model,
+        teacher=recipe.source,
         layers=len(source.quantized),
         weights=n_weights,
         trained=n_trained,

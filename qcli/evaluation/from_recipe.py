@@ -71,7 +71,7 @@ def evaluate_recipe(
         cache: keeps what the baseline gives.
     """
     section = recipe.eval or Eval()
-    baseline = section.baseline or recipe.model
+    baseline = section.baseline or recipe.source
     options = _options(recipe, section.perplexity, tasks, trust)
     return evaluate(str(model), options, baseline=baseline, cache=cache, progress=progress)
 

@@ -29,7 +29,7 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
     if _HUB_ID.fullmatch(model) is not None and not model.endswith(".gguf"):
         front = [f"base_model: {model}", "base_model_relation: quantized", *front]
     rows = {
-        "base model": code(model) + _already(manifest),
+        "base model": code(model) + _details(manifest),
         "method": plain(_counted(_method(layer) for layer in manifest.layers)),
         "bits per weight": f"{manifest.bits_per_weight:.3g} in the quantized layers, "
         f"{manifest.model_bits_per_weight:.3g} in the whole model, every stored table counted",
@@ -44,9 +44,11 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
     )
 
 
-def _already(manifest: Manifest) -> str:
+def _details(manifest: Manifest) -> str:
+    """The base model's commit, and that it was quantized before."""
     quantized_as = manifest.source.quantized_as
-    return "" if quantized_as is None else f", quantized already ({plain(quantized_as)})"
+    at = "" if manifest.source.revision is None else f" at {code(manifest.source.revision)}"
+    return at if quantized_as is None else f"{at}, quantized already ({plain(quantized_as)})"
 
 
 def _method(layer: LayerReport) -> str:

@@ -313,11 +313,9 @@ def parts(path: Path) -> list[Path]:
     Raises:
         UsageError: one is missing.
     """
-    named = _SPLIT.fullmatch(path.name)
-    if named is None:
-        return [path]
-    stem, _, count = named.groups()
-    files = [path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    files = [path.parent / name for name in part_names(path.name)]
+    if files == [path]:
+        return files
     missing = [file.name for file in files if not file.is_file()]
     if missing or path not in files:
         raise UsageError(
@@ -325,6 +323,20 @@ def parts(path: Path) -> list[Path]:
             hint="download all files of the model into one folder",
         )
     return files
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of a split model, in order, from one of them; of any other model, its name."""
+    named = _SPLIT.fullmatch(name)
+    if named is None:
+        return [name]
+    stem, _, count = named.groups()
+    return [f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1)]
+
+
+def is_later_part(file: Path) -> bool:
+    """Whether a file is a part of a split model, but not the first, which stands for all."""
+    return file.name != part_names(file.name)[0]
 
 
 def _parse(path: Path) -> Any:

@@ -61,12 +61,14 @@ class OriginalModel:
     """The model that was quantized: its folder, file or hub id, and `ModelSource.fingerprint`.
 
     Attributes:
+        revision: the hub's commit that it is from; None: it was local.
         quantized_as: what its weights were stored as, if other software had quantized them already.
     """
 
     model: str
     fingerprint: str
     quantized_as: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

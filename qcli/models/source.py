@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcli.core.weight import Format
 from qcli.models import families
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 _TOKENIZER_FIELDS = ("model_type", "tokenizer_class", "auto_map")
 
 
+class HubModel(NamedTuple):
+    """A repository of the hub, and the commit that files are from."""
+
+    repository: str
+    commit: str
+
+
 class ModelSource:
     """A model on disk. Tensors have the names that they have in the causal LM's `state_dict`.
 
@@ -36,11 +43,13 @@ class ModelSource:
         config: `config.json` as a dict.
         trust_remote_code: whether Python files of the model may run; only the command line sets it.
         dense_dtype: dtype that unquantized tensors are written in; None: their stored dtype.
+        hub: where it was downloaded from; None: it is local.
         activations: how the inputs of quantized layers are quantized when the model runs; None: not at all.
     """
 
     dense_dtype: str | None = None
     activations: Activations | None = None
+    hub: HubModel | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         self.path, self.config, self.trust_remote_code = path, config, trust_remote_code

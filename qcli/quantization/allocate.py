@@ -58,7 +58,7 @@ class _Trial:
 def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust) -> Result:
     """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
     started = time.monotonic()
-    source = open_source(recipe.model, trust)
+    source = open_source(recipe.source, trust)
     space = search_space(recipe, source.linears())
     held_out = _held_out_samples(recipe)
     calibration = recipe.calibration.model_copy(update={"samples": recipe.calibration.samples - held_out})
@@ -195,7 +195,7 @@ def _measure(
         trust=trust,
     )
     checkpoints = [str(folder / name) for name in trials]
-    scores = compare(checkpoints, options, baseline=recipe.model, progress=progress)
+    scores = compare(checkpoints, options, baseline=recipe.source, progress=progress)
     return {name: score.kl for name, score in zip(trials, scores, strict=True)}
 
 

@@ -100,7 +100,7 @@ def calibrate(
 
 def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, trust: Trust) -> Calibration:
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
-    source = open_source(recipe.model, trust)
+    source = open_source(recipe.source, trust)
     linears = source.linears()
     text = recipe.calibration
     request = TokenRequest(text.data, text.samples, text.seq_len, recipe.seed, text.held_out, bos=recipe.bos)

@@ -41,9 +41,10 @@ def publish_checkpoint(
         versions=versions(),
         recipe=recipe,
         source=OriginalModel(
-            model=plan.recipe.model,
+            model=plan.recipe.model if (hub := plan.source.hub) is None else hub.repository,
             fingerprint=plan.source.fingerprint(),
             quantized_as=plan.source.quantized_as,
+            revision=None if hub is None else hub.commit,
         ),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,

@@ -180,7 +180,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
             groups do not divide rows (every problem is listed), or there is no such calibration text.
         UnsupportedError: the model is already quantized by qcli.
     """
-    source = open_source(recipe.model, trust)
+    source = open_source(recipe.source, trust)
     if isinstance(source, QuantizedSource):
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work

@@ -61,6 +61,11 @@ class Recipe(Options):
     model_config = ConfigDict(hide_input_in_errors=True)  # the messages quote it
 
     model: Place = Field(min_length=1, description="hub id, folder or .gguf file")
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[\w./-]+$",
+        description="branch, tag or commit of a hub model; default: the main branch",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="random seed")
     device: str = Field(
         default="auto",
@@ -117,6 +122,11 @@ class Recipe(Options):
     def model_post_init(self, context: Any, /) -> None:
         if context is not None:
             self._origins = context["origins"]
+
+    @property
+    def source(self) -> str:
+        """The model as it is opened: at its revision, if the recipe has one."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
     @model_validator(mode="wrap")
     @classmethod

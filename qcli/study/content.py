@@ -43,7 +43,7 @@ def require_texts(runs: Iterable[Run]) -> None:
 
 
 def _names(recipe: Recipe) -> Iterable[str]:
-    yield recipe.model
+    yield recipe.source
     yield from _texts(recipe)
     if recipe.eval is not None:
         yield from (path for path in (recipe.eval.baseline, recipe.eval.include_path) if path is not None)

@@ -81,4 +81,4 @@ def _results(run: Run, folder: Path, cache: Cache, progress: Progress, trust: Tr
 
 def _baseline(run: Run) -> str:
     options = run.recipe.eval
-    return (options.baseline if options is not None else None) or run.recipe.model
+    return (options.baseline if options is not None else None) or run.recipe.source

@@ -146,7 +146,7 @@ def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Execu
         distinct[str((run.recipe.model, run.recipe.device, windows))] = run.recipe
     for recipe in distinct.values():
         local = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # GPUs are on the nodes
-        require_evaluation_texts(local, open_source(recipe.model, trust), cache=cache, trust=trust)
+        require_evaluation_texts(local, open_source(recipe.source, trust), cache=cache, trust=trust)
 
 
 def _status(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,80 @@ def test_what_is_downloaded_from_the_hub(
     llama.rename(snapshot)
     assert len(open_source("org/name", Trust(remote_code=trusted)).linears()) == 14
     assert fetched == kept | (code if trusted else set())
+
+
+class Hub:
+    """Stands in for the hub: one repository of GGUF files, and what was fetched of it."""
+
+    def __init__(self, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files, self.fetched, self.revisions = files, set[str](), set[str | None]()
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: self)
+
+    def names(self) -> list[str]:
+        return [str(file.relative_to(self.files)) for file in self.files.rglob("*") if file.is_file()]
+
+    def download(self, repository: str, revision: str | None = None, **patterns: Any) -> str:
+        assert repository == "org/name"
+        self.revisions.add(revision)
+        self.fetched.update(filter_repo_objects(self.names(), **patterns))
+        return str(self.files)
+
+    def list_repo_files(self, repository: str, revision: str) -> list[str]:
+        return self.names()
+
+
+def test_gguf_repositories_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    from tests.models.test_gguf import write_gguf
+
+    (tmp_path / "work").mkdir()
+    files = tmp_path / "0123abc"
+    (files / "big").mkdir(parents=True)
+    write_gguf(tmp_path / "work").rename(files / "name-Q8_0.gguf")
+    (files / "mmproj-name.gguf").write_text("a projector")
+    hub = Hub(files, monkeypatch)
+    source = open_source("org/name")
+    assert source.path == files / "name-Q8_0.gguf"
+    assert source.hub == ("org/name", "0123abc")
+    assert hub.fetched == {"name-Q8_0.gguf"}
+
+    hub.fetched.clear()
+    for file in tmp_path.glob("work/*"):
+        shutil.rmtree(file)
+    write_gguf(tmp_path / "work", split_max_tensors=16)
+    for file in tmp_path.glob("work/*.gguf"):
+        file.rename(files / "big" / file.name)
+    with pytest.raises(UsageError, match="org/name has 2 GGUF models") as caught:
+        open_source("org/name")
+    assert caught.value.hint is not None
+    assert "as in org/name/big/tiny-00001-of-00002.gguf" in caught.value.hint
+    assert "mmproj" not in caught.value.hint
+    assert not hub.fetched
+    big = open_source("org/name/big/tiny-00002-of-00002.gguf@v1")
+    assert big.weight_files() == sorted((files / "big").glob("*.gguf"))
+    assert hub.fetched == {f"big/tiny-0000{n}-of-00002.gguf" for n in (1, 2)}
+    assert "v1" in hub.revisions
+    refused("org/name/other.gguf", UsageError, r"org/name on the hub has no file other\.gguf")
+
+
+def test_a_folder_with_one_gguf_model_is_that_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.models.test_gguf import write_gguf
+
+    write_gguf(tmp_path)
+    assert open_source(str(tmp_path)).path == tmp_path / "tiny.gguf"
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
+    refused(tmp_path, UsageError, "has 2 GGUF models")
+
+
+def test_a_revision_of_a_hub_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama.rename(tmp_path / "0123abc")
+    hub = Hub(tmp_path / "0123abc", monkeypatch)
+    assert open_source("org/name@refs/pr/3").hub == ("org/name", "0123abc")
+    assert hub.revisions == {"refs/pr/3", "0123abc"}
+    assert open_source(str(tmp_path / "0123abc")).hub is None
+    refused(f"{tmp_path / '0123abc'}@main", UsageError, "is not a hub id, it has no revision main")
 
 
 def test_a_file_that_is_no_gguf_is_refused(llama: Path) -> None:

@@ -43,7 +43,7 @@ def test_bits_auto_are_an_allocation() -> None:
     assert recipe.to_dict()["method"] == RTN(symmetric=True).model_dump() | {"name": "rtn"} | method
     for key in (None, {"target_bpw": 3}):
         (line,) = refusals({"model": "m", "allocation": key})
-        assert line.startswith("allocation: unknown key; known: model, seed, ")
+        assert line.startswith("allocation: unknown key; known: model, revision, seed, ")
         assert "method, transforms, " in line, "it is no key itself"
 
 
