@@ -27,7 +27,7 @@ def inspect(
 
 def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
     """Layers, sizes and provenance."""
-    show_layers(tables, report["layers"])
+    show_layers(tables, [*report["layers"], *report["vocabulary"]])
     recipe, method = report["recipe"], report["recipe"]["method"]
     sections = {
         "transforms": "; ".join(map(_options, recipe.get("transforms", []))),

@@ -139,7 +139,7 @@ def quantize(
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
     """The plan of `--dry-run`."""
-    show_layers(tables, plan["layers"])
+    show_layers(tables, [*plan["layers"], *plan["vocabulary"]])
     tables.pairs(
         {
             "bits per weight": bits(plan),
@@ -155,7 +155,8 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
 
 def show_result(tables: Tables, result: dict[str, Any]) -> None:
     """Layers and their errors, sizes, and what did not go as configured."""
-    show_layers(tables, [{**layer, **layer["spec"], **layer["facts"]} for layer in result["layers"]])
+    layers = [*result["layers"], *result["vocabulary"]]
+    show_layers(tables, [{**layer, **layer["spec"], **layer["facts"]} for layer in layers])
     peak = ", ".join(f"{size(used)} {kind}" for kind, used in result["peak_memory"].items()) or None
     tables.pairs(
         {

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcli.models.manifest import MANIFEST, Manifest
+from qcli.models.manifest import MANIFEST, LayerReport, Manifest
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
 from qcli.utils.errors import UsageError, VerificationError
@@ -31,6 +31,7 @@ class Inspection:
         missed_backends: faster backends than those that compute the layers there, with the reason and the number of
             layers; those of other devices are left out.
         layers: a row for every quantizable layer.
+        vocabulary: a row for embedding and head each, as far as they are quantized.
     """
 
     folder: str
@@ -50,6 +51,7 @@ class Inspection:
     runs_on: dict[str, str] | None
     missed_backends: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    vocabulary: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -90,6 +92,7 @@ def inspect(folder: Path) -> Inspection:
         runs_on=runs_on,
         missed_backends=missed,
         layers=rows,
+        vocabulary=[_vocabulary_row(source, report, manifest) for report in manifest.vocabulary],
     )
 
 
@@ -116,6 +119,23 @@ def _rows(source: ModelSource, manifest: Manifest) -> list[dict[str, Any]]:
             row |= {"error": report.error, "measure": report.measure}
         rows.append(row | {"fallbacks": report.fallbacks} | report.facts)
     return rows
+
+
+def _vocabulary_row(source: ModelSource, report: LayerReport, manifest: Manifest) -> dict[str, Any]:
+    """A quantized embedding or head.
+
+    Raises:
+        VerificationError: the files have no such tensor.
+    """
+    name = report.name
+    if (stored := source.tensors().get(f"{name}.weight")) is None:
+        raise VerificationError(f"{source.path}: weights and manifest disagree about {name}")
+    row: dict[str, Any] = {"name": name, "shape": list(stored.shape), "method": report.method, **report.spec}
+    if not isinstance(source, QuantizedSource):
+        row["stored_as"] = source.stored_as(f"{name}.weight")
+    if name not in manifest.rounded:
+        row |= {"error": report.error, "measure": report.measure}
+    return row | {"bits_per_weight": source.bits_of([name]), "fallbacks": report.fallbacks}
 
 
 def _add_backends(

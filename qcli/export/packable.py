@@ -52,6 +52,10 @@ class PlannedCheckpoint:
         shapes = {layer.name: layer.shape for layer in self._plan.layers}
         return {layer: LayerStorage(format, shapes[layer]) for layer, format in self.formats().items()}
 
+    @property
+    def vocabulary(self) -> Mapping[str, LayerStorage]:
+        return self._plan.vocabulary_storage
+
     def formats(self) -> Mapping[str, Format]:
         return {layer: format for layer, format in self._plan.formats.items() if format is not None}
 
@@ -75,7 +79,8 @@ class PlannedCheckpoint:
         of the format. Floating-point tables hold 0.3, which like real tables is no integer and has inexact products."""
         import torch
 
-        format, shape = self.quantized[layer].format, (1, self.quantized[layer].shape[1])
+        storage = self.quantized[layer] if layer in self.quantized else self.vocabulary[layer]
+        format, shape = storage.format, (1, storage.shape[1])
         stored = {}
         for name, tensor in format.stored(shape).items():
             table = torch.zeros(tensor.shape, dtype=tensor.torch_dtype)

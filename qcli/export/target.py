@@ -45,6 +45,8 @@ class Packable(Protocol):
     def activations(self) -> Activations | None: ...
     @property
     def quantized(self) -> Mapping[str, LayerStorage]: ...
+    @property
+    def vocabulary(self) -> Mapping[str, LayerStorage]: ...
     def formats(self) -> Mapping[str, Format]: ...
     def linears(self) -> list[Linear]: ...
     def tensors(self) -> dict[str, StoredTensor]: ...
@@ -173,6 +175,19 @@ def refuse_extra_computation(source: Packable, layout: str) -> None:
             f"{source.path} normalizes the outputs of {len(normed)} layers, such as {normed[0]}, "
             f"which {layout} cannot store",
             hint="pack it as qcli, or quantize without `paper`",
+        )
+
+
+def refuse_vocabulary(source: Packable, layout: str) -> None:
+    """Refuse checkpoints whose embedding or head is quantized.
+
+    Raises:
+        UnsupportedError: one of them is.
+    """
+    if source.vocabulary:
+        raise UnsupportedError(
+            f"{', '.join(source.vocabulary)}: {layout} packs linear layers of blocks alone",
+            hint="pack it as qcli, gguf or dense, or quantize without `lm_head` and `embeddings`",
         )
 
 

@@ -69,7 +69,8 @@ def verify(folder: Path, progress: Progress = silent) -> Verified:
         raise VerificationError(problem.message, hint=problem.hint) from None
     _check_values(source, progress)
     layers = [layer.name for layer in manifest.layers]
-    if missing := {f"{layer}.weight" for layer in layers} - source.tensors().keys():
+    reported = [*manifest.layers, *manifest.vocabulary]
+    if missing := {f"{layer.name}.weight" for layer in reported} - source.tensors().keys():
         raise VerificationError(f"{folder} has no {min(missing)} although the manifest lists its layer")
     bits = source.bits_of(layers)
     if not abs(bits - manifest.bits_per_weight) <= 1e-9:  # nor is it so if the manifest says NaN
@@ -92,7 +93,7 @@ def _check_values(source: ModelSource, progress: Progress) -> None:
         progress("check", number, len(names))
         layer = name.removesuffix(".weight")
         try:
-            if isinstance(source, QuantizedSource) and layer in source.quantized:
+            if isinstance(source, QuantizedSource) and layer in source.packed:
                 source.read_quantized(layer).check()
             else:
                 source.read([name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -140,25 +141,31 @@ class QuantLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         needs_grad = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if torch.compiler.is_compiling() or (needs_grad and torch.is_grad_enabled()):
-            tensors = [getattr(self, name) for name in self._suffixes]
-            y: Tensor = _linear_op(x, tensors, self.bias, self._spec, list(self.shape))
+            y: Tensor = _linear_op(x, [*self.tensors.values()], self.bias, self._spec, list(self.shape))
             return y
         return packed_linear(x, self.format, self.shape, self.tensors, self.bias, self.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Follow `model.to(device)` but not `model.to(dtype)`: tables keep the precision they were stored in."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        for name, table in before.items():
-            moved = self._buffers[name]
-            if table is not None and moved is not None and moved.dtype != table.dtype:
-                self._buffers[name] = table.to(moved.device)
+        with keep_tables(self, self._suffixes):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.spec()}"
+
+
+@contextmanager
+def keep_tables(module: nn.Module, suffixes: Iterable[str]) -> Iterator[None]:
+    """Within: stored tensors of a packed layer may be moved to another device; what converts them is undone."""
+    before = {name: module.get_buffer(name) for name in suffixes}
+    yield
+    for name, table in before.items():
+        moved = module.get_buffer(name)
+        if moved.dtype != table.dtype:
+            module._buffers[name] = table.to(moved.device)
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import nn
 
 from qcli.inference.linear import QuantLinear
 from qcli.inference.served import backend_of
+from qcli.inference.vocabulary import pack_embedding, share_codes
 from qcli.models.quantized import QuantizedSource
 from qcli.models.source import ModelSource
 from qcli.models.stream import ModelStream
@@ -33,13 +34,23 @@ def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype, pr
     needed, free = loaded_bytes(source, dtype), free_memory(device)
     if free is not None and needed > free:
         raise ResourceError(f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
-    stream, files = ModelStream(source, device=device, dtype=dtype), MappedFiles()
+    files = MappedFiles()
+    if not isinstance(source, QuantizedSource):
+        return ModelStream(source, device=device, dtype=dtype).load_whole(progress=progress)
 
     def packed(name: str, linear: nn.Module) -> nn.Module:
-        assert isinstance(source, QuantizedSource)
         return packed_layer(source, name, device, dtype, getattr(linear, "bias", None), files)
 
-    return stream.load_whole(packed if isinstance(source, QuantizedSource) else None, progress)
+    def pack_vocabulary(model: Any) -> None:
+        for name, storage in source.vocabulary.items():
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Embedding):
+                pack_embedding(module, storage.format, _tensors(source, name, device, files), dtype)
+            else:
+                model.set_submodule(name, packed(name, module))
+        share_codes(model)
+
+    return ModelStream(source, device=device, dtype=dtype, prepare=pack_vocabulary).load_whole(packed, progress)
 
 
 def packed_layer(
@@ -55,16 +66,20 @@ def packed_layer(
     Args:
         files: of the checkpoint, where other layers are loaded too.
     """
-    storage, files = source.quantized[name], files or MappedFiles()
-    tensors = {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name, files.tensors).items()}
+    storage, tensors = source.packed[name], _tensors(source, name, device, files or MappedFiles())
     layer = QuantLinear(storage.format, storage.shape[1], storage.shape[0], bias, dtype, tensors)
     layer.name = name
     return layer
 
 
+def _tensors(source: QuantizedSource, name: str, device: torch.device, files: MappedFiles) -> dict[str, torch.Tensor]:
+    """Stored tensors of a quantized layer, by suffix."""
+    return {suffix: tensor.to(device) for suffix, tensor in source.read_packed(name, files.tensors).items()}
+
+
 def loaded_bytes(source: ModelSource, dtype: torch.dtype) -> int:
     """Memory of the tensors that `load_model` loads: packed ones as they are stored, others in `dtype`."""
-    quantized = source.quantized if isinstance(source, QuantizedSource) else {}
+    quantized = source.packed if isinstance(source, QuantizedSource) else {}
     return sum(
         sum(tensor.bytes for tensor in layer.format.stored(layer.shape).values())
         if (layer := quantized.get(name.removesuffix(".weight"))) is not None

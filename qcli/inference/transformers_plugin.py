@@ -26,9 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
+from qcli.inference.vocabulary import QuantEmbedding, pack_embedding, share_codes
 from qcli.models.manifest import FORMAT_VERSION
 from qcli.models.names import Names
 from qcli.models.native import GUARD, NativeStorage
+from qcli.models.quantized import LayerStorage
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import read_header
@@ -62,7 +64,7 @@ class QcliQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         names = Names(model)  # of its own modules
-        replaced = _replace_linears(model, self.storage)
+        replaced = _replace_layers(model, self.storage)
         if checkpoint_files:
             _check_files(checkpoint_files, names, model, replaced, self.storage.guard)
         if (guard := self.storage.guard) is not None:
@@ -89,30 +91,42 @@ class QcliQuantizer(HfQuantizer):
         return True
 
 
-def _replace_linears(model: Any, storage: NativeStorage) -> dict[str, QuantLinear]:
-    """Replace every linear layer that the checkpoint stores quantized; returns the new ones by module name."""
-    replaced: dict[str, QuantLinear] = {}
+def _replace_layers(model: Any, storage: NativeStorage) -> dict[str, QuantLinear | QuantEmbedding]:
+    """Replace every linear layer and embedding that the checkpoint stores quantized; returns the new ones by module
+    name."""
+    replaced: dict[str, QuantLinear | QuantEmbedding] = {}
     unread: dict[tuple[Format, tuple[int, int], torch.device], dict[str, Tensor]] = {}
     for name, module in list(model.named_modules()):
         # The layers of a model without a head are named without the prefix that they have in the checkpoint.
-        layer = storage.layer(name) or storage.layer(f"{model.base_model_prefix}.{name}")
-        if layer is None or not isinstance(module, nn.Linear | Conv1D):
+        in_causal_model = f"{model.base_model_prefix}.{name}"
+        layer = storage.layer(name) or storage.layer(in_causal_model) or _vocabulary(storage, name, in_causal_model)
+        if layer is None or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             continue
         rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         if (rows, columns) != layer.shape:
             raise VerificationError(f"{name} is {[rows, columns]} in the model, its checkpoint says {layer.shape}")
-        bias: Tensor | None = None if module.bias is None else module.bias.detach()
         key = layer.format, layer.shape, module.weight.device
         tensors = unread.get(key) or _unread(*key)
         if module.weight.is_meta:  # nothing will be written into them
             unread[key] = tensors
-        replaced[name] = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype, tensors)
-        replaced[name].name = name
-        vars(replaced[name])["_is_hf_initialized"] = True  # or transformers decodes the weight to fill it with noise
-        if storage.activations is not None:
-            storage.activations.simulate(replaced[name])
-        model.set_submodule(name, replaced[name])
+        if isinstance(module, nn.Embedding):
+            pack_embedding(module, layer.format, tensors, module.weight.dtype)
+            replaced[name] = module  # type: ignore[assignment]  # its class has changed
+            continue
+        bias: Tensor | None = None if module.bias is None else module.bias.detach()
+        replaced[name] = quantized = QuantLinear(layer.format, columns, rows, bias, module.weight.dtype, tensors)
+        quantized.name = name
+        vars(quantized)["_is_hf_initialized"] = True  # or transformers decodes the weight to fill it with noise
+        if storage.activations is not None and layer is not storage.vocabulary.get(name):
+            storage.activations.simulate(quantized)
+        model.set_submodule(name, quantized)
+    share_codes(model)
     return replaced
+
+
+def _vocabulary(storage: NativeStorage, *names: str) -> LayerStorage | None:
+    """How the embedding or head that has one of these names is stored; None: dense."""
+    return next((storage.vocabulary[name] for name in names if name in storage.vocabulary), None)
 
 
 def _unread(format: Format, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
@@ -122,7 +136,7 @@ def _unread(format: Format, shape: tuple[int, int], device: torch.device) -> dic
 
 
 def _check_files(
-    files: list[str], names: Names, model: Any, replaced: dict[str, QuantLinear], guard: str | None
+    files: list[str], names: Names, model: Any, replaced: dict[str, QuantLinear | QuantEmbedding], guard: str | None
 ) -> None:
     """Raise VerificationError unless the files hold exactly the tensors that the model needs, and the guard."""
     headers = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
@@ -136,14 +150,14 @@ def _check_files(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {_name_in_model(name, model.base_model_prefix, expected): stored for name, stored in on_disk.items()}
     for layer, module in replaced.items():
-        for suffix, stored in module.format.stored((module.out_features, module.in_features)).items():
+        for suffix, stored in module.format.stored(module.shape).items():
             name = f"{layer}.{suffix}"
             if tensors.get(name) != stored:
                 has = "is missing" if name not in tensors else f"is {tensors[name]}"
                 raise VerificationError(
                     f"{name} {has}, config.json says {stored}", hint="run `qcli verify` on the folder"
                 )
-        if module.bias is not None and f"{layer}.bias" not in tensors:
+        if getattr(module, "bias", None) is not None and f"{layer}.bias" not in tensors:
             raise VerificationError(f"{layer}.bias is missing from the checkpoint", hint="copy it again")
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     unknown = sorted(tensors.keys() - expected.keys())

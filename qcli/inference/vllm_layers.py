@@ -34,6 +34,11 @@ class QcliConfig(QuantizationConfig):  # type: ignore[misc]
         self.storage = NativeStorage(config)
         if self.storage.activations is not None:
             raise UnsupportedError("vLLM cannot simulate quantized activations", hint="quantize without them")
+        if self.storage.vocabulary:
+            raise UnsupportedError(
+                f"{', '.join(self.storage.vocabulary)}: qcli's layers in vLLM are those of blocks alone",
+                hint="quantize without `lm_head` and `embeddings`",
+            )
 
     def get_name(self) -> str:
         """The `quant_method` in `config.json`."""

@@ -28,8 +28,8 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: An
         return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
 
 
-def require_loadable(source: ModelSource) -> None:
-    """Build the model without weights, and compare its tensors with those that are stored.
+def require_loadable(source: ModelSource) -> Any:
+    """Build the model without weights, and compare its tensors with those that are stored; returns the skeleton.
 
     Raises:
         UsageError: transformers cannot build the model of this config, its special tokens are outside of the
@@ -38,6 +38,7 @@ def require_loadable(source: ModelSource) -> None:
     with reported(f"{source.path}: transformers cannot build this model"):
         model = skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
     require_tensors(source, model)
+    return model
 
 
 def tied_tensors(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, str]:

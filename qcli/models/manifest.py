@@ -167,6 +167,7 @@ class Manifest(BaseModel):
         bits_per_weight: of the quantized layers, every stored table counted.
         model_bits_per_weight: of the whole model.
         bytes: of the weights.
+        vocabulary: reports of embedding and head, as far as they are quantized.
         facts: mean of each of the layers' `facts` over their weights.
         training: outcome of each training, by its name, such as `block 0 refine`.
         unscaled: paths in a block of linears whose inputs no transform can scale.
@@ -195,6 +196,7 @@ class Manifest(BaseModel):
     model_bits_per_weight: float
     bytes: int
     layers: list[LayerReport]
+    vocabulary: list[LayerReport] = Field(default_factory=list)
     facts: dict[str, float] = Field(default_factory=dict)
     training: dict[str, Outcome] = Field(default_factory=dict)
     unscaled: list[str] = Field(default_factory=list)
@@ -221,7 +223,7 @@ class Manifest(BaseModel):
             raise ValueError("transforms are not mappings")
         return recipe
 
-    @field_validator("layers")
+    @field_validator("layers", "vocabulary")
     @classmethod
     def _specs(cls, layers: list[LayerReport]) -> list[LayerReport]:
         for layer in layers:

@@ -35,6 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 ```"""
 GUARD = StoredTensor("U8", (0,))
 _VERSIONS = (1, FORMAT_VERSION)
+_KEYS = {"quant_method", "format_version", "guard", "layers", "dense", "activations", "vocabulary"}
 _Stored = TypeVar("_Stored")
 
 
@@ -58,7 +59,10 @@ def with_guard(parts: Sequence[Mapping[str, _Stored]], name: str, guard: _Stored
 
 
 def quantization_config(
-    layers: Sequence[Linear], formats: Mapping[str, Format | None], activations: Activations | None = None
+    layers: Sequence[Linear],
+    formats: Mapping[str, Format | None],
+    activations: Activations | None = None,
+    vocabulary: Mapping[str, LayerStorage] | None = None,
 ) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
@@ -69,6 +73,7 @@ def quantization_config(
         layers: all quantizable layers of the model.
         formats: by layer name; None: dense.
         activations: how the inputs of the quantized layers are quantized; None: not at all.
+        vocabulary: how embedding and head are stored, by module name, as far as they are quantized.
     """
     kinds: dict[str, list[Linear]] = {}
     for layer in layers:
@@ -83,7 +88,7 @@ def quantization_config(
             if format is None:
                 dense.append(match)
             else:
-                entries.append({"match": match, "shape": list(member.shape), **format.spec()})
+                entries.append(_described(match, LayerStorage(format, member.shape)))
     config = {
         "quant_method": "qcli",
         "format_version": FORMAT_VERSION,
@@ -91,7 +96,13 @@ def quantization_config(
         "layers": entries,
         "dense": dense,
     }
+    if vocabulary:
+        config["vocabulary"] = [_described(name, storage) for name, storage in vocabulary.items()]
     return config if activations is None else config | {"activations": activations.spec()}
+
+
+def _described(match: str, storage: LayerStorage) -> dict[str, Any]:
+    return {"match": match, "shape": list(storage.shape), **storage.format.spec()}
 
 
 class NativeSource(QuantizedSource):
@@ -118,6 +129,10 @@ class NativeSource(QuantizedSource):
         return with_guard(parts, self.on_disk(self._guard), guard_extent(self.weight_files()[0]))
 
     @property
+    def vocabulary(self) -> Mapping[str, LayerStorage]:
+        return self._storage.vocabulary
+
+    @property
     def _guard(self) -> str:
         return guard_name({layer: storage.format for layer, storage in self.quantized.items()})
 
@@ -135,6 +150,7 @@ class NativeStorage:
     Attributes:
         activations: how the inputs of quantized layers are quantized when the model runs; None: not at all.
         guard: name of the guard; None: version 1 has none.
+        vocabulary: embedding and head, by module name, as far as they are quantized.
 
     Raises:
         VerificationError: the version is another one, or an entry is invalid.
@@ -148,16 +164,17 @@ class NativeStorage:
                 hint="use the version of qcli named in its qcli.manifest.json",
             )
         layers, dense, guard = config.get("layers"), config.get("dense", []), config.get("guard")
-        unknown = sorted(config.keys() - {"quant_method", "format_version", "guard", "layers", "dense", "activations"})
+        vocabulary, unknown = config.get("vocabulary", []), sorted(config.keys() - _KEYS)
         if not isinstance(guard, str) and (guard is not None or version != 1):
             raise VerificationError(f"quantization_config: guard: must be the name of a tensor, not {guard!r}")
-        if not isinstance(layers, list) or not isinstance(dense, list) or unknown:
+        if not isinstance(layers, list) or not isinstance(dense, list) or not isinstance(vocabulary, list) or unknown:
             raise VerificationError(
                 f"quantization_config is not understood (unknown: {', '.join(unknown) or 'layers'})"
             )
         self.guard: str | None = guard
         self._entries: list[tuple[str, LayerStorage | None]] = [(str(pattern), None) for pattern in dense]
         self._entries += [_entry(entry) for entry in layers]
+        self.vocabulary = dict(map(_vocabulary_entry, vocabulary))
         self.activations = _activations(config["activations"]) if "activations" in config else None
 
     def layer(self, name: str) -> LayerStorage | None:
@@ -174,6 +191,14 @@ def _entry(entry: Any) -> tuple[str, LayerStorage]:
     except (KeyError, TypeError, ValueError):
         raise VerificationError(f"quantization_config: a layer entry is not understood: {entry!r:.80}") from None
     return pattern, LayerStorage(from_spec(spec), (rows, columns))
+
+
+def _vocabulary_entry(entry: Any) -> tuple[str, LayerStorage]:
+    """As `_entry`, of a format whose rows can be decoded one by one."""
+    name, storage = _entry(entry)
+    if any(stored.shape[0] != storage.shape[0] for stored in storage.format.stored(storage.shape).values()):
+        raise VerificationError(f"quantization_config: {name}: no row of its format can be decoded alone")
+    return name, storage
 
 
 def _activations(spec: Any) -> Activations:

@@ -89,6 +89,16 @@ class QuantizedSource(FolderSource):
         return {name: storage for name in names if (storage := self._storage.layer(name)) is not None}
 
     @property
+    def vocabulary(self) -> Mapping[str, LayerStorage]:
+        """Embedding and head, by module name, as far as they are quantized."""
+        return {}
+
+    @cached_property
+    def packed(self) -> dict[str, LayerStorage]:
+        """Everything that is quantized: `quantized` and `vocabulary`."""
+        return {**self.quantized, **self.vocabulary}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype the model runs in, by its config: of dense tensors and of decoded weights."""
         name = str(self.config.get("dtype") or self.config.get("torch_dtype"))
@@ -97,15 +107,15 @@ class QuantizedSource(FolderSource):
     def tensors(self) -> dict[str, StoredTensor]:
         """Headers of the decoded model: each quantized layer has a float32 weight."""
         decoded = {}
-        parts = {name: layer for layer, storage in self.quantized.items() for name in storage.stored(layer)}
+        parts = {name: layer for layer, storage in self.packed.items() for name in storage.stored(layer)}
         seen: set[str] = set()
         for name, stored in super().tensors().items():
             layer = parts.get(name)
             if layer is not None and layer not in seen:
                 seen.add(layer)
-                rows, columns = self.quantized[layer].shape
+                rows, columns = self.packed[layer].shape
                 decoded[f"{layer}.weight"] = StoredTensor(
-                    "F32", (columns, rows) if self.family.conv1d else (rows, columns)
+                    "F32", (columns, rows) if self._turned(layer) else (rows, columns)
                 )
             elif layer is None:
                 decoded[name] = stored
@@ -116,7 +126,7 @@ class QuantizedSource(FolderSource):
 
     def read_quantized(self, layer: str) -> QuantizedWeight:
         """Codes and tables of a quantized layer."""
-        storage = self.quantized[layer]
+        storage = self.packed[layer]
         extents = ((name, self.extents[name]) for name in storage.stored(layer))
         return storage.restore(layer, read_tensors(extents))
 
@@ -128,37 +138,41 @@ class QuantizedSource(FolderSource):
         Args:
             read: reads, or maps, those that lie in the file as the format stores them.
         """
-        storage = self.quantized[layer]
+        storage = self.packed[layer]
         suffixes = storage.format.stored(storage.shape)
         if all(f"{layer}.{suffix}" in self.extents for suffix in suffixes):
             return read((suffix, self.extents[f"{layer}.{suffix}"]) for suffix in suffixes)
         return storage.format.to_stored(self.read_quantized(layer))
 
     def stored_as(self, name: str) -> str:
-        storage = self.quantized.get(name.removesuffix(".weight"))
+        storage = self.packed.get(name.removesuffix(".weight"))
         return super().stored_as(name) if storage is None else storage.format.name
 
     def bits_per_weight(self) -> float:
         return self._bits(f"{layer}.weight" for layer in self.quantized)
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        tensors = super()._read([name for name in names if name.removesuffix(".weight") not in self.quantized])
+        tensors = super()._read([name for name in names if name.removesuffix(".weight") not in self.packed])
         for name in names:
             layer = name.removesuffix(".weight")
-            if layer in self.quantized:
+            if layer in self.packed:
                 dense = self.read_quantized(layer).dense()
-                tensors[name] = dense.T.contiguous() if self.family.conv1d else dense
+                tensors[name] = dense.T.contiguous() if self._turned(layer) else dense
         return {name: tensors[name] for name in names}
+
+    def _turned(self, layer: str) -> bool:
+        """Whether the dense model has the weight of a quantized layer as `[in, out]`."""
+        return self.family.conv1d and layer in self.quantized
 
     def _stored_bytes(self, name: str) -> int:
         layer = name.removesuffix(".weight")
-        if layer in self.quantized:
-            return sum(tensor.bytes for tensor in self.quantized[layer].stored(layer).values())
+        if layer in self.packed:
+            return sum(tensor.bytes for tensor in self.packed[layer].stored(layer).values())
         return super()._stored_bytes(name)
 
     def _check(self) -> None:
         actual = super().tensors()
-        for layer, storage in self.quantized.items():
+        for layer, storage in self.packed.items():
             if f"{layer}.weight" in actual:
                 raise VerificationError(
                     f"{self.path}: {layer} has a dense weight, its config says {storage.format.name}"
@@ -170,7 +184,7 @@ class QuantizedSource(FolderSource):
                     raise VerificationError(
                         f"{self.path}: {name} is {_describe(actual[name])}, its config says {_describe(stored)}"
                     )
-        known = {name for layer, storage in self.quantized.items() for name in storage.stored(layer)}
+        known = {name for layer, storage in self.packed.items() for name in storage.stored(layer)}
         linears = {layer for layer, _, _ in self._linear_names()}
         surplus = [name for name in actual if name not in known and _is_quantized(name, linears)]
         if surplus:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,13 +51,21 @@ class ModelStream:
         source: the model.
         device: of weights and activations.
         dtype: of weights and activations.
+        prepare: changes the skeleton before any weight is read, as by packing embedding and head.
 
     Raises:
         UsageError: transformers cannot build the model of this config; tensors are missing, unexpected, or of another
             shape than the config implies.
     """
 
-    def __init__(self, source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        prepare: Callable[[Any], None] | None = None,
+    ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.family = source.family
         self.config = source.hf_config()
@@ -67,6 +75,8 @@ class ModelStream:
         self.model.eval().requires_grad_(False)
         require_tensors(source, self.model)
         self._stored = frozenset(source.tensors())
+        if prepare is not None:
+            prepare(self.model)
         self._tied = tied_tensors(self.model, source.tensors())
         container = self.model.get_submodule(self.family.blocks)
         self._blocks = list(container)
@@ -188,6 +198,25 @@ class ModelStream:
             self._stand_ins[0].output = None
         self._entered()
         return logits
+
+    @torch.no_grad()
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What the head reads: the last block's output `[batch, length, hidden]` behind the final norm. The head itself
+        may have been freed."""
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _HeadReached
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            with suppress(_HeadReached):
+                self.logits(hidden)
+        finally:
+            handle.remove()
+        self._entered()
+        return seen[0]
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int, hidden: StoredBatches[Tensor]) -> None:
@@ -315,6 +344,10 @@ class ModelStream:
                 raise UnsupportedError(f"transformers cannot recompute {name} of {type(module).__name__}")
         for child in module.children():
             self._compute_tables(child, owner)
+
+
+class _HeadReached(Exception):
+    """The forward pass has reached the head."""
 
 
 class _StandIn(nn.Module):

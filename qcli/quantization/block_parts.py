@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import load_file
@@ -31,8 +33,16 @@ class BlockParts:
         self.resumed = sum(run.done(_name(index)) is not None for index in range(self.count))
 
     def unfinished(self) -> list[int]:
-        """Blocks with layers to quantize that are not finished yet."""
-        return [index for index in range(self.plan.last_block + 1) if self.run.done(_name(index)) is None]
+        """Blocks with layers to quantize that are not finished yet; and the last one where the head still needs what
+        leaves it."""
+        last = self.plan.last_block
+        needed = self.plan.reads_final_norm and not self.outside_done
+        return [index for index in range(last + 1) if self.run.done(_name(index)) is None or (needed and index == last)]
+
+    @property
+    def outside_done(self) -> bool:
+        """Whether everything outside the blocks is written."""
+        return self.run.done(_OUTSIDE) is not None
 
     def saved(self, index: int) -> dict[str, QuantizedWeight] | None:
         """The quantized weights of a finished block by path; None: it is not finished."""
@@ -62,12 +72,25 @@ class BlockParts:
         return {name: tensors[name] for name in stored}
 
     def commit_dense(self) -> None:
-        """Write the parts in which nothing is quantized, as far as they are missing."""
+        """Write the blocks in which nothing is quantized, as far as they are missing."""
         for index in range(self.plan.last_block + 1, self.count):
             if self.run.done(_name(index)) is None:
                 self.run.commit(_name(index), self._dense([*self.plan.parts[index]]), BlockState(index, []).report(""))
-        if self.run.done(_OUTSIDE) is None:
-            self.run.commit(_OUTSIDE, self._dense([*self.plan.parts[-1]]))
+
+    def commit_outside(self, packed: Mapping[str, Tensor], reports: Sequence[LayerReport]) -> None:
+        """Write what is outside the blocks.
+
+        Args:
+            packed: tensors of the quantized embedding and head.
+            reports: of these layers.
+        """
+        tensors = {**packed, **self._dense([name for name in self.plan.parts[-1] if name not in packed])}
+        rows = [asdict(report) for report in reports]
+        self.run.commit(_OUTSIDE, {name: tensors[name] for name in self.plan.parts[-1]}, rows)
+
+    def vocabulary(self) -> list[LayerReport]:
+        """The reports of embedding and head, as far as they are quantized."""
+        return [LayerReport(**row) for row in self.run.report(_OUTSIDE) or ()]
 
     def names(self) -> list[str]:
         """All parts of the run that make up the checkpoint, in its order."""

@@ -32,7 +32,9 @@ def publish_checkpoint(
     guard = guard_extent(run.file(parts.names()[-1]))
     shards.join(with_guard(stored, plan.source.on_disk(guard_name(plan.formats)), guard), folder, shards.SHARD_SIZE)
     config = plan.source.config_to_write()
-    config["quantization_config"] = quantization_config(plan.layers, plan.formats, plan.recipe.activations)
+    config["quantization_config"] = quantization_config(
+        plan.layers, plan.formats, plan.recipe.activations, plan.vocabulary_storage
+    )
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
     recipe = portable(plan.recipe.to_dict())
@@ -57,10 +59,12 @@ def publish_checkpoint(
         training={what: Outcome.from_json(outcome) for what, outcome in result.training.items()},
         unscaled=plan.unscaled,
         dense=dict.fromkeys(result.dense, "recipe override")
-        | dict.fromkeys(plan.parts[-1], "not a linear layer of a block"),
+        | dict.fromkeys(plan.dense_outside, "not a linear layer of a block"),
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )
+    if result.vocabulary:
+        manifest = manifest.model_copy(update={"vocabulary": result.vocabulary})
     if facts := result.facts:
         manifest = manifest.model_copy(update={"facts": facts})
     if result.processes > 1:

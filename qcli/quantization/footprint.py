@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
 from qcli.algorithms.solvers.tiles import tile_size_on
 from qcli.models.sizes import ModelSizes, pass_tokens
-from qcli.quantization.plan import Plan
+from qcli.quantization.plan import VOCABULARY_SLICE, Plan
 from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.dtypes import torch_dtype
 from qcli.utils.placement import RUNTIME, Demand, Peak, Placement, place
@@ -69,6 +69,7 @@ def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool, device: s
     outside = sum(tensor.bytes for tensor in plan.parts[-1].values())
     peak.add(host=outside)  # as it is written
     part = max(sum(tensor.bytes for tensor in part.values()) for part in plan.parts[:-1])
+    _add_vocabulary(plan, peak)
     if not plan.calibrated:
         rows, columns = max((layer.shape for layer in sizes.layers), key=prod)
         methods = [method for method in dict.fromkeys(plan.methods.values()) if method is not None]
@@ -98,6 +99,19 @@ def calibration_demand(source: ModelSource, text: Calibration, itemsize: int, *,
     forward = sizes.forward(pass_tokens(text.samples, text.seq_len), 2 if fast else itemsize)
     peak.add(device=block + max(forward, 16 * sizes.largest, 8 * squares))
     return peak.demand(waiting=text.samples * text.seq_len * sizes.hidden * itemsize)
+
+
+def _add_vocabulary(plan: Plan, peak: Peak) -> None:
+    """Embedding and head: a slice of rows on the device, source and codes in host memory."""
+    for name, method in plan.vocabulary.items():
+        storage = plan.vocabulary_storage[name]
+        columns = storage.shape[1]
+        rows = min(storage.shape[0], max(1, VOCABULARY_SLICE // columns))
+        statistics = 4 * columns**2 if method.needs else 0
+        packed = sum(tensor.bytes for tensor in storage.stored(name).values())
+        source = plan.source.tensors()[f"{name}.weight"].bytes
+        host = source + 2 * prod(storage.shape) + packed  # codes, and their slices before
+        peak.add(device=4 * rows * columns + method.workspace(rows, columns) + statistics, host=host)
 
 
 def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, tile: int, peak: Peak, part: int) -> None:

@@ -21,6 +21,7 @@ from qcli.quantization.footprint import memory_hint, quantization_placement
 from qcli.quantization.plan import Plan, make_plan
 from qcli.quantization.result import Result
 from qcli.quantization.sequential import Sequential
+from qcli.quantization.vocabulary import quantize_vocabulary
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
 from qcli.utils.determinism import determinism
@@ -63,6 +64,7 @@ def quantize_as_written(
         tokens, finished = processes.broadcast(open_run)
         run: RunParts = opened[0] if opened else FollowedRun(partial(Path(out)), finished)
         parts = BlockParts(plan, run)
+        hessian: Tensor | None = None  # of the head's inputs
         progress("quantize", 0, parts.count, f"memory: {placement.in_words()}")
         with matmul_precision(fast=False), torch.no_grad():
             if tokens is None:
@@ -80,18 +82,24 @@ def quantize_as_written(
                     processes=processes,
                 )
                 quantize_blocks(quantizer, parts, progress)
+                if plan.reads_final_norm and not parts.outside_done:
+                    hessian = quantizer.head_hessian()
                 del quantizer  # its activations, before the checkpoint is assembled
 
-        def finish() -> tuple[list[LayerReport], dict[str, dict[str, Any]]]:
+        def finish() -> tuple[list[LayerReport], list[LayerReport], dict[str, dict[str, Any]]]:
             parts.commit_dense()
+            if not parts.outside_done:
+                with matmul_precision(fast=False), torch.no_grad():
+                    parts.commit_outside(*quantize_vocabulary(plan, hessian, device, progress))
             progress("quantize", parts.count, parts.count)
-            return parts.layers(), parts.training()
+            return parts.layers(), parts.vocabulary(), parts.training()
 
-        layers, training = processes.broadcast(finish)
+        layers, vocabulary, training = processes.broadcast(finish)
         result = Result(
             out=Path(out),
             plan=plan,
             layers=layers,
+            vocabulary=vocabulary,
             training=training,
             tokens_sha256=None if tokens is None else tokens.sha256,
             seconds=time.monotonic() - started,

@@ -15,11 +15,12 @@ from qcli.models.families import Linear
 from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
 from qcli.models.open import open_source
-from qcli.models.quantized import QuantizedSource
+from qcli.models.quantized import LayerStorage, QuantizedSource
 from qcli.models.source import ModelSource
+from qcli.models.vocabulary import Vocabulary
 from qcli.quantization.search_space import uniform_recipe
 from qcli.quantization.solve import stored_format
-from qcli.recipe.assign import assign
+from qcli.recipe.assign import assign, vocabulary_methods
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 TENSOR_PARALLEL = (2, 4, 8)
+VOCABULARY_SLICE = 1 << 25  # weights of embedding or head that are quantized at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Plan:
         methods: by layer name; None: the layer stays dense.
         formats: by layer name, low-rank factors included; None: the layer stays dense.
         parts: stored tensors by name: one part for each block, then one for everything outside the blocks.
+        vocabulary: methods of embedding and head by module name, as far as they are quantized.
     """
 
     source: ModelSource
@@ -49,6 +52,7 @@ class Plan:
     methods: dict[str, Method | None]
     formats: dict[str, Format | None]
     parts: list[dict[str, StoredTensor]]
+    vocabulary: dict[str, Method]
 
     @property
     def held_out(self) -> int:
@@ -69,7 +73,22 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text has to run through the model."""
-        return self.recipe.trained or bool(self.needs)
+        return self.recipe.trained or bool(self.needs) or self.reads_final_norm
+
+    @property
+    def reads_final_norm(self) -> bool:
+        """Whether the head is fitted to its inputs."""
+        return any(method.needs for method in self.vocabulary.values())
+
+    @cached_property
+    def vocabulary_storage(self) -> dict[str, LayerStorage]:
+        """How embedding and head are stored, by module name, as far as they are quantized."""
+        shapes = self.source.tensors()
+        return {
+            name: LayerStorage(method.format, (rows, columns))
+            for name, method in self.vocabulary.items()
+            for rows, columns in [shapes[f"{name}.weight"].shape]
+        }
 
     @cached_property
     def compares(self) -> bool:
@@ -117,7 +136,9 @@ class Plan:
 
     @cached_property
     def last_block(self) -> int:
-        """The last block with a layer to quantize."""
+        """The last block that activations have to reach: it has a layer to quantize, or the head is to be fitted."""
+        if self.reads_final_norm:
+            return len(self.parts) - 2
         return max(layer.block for layer in self.layers if self.methods[layer.name] is not None)
 
     def prefix(self, block: int) -> str:
@@ -153,7 +174,24 @@ class Plan:
             "calibrated": self.calibrated,
             "unscaled": self.unscaled,
             "layers": [self._row(layer) for layer in self.layers],
-            "outside": sorted(self.parts[-1]),
+            "vocabulary": [self._vocabulary_row(name) for name in self.vocabulary],
+            "outside": sorted(self.dense_outside),
+        }
+
+    @property
+    def dense_outside(self) -> list[str]:
+        """Tensors outside the blocks that stay as they are."""
+        packed = {name for layer, storage in self.vocabulary_storage.items() for name in storage.stored(layer)}
+        return [name for name in self.parts[-1] if name not in packed]
+
+    def _vocabulary_row(self, name: str) -> dict[str, Any]:
+        format, shape = self.vocabulary_storage[name].format, self.vocabulary_storage[name].shape
+        return {
+            "name": name,
+            "shape": list(shape),
+            "method": self.vocabulary[name].name,
+            **format.spec(),
+            "bits_per_weight": format.bits_per_weight(shape),
         }
 
     def _row(self, layer: Linear) -> dict[str, Any]:
@@ -185,7 +223,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
-    require_loadable(source)
+    model = require_loadable(source)
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
     stored_weights = source.tensors()
@@ -204,7 +242,12 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
             quantized.add(f"{layer.name}.weight")
             for suffix, stored in format.stored(layer.shape).items():
                 parts[layer.block][f"{layer.name}.{suffix}"] = stored
+    vocabulary = vocabulary_methods(recipe, Vocabulary.of(model, stored_weights), stored_weights)
     outside: dict[str, StoredTensor] = {}
+    for name, method in vocabulary.items():
+        rows, columns = stored_weights[f"{name}.weight"].shape
+        quantized.add(f"{name}.weight")
+        outside |= LayerStorage(method.format, (rows, columns)).stored(name)
     prefix = f"{source.family.blocks}."
     for name, tensor in stored_weights.items():
         if name in quantized:
@@ -212,7 +255,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
         home = parts[int(block)] if block.isdigit() else outside
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
-    plan = Plan(source, recipe, layers, methods, formats, [*parts, outside])
+    plan = Plan(source, recipe, layers, methods, formats, [*parts, outside], vocabulary)
     if plan.calibrated:
         require_text(recipe.calibration.data)
     return plan

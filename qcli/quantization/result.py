@@ -18,6 +18,7 @@ class Result:
     Attributes:
         plan: what was written; its recipe leaves nothing open.
         layers: one report for each quantized layer.
+        vocabulary: reports of embedding and head, as far as they are quantized.
         training: held-out losses before and after, best step and steps, by block and what was trained.
         tokens_sha256: of the calibration tokens; None: none were used.
         seconds: wall-clock time.
@@ -38,12 +39,13 @@ class Result:
     resumed_blocks: int = 0
     dense: list[str] = field(default_factory=list)
     processes: int = 1
+    vocabulary: list[LayerReport] = field(default_factory=list)
     allocation: dict[str, Any] | None = None
 
     @property
     def fallbacks(self) -> dict[str, list[str]]:
         """By layer, or by what was trained, where there were any."""
-        layers = {layer.name: layer.fallbacks for layer in self.layers if layer.fallbacks}
+        layers = {layer.name: layer.fallbacks for layer in [*self.layers, *self.vocabulary] if layer.fallbacks}
         stopped = {what: outcome["stopped"] for what, outcome in self.training.items()}
         return layers | {what: [reason] for what, reason in stopped.items() if reason is not None}
 
@@ -73,4 +75,5 @@ class Result:
             "allocation": self.allocation,
             "facts": self.facts,
             "layers": [asdict(layer) for layer in self.layers],
+            "vocabulary": [asdict(layer) for layer in self.vocabulary],
         }

@@ -24,7 +24,7 @@ from qcli.quantization.layer_report import layer_report
 from qcli.quantization.objectives import BlockObjective, LinearObjective
 from qcli.quantization.plan import Plan
 from qcli.quantization.ranks import ALONE, solve_together
-from qcli.quantization.statistics import StagedBlock, collect
+from qcli.quantization.statistics import StagedBlock, collect, mean_square
 from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
 from qcli.utils.device import linear_dtype, matmul_precision
 from qcli.utils.distributed import Processes
@@ -174,7 +174,7 @@ class Sequential:
 
     def advance(self, block: BlockState) -> None:
         """Quantized activations leave the block, unless it is the last one that matters."""
-        if block.index >= self.last:
+        if block.index >= self.last and not self.plan.reads_final_norm:
             return
         assert block.module is not None and block.quantized_streams is not None
         if self.plan.reconstructs:
@@ -183,6 +183,16 @@ class Sequential:
             with matmul_precision(fast=self.fast, device=self.stream.device):
                 block.quantized_streams.training.advance()
         self._advance(block.module, block.index, self.quantized.held_out)
+
+    def head_hessian(self) -> Tensor:
+        """`E[x^T x]` of what the head reads after the quantized blocks, over all training samples, float32.
+
+        Raises:
+            UsageError: it is not finite.
+        """
+        with matmul_precision(fast=self.fast, device=self.stream.device):
+            inputs = (self.stream.head_inputs(hidden) for hidden in self.quantized.training)
+            return mean_square(inputs, self.processes)
 
     def _twin(self, index: int, module: nn.Module) -> nn.Module:
         """A copy of an original block. Where linear layers compute in bf16 anyway, so are its weights, if nothing is

@@ -8,7 +8,7 @@ once the inputs of the latter are known, nothing reads the outputs of the former
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -261,6 +261,34 @@ def collect(
     if CROSS in sums:
         sums[CROSS].add_(sums[HESSIAN])
     return LinearGroup(weights, **sums)
+
+
+def mean_square(inputs: Iterable[Tensor], processes: Processes = ALONE) -> Tensor:
+    """`E[x^T x]`, float32 `[in, in]`, of inputs `[batch, length, in]` of the head.
+
+    Args:
+        inputs: of this process's samples, on one device.
+        processes: that the samples are divided among; all get the average over all samples.
+
+    Raises:
+        UsageError: it is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    for batch in inputs:
+        rows = batch.flatten(0, -2).float()
+        _add_square(sums, HESSIAN, rows)
+        tokens += len(rows)
+    if processes.world_size > 1:
+        tokens = add_up_statistics(sums, tokens, processes)
+    square = sums[HESSIAN].div_(tokens)
+    if not bool(square.isfinite().all()):
+        raise UsageError(
+            "the inputs of the head are not finite",
+            hint="activations overflow in this dtype: use --dtype float32",
+        )
+    _mirror(square)
+    return square
 
 
 def _mirror(square: Tensor) -> None:

@@ -17,6 +17,8 @@ from qcli.recipe.yaml import KeyPath
 
 if TYPE_CHECKING:
     from qcli.models.families import Linear
+    from qcli.models.vocabulary import Vocabulary
+    from qcli.utils.dtypes import StoredTensor
 
 
 def assign(recipe: Recipe, layers: Sequence[Linear]) -> dict[str, Method | None]:
@@ -72,6 +74,36 @@ def _misfits(recipe: Recipe, layers: Sequence[Linear], assigned: Mapping[str, Me
         Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
         for (kind, path, reason), count in counts.items()
     ]
+
+
+def vocabulary_methods(recipe: Recipe, vocabulary: Vocabulary, stored: Mapping[str, StoredTensor]) -> dict[str, Method]:
+    """The methods of embedding and head by module name; of one that is shared by both, once.
+
+    Raises:
+        UsageError: the model has no head, options of one weight differ, or groups do not divide rows.
+    """
+    problems: list[Issue] = []
+    chosen: dict[str, tuple[str, Method]] = {}
+    if recipe.embeddings is not None:
+        chosen[vocabulary.embedding] = ("embeddings", recipe.embeddings.as_method())
+    if recipe.lm_head is not None:
+        method = recipe.lm_head.as_method()
+        if vocabulary.head is None:
+            problems.append(Issue(("lm_head",), "the model has no head"))
+        elif not vocabulary.tied:
+            chosen[vocabulary.head] = ("lm_head", method)
+        elif recipe.embeddings is not None and recipe.embeddings.as_method().format != method.format:
+            message = f"the head shares the weights of {vocabulary.embedding}, which `lm_head` gives another format"
+            problems.append(Issue(("embeddings",), f"{message}: leave one of the two out"))
+        else:
+            chosen[vocabulary.embedding] = ("lm_head", method)
+    for name, (section, method) in chosen.items():
+        rows, columns = stored[f"{name}.weight"].shape
+        if reason := method.unsupported_reason((rows, columns)):
+            problems.append(Issue((section, "group_size"), f"{reason}: {name}"))
+    if problems:
+        raise recipe.located(problems)
+    return {name: method for name, (_, method) in chosen.items()}
 
 
 def _unfit_formats(recipe: Recipe, assigned: Mapping[str, Method | None]) -> list[Issue]:

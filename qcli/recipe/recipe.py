@@ -37,6 +37,7 @@ from qcli.recipe.origins import Origins
 from qcli.recipe.overrides import name_alone, overridden, override_problems
 from qcli.recipe.plugins import build_method, method_from, named_options, transform_from
 from qcli.recipe.sections import Calibration, Eval, Override, Pack
+from qcli.recipe.vocabulary import Head, VocabularyLayer
 from qcli.recipe.yaml import KeyPath
 from qcli.utils.errors import UsageError
 from qcli.utils.options import Options, Place
@@ -107,6 +108,12 @@ class Recipe(Options):
         default=None, description="low-rank compensation: a product of two thin matrices added to each quantized weight"
     )
     refine: Refine | None = Field(default=None, description="gradient-based reconstruction after the method")
+    lm_head: Head | None = Field(
+        default=None, description="quantization of the head; where it shares the embedding's weights, of both"
+    )
+    embeddings: VocabularyLayer | None = Field(
+        default=None, description="quantization of the token embedding; where the head shares its weights, of both"
+    )
     activations: Activations | None = Field(
         default=None, description="simulated quantization of the inputs of quantized layers"
     )

@@ -13,6 +13,7 @@ from qcli.export.target import (
     Refusal,
     dense_config,
     refuse_extra_computation,
+    refuse_vocabulary,
     write_layers,
 )
 from qcli.export.targets import _vllm_rules
@@ -55,6 +56,7 @@ class CompressedTensors(ExportTarget):
 
     def check(self, source: Packable) -> None:
         refuse_extra_computation(source, self.name)
+        refuse_vocabulary(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
                 f"{source.family.model_type} has no nn.Linear layers, the only ones that {self.name} packs",

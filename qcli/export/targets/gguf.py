@@ -41,8 +41,8 @@ class _Entry(NamedTuple):
 class GGUF(ExportTarget):
     """A `.gguf` file, with config and tokenizer beside it for other readers.
 
-    A quantized layer is stored in the smallest block type that represents it exactly, a dense matrix in its own dtype,
-    a vector in float32.
+    A quantized layer, embedding or head is stored in the smallest block type that represents it exactly, a dense matrix
+    in its own dtype, a vector in float32.
     """
 
     name: ClassVar[str] = "gguf"
@@ -73,7 +73,7 @@ $ llama-cli -m DIR/{PACKED_GGUF}
         config = source.hf_config()
         known = metadata.architecture(config)
         vocabulary.write(gguf.GGUFWriter(None, known.name), source.tokenizer(), config.vocab_size)
-        for layer in source.quantized:
+        for layer in (*source.quantized, *source.vocabulary):
             self._types[layer] = blocks.exact_type(source.read_quantized(layer))
             if self._types[layer] is None:
                 self._require_roundable(source, layer)
@@ -109,7 +109,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
 
     def _require_roundable(self, source: Packable, layer: str) -> None:
         """Refuse a layer that no block type stores exactly, unless it can be requantized as requested."""
-        format, columns = source.quantized[layer].format, source.quantized[layer].shape[1]
+        storage = source.quantized[layer] if layer in source.quantized else source.vocabulary[layer]
+        format, columns = storage.format, storage.shape[1]
         if self.requantize is None:
             grid = isinstance(format, Affine)
             raise UnsupportedError(

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcli.core.formats.affine import Affine
-from qcli.export.target import ExportTarget, Packable, dense_config, refuse_extra_computation, write_layers
+from qcli.export.target import (
+    ExportTarget,
+    Packable,
+    dense_config,
+    refuse_extra_computation,
+    refuse_vocabulary,
+    write_layers,
+)
 from qcli.export.targets._affine import affine_formats
 from qcli.models.layouts import gptq as layout
 from qcli.models.native import NativeSource
@@ -36,6 +43,7 @@ $ vllm serve DIR --dtype float16
 
     def check(self, source: Packable) -> None:
         refuse_extra_computation(source, self.name)
+        refuse_vocabulary(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
                 f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
