@@ -35,6 +35,7 @@ from qcli.algorithms.solvers.feedback import quantize_columns
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
+from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
 from qcli.distillation.distill import distill
 from qcli.quantization.quantize import quantize
@@ -85,6 +86,7 @@ TRAINED: dict[str, Format] = {
     "affine": Affine(bits=3, group_size=32, zero_point="float"),
     "codebook": Codebook(bits=2, group_size=32, rank=1, table_bits=16),
     "dual-binary": DualBinary(group_size=32),
+    "sign": Sign(),
 }
 _KERNELS = ", with kernels"
 NAMES = (

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from benchmarks.common import save
 from benchmarks.gpu.layers import FORMATS
 from qcli.algorithms.solvers import feedback_kernel
-from qcli.core import fake_look_up_kernel, fake_quantize_kernel
+from qcli.core import fake_look_up_kernel, fake_quantize_kernel, fake_sign_kernel
 from qcli.core.weight import Rounder, Rule
 from qcli.inference.backends import triton as backend
 from qcli.inference.cuda import kernels
@@ -140,6 +140,11 @@ def trained(arch: int) -> list[dict[str, Any]]:
             tables = torch.empty(*groups.shape[:2], entries)
             value = fake_look_up_kernel.forward(groups, groups, tables, kind, torch.bfloat16)
             fake_look_up_kernel.backward(value, groups, groups, tables, kind)
+    scales = torch.empty(SHAPE[1]), torch.empty(SHAPE[0], 1)
+    with recorded(fake_sign_kernel, "sign_rows"), recorded(fake_sign_kernel, "gradients_of_signs"):
+        weight = groups.view(SHAPE)
+        value = fake_sign_kernel.forward(weight, weight, *scales, torch.bfloat16)
+        fake_sign_kernel.backward(value, weight, weight, *scales, True)
     return found
 
 

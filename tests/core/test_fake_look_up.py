@@ -1,4 +1,4 @@
-"""The kernel of small codebooks against the formats' own fake quantization, to the last bit of its values."""
+"""Kernels of small codebooks and signs against the formats' own fake quantization, to the last bit of its values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
+from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format
 from qcli.utils import triton_kernels
 from tests.inference.weights import random_weight
@@ -21,14 +22,16 @@ FORMATS: list[Format] = [
     Codebook(bits=1, group_size=32, rank=1, table_bits=16),
     Codebook(bits=2, group_size=32, rank=2, table_bits=8),
     Codebook(bits=4, group_size=-1, rank=1, table_bits=16, basis_rows=3),
+    Sign(),
+    Sign(output_norm=True, bias_after_norm=True),
 ]
 
 
 def made(format: Format, dtype: torch.dtype) -> list[Tensor]:
     """The value and its gradients by latents and tables."""
-    weight = random_weight(format, (7, 80)).to(DEVICE)
+    weight = random_weight(format, (21, 300)).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
-    target = weight.dense() + torch.randn(7, 80, generator=generator).to(DEVICE) / 3  # some latents move codes
+    target = weight.dense() + torch.randn(21, 300, generator=generator).to(DEVICE) / 3  # some latents move codes
     tables = {name: table.requires_grad_() for name, table in format.float_tables(weight.tables).items()}
     units = format.step_sizes(weight.codes, weight.tables)
     latents = (target / units).requires_grad_()
@@ -37,7 +40,7 @@ def made(format: Format, dtype: torch.dtype) -> list[Tensor]:
         codes = format.latent_codes(latents.detach(), units, tables)
         assert not torch.equal(codes, weight.codes)
         assert torch.equal(value, format.decode(codes, tables))
-    gradient = torch.randn(7, 80, generator=generator).to(DEVICE, dtype)
+    gradient = torch.randn(21, 300, generator=generator).to(DEVICE, dtype)
     return [value, *torch.autograd.grad(value, [latents, *tables.values()], gradient)]
 
 
@@ -50,7 +53,7 @@ def test_the_kernel_computes_what_the_format_does(
     expected = made(format, dtype)
     monkeypatch.setattr(triton_kernels, "DEVICES", {DEVICE})
     found = made(format, dtype)
-    assert "FakeLookUp" in _names(found[0])
+    assert ("FakeSign" if isinstance(format, Sign) else "FakeLookUp") in _names(found[0])
     assert torch.equal(found[0], expected[0])
     for gradient, wanted in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)

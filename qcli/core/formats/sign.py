@@ -15,6 +15,7 @@ from qcli.core.weight import LARGEST_SCALE, Format, Rounder
 from qcli.utils.dtypes import StoredTensor
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.core.weight import QuantizedWeight
@@ -89,6 +90,20 @@ class Sign(Format):
         if not self.output_norm:
             return super().ste_slope(latent, value, step)
         return 1.001 - (2 * latent / step.clamp(min=1e-30)).tanh().square()
+
+    def fake_quantize(
+        self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """As for all formats; on a GPU in two passes over the weight."""
+        from qcli.utils import triton_kernels
+
+        assert units is not None
+        if not triton_kernels.serve(latents.device):
+            return super().fake_quantize(latents, units, tables, dtype)
+        from qcli.core.fake_sign import fake_sign
+
+        scales = tables[IN_SCALE].float(), tables[OUT_SCALE].float()
+        return fake_sign(latents, units, *scales, dtype, smooth=self.output_norm)
 
     def slice_rows(self, tables: Mapping[str, Tensor], rows: slice) -> Mapping[str, Tensor]:
         return {IN_SCALE: tables[IN_SCALE], OUT_SCALE: tables[OUT_SCALE][rows]}
