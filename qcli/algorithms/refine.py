@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.algorithms.layer_group import HESSIAN, OUTPUT_GAP
 from qcli.core.weight import Format
 from qcli.utils.options import Options
 from qcli.utils.progress import Progress, silent
@@ -54,7 +54,7 @@ class Refine(Options):
     @property
     def needs(self) -> frozenset[str]:
         """The statistics of `LinearGroup` that are read, besides the method's."""
-        return frozenset({HESSIAN, CROSS, RESIDUAL_CROSS}) if self.scope == "linear" else frozenset()
+        return frozenset({HESSIAN, OUTPUT_GAP}) if self.scope == "linear" else frozenset()
 
     def unsupported_reason(self, format: Format) -> str | None:
         """The reason why layers of `format` cannot be reconstructed; None if they can."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP
 from qcli.algorithms.solvers.tiles import tile_size_on
 from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.quantization.plan import VOCABULARY_SLICE, Plan
@@ -131,8 +131,10 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
         rows, columns = sum(layer.shape[0] for layer in members), members[0].shape[1]
         methods = {chosen[layer.path] for layer in members if layer.path in chosen}
         needs = frozenset[str]().union(*map(plan.needs_of, methods))
+        if OUTPUT_GAP in needs and plan.source.family.groups[group].residual is None:
+            needs |= {CROSS}
         statistics = 4 * columns**2 * len(needs & {HESSIAN, CROSS})
-        if RESIDUAL_CROSS in needs and plan.source.family.groups[group].residual is not None:
+        if OUTPUT_GAP in needs and CROSS not in needs:
             statistics += 4 * rows * columns
         if recipe.refinement is not None and recipe.refinement.scope == "linear":
             statistics *= 2  # of held-out samples

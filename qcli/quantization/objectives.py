@@ -174,11 +174,12 @@ class ModelObjective:
 
 
 def _quadratic(group: LinearGroup) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """`H`, `W G + R` by path, and `tr(W H W^T)` over all."""
-    assert group.hessian is not None and group.cross is not None
-    right = {path: weight @ group.cross for path, weight in group.weights.items()}
-    if group.residual_cross is not None:
-        (path,) = right
-        right[path] = right[path] + group.residual_cross
-    stacked = torch.cat(list(group.weights.values()))
-    return group.hessian, right, (stacked @ group.hessian * stacked).sum()
+    """`H`; by path what the wanted outputs are to the inputs, `E[y^T x~]`; and `tr(W H W^T)` over all."""
+    assert group.hessian is not None
+    outputs = {path: weight @ group.hessian for path, weight in group.weights.items()}
+    size = torch.stack([(outputs[path] * weight).sum() for path, weight in group.weights.items()]).sum()
+    if group.output_gap is not None:
+        (path,) = outputs
+        return group.hessian, {path: outputs[path] + group.output_gap}, size
+    assert group.cross is not None
+    return group.hessian, {path: weight @ group.cross for path, weight in group.weights.items()}, size

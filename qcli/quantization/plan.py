@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from qcli.algorithms.layer_group import CROSS, RESIDUAL_CROSS
+from qcli.algorithms.layer_group import CROSS, OUTPUT_GAP
 from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
@@ -93,7 +93,7 @@ class Plan:
     @cached_property
     def compares(self) -> bool:
         """Whether activations of the full-precision model move along."""
-        return self.recipe.trained or bool(self.needs & {CROSS, RESIDUAL_CROSS})
+        return self.recipe.trained or bool(self.needs & {CROSS, OUTPUT_GAP})
 
     @property
     def reconstructs(self) -> bool:

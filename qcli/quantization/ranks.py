@@ -46,14 +46,14 @@ def own_part(group: LinearGroup, unit: Unit, processes: Processes) -> LinearGrou
 
     Layers go by size, the largest first, to the process that has least to do.
     """
-    weights, residual = group.weights, group.residual_cross
+    weights, gap = group.weights, group.output_gap
     if unit == "row":
         shares = {name: processes.share(len(weight)) for name, weight in weights.items()}
-        if residual is not None:  # its rows are those of the group's only layer
+        if gap is not None:  # its rows are those of the group's only layer
             (share,) = shares.values()
-            residual = residual[share.start : share.stop]
+            gap = gap[share.start : share.stop]
         own = {name: weights[name][share.start : share.stop] for name, share in shares.items() if share}
-        return replace(group, weights=own, residual_cross=residual)
+        return replace(group, weights=own, output_gap=gap)
     tied = [[name] for name in weights] if unit == "layer" else [[*weights]]
     loads, own_names = [0] * processes.world_size, set[str]()
     for names in sorted(tied, key=lambda names: -sum(weights[name].numel() for name in names)):

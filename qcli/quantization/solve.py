@@ -29,9 +29,9 @@ def solve(method: Method, low_rank: LowRankCompensation | None, group: LinearGro
     assert isinstance(format, RowScaled)
     exponents = {name: format.exponents(weight) for name, weight in group.weights.items()}
     scaled = replace(group, weights={name: shifted(weight, -exponents[name]) for name, weight in group.weights.items()})
-    if group.residual_cross is not None:  # its rows are those of the group's only layer
+    if group.output_gap is not None:  # its rows are those of the group's only layer
         (exponent,) = exponents.values()
-        scaled.residual_cross = shifted(group.residual_cross, -exponent)
+        scaled.output_gap = shifted(group.output_gap, -exponent)
     solutions = method.quantize(scaled)
     if low_rank is not None:
         solutions = low_rank.compensate(method, scaled, solutions)

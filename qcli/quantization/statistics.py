@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP, LinearGroup
 from qcli.algorithms.solvers.tiles import panels
 from qcli.models.stream import ModelStream
 from qcli.quantization.ranks import ALONE, add_up_statistics
@@ -228,6 +228,8 @@ def collect(
     """
     paths = quantized.groups[group].linears
     weights = {path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths}
+    if OUTPUT_GAP in needs and quantized.groups[group].residual is None:
+        needs = needs - {OUTPUT_GAP} | {CROSS}
     needs = needs | {HESSIAN} if CROSS in needs else needs
     sums: dict[str, Tensor] = {}  # of H its upper triangle; in place of the cross moment what it has more than H
     tokens = 0
@@ -240,15 +242,16 @@ def collect(
             continue
         true_inputs, true_residual = original.reach(group, batch)
         if CROSS in needs:
-            _add_product(sums, CROSS, true_inputs.float() - inputs, inputs)
-        if RESIDUAL_CROSS in needs and residual is not None and true_residual is not None:
-            _add_product(sums, RESIDUAL_CROSS, true_residual.float() - residual.float(), inputs)
+            _add_product(sums, CROSS, true_inputs - inputs, inputs)
+        if OUTPUT_GAP in needs:  # far cheaper than the cross moment where outputs are fewer than inputs
+            assert residual is not None and true_residual is not None
+            gap = F.linear(true_inputs - inputs, weights[paths[0]]).float()
+            _add_product(sums, OUTPUT_GAP, gap.add_(true_residual).sub_(residual), inputs)
     if processes.world_size > 1:
         if not tokens:  # there are more processes than held-out samples
-            like, row = weights[paths[0]], quantized.groups[group]
-            compared = needs & ({CROSS} if row.residual is None else {CROSS, RESIDUAL_CROSS})
-            for name in (needs & {HESSIAN}) | (set() if original is None else compared):
-                sums[name] = like.new_zeros(like.shape[name != RESIDUAL_CROSS], like.shape[1])
+            like = weights[paths[0]]
+            for name in needs if original is not None else needs & {HESSIAN}:
+                sums[name] = like.new_zeros(like.shape[name != OUTPUT_GAP], like.shape[1])
         tokens = add_up_statistics(sums, tokens, processes)
     ranges = [value for total in sums.values() for value in total.div_(tokens).aminmax()]
     if ranges and not bool(torch.stack(ranges).isfinite().all()):

@@ -92,9 +92,8 @@ def test_linear_objective_is_the_output_error() -> None:
     weight, quantized = normal(OUT, IN), normal(OUT, IN, seed=1)
     original, inputs = normal(TOKENS, IN, seed=2), normal(TOKENS, IN, seed=3)
     residual_error = normal(TOKENS, OUT, seed=4)
-    group = LinearGroup(
-        {"w": weight}, inputs.T @ inputs / TOKENS, original.T @ inputs / TOKENS, residual_error.T @ inputs / TOKENS
-    )
+    gap = (original - inputs) @ weight.T + residual_error
+    group = LinearGroup({"w": weight}, inputs.T @ inputs / TOKENS, output_gap=gap.T @ inputs / TOKENS)
     objective = LinearObjective(group, group)
     scale = (inputs @ weight.T).square().sum() / TOKENS
 

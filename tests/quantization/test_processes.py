@@ -127,7 +127,7 @@ def test_two_processes_interrupted_and_resumed_give_what_one_gives(
 
     assert sum((Counter(note["calls"]) for note in notes[0]["rtn"]), Counter()).total() <= 4
     group = {"all_gather": 1, "broadcast": 2}  # sizes, then the solutions of each process
-    statistics = 2 + 3 + 2 + 3  # of the four groups: hessian, cross, and of those that lead out residual_cross
+    statistics = 2 * 4  # of the four groups: hessian, and cross or output_gap
     for note in notes[0]["run"][1:]:
         assert note["calls"]["all_reduce"] == statistics + 4  # and the number of tokens
         assert note["calls"]["broadcast"] == note["calls"]["all_gather"] * group["broadcast"]
@@ -156,11 +156,11 @@ def test_layers_are_shared_by_size_and_rows_evenly() -> None:
     assert shares("layer") == [{"gate": 80}, {"q": 64}, {"k": 16, "v": 16}]
     assert shares("group") == [sizes, {}, {}]
     assert [sum(part.values()) for part in shares("row")] == [57, 58, 61]
-    group.weights, group.residual_cross = {"o": torch.arange(6.0)[:, None]}, torch.arange(6.0)[:, None]
+    group.weights, group.output_gap = {"o": torch.arange(6.0)[:, None]}, torch.arange(6.0)[:, None]
     for rank in range(4):
         part = own_part(group, "row", Processes(CPU, rank, 4))
-        assert part.residual_cross is not None
-        assert torch.equal(part.weights["o"], part.residual_cross)
+        assert part.output_gap is not None
+        assert torch.equal(part.weights["o"], part.output_gap)
 
 
 def test_what_processes_send_each_other_arrives_as_it_was() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.operations import Counting
-from qcli.algorithms.layer_group import CROSS, HESSIAN, RESIDUAL_CROSS
+from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, _add_product, _add_square, collect
@@ -18,7 +18,7 @@ from qcli.utils.stored_batches import BatchMemory
 from tests.tiny import CONFIGS, VARIANTS, tiny_model
 
 CASES = [*((name, {}) for name in CONFIGS), *VARIANTS]
-NEEDS = frozenset({HESSIAN, CROSS, RESIDUAL_CROSS})
+NEEDS = frozenset({HESSIAN, CROSS, OUTPUT_GAP})
 MEMORY = BatchMemory(torch.device("cpu"), on_host=True)
 
 
@@ -70,7 +70,7 @@ def test_stages_see_what_plain_passes_see(model_type: str, overrides: dict[str, 
             torch.testing.assert_close(group.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(group.cross, truth.T @ x / len(x), rtol=1e-4, atol=1e-5)
             assert torch.equal(group.weights[path], ModelStream.weight_of(reference.get_submodule(path)))
-        assert (group.residual_cross is not None) == (row.residual is not None)
+        assert (group.output_gap is not None) == (row.residual is not None)
         for path in row.linears:  # "quantize" the group in both copies
             perturb(quantized.linear(path))
             perturb(reference.get_submodule(path))
@@ -115,7 +115,7 @@ def test_wide_inputs_are_summed_in_panels() -> None:
 
 
 @torch.no_grad()
-def test_residual_cross_measures_the_gap_of_the_stream(tmp_path: Path) -> None:
+def test_output_gap_is_what_the_stream_will_lack(tmp_path: Path) -> None:
     stream = ModelStream(
         open_source(str(tiny_model("llama", tmp_path))), device=torch.device("cpu"), dtype=torch.float32
     )
@@ -123,9 +123,11 @@ def test_residual_cross_measures_the_gap_of_the_stream(tmp_path: Path) -> None:
     noisy = hidden + 0.1
     quantized = StagedBlock(stream, 0, stream.load_block(0), MEMORY.store([noisy]))
     original = StagedBlock(stream, 0, stream.load_block(0), MEMORY.store([hidden]), final=True)
-    collect(0, quantized, original, NEEDS)
-    group = collect(1, quantized, original, NEEDS)
-    inputs = plain_inputs(stream, stream.load_block(0), 0, noisy)["self_attn.o_proj"]
-    gap = (hidden - noisy).flatten(0, 1)
-    assert group.residual_cross is not None
-    torch.testing.assert_close(group.residual_cross, gap.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+    assert collect(0, quantized, original, frozenset({OUTPUT_GAP})).cross is not None  # nothing is added to the stream
+    group = collect(1, quantized, original, frozenset({OUTPUT_GAP}))
+    block = stream.load_block(0)
+    inputs, true = (plain_inputs(stream, block, 0, state)["self_attn.o_proj"] for state in (noisy, hidden))
+    gap = (true - inputs) @ ModelStream.weight_of(block.get_submodule("self_attn.o_proj")).T
+    gap += (hidden - noisy).flatten(0, 1)
+    assert group.output_gap is not None and group.cross is None
+    torch.testing.assert_close(group.output_gap, gap.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)

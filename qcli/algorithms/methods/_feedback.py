@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from qcli.algorithms.layer_group import CROSS, DEAD_INPUTS, HESSIAN, RESIDUAL_CROSS, LinearGroup
+from qcli.algorithms.layer_group import CROSS, DEAD_INPUTS, HESSIAN, OUTPUT_GAP, LinearGroup
 from qcli.algorithms.method import Method, Solution
 
 if TYPE_CHECKING:
@@ -68,12 +68,9 @@ class ErrorFeedback(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {HESSIAN}
-        if self.refit_target:
-            needs.add(CROSS)
-        if self.corrects_residual:
-            needs.add(RESIDUAL_CROSS)
-        return frozenset(needs)
+        if not self.refit_target:
+            return frozenset({HESSIAN})
+        return frozenset({HESSIAN, OUTPUT_GAP if self.corrects_residual else CROSS})
 
     def refitted(self, columns: int) -> int:
         """Number of table entries of a row that least squares solve for at once, for layers of so many inputs."""
@@ -108,9 +105,11 @@ class ErrorFeedback(Method):
         regular, target = feedback.without_dead_inputs(hessian, stacked)
         del stacked  # at 70B the rows of a group take 1.9 GB
         if self.refit_target and not dead:
-            assert group.cross is not None
-            residual = group.residual_cross if self.corrects_residual else None
-            target, ridge = refit_target(target, hessian, group.cross, residual, self.ridge)
+            gap = group.output_gap if self.corrects_residual else None
+            if gap is None:
+                assert group.cross is not None
+                gap = target @ (group.cross - hessian)
+            target, ridge = refit_target(target, hessian, gap, self.ridge)
             if regular is not hessian:
                 _, target = feedback.without_dead_inputs(hessian, target)
             if ridge != self.ridge:

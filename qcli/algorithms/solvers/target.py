@@ -10,20 +10,17 @@ from qcli.algorithms.solvers.cholesky import factor_in_place
 _MODERATE = 0.1  # ridge that keeps conditions below 10 times the number of inputs: float32 is precise enough
 
 
-def refit_target(
-    weight: Tensor, hessian: Tensor, cross: Tensor, residual_cross: Tensor | None, ridge: float
-) -> tuple[Tensor, float]:
+def refit_target(weight: Tensor, hessian: Tensor, gap: Tensor, ridge: float) -> tuple[Tensor, float]:
     """The weight whose outputs on quantized inputs are closest to the full-precision layer's outputs.
 
-    `W* = (W G + R + lambda W) (H + lambda I)^-1`, `lambda = ridge * mean(diag H)`: ridge regression towards `W`. The
-    idea is that of Qronos; the ridge, and `R`, by which layers that write to the residual stream correct its error, are
-    ours.
+    `W* = W + E[d^T x~] (H + lambda I)^-1`, `lambda = ridge * mean(diag H)`: ridge regression towards `W`, where
+    `d = (x - x~) W^T` is what the outputs lack. The idea is that of Qronos; the ridge is ours, and so is that layers
+    that write to the residual stream correct its error as well: to `d` they add `r - r~`.
 
     Args:
         weight: float32 `[out, in]`, `W`.
         hessian: `H = E[x~^T x~]`, `[in, in]`.
-        cross: `G = E[x^T x~]`, `[in, in]`.
-        residual_cross: `R = E[(r - r~)^T x~]`, `[out, in]`; None: 0.
+        gap: `E[d^T x~]`, `[out, in]`.
         ridge: relative to the mean diagonal of `H`; multiplied by 10 until `H + lambda I` is positive definite.
 
     Returns:
@@ -39,7 +36,4 @@ def refit_target(
         ridge *= 10
     del damped
     factor = factor.float()
-    right = (weight @ cross).add_(weight * (ridge * mean).float())
-    if residual_cross is not None:
-        right += residual_cross
-    return torch.cholesky_solve(right.T, factor).T.contiguous(), ridge
+    return torch.cholesky_solve(gap.T, factor).T.contiguous().add_(weight), ridge

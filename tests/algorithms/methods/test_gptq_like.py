@@ -126,7 +126,7 @@ def test_recipe_without_target_refit_reads_back(tmp_path: Path) -> None:
 
 
 def test_needs_follow_the_options() -> None:
-    assert GPTQLike().needs == {"hessian", "cross", "residual_cross"}
+    assert GPTQLike().needs == {"hessian", "output_gap"}
     assert GPTQLike(residual=False).needs == {"hessian", "cross"}
     assert GPTQLike(refit_target=False).needs == {"hessian"}
     assert GPTQLike(refit_target=False, gptaq_alpha=0.25).needs == {"hessian", "cross"}
