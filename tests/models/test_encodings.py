@@ -16,9 +16,12 @@ from qcli.models.encoding import Encoding
 from qcli.models.encodings.awq import AWQ
 from qcli.models.encodings.bitsandbytes import BitsAndBytes
 from qcli.models.encodings.compressed_tensors import CompressedTensors
+from qcli.models.encodings.fbgemm_fp8 import FbgemmFP8
 from qcli.models.encodings.fp8 import FP8
 from qcli.models.encodings.gptq import GPTQ
+from qcli.models.encodings.modelopt import ModelOpt
 from qcli.models.encodings.mxfp4 import MXFP4
+from qcli.models.encodings.mxfp8 import MXFP8
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.safetensors import read_header
 
@@ -121,6 +124,50 @@ def test_mxfp4_is_decoded_as_transformers_does(tmp_path: Path) -> None:
     stack = MXFP4({}, "BF16").decoded(read_header(tmp_path / "model.safetensors"))["e.down_proj"]
     assert torch.equal(read(stack.item(2)), expected[2])
     assert stack.item(2).bytes == stack.bytes // 3
+
+
+def test_mxfp8_is_decoded_as_transformers_does(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = values(ROWS, COLUMNS).to(torch.float8_e4m3fn)
+    scale = integers(120, 130, ROWS, COLUMNS // 32).to(torch.uint8)
+    expected = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16)
+    encoding = MXFP8({"weight_block_size": [1, 32]}, "BF16")
+    actual = decoded(encoding, {"a.weight": weight, "a.weight_scale_inv": scale}, tmp_path)
+    assert torch.equal(actual["a.weight"], expected)
+    assert encoding.description == "mxfp8 in blocks of 1 x 32"
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (ROWS,), (ROWS, 1), (3, 2), (3, 1, 2, 1)])
+def test_fp8_of_modelopt(scale: tuple[int, ...], tmp_path: Path) -> None:
+    weight, scales = values(ROWS, COLUMNS).to(torch.float8_e4m3fn), values(*scale)
+    tensors = {"a.weight": weight, "a.weight_scale": scales, "a.input_scale": torch.tensor(1.0)}
+    actual = decoded(ModelOpt({"quant_algo": "FP8"}, "F32"), tensors, tmp_path)
+    assert actual.keys() == {"a.weight"}
+    grid = scales.reshape(3, 2) if len(scale) > 1 and scale[0] == 3 else scales.reshape(-1, 1)
+    spread = grid.repeat_interleave(ROWS // len(grid), 0).repeat_interleave(COLUMNS // grid.shape[1], 1)
+    assert torch.equal(actual["a.weight"], weight.float() * spread)
+
+
+def test_nvfp4_of_modelopt_is_that_of_compressed_tensors(tmp_path: Path) -> None:
+    """The same codes, with the outer scale turned round."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    packed = integers(0, 256, ROWS, COLUMNS // 2).to(torch.uint8)
+    scale, outer = values(ROWS, COLUMNS // 16).to(torch.float8_e4m3fn), torch.tensor(0.37)
+    tensors = {"a.weight": packed, "a.weight_scale": scale, "a.weight_scale_2": outer}
+    actual = decoded(ModelOpt({"quant_algo": "NVFP4"}, "F32"), tensors, tmp_path)["a.weight"]
+    unpacked = unpack_fp4_from_uint8(packed, ROWS, COLUMNS).float()
+    assert torch.equal(actual, unpacked * (scale.float() * outer).repeat_interleave(16, 1))
+
+
+def test_fbgemm_has_scales_by_row(tmp_path: Path) -> None:
+    weight, scale = values(ROWS, COLUMNS).to(torch.float8_e4m3fn), values(ROWS, 1)
+    tensors = {"a.weight": weight, "a.weight_scale": scale, "a.input_scale_ub": torch.tensor([1200.0])}
+    actual = decoded(FbgemmFP8({}, "F32"), tensors, tmp_path)
+    assert actual.keys() == {"a.weight"}
+    assert torch.equal(actual["a.weight"], weight.float() * scale)
 
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -303,6 +350,11 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     scaled = words | {"a.scales": values(4, 32).half()}
     refused(gptq, scaled | {"a.g_idx": torch.full((COLUMNS,), 9).int()}, tmp_path, "do not fit together as gptq")
     refused(gptq, scaled | {"a.qzeros": pack(integers(0, 9, 3, 32), 4)}, tmp_path, "do not fit together as gptq")
+    optimized = ModelOpt({"quant_algo": "NVFP4"}, "BF16")
+    words = {"a.weight": integers(0, 256, ROWS, 32).to(torch.uint8), "a.weight_scale": fp8[:, :4]}
+    refused(optimized, words, tmp_path, "no tensor a.weight_scale_2")
+    words |= {"a.weight_scale": fp8[:, :2], "a.weight_scale_2": torch.tensor(1.0)}
+    refused(optimized, words, tmp_path, "do not fit together as modelopt, NVFP4")
     state = {"a.weight.quant_state.bitsandbytes__nf4": torch.zeros(3, dtype=torch.uint8)}
     refused(BitsAndBytes({"load_in_4bit": True}, "BF16"), state, tmp_path, "do not fit together as bitsandbytes")
     groups = {"g": {"targets": ["b"], "weights": {"num_bits": 8, "strategy": "tensor", "type": "float"}}}

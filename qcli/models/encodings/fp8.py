@@ -40,7 +40,7 @@ class FP8(Encoding):
 
     @property
     def description(self) -> str:
-        return "fp8" if self._block is None else f"fp8 in blocks of {self._block[0]} x {self._block[1]}"
+        return self.method if self._block is None else f"{self.method} in blocks of {self._block[0]} x {self._block[1]}"
 
     def weights(self, stored: Mapping[str, Extent]) -> Iterator[tuple[str, Decoded, list[str]]]:
         for name in stored:
