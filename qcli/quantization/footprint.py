@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP
 from qcli.algorithms.solvers.tiles import tile_size_on
+from qcli.core.formats.affine import Affine
 from qcli.models.sizes import ModelSizes, pass_tokens
 from qcli.quantization.plan import VOCABULARY_SLICE, Plan
 from qcli.utils.distributed import local_world_size, world_size
@@ -26,6 +27,7 @@ _DATA_FREE = 340 * 10**6  # bytes of a process that runs no model
 TRAINED_TOKENS = 1024  # of a training step
 _ROUNDED = 1.25  # bytes of a weight that a transform rounds: its code, and what its group has
 _TILED = 36  # bytes of a number in a tile that a transform works on
+_UNITS = 4  # bytes of a weight whose latent has a unit of its own, where grids are not uniform
 _ROUNDING = 10  # bytes of a weight among those that refinement rounds together
 
 
@@ -156,7 +158,9 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
     if recipe.refinement is not None:
         tokens = max(text.seq_len, recipe.refinement.batch_tokens)
         weights = sizes.block if plan.reconstructs else sizes.largest
-        resting = recipe.refinement.bytes_per_weight(kept) * weights
+        uniform = all(format is None or isinstance(format, Affine) for format in plan.formats.values())
+        units = _UNITS if "weights" in recipe.refinement.train and not uniform else 0
+        resting = (recipe.refinement.bytes_per_weight(kept) + units) * weights
         rounding = _ROUNDING * max(size for _, size in parts)
         peak.add(device=resting + max(rounding, kept * weights, 2 * sizes.forward(tokens, kept)))
     peak.add(device=kept * sizes.block + sizes.block, host=2 * part)
