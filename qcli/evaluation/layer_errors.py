@@ -45,7 +45,7 @@ def layer_errors(
     for index in range(baseline.n_blocks):
         progress("errors by layer", index, baseline.n_blocks)
         block, reference = model.load_block(index), baseline.load_block(index)
-        layers = {path: _Sums() for group in baseline.family.groups for path in group.linears}
+        layers = {path: _Sums() for path in baseline.family.paths_of(index)}
         for path, sums in layers.items():
             reference.get_submodule(path).register_forward_hook(_Compare(block.get_submodule(path), sums))
         own, accumulated = _Sums(), _Sums()

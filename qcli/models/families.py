@@ -22,13 +22,24 @@ class Group:
         linears: module paths inside the block.
         residual: path of the module whose input is the residual stream that the outputs are added to; None if the
             outputs pass a norm first, or no module reads the stream there.
-        leads_out: whether the outputs leave the attention or the MLP. Outputs of other groups reach only the inputs
-            of such a group.
+        leads_out: whether the outputs leave the attention or the MLP, the module around the linear, which computes
+            nothing afterwards that a later group needs.
+        last_reader: index of the last group whose inputs the outputs of this one reach, if they reach nothing else;
+            None: they leave attention or MLP, or it is not known what reads them.
+        experts: the linears of each expert, all of which read one input: the tokens that are routed to the expert.
+            Empty: all `linears` read one input.
     """
 
     linears: tuple[str, ...]
     residual: str | None = None
     leads_out: bool = False
+    last_reader: int | None = None
+    experts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def sets(self) -> tuple[tuple[str, ...], ...]:
+        """The linears by what they read: those of one expert, or all."""
+        return self.experts or (self.linears,)
 
 
 Rows = Literal["all", "second half", "stacked v", "interleaved v"]
@@ -87,6 +98,9 @@ class Family:
         own_linear: whether linear layers are a class of the family's own, which reads the weight itself.
         dense_parts: modules beside the language model whose linear layers stay dense, by the names that they have in
             every engine.
+        groups_by_block: of a discovered model: the groups of each block; a row has the same `groups` for all.
+        embedding_path: of a discovered model: path of the token embedding.
+        discovered: whether this is no row, but was found in the model itself.
     """
 
     model_type: str
@@ -103,11 +117,27 @@ class Family:
     tied: bool = False
     own_linear: bool = False
     dense_parts: tuple[str, ...] = ()
+    groups_by_block: tuple[tuple[Group, ...], ...] = ()
+    embedding_path: str = ""
+    discovered: bool = False
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks; 0: a row does not know it."""
+        return len(self.groups_by_block)
 
     @property
     def embedding(self) -> str:
         """Path of the token embedding in the causal LM."""
-        return f"{self.blocks.rpartition('.')[0]}.{self.embedding_name}"
+        return self.embedding_path or f"{self.blocks.rpartition('.')[0]}.{self.embedding_name}"
+
+    def paths_of(self, block: int) -> list[str]:
+        """Paths of a block's quantizable linears, in order of computation."""
+        return [path for group in self.groups_of(block) for path in group.linears]
+
+    def groups_of(self, block: int) -> tuple[Group, ...]:
+        """The groups of a block, in order of computation."""
+        return self.groups_by_block[block] if self.groups_by_block else self.groups
 
     def unscaled(self, has_weight: Callable[[str], bool]) -> list[str]:
         """Paths of linears whose inputs cannot be scaled, in order of computation.
@@ -368,7 +398,18 @@ _ROWS = (
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 _MOST_BLOCKS = 10_000
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def has_row(config: Mapping[str, Any]) -> bool:
+    """Whether the table has the model's type.
+
+    Raises:
+        UsageError: the config has no `model_type`.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UsageError("config.json has no model_type", hint="is this the folder of a transformers model?")
+    return model_type in FAMILIES
 
 
 def family(config: Mapping[str, Any]) -> Family:
@@ -379,24 +420,28 @@ def family(config: Mapping[str, Any]) -> Family:
 
     Raises:
         UsageError: the config has no `model_type`.
-        UnsupportedError: there is no row for it; the message says if it is a mixture of experts.
+        UnsupportedError: there is no row for it.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise UsageError("config.json has no model_type", hint="is this the folder of a transformers model?")
-    row = FAMILIES.get(model_type)
-    if row is None:
-        if any(config.get(key) for key in _EXPERT_KEYS):
-            raise UnsupportedError(
-                f"{model_type} is a mixture of experts, whose fused expert weights qcli cannot quantize yet"
-            )
+    if not has_row(config):
         raise UnsupportedError(
-            f"model type {model_type!r} is not supported", hint=f"supported: {', '.join(sorted(FAMILIES))}"
+            f"model type {config['model_type']!r} is not supported here", hint=f"supported: {', '.join(sorted(FAMILIES))}"
         )
+    row = FAMILIES[config["model_type"]]
     settings = {**row.defaults, **config}
     variant = next((variant for variant in row.variants if _matches(variant.when, settings)), row)
     folds = tuple(fold for fold in variant.folds if _matches(fold.when, settings))
-    return replace(row, groups=variant.groups, folds=folds, variants=())
+    return replace(row, groups=_with_readers(variant.groups), folds=folds, variants=())
+
+
+def _with_readers(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The groups of a row, where outputs that do not lead out reach the next groups up to the last that does."""
+    known = []
+    for at, group in enumerate(groups):
+        last = at + 1
+        while last + 1 < len(groups) and groups[last + 1].leads_out:
+            last += 1
+        known.append(group if group.leads_out else replace(group, last_reader=last))
+    return tuple(known)
 
 
 def _matches(when: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -20,12 +20,20 @@ _HINT = "config.json and weights must belong to the same model"
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
-    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
+    """The causal LM of `config` on the meta device, experts as lists: shapes without memory.
+
+    Args:
+        options: as in `from_config`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qcli.models.experts import list_experts
+
     with torch.device("meta"), without_compiler():  # with which torch computes there
-        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+        model = pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+    list_experts(model)
+    return model
 
 
 def require_loadable(source: ModelSource) -> Any:

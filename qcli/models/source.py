@@ -56,8 +56,13 @@ class ModelSource:
 
     @cached_property
     def family(self) -> families.Family:
-        """The row of the model table, with the groups and folds that the config implies."""
-        return families.family(self.config)
+        """The row of the model table, with the groups and folds that the config implies; discovered where there is
+        none."""
+        if families.has_row(self.config):
+            return families.family(self.config)
+        from qcli.models.discovery import discovered_family
+
+        return discovered_family(self)
 
     @property
     def context_length(self) -> int | None:
@@ -117,7 +122,10 @@ class ModelSource:
         return {}
 
     def leftovers(self) -> list[str]:
-        """Matrices and stacks of matrices in the blocks that the family's row does not list."""
+        """Matrices and stacks of matrices in the blocks that the family's row does not list; without a row they are known
+        to stay dense."""
+        if self.family.discovered:
+            return []
         prefix = f"{self.family.blocks}."
         known = {f"{name}.weight" for name, _, _ in self._linear_names()}
         return [
@@ -234,8 +242,8 @@ class ModelSource:
 
     def _linear_names(self) -> Iterator[tuple[str, int, int]]:
         """Name, block and group of every linear layer, from the config and the family's row."""
-        for block in range(families.block_count(self.config)):
-            for index, group in enumerate(self.family.groups):
+        for block in range(self.family.n_blocks or families.block_count(self.config)):
+            for index, group in enumerate(self.family.groups_of(block)):
                 for path in group.linears:
                     yield f"{self.family.blocks}.{block}.{path}", block, index
 

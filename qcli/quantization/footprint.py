@@ -123,7 +123,8 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
     forward = sizes.forward(pass_tokens(text.samples, text.seq_len), kept)
     exact = fast and not recipe.all_transforms and plan.source_dtype == "BF16"
     twin = (kept if exact else itemsize) * sizes.block if plan.compares else 0
-    chosen = plan.methods_of(sizes.layers[0].block)
+    block_index = sizes.layers[0].block
+    chosen = plan.methods_of(block_index)
     model = 0
     if any(transform.whole_model for transform in recipe.all_transforms):
         model = itemsize * sum(prod(layer.shape) for layer in plan.layers) + sizes.outside * itemsize
@@ -133,7 +134,7 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
         rows, columns = sum(layer.shape[0] for layer in members), members[0].shape[1]
         methods = {chosen[layer.path] for layer in members if layer.path in chosen}
         needs = frozenset[str]().union(*map(plan.needs_of, methods))
-        if OUTPUT_GAP in needs and plan.source.family.groups[group].residual is None:
+        if OUTPUT_GAP in needs and plan.source.family.groups_of(block_index)[group].residual is None:
             needs |= {CROSS}
         statistics = 4 * columns**2 * len(needs & {HESSIAN, CROSS})
         if OUTPUT_GAP in needs and CROSS not in needs:

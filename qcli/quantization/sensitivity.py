@@ -67,7 +67,7 @@ def sensitivities(
         progress("sensitivity", done, stream.n_blocks)
         block = stream.load_block(index)
         layers = [layer for layer in space.layers if layer.block == index]
-        statistics = _GradientStatistics(block, [path for group in stream.family.groups for path in group.linears])
+        statistics = _GradientStatistics(block, stream.family.paths_of(index))
         gradients = _backward(stream, block, index, entering.pop(), gradients, statistics)
         losses |= once(index, partial(_predicted, space, layers, statistics))
     progress("sensitivity", stream.n_blocks, stream.n_blocks)

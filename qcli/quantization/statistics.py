@@ -55,7 +55,7 @@ class StagedBlock:
         final: bool = False,
     ) -> None:
         self.stream, self.index, self.block, self.hidden = stream, index, block, hidden
-        self.groups, self.keep, self.final = stream.family.groups, keep, final
+        self.groups, self.keep, self.final = stream.family.groups_of(index), keep, final
         # By group, batches in order: inputs of groups that lead out, until there are outputs of their parents, which
         # are attention or MLP.
         self._inputs: dict[int, StoredBatches[Tensor | None]] = {}

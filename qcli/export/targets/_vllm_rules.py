@@ -75,7 +75,7 @@ def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> s
 
 def _splits_inputs(source: Packable, layer: Linear) -> bool:
     """Whether the layer is split by inputs (output and down projections) and not by outputs."""
-    return source.family.groups[layer.group].leads_out
+    return source.family.groups_of(layer.block)[layer.group].leads_out
 
 
 def _marlin(source: Packable, formats: Mapping[str, Affine]) -> bool:

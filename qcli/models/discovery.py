@@ -1,0 +1,338 @@
+"""The structure of a model that has no row in the table of families, discovered from the model itself.
+
+The model is built on the meta device, and its own forward pass runs there once: shapes and data flow, but no memory and
+no arithmetic. What follows which tensor says everything that a row says: the list of blocks; which linears read the
+same tensor, in the order of their calls; which outputs stay inside of attention or MLP; and where outputs are added to
+the residual stream. What the flow does not show is left out, and only costs time or accuracy: a group that seems to lead
+nowhere is run again at every stage, one that joins no stream does without the correction of the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qcli.models.experts import ListedExperts
+from qcli.models.families import Family, Group
+from qcli.models.loadable import skeleton
+from qcli.models.source import ModelSource, reported
+from qcli.utils.errors import UnsupportedError
+
+_TOKENS = 32  # of the traced forward pass
+_SMALLEST = 16  # rows or columns of a linear that is worth quantizing; smaller ones are gates
+_SAME_VALUES = ("_to_copy", "clone", "alias", "detach", "contiguous")
+
+
+def discovered_family(source: ModelSource) -> Family:
+    """The row of a model that the table does not have.
+
+    Raises:
+        UsageError: transformers cannot build the model of its config.
+        UnsupportedError: as `discover`.
+    """
+    with reported(f"{source.path}: transformers cannot build this model"):
+        model = skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
+    return discover(model.eval(), source.config["model_type"])
+
+
+def discover(model: PreTrainedModel, model_type: str) -> Family:
+    """The row of a model.
+
+    Args:
+        model: on the meta device; experts as lists of linears.
+
+    Raises:
+        UnsupportedError: it has no list of decoder blocks, or its forward pass cannot be followed; the message says
+            where.
+    """
+    path, blocks = _blocks(model, model_type)
+    flow = _Flow(blocks)
+    _run(model, model_type, flow)
+    found = [flow.groups(index) for index in range(len(blocks))]
+    if not any(found):
+        raise UnsupportedError(f"model type {model_type!r} has no linear layers in {path}")
+    kinds = {type(linear) for linear in flow.linears()}
+    if Conv1D in kinds and len(kinds) > 1:
+        raise UnsupportedError(f"model type {model_type!r} mixes weights of both orientations")
+    return Family(
+        model_type,
+        path,
+        groups=(),
+        folds=(),
+        tuple_output=any(isinstance(output, tuple) for output in flow.outputs),
+        conv1d=kinds == {Conv1D},
+        own_linear=any(kind not in (nn.Linear, Conv1D) for kind in kinds),
+        groups_by_block=tuple(found),
+        embedding_path=_path_of(model, model.get_input_embeddings()),
+        discovered=True,
+    )
+
+
+def _blocks(model: PreTrainedModel, model_type: str) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its path: the longest of the lists whose modules transformers never splits over
+    devices, or, where it names none, of all lists in the decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    prefix = _path_of(model, decoder)
+    lists = [
+        (f"{prefix}.{path}".strip("."), module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    outer = [(path, blocks) for path, blocks in lists if not any(path.startswith(f"{other}.") for other, _ in lists)]
+    whole = set(model._no_split_modules or ())
+    named = [(path, blocks) for path, blocks in outer if any(type(block).__name__ in whole for block in blocks)]
+    if not (named or outer):
+        raise UnsupportedError(f"model type {model_type!r} has no list of blocks")
+    return max(named or outer, key=lambda item: len(item[1]))
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is part)
+
+
+def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), flow:
+            model(input_ids=tokens, use_cache=False)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # of whatever type the model's code raises
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"model type {model_type!r}: its forward pass cannot be followed ({type(error).__name__}: {reason})"
+        ) from error
+
+
+@dataclass
+class _Traced:
+    """What the flow knows of a block.
+
+    Attributes:
+        called: paths of its linears by the values that they read, in order of the first calls.
+        sources: by path, the linears whose outputs reach its input without passing another linear.
+        joins: by path, the tensor of the residual stream that its output is added to.
+        readers: by tensor, the first module that reads it.
+        leaves: linears whose outputs reach the block's output, likewise.
+    """
+
+    called: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
+    sources: dict[str, frozenset[str]] = field(default_factory=dict)
+    joins: dict[str, int] = field(default_factory=dict)
+    readers: dict[int, str] = field(default_factory=dict)
+    leaves: frozenset[str] = frozenset()
+
+
+class _Flow(TorchDispatchMode):
+    """Follows tensors through the blocks during a forward pass on the meta device.
+
+    A tensor is known by its storage, so that views and changes in place are followed too.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = list(blocks)
+        self.traced = [_Traced() for _ in self.blocks]
+        self.outputs: list[Any] = []
+        self._kept: list[Tensor] = []  # all tensors seen: a freed storage's number would be given to another
+        self._taint: dict[int, frozenset[str]] = {}
+        self._stream: set[int] = set()  # the block's input, and what only outputs of linears were added to
+        self._pure: dict[int, frozenset[str]] = {}  # outputs of linears, unchanged, and sums of them
+        self._inside = -1
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Flow:
+        for index, block in enumerate(self.blocks):
+            self._hooks.callback(block.register_forward_pre_hook(self._enters(index), with_kwargs=True).remove)
+            self._hooks.callback(block.register_forward_hook(self._leaves(index)).remove)
+            for path, module in block.named_modules():
+                if path:
+                    self._hooks.callback(module.register_forward_pre_hook(self._reads(index, path), with_kwargs=True).remove)
+                if isinstance(module, nn.Linear | Conv1D):
+                    self._hooks.callback(module.register_forward_hook(self._computed(path)).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hooks.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a question about values: masks and the like
+            return False if args[0].dtype == torch.bool else 0
+        out = func(*args, **(kwargs or {}))
+        if self._inside < 0:
+            return out
+        inputs = [self._key(tensor) for tensor in _tensors((args, kwargs))]
+        name = func.overloadpacket.__name__
+        if name in ("add", "add_") and len(args) > 1 and isinstance(args[1], Tensor):
+            self._add(args[0], args[1], out)
+        taint = frozenset[str]().union(*(self._taint.get(key, frozenset()) for key in inputs))
+        for tensor in _tensors(out):
+            key = self._key(tensor)
+            self._taint[key] = self._taint.get(key, frozenset()) | taint
+            if name in _SAME_VALUES and inputs and inputs[0] != key:
+                if inputs[0] in self._stream:
+                    self._stream.add(key)
+                if inputs[0] in self._pure:
+                    self._pure[key] = self._pure[inputs[0]]
+            elif func._schema.is_mutable and name != "add_":
+                self._stream.discard(key)
+                self._pure.pop(key, None)
+        return out
+
+    def groups(self, index: int) -> tuple[Group, ...]:
+        """The groups of a block, in order of computation."""
+        traced, block = self.traced[index], self.blocks[index]
+        sets = [part for paths in traced.called.values() for part in _by_experts(block, paths)]
+        number = {path: at for at, paths in enumerate(sets) for path in paths}
+        readers: list[set[int]] = [set() for _ in sets]
+        for path, sources in traced.sources.items():
+            for source in sources & number.keys():
+                readers[number[source]].add(number.get(path, -1))
+        leaves = [not traced.leaves.isdisjoint(paths) for paths in sets]
+        ends: list[int | None] = [None] * len(sets)
+        groups: list[Group] = []
+        for at in reversed(range(len(sets))):
+            experts = _experts_around(block, sets[at][0])
+            inner = not leaves[at] and bool(readers[at])
+            out = experts is None and not inner and len(sets[at]) == 1 and _replayable(sets[at][0], at, sets)
+            reached = [ends[reader] if reader > at else None for reader in readers[at]]
+            last = None
+            if out:
+                ends[at] = at
+            elif inner and experts is None and None not in reached:
+                last = ends[at] = max(end for end in reached if end is not None)
+            residual = traced.readers.get(traced.joins[sets[at][0]]) if sets[at][0] in traced.joins else None
+            groups.append(
+                Group(sets[at], residual, leads_out=out, last_reader=last)
+                if experts is None
+                else Group(sum(parts := _of_all_experts(block, experts, sets[at]), ()), experts=parts)
+            )
+        return tuple(reversed(groups))
+
+    def linears(self) -> Iterator[nn.Module]:
+        """All linears that were called."""
+        for block, traced in zip(self.blocks, self.traced, strict=True):
+            for paths in traced.called.values():
+                yield from map(block.get_submodule, paths)
+
+    def _add(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        keys, result = (self._key(a), self._key(b)), self._key(out)
+        same = a.shape == b.shape
+        pure = [self._pure.get(key) if same else None for key in keys]
+        joined = False
+        for stream, added in ((keys[0], pure[1]), (keys[1], pure[0])):
+            if stream in self._stream and added is not None:
+                # Of several linears that are added at once, the first makes up for the stream, the others find it done.
+                order = [path for paths in self.traced[self._inside].called.values() for path in paths]
+                self.traced[self._inside].joins.setdefault(min(added, key=order.index), stream)
+                joined = True
+        (self._stream.add if joined else self._stream.discard)(result)
+        if pure[0] is not None and pure[1] is not None and not joined:
+            self._pure[result] = pure[0] | pure[1]
+        else:
+            self._pure.pop(result, None)
+
+    def _enters(self, index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = index
+            self._taint.clear()
+            self._pure.clear()
+            hidden = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+            key = self._key(hidden) if isinstance(hidden, Tensor) else None
+            self._stream = set() if key is None else {key}
+
+        return hook
+
+    def _leaves(self, index: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = next(_tensors(output), None)
+            key = None if hidden is None else self._key(hidden)
+            self.traced[index].leaves = frozenset() if key is None else self._taint.get(key, frozenset())
+            self.outputs.append(output)
+            self._inside = -1
+
+        return hook
+
+    def _reads(self, index: int, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+            if not isinstance(given, Tensor):
+                return
+            key = self._key(given)
+            traced = self.traced[index]
+            traced.readers.setdefault(key, path)
+            if isinstance(module, nn.Linear | Conv1D):
+                if any(path in paths for paths in traced.called.values()):
+                    return
+                values = key, given.storage_offset(), given.numel(), given._version
+                traced.called.setdefault(values, []).append(path)
+                traced.sources[path] = self._taint.get(key, frozenset())
+
+        return hook
+
+    def _computed(self, path: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):  # a router that is a linear and more
+                for paths in self.traced[self._inside].called.values():
+                    paths[:] = [other for other in paths if other != path]
+                return
+            key = self._key(output)
+            self._taint[key] = self._pure[key] = frozenset({path})
+
+        return hook
+
+    def _key(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.untyped_storage()._cdata
+
+
+def _by_experts(block: nn.Module, paths: list[str]) -> list[tuple[str, ...]]:
+    """Linears that are worth quantizing among those that read one tensor; those of experts by themselves."""
+    gates = {module.n_experts for module in block.modules() if isinstance(module, ListedExperts)}
+    parts: dict[str | None, list[str]] = {}
+    for path in paths:
+        shape = block.get_submodule(path).weight.shape
+        owner = _experts_around(block, path)
+        if min(shape) >= _SMALLEST and (owner is not None or shape[0] not in gates):
+            parts.setdefault(owner, []).append(path)
+    return [tuple(part) for part in parts.values()]
+
+
+def _experts_around(block: nn.Module, path: str) -> str | None:
+    """The path of the list of experts that a linear belongs to."""
+    owner = path.rpartition(".")[0].rpartition(".")[0]
+    return owner if owner and isinstance(block.get_submodule(owner), ListedExperts) else None
+
+
+def _of_all_experts(block: nn.Module, experts: str, first: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The linears of each expert, like those of the first, which stands for all on the meta device."""
+    module = block.get_submodule(experts)
+    assert isinstance(module, ListedExperts)
+    names = [path.rpartition(".")[2] for path in first]
+    return tuple(tuple(f"{experts}.{index}.{name}" for name in names) for index in range(module.n_experts))
+
+
+def _replayable(path: str, at: int, sets: list[tuple[str, ...]]) -> bool:
+    """Whether the module around a linear has no linear of a later group, so that its output can be replayed."""
+    parent = path.rpartition(".")[0]
+    return not parent or not any(other.startswith(f"{parent}.") for paths in sets[at + 1 :] for other in paths)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        for part in value:
+            yield from _tensors(part)
