@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.experts import ListedExperts
+from qcli.models.listed_experts import ListedExperts
 from qcli.models.families import Family, Group
-from qcli.models.loadable import skeleton
+from qcli.models.loadable import quantizable_skeleton
 from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UnsupportedError
 
@@ -39,7 +39,7 @@ def discovered_family(source: ModelSource) -> Family:
         UnsupportedError: as `discover`.
     """
     with reported(f"{source.path}: transformers cannot build this model"):
-        model = skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
+        model = quantizable_skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
     return discover(model.eval(), source.config["model_type"])
 
 
@@ -69,6 +69,7 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         folds=(),
         tuple_output=any(isinstance(output, tuple) for output in flow.outputs),
         conv1d=kinds == {Conv1D},
+        renames=None,
         own_linear=any(kind not in (nn.Linear, Conv1D) for kind in kinds),
         groups_by_block=tuple(found),
         embedding_path=_path_of(model, model.get_input_embeddings()),

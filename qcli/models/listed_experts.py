@@ -7,24 +7,19 @@ need nothing of their own for experts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+from qcli.models.experts import DOWN, GATE, Experts, find_experts
 
 
 class Expert(nn.Module):
     """The linears of one expert: `up_proj` and `down_proj`, and `gate_proj` where there is a gate."""
 
-    def __init__(self, hidden: int, inner: int, out: int, *, gated: bool, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Experts, dtype: torch.dtype) -> None:
         super().__init__()
-        with torch.device("meta"):
-            if gated:
-                self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-            self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-            self.down_proj = nn.Linear(inner, out, bias=bias, dtype=dtype)
+        for name, (rows, columns) in layout.sizes.items():
+            self.add_module(name, nn.Linear(columns, rows, layout.has_bias, device="meta", dtype=dtype))
 
 
 class ListedExperts(nn.Module):
@@ -36,28 +31,22 @@ class ListedExperts(nn.Module):
         every_token: whether all experts run on all tokens, whatever the router says; the output stays the same.
 
     Args:
-        fused: the module of transformers; it computes the gate.
+        fused: the module of transformers, on the meta device; it loses its weights, and computes the gate.
+        layout: of its weights.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: nn.Module, layout: Experts) -> None:
         super().__init__()
-        first, down = fused.get_parameter(_first_name(fused)), fused.get_parameter(DOWN)
-        self.gated = _first_name(fused) != UP
-        self.interleaved = not getattr(fused, "is_concatenated", True)
-        transposed = is_transposed(fused)
-        n_experts, inner, out = (len(down), *(down.shape[1:] if transposed else down.shape[:0:-1]))
-        hidden = first.shape[1 if transposed else 2]
-        bias = getattr(fused, f"{DOWN}_bias", None) is not None
-        for index in range(n_experts):
-            self.add_module(
-                str(index), Expert(hidden, inner, out, gated=self.gated, bias=bias, dtype=down.dtype)
-            )
+        self.n_experts, self.every_token = layout.count, False
+        self.gated, self.interleaved = GATE in layout.sizes, layout.interleaved
+        dtype = fused.get_parameter(DOWN).dtype
+        for index in range(layout.count):
+            self.add_module(str(index), Expert(layout, dtype))
         if getattr(fused, "has_post_expert_norm", False):
             self.post_expert_norm = fused.get_submodule("post_expert_norm")
         for name in [*fused._parameters]:
             fused._parameters[name] = None
         self._fused = (fused,)  # in a tuple, so that it is not registered as a submodule
-        self.n_experts, self.every_token = n_experts, False
 
     def forward(
         self, hidden: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -106,26 +95,5 @@ class ListedExperts(nn.Module):
 
 def list_experts(model: nn.Module) -> None:
     """Replace all fused experts of a model, on the meta device, by lists."""
-    for path, module in [*model.named_modules()]:
-        if is_fused(module):
-            model.set_submodule(path, ListedExperts(module))
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds the weights of several experts in 3-D parameters that `ListedExperts` understands."""
-    down = module._parameters.get(DOWN)
-    return down is not None and down.ndim == 3 and any(name in module._parameters for name in ("gate_up_proj", UP)) and (
-        GATE not in module._parameters
-    )
-
-
-def is_transposed(fused: Any) -> bool:
-    """Whether fused weights are `[experts, in, out]`."""
-    if hasattr(fused, "is_transposed"):
-        return bool(fused.is_transposed)
-    first, down = fused.get_parameter(_first_name(fused)), fused.get_parameter(DOWN)
-    return bool(first.shape[1] == down.shape[2] and first.shape[2] % down.shape[1] == 0)
-
-
-def _first_name(fused: nn.Module) -> str:
-    return UP if UP in fused._parameters else "gate_up_proj"
+    for layout in find_experts(model):
+        model.set_submodule(layout.path, ListedExperts(model.get_submodule(layout.path), layout))

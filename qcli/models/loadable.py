@@ -20,18 +20,19 @@ _HINT = "config.json and weights must belong to the same model"
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
-    """The causal LM of `config` on the meta device, experts as lists: shapes without memory.
-
-    Args:
-        options: as in `from_config`.
-    """
+    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qcli.models.experts import list_experts
-
     with torch.device("meta"), without_compiler():  # with which torch computes there
-        model = pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+
+
+def quantizable_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
+    """The same with every expert as linear layers of its own."""
+    from qcli.models.listed_experts import list_experts
+
+    model = skeleton(config, trust_remote_code=trust_remote_code, **options)
     list_experts(model)
     return model
 
@@ -44,7 +45,7 @@ def require_loadable(source: ModelSource) -> Any:
             vocabulary, or tensors are missing, unexpected, or of another shape than the config implies.
     """
     with reported(f"{source.path}: transformers cannot build this model"):
-        model = skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
+        model = quantizable_skeleton(source.hf_config(), trust_remote_code=source.trust_remote_code)
     require_tensors(source, model)
     return model
 

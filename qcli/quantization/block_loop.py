@@ -25,8 +25,9 @@ class BlockQuantizer(Protocol):
     def transform(self, block: BlockState) -> None:
         """Fit the recipe's transforms, unless an interrupted run has, and fold them into the weights."""
 
-    def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
-        """Weights of linears that read one input, and the statistics of that input; earlier groups are quantized."""
+    def collect(self, block: BlockState, group: BlockGroup) -> list[CollectedGroup]:
+        """Weights of linears that read one input, and the statistics of that input; earlier groups are quantized. Of
+        experts each has inputs of its own."""
 
     def solve(self, block: BlockState, collected: CollectedGroup) -> dict[str, QuantizedWeight]:
         """Quantize the group: the method, low-rank compensation, and refinement linear by linear."""
@@ -73,8 +74,8 @@ def _solved(quantizer: BlockQuantizer, block: BlockState) -> BlockState:
     """The block with all of its groups quantized."""
     quantizer.transform(block)
     for group in block.groups:
-        collected = quantizer.collect(block, group)
-        block.replace(quantizer.solve(block, collected) if block.saved is None else block.saved_of(group))
+        for collected in quantizer.collect(block, group):
+            block.replace(quantizer.solve(block, collected) if block.saved is None else block.saved_of(collected))
     quantizer.advance_original(block)
     return block
 

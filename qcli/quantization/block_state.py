@@ -19,10 +19,20 @@ from qcli.quantization.statistics import StagedBlock
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Linears that read one input: their place in the block's order of computation, and their paths."""
+    """Linears that are quantized together.
+
+    Attributes:
+        number: their group's place in the block's order of computation.
+        sets: their paths: one set that reads one input, or one for each of several experts.
+    """
 
     number: int
-    paths: list[str]
+    sets: tuple[tuple[str, ...], ...]
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all sets."""
+        return [path for paths in self.sets for path in paths]
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,12 @@ class CollectedGroup:
     Attributes:
         training: weights by path, and the input statistics of the calibration samples.
         held_out: the same of the held-out samples; None where nothing is refined linear by linear.
+        fallbacks: what is amiss with the statistics.
     """
 
     training: LinearGroup
     held_out: LinearGroup | None = None
+    fallbacks: tuple[str, ...] = ()
 
     def only(self, paths: Sequence[str]) -> CollectedGroup:
         """Some of the linears, with the same statistics."""
@@ -43,7 +55,8 @@ class CollectedGroup:
         def part(side: LinearGroup) -> LinearGroup:
             return replace(side, weights={path: side.weights[path] for path in paths})
 
-        return CollectedGroup(part(self.training), None if self.held_out is None else part(self.held_out))
+        held_out = None if self.held_out is None else part(self.held_out)
+        return CollectedGroup(part(self.training), held_out, self.fallbacks)
 
 
 @dataclass(frozen=True)
@@ -117,10 +130,10 @@ class BlockState:
         """Free the full-precision block, when its activations have left it."""
         self.original = self.original_streams = None
 
-    def saved_of(self, group: BlockGroup) -> dict[str, QuantizedWeight]:
-        """The saved weights of a group; layers that stay dense have none."""
+    def saved_of(self, collected: CollectedGroup) -> dict[str, QuantizedWeight]:
+        """The saved weights of these linears; layers that stay dense have none."""
         saved = self.saved or {}
-        return {path: saved[path] for path in group.paths if path in saved}
+        return {path: saved[path] for path in collected.training.weights if path in saved}
 
     def rewritten(self) -> dict[str, Tensor]:
         """Tensors that stay dense but are not the source's any more, by name in the block."""

@@ -139,13 +139,13 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
                 members = [linear for linear in linears if linear.block == index]
                 inputs = _run_block(stream, index, hidden, members, layers, hessians)
                 for linear in members:
-                    statistics[f"{linear.name}.absmax"] = inputs[linear.group].absmax
-                    statistics[f"{linear.name}.second_moment"] = inputs[linear.group].second_moment
+                    statistics[f"{linear.name}.absmax"] = inputs[linear.path].absmax
+                    statistics[f"{linear.name}.second_moment"] = inputs[linear.path].second_moment
                 if hessians:
-                    first = {linear.group: linear.name for linear in reversed(members)}
+                    first = {inputs[linear.path]: linear.name for linear in reversed(members)}
                     shards.write_tensors(
                         folder / f"hessians-{index:05d}.safetensors",
-                        {f"{first[group]}.hessian": shared.hessian for group, shared in enumerate(inputs)},
+                        {f"{name}.hessian": shared.hessian for shared, name in reversed(first.items())},
                     )
                 progress("calibrate", index + 1, stream.n_blocks)
         shards.write_tensors(folder / "statistics.safetensors", statistics)
@@ -156,7 +156,7 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
 
 
 class _Inputs:
-    """Running statistics of the input that a group of linears reads."""
+    """Running statistics of the input that linears share; perhaps of no tokens, where they are an expert's."""
 
     def __init__(self, width: int, device: torch.device, hessian: bool) -> None:
         self.tokens = 0
@@ -177,13 +177,13 @@ class _Inputs:
     @property
     def second_moment(self) -> Tensor:
         """Mean square of each channel, float32 `[width]`."""
-        return (self._squares / self.tokens).float()
+        return (self._squares / max(1, self.tokens)).float()
 
     @property
     def hessian(self) -> Tensor:
         """`E[x^T x]`, float32 `[width, width]`, symmetric to the bit."""
         assert self._products is not None
-        return (self._products + self._products.T) / (2 * self.tokens)
+        return (self._products + self._products.T) / (2 * max(1, self.tokens))
 
 
 def _run_block(
@@ -193,24 +193,25 @@ def _run_block(
     members: list[Linear],
     layers: dict[str, LayerStatistics],
     hessians: bool,
-) -> list[_Inputs]:
+) -> dict[str, _Inputs]:
     """Run all hidden states through one block, in place, and add its `members` to `layers`.
 
     Returns:
-        Statistics of the inputs of each group of linears.
+        Statistics of inputs by path of the linear; linears that read one input share theirs.
     """
     block = stream.load_block(index)
-    inputs = []
-    for group in stream.family.groups:
-        reader = block.get_submodule(group.linears[0])
-        group_inputs = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
-        reader.register_forward_pre_hook(lambda _, args, inputs=group_inputs: inputs.add(args[0]))
-        inputs.append(group_inputs)
+    inputs: dict[str, _Inputs] = {}
+    for group in stream.family.groups_of(index):
+        for paths in group.sets:
+            reader = block.get_submodule(paths[0])
+            group_inputs = _Inputs(ModelStream.weight_of(reader).shape[1], stream.device, hessians)
+            reader.register_forward_pre_hook(lambda _, args, inputs=group_inputs: inputs.add(args[0]))
+            inputs |= dict.fromkeys(paths, group_inputs)
     stream.advance(block, index, hidden)
     for linear in members:
-        path = linear.name.removeprefix(f"{stream.family.blocks}.{index}.")
+        path = linear.path
         weight = ModelStream.weight_of(block.get_submodule(path)).float()
-        layers[linear.name] = _layer_statistics(weight, inputs[linear.group])
+        layers[linear.name] = _layer_statistics(weight, inputs[path])
     return inputs
 
 

@@ -26,19 +26,19 @@ class DataFree:
 
     def load(self, index: int, saved: dict[str, QuantizedWeight] | None) -> BlockState:
         """Nothing is read yet; every layer is a group of its own."""
-        groups = [BlockGroup(number, [path]) for number, path in enumerate(self.plan.methods_of(index))]
+        groups = [BlockGroup(number, ((path,),)) for number, path in enumerate(self.plan.methods_of(index))]
         return BlockState(index, groups, saved=saved)
 
     def transform(self, block: BlockState) -> None:
         """Transforms take data."""
 
-    def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
+    def collect(self, block: BlockState, group: BlockGroup) -> list[CollectedGroup]:
         """Read the weight of one layer."""
         (path,), source = group.paths, self.plan.source
         name = f"{self.plan.prefix(block.index)}{path}.weight"
         weight = source.read([name])[name].to(self.device)
         weight = (weight.T if source.family.conv1d else weight).float().contiguous()
-        return CollectedGroup(LinearGroup({path: weight}))
+        return [CollectedGroup(LinearGroup({path: weight}))]
 
     def solve(self, block: BlockState, collected: CollectedGroup) -> dict[str, QuantizedWeight]:
         """Quantize one layer."""

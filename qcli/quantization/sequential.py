@@ -24,7 +24,7 @@ from qcli.quantization.layer_report import layer_report
 from qcli.quantization.objectives import BlockObjective, LinearObjective
 from qcli.quantization.plan import Plan
 from qcli.quantization.ranks import ALONE, solve_together
-from qcli.quantization.statistics import StagedBlock, collect, mean_square
+from qcli.quantization.statistics import StagedBlock, Statistics, at_once, collect, collect_experts, mean_square
 from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
 from qcli.utils.device import linear_dtype, matmul_precision
 from qcli.utils.distributed import Processes
@@ -87,7 +87,11 @@ class Sequential:
             if self.plan.recipe.activations is not None:
                 self.plan.recipe.activations.simulate(linear)
         saved = saved and {path: weight.to(self.stream.device) for path, weight in saved.items()}
-        groups = [BlockGroup(number, [*group.linears]) for number, group in enumerate(self.stream.family.groups)]
+        groups = [
+            BlockGroup(number, sets)
+            for number, group in enumerate(self.stream.family.groups_of(index))
+            for sets in at_once(group, module)
+        ]
         block = BlockState(index, groups, self.keep, saved, module, original)
         block.quantized_streams = self._streams(block.index, module, self.quantized, final=False)
         if original is not None and self.original is not None:
@@ -108,10 +112,10 @@ class Sequential:
         assert block.module is not None
         block.transformed = self.transforms.fold(block.index, block.module, twin, objective)
         block.training |= self.transforms.outcomes(block.index)
-        for path in self.transforms.paths if self.plan.reconstructs else ():
+        for path in self.stream.family.paths_of(block.index) if self.plan.reconstructs else ():
             block.targets[path] = self.memory.keep(self.stream.weight_of(twin.get_submodule(path)).float())
 
-    def collect(self, block: BlockState, group: BlockGroup) -> CollectedGroup:
+    def collect(self, block: BlockState, group: BlockGroup) -> list[CollectedGroup]:
         """Both streams reach the group's inputs; of a saved block no statistics are taken on the way."""
         chosen, solving = self.plan.methods_of(block.index), block.saved is None
         methods = [method for path, method in chosen.items() if path in group.paths]
@@ -119,14 +123,20 @@ class Sequential:
         assert block.quantized_streams is not None
         quantized, original = block.quantized_streams, block.original_streams
 
-        def collected(own: StagedBlock, reference: StagedBlock | None) -> LinearGroup:
+        def collected(own: StagedBlock, reference: StagedBlock | None) -> list[Statistics]:
             with matmul_precision(fast=self.fast, device=self.stream.device):
-                return collect(group.number, own, reference, needs, self.processes)
+                if own.groups[group.number].experts:
+                    return collect_experts(group.number, group.sets, own, needs, self.processes)
+                return [Statistics(collect(group.number, own, reference, needs, self.processes))]
 
-        training, held_out = collected(quantized.training, None if original is None else original.training), None
-        if solving and methods and self.refinement is not None and self.refinement.scope == "linear":
-            held_out = collected(quantized.held_out, None if original is None else original.held_out)
-        return CollectedGroup(training, held_out)
+        training = collected(quantized.training, None if original is None else original.training)
+        if not (solving and methods and self.refinement is not None and self.refinement.scope == "linear"):
+            return [CollectedGroup(each.group, fallbacks=each.fallbacks) for each in training]
+        held_out = collected(quantized.held_out, None if original is None else original.held_out)
+        return [
+            CollectedGroup(each.group, other.group, each.fallbacks)
+            for each, other in zip(training, held_out, strict=True)
+        ]
 
     def solve(self, block: BlockState, collected: CollectedGroup) -> dict[str, QuantizedWeight]:
         """One solution for all linears of the group that have one method."""
@@ -141,7 +151,8 @@ class Sequential:
                 solutions = self._refine_linears(block, part, solutions)
             for path in paths:
                 original = part.training.weights[path]
-                report = layer_report(prefix + path, method, solutions[path], original, part.training)
+                solution = replace(solutions[path], fallbacks=[*part.fallbacks, *solutions[path].fallbacks])
+                report = layer_report(prefix + path, method, solution, original, part.training)
                 block.reports.append(report)
             for path, solution in solutions.items():
                 weights[path] = solution.weight
@@ -199,7 +210,7 @@ class Sequential:
         lost by it."""
         twin, prefix, stored = copy.deepcopy(module), self.plan.prefix(index), self.plan.source.tensors()
         if not self.transforms.transforms:
-            for path in self.transforms.paths:
+            for path in self.stream.family.paths_of(index):
                 if stored[f"{prefix}{path}.weight"].torch_dtype == self.keep:
                     linear = twin.get_submodule(path)
                     self.stream.new_weight(linear, self.stream.weight_of(linear).to(self.keep))

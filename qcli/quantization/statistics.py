@@ -8,8 +8,9 @@ once the inputs of the latter are known, nothing reads the outputs of the former
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP, LinearGroup
 from qcli.algorithms.solvers.tiles import panels
+from qcli.models.listed_experts import ListedExperts
+from qcli.models.families import Group
 from qcli.models.stream import ModelStream
 from qcli.quantization.ranks import ALONE, add_up_statistics
 from qcli.utils.distributed import Processes
@@ -26,6 +29,7 @@ from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
 
 _BAND = 1024  # rows of a Hessian
+_EXPERT_STATISTICS = 1 << 30  # bytes of the Hessians of experts that one pass collects
 
 
 class _Reached(Exception):
@@ -82,17 +86,15 @@ class StagedBlock:
             if not runs_on:
                 raise _Reached
 
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault("residual", args[0])
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault("residual", args[0] if args else next(iter(kwargs.values())))
 
         with ExitStack() as hooks:
             hooks.enter_context(self._reusing(group, batch))
-            # Watch a linear whose hooks simulate quantized inputs, if there is one: a dense one sees other inputs.
-            watched = next((path for path in row.linears if self.linear(path)._forward_pre_hooks), row.linears[0])
-            handle = self.linear(watched).register_forward_pre_hook(arrive, with_kwargs=True)
-            hooks.callback(handle.remove)
+            watched = self._watched(row.linears)
+            hooks.callback(watched.register_forward_pre_hook(arrive, with_kwargs=True).remove)
             if row.residual is not None:
-                hooks.callback(self.linear(row.residual).register_forward_pre_hook(note).remove)
+                hooks.callback(self.linear(row.residual).register_forward_pre_hook(note, with_kwargs=True).remove)
             with suppress(_Reached):
                 self.hidden[batch] = self.stream.run_block(self.block, self.index, self.hidden[batch])
                 self._done.add(batch)
@@ -101,6 +103,46 @@ class StagedBlock:
             self._kept(self._inputs, group).append(inputs.to(self.keep))
         residual = seen.get("residual")
         return inputs, None if residual is None else residual.flatten(0, -2)
+
+    def reach_experts(self, group: int, batch: int, sets: Sequence[Sequence[str]], *, every_token: bool) -> list[Tensor]:
+        """Run one batch up to the inputs of experts.
+
+        Args:
+            sets: their linears in `group`, by expert.
+            every_token: whether all tokens count, and not only those that are routed to the expert.
+
+        Returns:
+            The inputs of each, `[tokens, in_features]`; perhaps of no tokens.
+        """
+        seen: dict[int, Tensor] = {}
+        experts = self.block.get_submodule(sets[0][0].rpartition(".")[0].rpartition(".")[0])
+        assert isinstance(experts, ListedExperts)
+
+        def arrives(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[number] = args[0]
+
+            return note
+
+        def reached(*_: Any) -> None:
+            raise _Reached
+
+        with ExitStack() as hooks:
+            hooks.enter_context(self._reusing(group, batch))
+            for number, paths in enumerate(sets):
+                hooks.callback(self._watched(paths).register_forward_pre_hook(arrives(number)).remove)
+            hooks.callback(experts.register_forward_hook(reached).remove)
+            experts.every_token = every_token
+            with suppress(_Reached):
+                self.stream.run_block(self.block, self.index, self.hidden[batch])
+            experts.every_token = False
+        widths = [ModelStream.weight_of(self.linear(paths[0])).shape[1] for paths in sets]
+        nothing = self.hidden[batch]
+        return [seen.get(number, nothing.new_empty(0, width)) for number, width in enumerate(widths)]
+
+    def _watched(self, paths: Sequence[str]) -> nn.Module:
+        """A linear whose hooks simulate quantized inputs, if there is one: a dense one sees other inputs."""
+        return self.linear(next((path for path in paths if self.linear(path)._forward_pre_hooks), paths[0]))
 
     def advance(self) -> None:
         """Replace the hidden states by the block's outputs, after all groups have been reached."""
@@ -134,9 +176,8 @@ class StagedBlock:
         """The module to patch for a linear of an earlier group, and its substitute; None: it runs as usual."""
         linear = self.linear(path)
         if not self.groups[earlier].leads_out:
-            if group > self._consumed_by(earlier):
-                return linear, _Unused(len(ModelStream.weight_of(linear)))
-            return None
+            last = self.groups[earlier].last_reader
+            return (linear, _Unused(len(ModelStream.weight_of(linear)))) if last is not None and group > last else None
         parent, results = path.rpartition(".")[0], self._kept(self._results, earlier)
         if batch < len(results):
             return self.linear(parent), _KeptResult(results[batch])
@@ -153,13 +194,6 @@ class StagedBlock:
 
     def _kept(self, groups: dict[int, StoredBatches[Any]], group: int) -> StoredBatches[Any]:
         return groups.setdefault(group, self.hidden.memory.store())
-
-    def _consumed_by(self, group: int) -> int:
-        """The last group whose inputs depend on the outputs of `group`, which stay inside."""
-        last = group + 1
-        while last + 1 < len(self.groups) and self.groups[last + 1].leads_out:
-            last += 1
-        return last
 
 
 class _OnKeptInputs:
@@ -255,10 +289,7 @@ def collect(
         tokens = add_up_statistics(sums, tokens, processes)
     ranges = [value for total in sums.values() for value in total.div_(tokens).aminmax()]
     if ranges and not bool(torch.stack(ranges).isfinite().all()):
-        raise UsageError(
-            f"block {quantized.index}: the inputs of {paths[0]} are not finite",
-            hint="activations overflow in this dtype: use --dtype float32",
-        )
+        raise _overflowing(quantized.index, paths[0])
     if HESSIAN in sums:
         _mirror(sums[HESSIAN])
     if CROSS in sums:
@@ -292,6 +323,79 @@ def mean_square(inputs: Iterable[Tensor], processes: Processes = ALONE) -> Tenso
         )
     _mirror(square)
     return square
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the input of linears, and what is amiss with them."""
+
+    group: LinearGroup
+    fallbacks: tuple[str, ...] = ()
+
+
+def at_once(group: Group, block: nn.Module) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """The sets of a group whose statistics are collected in one pass: all, or as many experts as memory should hold."""
+    width = ModelStream.weight_of(block.get_submodule(group.linears[0])).shape[1]
+    count = max(1, _EXPERT_STATISTICS // (4 * width**2))
+    for start in range(0, len(group.sets), count):
+        yield group.sets[start : start + count]
+
+
+def collect_experts(
+    group: int,
+    sets: Sequence[Sequence[str]],
+    quantized: StagedBlock,
+    needs: frozenset[str],
+    processes: Processes = ALONE,
+    *,
+    every_token: bool = False,
+) -> list[Statistics]:
+    """The statistics of experts, each from the tokens that are routed to it in the model as quantized so far.
+
+    An expert that saw fewer tokens than it has inputs, whose own Hessian would be singular, makes up for the missing
+    ones by the mean of all experts of the pass. Tokens take other routes in the full-precision model, so nothing is
+    compared with it: the cross moment is the Hessian.
+
+    Args:
+        group: its index in the block.
+        sets: the linears of each expert.
+        every_token: whether all tokens count for all experts.
+    """
+    weights = [{path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths} for paths in sets]
+    if not needs & {HESSIAN, CROSS}:
+        return [Statistics(LinearGroup(own)) for own in weights]
+    widths = [next(iter(own.values())).shape[1] for own in weights]
+    device = next(iter(weights[0].values())).device
+    sums = [{HESSIAN: torch.zeros(width, width, device=device)} for width in widths]
+    counts = [0] * len(sets)
+    for batch in range(len(quantized.hidden)):
+        for number, inputs in enumerate(quantized.reach_experts(group, batch, sets, every_token=every_token)):
+            if len(inputs):
+                _add_square(sums[number], HESSIAN, inputs.float())
+                counts[number] += len(inputs)
+    if processes.world_size > 1:
+        counts = [add_up_statistics(own, count, processes) for own, count in zip(sums, counts, strict=True)]
+    pooled = torch.stack([own[HESSIAN] for own in sums]).sum(0).div_(max(1, sum(counts)))
+    found = []
+    for own, count, width, linears in zip(sums, counts, widths, weights, strict=True):
+        hessian, fallbacks = own[HESSIAN], tuple[str, ...]()
+        if count < width:
+            hessian.add_(pooled, alpha=width - count)
+            fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {width - count}",)
+        hessian.div_(max(count, width))
+        _mirror(hessian)
+        found.append(Statistics(LinearGroup(linears, hessian, hessian if CROSS in needs else None), fallbacks))
+    finite = torch.stack([each for own in sums for each in own[HESSIAN].aminmax()])
+    if not bool(finite.isfinite().all()):
+        raise _overflowing(quantized.index, sets[0][0])
+    return found
+
+
+def _overflowing(block: int, path: str) -> UsageError:
+    return UsageError(
+        f"block {block}: the inputs of {path} are not finite",
+        hint="activations overflow in this dtype: use --dtype float32",
+    )
 
 
 def _mirror(square: Tensor) -> None:

@@ -51,7 +51,6 @@ class BlockTransforms:
         self.plan, self.run, self.stream, self.fast, self.progress = plan, run, stream, fast, progress
         self.processes, self.dtype = processes, linear_dtype(fast=fast)
         self.transforms = plan.recipe.all_transforms
-        self.paths = [path for group in stream.family.groups for path in group.linears]
 
     def fit_model(self, tokens: Split[Tensor]) -> None:
         """Fit the transforms that look at the whole model, which is held in memory meanwhile.
@@ -112,7 +111,7 @@ class BlockTransforms:
     def _fit_block(
         self, number: int, block: int, module: nn.Module, scales: list[ChannelScale], objective: Objective
     ) -> None:
-        weights = {path: self._weight(module, path) for path in self.paths}
+        weights = {path: self._weight(module, path) for path in self.stream.family.paths_of(block)}
         formats = {path: method.format for path, method in self.plan.methods_of(block).items()}
         alphas, outcome = self.transforms[number].fit(weights, formats, scales, objective, self.progress, self.dtype)
         named = {_key(block, place): alpha for place, alpha in enumerate(alphas)}
@@ -131,7 +130,8 @@ class BlockTransforms:
                 fold(module, own, self._fitted(earlier, block, len(own)), self.plan.stored_dtypes(block))
             methods = self.plan.methods_of(block)
             quantized += [module.get_submodule(path) for path in methods]
-            weights |= {f"{block}.{path}": self._weight(module, path) for path in self.paths}
+            paths = self.stream.family.paths_of(block)
+            weights |= {f"{block}.{path}": self._weight(module, path) for path in paths}
             formats |= {f"{block}.{path}": method.format for path, method in methods.items()}
             for place, scale in enumerate(own):
                 scales[_key(block, place)] = scale.within(f"{block}.")
