@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 LAYERS = 4
 _SIZES = {
-    "vocab_size": 128,
+    "vocab_size": 320,
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,
@@ -121,7 +121,7 @@ _SIZES = {
     "conv_dim": 64,
     "conv_dim_out": 64,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 128,
+    "vocab_size_per_layer_input": 320,
     "num_kv_shared_layers": 1,
     "laurel_rank": 8,
     "adapter_rank": 8,

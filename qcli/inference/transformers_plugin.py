@@ -27,8 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qcli.core.weight import Format
 from qcli.inference.linear import QuantLinear
 from qcli.inference.vocabulary import QuantEmbedding, pack_embedding, share_codes
+from qcli.models.listed_experts import list_experts
 from qcli.models.manifest import FORMAT_VERSION
-from qcli.models.names import Names
+from qcli.models.names import Names, experts_apart
 from qcli.models.native import GUARD, NativeStorage
 from qcli.models.quantized import LayerStorage
 from qcli.utils.dtypes import StoredTensor
@@ -64,6 +65,7 @@ class QcliQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         names = Names(model)  # of its own modules
+        list_experts(model)
         replaced = _replace_layers(model, self.storage)
         if checkpoint_files:
             _check_files(checkpoint_files, names, model, replaced, self.storage.guard)
@@ -71,6 +73,10 @@ class QcliQuantizer(HfQuantizer):
             tail = re.escape(guard.partition(".")[2])  # a model without a head has its own names
             known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
             model._keys_to_ignore_on_load_unexpected = {*(known or ()), f"{tail}$"}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts are not merged: each has linear layers of its own."""
+        return experts_apart(weight_conversions)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What `save_pretrained` writes: the model's tensors, and the guard as the first quantized layer's weight."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qcli.models.conversions import Conversion
 from qcli.models.derived import SourceTensor, piece
-from qcli.models.experts import Experts, Piece, find_experts
+from qcli.models.experts import GATE, UP, Experts, Piece, find_experts
 from qcli.models.source import reported
 from qcli.utils.errors import UsageError
 
@@ -185,6 +185,26 @@ class Names:
         return [
             (own, piece(tensor, part.expert, part.rows, transposed=part.transposed)) for own, part in self._stacks[name]
         ]
+
+
+def experts_apart(mapping: Iterable[WeightConverter | WeightRenaming]) -> list[WeightConverter | WeightRenaming]:
+    """A mapping of transformers for a model whose experts are linear layers of their own: it renames what it would
+    merge."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    apart: list[WeightConverter | WeightRenaming] = []
+    for entry in mapping:
+        if not isinstance(entry, WeightConverter) or not _merges(entry):
+            apart.append(entry)
+            continue
+        path, _, stack = entry.target_patterns[0].rpartition(".")
+        projections = (GATE, UP) if len(entry.source_patterns) > 1 else (stack,)
+        for pattern, projection in zip(entry.source_patterns, projections, strict=True):
+            own = pattern.removesuffix(".weight").replace("*.", rf"{_NUMBER}\.")
+            renamed = rf"{path}.\1.{projection}"
+            if own != renamed.replace(r"\1.", rf"{_NUMBER}\."):
+                apart.append(WeightRenaming(own, renamed))
+    return apart
 
 
 def _merges(converter: WeightConverter) -> bool:

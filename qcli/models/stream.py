@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.loadable import require_tensors, skeleton, tied_tensors
+from qcli.models.loadable import quantizable_skeleton, require_tensors, tied_tensors
 from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
 from qcli.utils.determinism import any_order
@@ -71,7 +71,7 @@ class ModelStream:
         self.config = source.hf_config()
         self._problem = f"{source.path}: transformers cannot build this model"
         with reported(self._problem):
-            self.model = skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+            self.model = quantizable_skeleton(self.config, dtype=dtype, trust_remote_code=source.trust_remote_code)
         self.model.eval().requires_grad_(False)
         require_tensors(source, self.model)
         self._stored = frozenset(source.tensors())
