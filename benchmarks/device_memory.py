@@ -164,11 +164,11 @@ def phases(plan: Plan, *, fast: bool) -> dict[str, Phase]:
         quantizer.transform(block)
         ended("transform")
         for group in block.groups:
-            collected = quantizer.collect(block, group)
-            ended("collect")
-            block.replace(quantizer.solve(block, collected))
-            del collected
-            ended("solve")
+            for collected in quantizer.collect(block, group):
+                ended("collect")
+                block.replace(quantizer.solve(block, collected))
+                del collected
+                ended("solve")
         quantizer.advance_original(block)
         ended("advance")
         quantizer.refine(block)

@@ -164,5 +164,11 @@ def _depth(config: PreTrainedConfig) -> int:
 
 def _short(values: list[Any]) -> list[Any]:
     """As many entries as layers, with each value that occurs, in the order of its first occurrence."""
-    distinct = list(dict.fromkeys(values))[:LAYERS] if all(isinstance(v, str | int | float | bool) for v in values) else []
-    return sorted([*distinct, *values[: LAYERS - len(distinct)]], key=lambda v: distinct.index(v)) if distinct else values[:LAYERS]
+    distinct = (
+        list(dict.fromkeys(values))[:LAYERS] if all(isinstance(v, str | int | float | bool) for v in values) else []
+    )
+    return (
+        sorted([*distinct, *values[: LAYERS - len(distinct)]], key=lambda v: distinct.index(v))
+        if distinct
+        else values[:LAYERS]
+    )

@@ -54,6 +54,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {},
     "stablelm": _GQA,
 }
+_EXPERTS = {**_GQA, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MLA = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+}
+# Types without a row, whose structure is discovered: most used ones, and one of each kind of block.
+WITHOUT_ROW: dict[str, dict[str, Any]] = {
+    "granite": {**_GQA, "residual_multiplier": 0.5},
+    "olmo3": {**_GQA, **_SLIDING},
+    "glm4": {**_GQA, **_HEAD_DIM},
+    "cohere2": {**_GQA, **_SLIDING},
+    "ministral3": {**_GQA, **_HEAD_DIM},
+    "phi": {"intermediate_size": 128},
+    "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {**_GQA, **_HEAD_DIM, **_DELTA},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": {**_EXPERTS, **_HEAD_DIM},
+    "gpt_oss": {**_EXPERTS, **_HEAD_DIM, **_SLIDING},
+    "llama4_text": {**_EXPERTS, **_HEAD_DIM, "intermediate_size_mlp": 128, "moe_layers": [1]},
+    "deepseek_v3": {
+        **_EXPERTS,
+        **_MLA,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+}
 # Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"use_parallel_residual": True}),
@@ -72,7 +112,7 @@ def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path
     Equal arguments give equal bytes. Models are built once per session and copied: the caller may change the folder.
 
     Args:
-        model_type: a key of `FAMILIES`.
+        model_type: a key of `CONFIGS` or `WITHOUT_ROW`, or `gemma3`.
         tmp_path: parent of the folder.
         config_overrides: fields of the model's config.
     """
@@ -102,7 +142,7 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
             image_token_index=3,
             tie_word_embeddings=config_overrides.get("tie_word_embeddings", True),
         )
-    return AutoConfig.for_model(model_type, **{**_COMMON, **CONFIGS[model_type], **config_overrides})
+    return AutoConfig.for_model(model_type, **{**_COMMON, **(CONFIGS | WITHOUT_ROW)[model_type], **config_overrides})
 
 
 def with_merge(folder: Path) -> Path:
@@ -138,7 +178,7 @@ def with_bos(folder: Path) -> Path:
 
 @cache
 def _build(model_type: str, key: tuple[tuple[str, str], ...]) -> Path:
-    assert model_type in FAMILIES
+    assert model_type in FAMILIES or model_type in WITHOUT_ROW
     folder = Path(tempfile.mkdtemp(prefix="qcli-tiny-"))
     register(shutil.rmtree, folder, ignore_errors=True)
     return folder

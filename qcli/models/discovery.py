@@ -1,10 +1,10 @@
 """The structure of a model that has no row in the table of families, discovered from the model itself.
 
 The model is built on the meta device, and its own forward pass runs there once: shapes and data flow, but no memory and
-no arithmetic. What follows which tensor says everything that a row says: the list of blocks; which linears read the
-same tensor, in the order of their calls; which outputs stay inside of attention or MLP; and where outputs are added to
-the residual stream. What the flow does not show is left out, and only costs time or accuracy: a group that seems to lead
-nowhere is run again at every stage, one that joins no stream does without the correction of the residual.
+no arithmetic. What flows where says everything that a row says: the list of blocks; which linears read the same tensor,
+in the order of their calls; which outputs stay inside of attention or MLP; and where outputs are added to the residual
+stream. What the flow does not show is left out, and only costs time or accuracy: a group that seems to lead nowhere is
+run again at every stage, one that joins no stream does without the correction of the residual.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.listed_experts import ListedExperts
 from qcli.models.families import Family, Group
+from qcli.models.listed_experts import ListedExperts
 from qcli.models.loadable import quantizable_skeleton
 from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UnsupportedError
@@ -96,7 +96,8 @@ def _blocks(model: PreTrainedModel, model_type: str) -> tuple[str, nn.ModuleList
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is part)
+    paths: Iterator[str] = (path for path, module in model.named_modules() if module is part)
+    return next(paths)
 
 
 def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
@@ -139,13 +140,12 @@ class _Flow(TorchDispatchMode):
     """
 
     def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.blocks = list(blocks)
         self.traced = [_Traced() for _ in self.blocks]
         self.outputs: list[Any] = []
         self._kept: list[Tensor] = []  # all tensors seen: a freed storage's number would be given to another
         self._taint: dict[int, frozenset[str]] = {}
-        self._stream: set[int] = set()  # the block's input, and what only outputs of linears were added to
         self._pure: dict[int, frozenset[str]] = {}  # outputs of linears, unchanged, and sums of them
         self._inside = -1
         self._hooks = ExitStack()
@@ -156,14 +156,16 @@ class _Flow(TorchDispatchMode):
             self._hooks.callback(block.register_forward_hook(self._leaves(index)).remove)
             for path, module in block.named_modules():
                 if path:
-                    self._hooks.callback(module.register_forward_pre_hook(self._reads(index, path), with_kwargs=True).remove)
+                    self._hooks.callback(
+                        module.register_forward_pre_hook(self._reads(index, path), with_kwargs=True).remove
+                    )
                 if isinstance(module, nn.Linear | Conv1D):
                     self._hooks.callback(module.register_forward_hook(self._computed(path)).remove)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,12 +183,9 @@ class _Flow(TorchDispatchMode):
             key = self._key(tensor)
             self._taint[key] = self._taint.get(key, frozenset()) | taint
             if name in _SAME_VALUES and inputs and inputs[0] != key:
-                if inputs[0] in self._stream:
-                    self._stream.add(key)
                 if inputs[0] in self._pure:
                     self._pure[key] = self._pure[inputs[0]]
             elif func._schema.is_mutable and name != "add_":
-                self._stream.discard(key)
                 self._pure.pop(key, None)
         return out
 
@@ -228,17 +227,13 @@ class _Flow(TorchDispatchMode):
 
     def _add(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         keys, result = (self._key(a), self._key(b)), self._key(out)
-        same = a.shape == b.shape
-        pure = [self._pure.get(key) if same else None for key in keys]
-        joined = False
-        for stream, added in ((keys[0], pure[1]), (keys[1], pure[0])):
-            if stream in self._stream and added is not None:
+        pure = [self._pure.get(key) if a.shape == b.shape else None for key in keys]
+        for other, added, also in ((keys[0], pure[1], pure[0]), (keys[1], pure[0], pure[1])):
+            if added is not None and also is None:
                 # Of several linears that are added at once, the first makes up for the stream, the others find it done.
                 order = [path for paths in self.traced[self._inside].called.values() for path in paths]
-                self.traced[self._inside].joins.setdefault(min(added, key=order.index), stream)
-                joined = True
-        (self._stream.add if joined else self._stream.discard)(result)
-        if pure[0] is not None and pure[1] is not None and not joined:
+                self.traced[self._inside].joins.setdefault(min(added, key=order.index), other)
+        if pure[0] is not None and pure[1] is not None:
             self._pure[result] = pure[0] | pure[1]
         else:
             self._pure.pop(result, None)
@@ -248,9 +243,6 @@ class _Flow(TorchDispatchMode):
             self._inside = index
             self._taint.clear()
             self._pure.clear()
-            hidden = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-            key = self._key(hidden) if isinstance(hidden, Tensor) else None
-            self._stream = set() if key is None else {key}
 
         return hook
 
@@ -275,7 +267,7 @@ class _Flow(TorchDispatchMode):
             if isinstance(module, nn.Linear | Conv1D):
                 if any(path in paths for paths in traced.called.values()):
                     return
-                values = key, given.storage_offset(), given.numel(), given._version
+                values = key, int(given.storage_offset()), given.numel(), given._version
                 traced.called.setdefault(values, []).append(path)
                 traced.sources[path] = self._taint.get(key, frozenset())
 
@@ -294,7 +286,7 @@ class _Flow(TorchDispatchMode):
 
     def _key(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
 
 def _by_experts(block: nn.Module, paths: list[str]) -> list[tuple[str, ...]]:
@@ -302,7 +294,7 @@ def _by_experts(block: nn.Module, paths: list[str]) -> list[tuple[str, ...]]:
     gates = {module.n_experts for module in block.modules() if isinstance(module, ListedExperts)}
     parts: dict[str | None, list[str]] = {}
     for path in paths:
-        shape = block.get_submodule(path).weight.shape
+        shape = block.get_submodule(path).get_parameter("weight").shape
         owner = _experts_around(block, path)
         if min(shape) >= _SMALLEST and (owner is not None or shape[0] not in gates):
             parts.setdefault(owner, []).append(path)

@@ -241,7 +241,7 @@ _OPT_POST_NORM = Variant(
     {"do_layer_norm_before": False},
     (
         Group(_QKV),
-        _out("self_attn.out_proj", "self_attn.q_proj"),
+        _out("self_attn.out_proj", "self_attn"),
         Group(("fc1",)),
         _out("fc2", "fc1"),
     ),
@@ -424,7 +424,8 @@ def family(config: Mapping[str, Any]) -> Family:
     """
     if not has_row(config):
         raise UnsupportedError(
-            f"model type {config['model_type']!r} is not supported here", hint=f"supported: {', '.join(sorted(FAMILIES))}"
+            f"model type {config['model_type']!r} is not supported here",
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
     row = FAMILIES[config["model_type"]]
     settings = {**row.defaults, **config}

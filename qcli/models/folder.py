@@ -42,7 +42,8 @@ class FolderSource(ModelSource):
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
         super().__init__(path, config, trust_remote_code=trust_remote_code)
-        families.block_count(config)  # transformers would make lists of any length
+        if families.has_row(config):
+            families.block_count(config)  # transformers would make lists of any length
         self.extents: dict[str, Extent] = {}
         self.derived: dict[str, Derived] = {}
         stored = {name: tensor for name, tensor in self._stored().items() if not name.endswith(_BUFFERS)}

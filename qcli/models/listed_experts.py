@@ -7,6 +7,8 @@ need nothing of their own for experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,9 +50,7 @@ class ListedExperts(nn.Module):
             fused._parameters[name] = None
         self._fused = (fused,)  # in a tuple, so that it is not registered as a submodule
 
-    def forward(
-        self, hidden: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         """The weighted sum of the experts' outputs.
 
         Args:
@@ -67,8 +67,8 @@ class ListedExperts(nn.Module):
         result = torch.zeros_like(hidden)
         if hidden.is_meta:
             return result + self.expert(0, hidden) * top_k_weights.sum(1, keepdim=True).to(hidden.dtype)
-        chosen = range(self.n_experts) if self.every_token else top_k_index.unique().tolist()
-        for index in chosen:
+        chosen = {*top_k_index.unique().tolist()} | ({*range(self.n_experts)} if self.every_token else set())
+        for index in sorted(chosen):
             tokens, place = torch.where(top_k_index == index)
             if index < self.n_experts:
                 output = self.expert(index, hidden)[tokens] if self.every_token else self.expert(index, hidden[tokens])
@@ -82,7 +82,8 @@ class ListedExperts(nn.Module):
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """The output of one expert for `[tokens, hidden]`."""
-        expert, fused = self.get_submodule(str(index)), self._fused[0]
+        expert: Any = self.get_submodule(str(index))
+        fused: Any = self._fused[0]
         if not self.gated:
             inner = fused.act_fn(expert.up_proj(x))
         else:

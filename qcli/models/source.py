@@ -122,8 +122,8 @@ class ModelSource:
         return {}
 
     def leftovers(self) -> list[str]:
-        """Matrices and stacks of matrices in the blocks that the family's row does not list; without a row they are known
-        to stay dense."""
+        """Matrices and stacks of matrices in the blocks that the family's row does not list; none without a row: what
+        discovery leaves out is known to stay dense."""
         if self.family.discovered:
             return []
         prefix = f"{self.family.blocks}."

@@ -23,8 +23,8 @@ def channel_scales(block: nn.Module, family: Family, config: PreTrainedConfig) -
         family: the model's family.
         config: of the model; only the number of attention heads is read, all else follows from shapes.
     """
-    heads = config.get_text_config().num_attention_heads
     folds = [fold for fold in family.folds if _weight(block, fold.producer) is not None]
+    heads = config.get_text_config().num_attention_heads if folds else 0
     return [_channel_scale(block, fold, heads, family.norm_offset) for fold in folds]
 
 

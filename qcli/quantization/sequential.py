@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Solution
 from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Weights

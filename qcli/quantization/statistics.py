@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP, LinearGroup
 from qcli.algorithms.solvers.tiles import panels
-from qcli.models.listed_experts import ListedExperts
 from qcli.models.families import Group
+from qcli.models.listed_experts import ListedExperts
 from qcli.models.stream import ModelStream
 from qcli.quantization.ranks import ALONE, add_up_statistics
 from qcli.utils.distributed import Processes
@@ -104,7 +104,9 @@ class StagedBlock:
         residual = seen.get("residual")
         return inputs, None if residual is None else residual.flatten(0, -2)
 
-    def reach_experts(self, group: int, batch: int, sets: Sequence[Sequence[str]], *, every_token: bool) -> list[Tensor]:
+    def reach_experts(
+        self, group: int, batch: int, sets: Sequence[Sequence[str]], *, every_token: bool
+    ) -> list[Tensor]:
         """Run one batch up to the inputs of experts.
 
         Args:
@@ -218,13 +220,13 @@ class _KeptResult:
 
 
 class _Unused:
-    """A linear's forward whose output nothing reads: zeros that take no memory."""
+    """A linear's forward whose output nothing reads: zeros, the same memory for all tokens."""
 
     def __init__(self, out_features: int) -> None:
         self.out_features = out_features
 
     def __call__(self, like: Tensor) -> Tensor:
-        return like.new_zeros(()).expand(*like.shape[:-1], self.out_features)
+        return like.new_zeros(self.out_features).expand(*like.shape[:-1], -1)
 
 
 class _SkipsUnused(TorchFunctionMode):
@@ -233,7 +235,7 @@ class _SkipsUnused(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention and len(args) > 2 and not any(args[2].stride()):
+        if func is F.scaled_dot_product_attention and len(args) > 2 and not any(args[2].stride()[::2]):
             query, _, value = args[:3]
             return query.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,113 @@
+"""The structure that is discovered: it agrees with every row of the table, and reads models that have none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qcli.models import families
+from qcli.models.discovery import discover
+from qcli.models.listed_experts import ListedExperts, list_experts
+from qcli.models.loadable import quantizable_skeleton, skeleton
+from qcli.models.open import open_source
+from qcli.utils.errors import UnsupportedError
+from tests.tiny import CONFIGS, VARIANTS, WITHOUT_ROW, tiny_config, tiny_model
+
+
+def discovered(config: Any) -> families.Family:
+    return discover(quantizable_skeleton(config, trust_remote_code=False).eval(), config.model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [*((name, {}) for name in (*CONFIGS, "gemma3")), *VARIANTS], ids=str
+)
+def test_discovery_finds_what_every_row_says(model_type: str, overrides: dict[str, Any]) -> None:
+    config = tiny_config(model_type, **overrides)
+    row, found = families.family(config.to_dict()), discovered(config)
+    assert found.blocks == row.blocks
+    assert found.embedding == row.embedding
+    assert (found.tuple_output, found.conv1d, found.own_linear) == (row.tuple_output, row.conv1d, row.own_linear)
+    groups = row.groups
+    if overrides.get("apply_residual_connection_post_layernorm"):  # more than the row says: what the stream is read by
+        residuals = {"self_attention.dense": "self_attention", "mlp.dense_4h_to_h": "mlp"}
+        groups = tuple(replace(group, residual=residuals.get(group.linears[0])) for group in groups)
+    assert found.groups_by_block == (groups,) * config.get_text_config().num_hidden_layers
+
+
+def test_a_scaled_output_joins_no_stream() -> None:
+    for group in discovered(tiny_config("granite")).groups_of(0):
+        assert group.residual is None
+
+
+def test_blocks_are_described_one_by_one() -> None:
+    found = discovered(tiny_config("qwen3_5_text"))
+    assert found.groups_of(0)[-3].linears == ("linear_attn.out_proj",)
+    assert found.groups_of(1)[-3].linears == ("self_attn.o_proj",)
+    assert found.groups_of(1)[-3].residual == "input_layernorm"
+
+
+def test_experts_have_sets_of_their_own_and_routers_stay_dense() -> None:
+    *_, gate_up, down = discovered(tiny_config("qwen3_moe")).groups_of(1)
+    assert gate_up.sets[3] == ("mlp.experts.3.gate_proj", "mlp.experts.3.up_proj")
+    assert down.sets[3] == ("mlp.experts.3.down_proj",)
+    assert len(gate_up.sets) == len(down.sets) == 4
+    assert not any("gate.weight" in path for path in discovered(tiny_config("qwen3_moe")).paths_of(1))
+
+
+def test_a_chain_of_projections_is_read_up_to_the_one_that_leads_out() -> None:
+    groups = discovered(tiny_config("deepseek_v3")).groups_of(0)
+    number = {path: at for at, group in enumerate(groups) for path in group.linears}
+    assert groups[number["self_attn.q_a_proj"]].last_reader == number["self_attn.o_proj"]
+    assert groups[number["self_attn.q_b_proj"]].last_reader == number["self_attn.o_proj"]
+    assert groups[number["self_attn.o_proj"]].leads_out
+
+
+@pytest.mark.parametrize("model_type", sorted(WITHOUT_ROW))
+def test_a_model_without_a_row_is_read(model_type: str, tmp_path: Path) -> None:
+    source = open_source(str(tiny_model(model_type, tmp_path)))
+    linears = source.linears()
+    assert {linear.block for linear in linears} == {0, 1}
+    stored = source.tensors()
+    assert all(stored[f"{linear.name}.weight"].shape == linear.shape for linear in linears)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    class NoBlocks(nn.Module):
+        _no_split_modules = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = nn.Sequential(nn.Linear(4, 4))
+
+    with pytest.raises(UnsupportedError, match="model type 'flat' has no list of blocks"):
+        discover(NoBlocks(), "flat")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"])
+@pytest.mark.parametrize("every_token", [False, True])
+def test_listed_experts_compute_what_fused_ones_do(model_type: str, every_token: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(model_type, tmp_path)
+    fused = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    listed = skeleton(fused.config, trust_remote_code=False)
+    list_experts(listed)
+    source = open_source(str(folder))
+    listed.load_state_dict(source.read(source.tensors()), strict=False, assign=True)
+    lists = {path: module for path, module in listed.named_modules() if isinstance(module, ListedExperts)}
+    assert lists
+    for path, module in lists.items():
+        module.every_token = every_token
+        caught: list[Any] = []
+        own = fused.get_submodule(path)
+        handle = own.register_forward_hook(lambda _, args, output, caught=caught: caught.append((args, output)))
+        with torch.no_grad():
+            fused(torch.arange(3, 51)[None])
+            handle.remove()
+            args, output = caught[0]
+            torch.testing.assert_close(module(*args), output, rtol=1e-4, atol=1e-5)

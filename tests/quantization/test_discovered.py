@@ -1,0 +1,104 @@
+"""Models without a row of the table, from quantizing to loading in transformers; experts one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qcli.algorithms.layer_group import CROSS, HESSIAN
+from qcli.inference.load import load_model
+from qcli.models.open import open_source
+from qcli.models.stream import ModelStream
+from qcli.quantization.statistics import StagedBlock, collect_experts
+from qcli.utils.stored_batches import BatchMemory
+from tests.quantizing import TOKENS, logits, run, streamed, write_text
+from tests.tiny import WITHOUT_ROW, tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("model_type", sorted(WITHOUT_ROW))
+def test_any_model_is_quantized_and_loads(model_type: str, tmp_path: Path) -> None:
+    model, out = tiny_model(model_type, tmp_path), tmp_path / "out"
+    full = logits(model)
+    torch.testing.assert_close(streamed(model), full, rtol=1e-4, atol=1e-4)
+    run(model, out, write_text(tmp_path), method__name="gptq-like", method__bits=8)
+    packed = streamed(out)
+    torch.testing.assert_close(logits(out), packed, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        loaded = load_model(open_source(str(out)), CPU, torch.float32)(TOKENS).logits
+    torch.testing.assert_close(loaded, packed, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(packed, full)
+    target = full.log_softmax(-1)
+    assert (target.exp() * (target - packed.log_softmax(-1))).sum(-1).median() < 1e-3  # some tokens go to other experts
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"refine__steps": 2}, {"refine__steps": 2, "refine__scope": "linear"}],
+    ids=["plain", "refined", "by linear"],
+)
+def test_experts_are_solved_alike_every_time(flags: dict[str, Any], tmp_path: Path) -> None:
+    model, text = tiny_model("qwen3_moe", tmp_path), write_text(tmp_path)
+    run(model, tmp_path / "a", text, method__name="gptq-like", **flags)
+    run(model, tmp_path / "b", text, method__name="gptq-like", **flags)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in first
+
+
+def staged(tmp_path: Path) -> tuple[StagedBlock, dict[str, torch.Tensor]]:
+    """A block of a mixture of experts, and the tokens that each of its experts sees."""
+    stream = ModelStream(open_source(str(tiny_model("qwen3_moe", tmp_path))), device=CPU, dtype=torch.float32)
+    module = stream.load_block(0)
+    hidden = BatchMemory(CPU, on_host=False).store([stream.embed(TOKENS), stream.embed(TOKENS.flip(1))])
+    seen: dict[str, list[torch.Tensor]] = {}
+    for index in range(4):
+        for name in ("gate_proj", "down_proj"):
+            path = f"mlp.experts.{index}.{name}"
+            rows = seen.setdefault(path, [])
+            module.get_submodule(path).register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0]))
+    with torch.no_grad():
+        for batch in hidden:
+            stream.run_block(module, 0, batch)
+    inputs = {path: torch.cat(rows) if rows else torch.empty(0, 64) for path, rows in seen.items()}
+    block = StagedBlock(stream, 0, stream.load_block(0), hidden)
+    for group in range(2):
+        for batch in range(2):
+            block.reach(group, batch)
+    return block, inputs
+
+
+def test_an_expert_has_the_statistics_of_its_own_tokens(tmp_path: Path) -> None:
+    block, seen = staged(tmp_path)
+    for number, name in ((2, "gate_proj"), (3, "down_proj")):
+        sets = block.groups[number].sets
+        found = collect_experts(number, sets, block, frozenset({HESSIAN, CROSS}))
+        inputs = [seen[f"mlp.experts.{index}.{name}"].double() for index in range(4)]
+        pooled = sum(x.T @ x for x in inputs) / sum(map(len, inputs))
+        for x, statistics, paths in zip(inputs, found, sets, strict=True):
+            width = x.shape[1]
+            missing = max(0, width - len(x))
+            expected = (x.T @ x + missing * pooled) / max(width, len(x))
+            hessian = statistics.group.hessian
+            assert hessian is not None
+            torch.testing.assert_close(hessian.double(), expected, rtol=1e-4, atol=1e-6)
+            assert statistics.group.cross is hessian
+            assert bool(statistics.fallbacks) == bool(missing)
+            assert tuple(statistics.group.weights) == paths
+
+
+def test_all_tokens_count_for_all_experts_on_demand(tmp_path: Path) -> None:
+    block, _ = staged(tmp_path)
+    found = collect_experts(2, block.groups[2].sets, block, frozenset({HESSIAN}), every_token=True)
+    first = found[0].group.hessian
+    assert first is not None
+    for statistics in found:
+        assert not statistics.fallbacks
+        assert statistics.group.hessian is not None
+        torch.testing.assert_close(statistics.group.hessian, first)
