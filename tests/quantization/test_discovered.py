@@ -68,9 +68,9 @@ def staged(tmp_path: Path) -> tuple[StagedBlock, dict[str, torch.Tensor]]:
             stream.run_block(module, 0, batch)
     inputs = {path: torch.cat(rows) if rows else torch.empty(0, 64) for path, rows in seen.items()}
     block = StagedBlock(stream, 0, stream.load_block(0), hidden)
-    for group in range(2):
-        for batch in range(2):
-            block.reach(group, batch)
+    for group in (0, 1):
+        for number in (0, 1):
+            block.reach(group, number)
     return block, inputs
 
 
