@@ -69,6 +69,14 @@ def quantize(
     samples: flags.Samples = None,
     seq_len: flags.SeqLen = None,
     bos: flags.Bos = None,
+    all_experts: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate-all-experts",
+            help="Of a mixture of experts: all tokens count for all experts.",
+            show_default=False,
+        ),
+    ] = None,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
@@ -110,6 +118,7 @@ def quantize(
             deterministic=deterministic,
             out=out,
         ) | {
+            "calibration.all_experts": all_experts,
             "method.name": method,
             "method.bits": bits,
             "method.target_bpw": target_bpw,

@@ -122,7 +122,7 @@ class _Traced:
         called: paths of its linears by the values that they read, in order of the first calls.
         sources: by path, the linears whose outputs reach its input without passing another linear.
         joins: by path, the tensor of the residual stream that its output is added to.
-        readers: by tensor, the first module that reads it.
+        readers: by tensor, the first module without parts that reads it.
         leaves: linears whose outputs reach the block's output, likewise.
     """
 
@@ -263,7 +263,8 @@ class _Flow(TorchDispatchMode):
                 return
             key = self._key(given)
             traced = self.traced[index]
-            traced.readers.setdefault(key, path)
+            if not any(module.children()):
+                traced.readers.setdefault(key, path)
             if isinstance(module, nn.Linear | Conv1D):
                 if any(path in paths for paths in traced.called.values()):
                     return

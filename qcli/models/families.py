@@ -241,7 +241,7 @@ _OPT_POST_NORM = Variant(
     {"do_layer_norm_before": False},
     (
         Group(_QKV),
-        _out("self_attn.out_proj", "self_attn"),
+        _out("self_attn.out_proj", "self_attn.q_proj"),
         Group(("fc1",)),
         _out("fc2", "fc1"),
     ),

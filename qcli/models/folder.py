@@ -65,6 +65,16 @@ class FolderSource(ModelSource):
         return _shards(self.path)
 
     @cached_property
+    def family(self) -> families.Family:
+        """The row of the model table, with the groups and folds that the config implies; discovered where there is
+        none."""
+        if families.has_row(self.config):
+            return families.family(self.config)
+        from qcli.models.discovery import discovered_family
+
+        return discovered_family(self)
+
+    @cached_property
     def names(self) -> Names:
         """The tensors' names on disk and in the causal LM."""
         from qcli.models.loadable import skeleton

@@ -9,6 +9,7 @@ whose shape every loader refuses. Version 1 of the format had none, and is still
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,6 +37,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 GUARD = StoredTensor("U8", (0,))
 _VERSIONS = (1, FORMAT_VERSION)
 _KEYS = {"quant_method", "format_version", "guard", "layers", "dense", "activations", "vocabulary"}
+_EXPERT = re.compile(r"\.[0-9]+\.")
 _Stored = TypeVar("_Stored")
 
 
@@ -66,8 +68,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
-    Layers that have the same format and shape in every block share an entry, with `*` for the block; others have one
-    each. The first match applies.
+    Layers that have the same format and shape in every block and expert share an entry, with `*` for the number; others
+    have one each. The first match applies.
 
     Args:
         layers: all quantizable layers of the model.
@@ -78,7 +80,7 @@ def quantization_config(
     kinds: dict[str, list[Linear]] = {}
     for layer in layers:
         head, _, tail = layer.name.partition(f".{layer.block}.")
-        kinds.setdefault(f"{head}.*.{tail}", []).append(layer)
+        kinds.setdefault(f"{head}.*.{_EXPERT.sub('.*.', tail)}", []).append(layer)
     entries: list[dict[str, Any]] = []
     dense: list[str] = []
     for pattern, members in kinds.items():

@@ -56,13 +56,8 @@ class ModelSource:
 
     @cached_property
     def family(self) -> families.Family:
-        """The row of the model table, with the groups and folds that the config implies; discovered where there is
-        none."""
-        if families.has_row(self.config):
-            return families.family(self.config)
-        from qcli.models.discovery import discovered_family
-
-        return discovered_family(self)
+        """The row of the model table, with the groups and folds that the config implies."""
+        return families.family(self.config)
 
     @property
     def context_length(self) -> int | None:

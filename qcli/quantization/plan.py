@@ -24,7 +24,7 @@ from qcli.recipe.assign import assign, vocabulary_methods
 from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
-from qcli.utils.errors import UnsupportedError
+from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -224,6 +224,9 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
     model = require_loadable(source)
+    for option in ("all_experts", "expert_tokens"):
+        if getattr(recipe.calibration, option) and not _has_experts(source, layers):
+            raise UsageError(f"calibration.{option}: {recipe.model} has no experts")
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
     stored_weights = source.tensors()
@@ -259,6 +262,10 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     if plan.calibrated:
         require_text(recipe.calibration.data)
     return plan
+
+
+def _has_experts(source: ModelSource, layers: list[Linear]) -> bool:
+    return any(source.family.groups_of(layer.block)[layer.group].experts for layer in layers)
 
 
 def _divides(layer: Linear, method: Method, ranks: int) -> bool:

@@ -125,7 +125,16 @@ class Sequential:
         def collected(own: StagedBlock, reference: StagedBlock | None) -> list[Statistics]:
             with matmul_precision(fast=self.fast, device=self.stream.device):
                 if own.groups[group.number].experts:
-                    return collect_experts(group.number, group.sets, own, needs, self.processes)
+                    text = self.plan.recipe.calibration
+                    return collect_experts(
+                        group.number,
+                        group.sets,
+                        own,
+                        needs,
+                        self.processes,
+                        every_token=text.all_experts,
+                        floor=text.expert_tokens,
+                    )
                 return [Statistics(collect(group.number, own, reference, needs, self.processes))]
 
         training = collected(quantized.training, None if original is None else original.training)

@@ -351,17 +351,19 @@ def collect_experts(
     processes: Processes = ALONE,
     *,
     every_token: bool = False,
+    floor: int | None = None,
 ) -> list[Statistics]:
     """The statistics of experts, each from the tokens that are routed to it in the model as quantized so far.
 
-    An expert that saw fewer tokens than it has inputs, whose own Hessian would be singular, makes up for the missing
-    ones by the mean of all experts of the pass. Tokens take other routes in the full-precision model, so nothing is
-    compared with it: the cross moment is the Hessian.
+    An expert that saw too few tokens, whose own Hessian would be singular or noisy, makes up for the missing ones by
+    the mean of all experts of the pass. Tokens take other routes in the full-precision model, so nothing is compared
+    with it: the cross moment is the Hessian.
 
     Args:
         group: its index in the block.
         sets: the linears of each expert.
         every_token: whether all tokens count for all experts.
+        floor: tokens that are enough; None: as many as the linears have inputs.
     """
     weights = [{path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths} for paths in sets]
     if not needs & {HESSIAN, CROSS}:
@@ -381,10 +383,11 @@ def collect_experts(
     found = []
     for own, count, width, linears in zip(sums, counts, widths, weights, strict=True):
         hessian, fallbacks = own[HESSIAN], tuple[str, ...]()
-        if count < width:
-            hessian.add_(pooled, alpha=width - count)
-            fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {width - count}",)
-        hessian.div_(max(count, width))
+        missing = max(0, (floor or width) - count)
+        if missing:
+            hessian.add_(pooled, alpha=missing)
+            fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {missing}",)
+        hessian.div_(count + missing)
         _mirror(hessian)
         found.append(Statistics(LinearGroup(linears, hessian, hessian if CROSS in needs else None), fallbacks))
     finite = torch.stack([each for own in sums for each in own[HESSIAN].aminmax()])

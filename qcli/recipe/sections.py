@@ -26,6 +26,15 @@ class Calibration(Options):
     held_out: int = Field(
         default=4, ge=1, description="samples held out to pick the best step, where anything is trained"
     )
+    all_experts: bool = Field(
+        default=False, description="of a mixture of experts: all tokens count for all experts, wherever they are routed"
+    )
+    expert_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that an expert's statistics need; the mean of all experts makes up for missing ones; "
+        "default: the number of its inputs",
+    )
 
 
 class Override(Options):

@@ -34,7 +34,7 @@ def test_discovery_finds_what_every_row_says(model_type: str, overrides: dict[st
     assert (found.tuple_output, found.conv1d, found.own_linear) == (row.tuple_output, row.conv1d, row.own_linear)
     groups = row.groups
     if overrides.get("apply_residual_connection_post_layernorm"):  # more than the row says: what the stream is read by
-        residuals = {"self_attention.dense": "self_attention", "mlp.dense_4h_to_h": "mlp"}
+        residuals = {"self_attention.dense": "self_attention.query_key_value", "mlp.dense_4h_to_h": "mlp.dense_h_to_4h"}
         groups = tuple(replace(group, residual=residuals.get(group.linears[0])) for group in groups)
     assert found.groups_by_block == (groups,) * config.get_text_config().num_hidden_layers
 

@@ -111,7 +111,7 @@ def test_a_lack_of_memory_is_not_the_configs_fault(tmp_path: Path, monkeypatch: 
     def starve(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(module, "skeleton", starve)
+    monkeypatch.setattr(module, "quantizable_skeleton", starve)
     with pytest.raises(RuntimeError, match="out of memory"):
         streamed(tiny_model("llama", tmp_path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qcli.inference.load import load_model
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.statistics import StagedBlock, collect_experts
+from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import BatchMemory
 from tests.quantizing import TOKENS, logits, run, streamed, write_text
 from tests.tiny import WITHOUT_ROW, tiny_model
@@ -50,6 +52,29 @@ def test_experts_are_solved_alike_every_time(flags: dict[str, Any], tmp_path: Pa
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "model.layers.1.mlp.experts.3.gate_proj.weight_packed" in first
+
+
+def test_experts_share_entries_of_the_config(tmp_path: Path) -> None:
+    run(tiny_model("qwen3_moe", tmp_path), tmp_path / "out", method__name="rtn")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert [entry["match"] for entry in config["layers"]].count("model.layers.*.mlp.experts.*.gate_proj") == 1
+    assert len(config["layers"]) == 7
+
+
+def test_all_experts_may_be_calibrated_on_all_tokens(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    model = tiny_model("mixtral", tmp_path)
+    few = run(model, tmp_path / "few", text, calibration__expert_tokens=10_000, method__name="gptq-like")
+    noted = [layer.name for layer in few.layers if any("an expert that saw" in line for line in layer.fallbacks)]
+    assert len(noted) == 2 * 4 * 3
+    run(model, tmp_path / "all", text, calibration__all_experts=True, method__name="gptq-like")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("few", "all"))
+    assert any(not torch.equal(first[name], second[name]) for name in first if ".experts." in name)
+
+
+def test_options_of_experts_are_refused_without_experts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"calibration\.all_experts: .* has no experts"):
+        run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), calibration__all_experts=True)
 
 
 def staged(tmp_path: Path) -> tuple[StagedBlock, dict[str, torch.Tensor]]:
