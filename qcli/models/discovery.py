@@ -211,7 +211,8 @@ class _Flow(TorchDispatchMode):
                 ends[at] = at
             elif inner and experts is None and None not in reached:
                 last = ends[at] = max(end for end in reached if end is not None)
-            residual = traced.readers.get(traced.joins[sets[at][0]]) if sets[at][0] in traced.joins else None
+            alone = len(sets[at]) == 1 and sets[at][0] in traced.joins
+            residual = traced.readers.get(traced.joins[sets[at][0]]) if alone else None
             groups.append(
                 Group(sets[at], residual, leads_out=out, last_reader=last)
                 if experts is None

@@ -366,7 +366,7 @@ def collect_experts(
         floor: tokens that are enough; None: as many as the linears have inputs.
     """
     weights = [{path: ModelStream.weight_of(quantized.linear(path)).float() for path in paths} for paths in sets]
-    if not needs & {HESSIAN, CROSS}:
+    if not needs:
         return [Statistics(LinearGroup(own)) for own in weights]
     widths = [next(iter(own.values())).shape[1] for own in weights]
     device = next(iter(weights[0].values())).device
@@ -389,7 +389,7 @@ def collect_experts(
             fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {missing}",)
         hessian.div_(count + missing)
         _mirror(hessian)
-        found.append(Statistics(LinearGroup(linears, hessian, hessian if CROSS in needs else None), fallbacks))
+        found.append(Statistics(LinearGroup(linears, hessian, hessian if needs & {CROSS, OUTPUT_GAP} else None), fallbacks))
     finite = torch.stack([each for own in sums for each in own[HESSIAN].aminmax()])
     if not bool(finite.isfinite().all()):
         raise _overflowing(quantized.index, sets[0][0])
