@@ -389,7 +389,8 @@ def collect_experts(
             fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {missing}",)
         hessian.div_(count + missing)
         _mirror(hessian)
-        found.append(Statistics(LinearGroup(linears, hessian, hessian if needs & {CROSS, OUTPUT_GAP} else None), fallbacks))
+        cross = hessian if needs & {CROSS, OUTPUT_GAP} else None
+        found.append(Statistics(LinearGroup(linears, hessian, cross), fallbacks))
     finite = torch.stack([each for own in sums for each in own[HESSIAN].aminmax()])
     if not bool(finite.isfinite().all()):
         raise _overflowing(quantized.index, sets[0][0])
