@@ -25,6 +25,7 @@ from qcli.quantization.plan import Plan
 from qcli.quantization.ranks import ALONE, solve_together
 from qcli.quantization.statistics import StagedBlock, Statistics, at_once, collect, collect_experts, mean_square
 from qcli.quantization.transforms import TRAINED_TOKENS, BlockTransforms
+from qcli.quantization.vocabulary import round_embedding
 from qcli.utils.device import linear_dtype, matmul_precision
 from qcli.utils.distributed import Processes
 from qcli.utils.progress import Progress
@@ -70,6 +71,8 @@ class Sequential:
         self.original = self.quantized.map(StoredBatches.copy) if plan.compares else None
         self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
         self.transforms.fit_model(self.tokens)
+        if round_embedding(plan, self.stream):
+            self.quantized = own.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
         self.stream.drop_vocabulary()
 
     def route(self, unfinished: Sequence[int]) -> Sequence[int]:

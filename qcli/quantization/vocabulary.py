@@ -1,4 +1,8 @@
-"""Embedding and head, quantized when all blocks are: slices of rows, one at a time, since rows are independent."""
+"""Embedding and head: slices of rows are quantized one at a time, since rows are independent.
+
+Both are written when all blocks are. An embedding that is rounded is rounded before, too, for the activations that
+enter the first block.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from qcli.algorithms.solvers.output_error import row_output_errors
 from qcli.core.weight import QuantizedWeight
 from qcli.models.manifest import LayerReport
 from qcli.models.quantized import stored_tensors
+from qcli.models.stream import ModelStream
 from qcli.quantization.layer_report import layer_report
 from qcli.quantization.plan import VOCABULARY_SLICE, Plan
 from qcli.utils.progress import Progress
@@ -35,7 +40,7 @@ def quantize_vocabulary(
     for name, method in plan.vocabulary.items():
         weight = plan.source.read([f"{name}.weight"])[f"{name}.weight"]
         statistics = hessian if method.needs else None
-        slices = weight.split(max(1, VOCABULARY_SLICE // weight.shape[1]))
+        slices = _slices(weight)
         done, parts = [], []
         for number, rows in enumerate(slices):
             progress(f"quantize {name}", number, len(slices))
@@ -46,6 +51,28 @@ def quantize_vocabulary(
         tensors |= stored_tensors(name, _joined(parts))
         reports.append(_summed(done))
     return tensors, reports
+
+
+@torch.no_grad()
+def round_embedding(plan: Plan, stream: ModelStream) -> bool:
+    """Let a stream embed tokens with the rows that the checkpoint will have; whether it does so now.
+
+    Not where the embedding stays dense, nor where it is a head's, too, that is fitted to what leaves the last block.
+    """
+    embedding = stream.model.get_input_embeddings()
+    name = next((name for name in plan.vocabulary if stream.model.get_submodule(name) is embedding), None)
+    if name is None or plan.vocabulary[name].needs:
+        return False
+    rows = plan.source.read([f"{name}.weight"])[f"{name}.weight"]
+    for part, own in zip(_slices(rows), _slices(embedding.weight), strict=True):
+        own.copy_(_quantized(name, plan.vocabulary[name], part, None, stream.device)[0].dense())
+    return True
+
+
+def _slices(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are quantized at a time."""
+    slices: tuple[Tensor, ...] = weight.split(max(1, VOCABULARY_SLICE // weight.shape[1]))
+    return slices
 
 
 def _quantized(

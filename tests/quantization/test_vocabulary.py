@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qcli.quantization.vocabulary as vocabulary_module
 from qcli.core.formats.affine import Affine
+from qcli.distillation.distill import distill
 from qcli.evaluation.evaluate import evaluate
 from qcli.evaluation.options import EvalOptions
 from qcli.export.inspect import inspect
@@ -27,6 +28,8 @@ from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.models.vocabulary import Vocabulary
 from qcli.quantization.plan import make_plan
+from qcli.quantization.quantize import quantize
+from qcli.quantization.sequential import Sequential
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError, UsageError, VerificationError
 from tests.quantizing import TOKENS, in_pieces, logits, run, streamed, weights, write_text
@@ -149,6 +152,32 @@ def test_error_feedback_reads_what_the_final_norm_gives(
     assert error(tmp_path / "out") < 0.5 * error(tmp_path / "rtn")
 
 
+@pytest.mark.parametrize("fitted", [False, True], ids=["rounded", "tied to a fitted head"])
+def test_blocks_are_calibrated_with_the_rounded_embedding(
+    fitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they are compared with has the original one; so have they, where its codes follow from what they give."""
+    model, text = tiny_model("llama", tmp_path, tie_word_embeddings=True), write_text(tmp_path)
+    entered: list[Tensor] = []
+    load = Sequential.load
+
+    def watched(quantizer: Sequential, index: int, saved: Any) -> Any:
+        assert quantizer.original is not None
+        if index == 0:
+            entered.extend(stream.training[0].clone() for stream in (quantizer.quantized, quantizer.original))
+            entered.append(quantizer.tokens.training)
+        return load(quantizer, index, saved)
+
+    monkeypatch.setattr(Sequential, "load", watched)
+    section: dict[str, Any] = {"lm_head": {**HEAD, "method": "gptq-like"}} if fitted else {"embeddings": HEAD}
+    run(model, tmp_path / "out", text, method__name="gptq-like", dtype="float32", **section)
+    quantized, original, tokens = entered
+    tables = [opened(tmp_path / "out"), open_source(str(model))]
+    rounded, dense = (source.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"] for source in tables)
+    assert torch.equal(quantized, (dense if fitted else rounded)[tokens])
+    assert torch.equal(original, dense[tokens])
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq-like"])
 def test_slices_of_rows_change_nothing(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = tiny_model("llama", tmp_path, tie_word_embeddings=False), write_text(tmp_path)
@@ -175,6 +204,23 @@ def test_interrupted_anywhere_the_bytes_are_the_same(
     assert stops == 4  # tokens, two blocks, what is outside of them
     assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
     assert Manifest.read(tmp_path / "pieces").vocabulary == Manifest.read(tmp_path / "whole").vocabulary
+
+
+@pytest.mark.slow
+def test_distillation_and_allocation_keep_them(tmp_path: Path) -> None:
+    model, text = tiny_model("llama", tmp_path), write_text(tmp_path)
+    calibration = {"calibration.data": str(text), "calibration.samples": 12, "calibration.seq_len": 32}
+    bits = {"method.bits": "auto", "method.target_bpw": 4.5, "method.group_size": 32}
+    recipe = load_recipe(None, {"model": str(model), **calibration, **bits, "lm_head": {**HEAD, "method": "gptq-like"}})
+    result = quantize(recipe, tmp_path / "student")
+    assert [report.name for report in result.vocabulary] == ["lm_head"]
+    steps = {"distill.steps": 2, "distill.judgements": 1, "distill.train": ["tables", "weights"]}
+    distill(tmp_path / "student", load_recipe(None, {"model": str(model), **calibration, **steps}), tmp_path / "out")
+    verify(tmp_path / "out")
+    before, after = (opened(tmp_path / name).read_packed("lm_head") for name in ("student", "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert Manifest.read(tmp_path / "out").vocabulary == result.vocabulary
+    torch.testing.assert_close(logits(tmp_path / "out"), streamed(tmp_path / "out"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
