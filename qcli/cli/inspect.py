@@ -1,6 +1,5 @@
 """`qcli inspect`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,16 +12,23 @@ from qcli.models.facts import facts_in_words
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that qcli wrote.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Checkpoint that qcli wrote, or any other folder, .gguf file or hub id."),
+    ],
     json: flags.Json = False,
     quiet: flags.Quiet = False,
     verbose: flags.Verbose = 0,
 ) -> None:
-    """Show the layers, origin and backends of a checkpoint."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from qcli.export.inspect import inspect as inspect_checkpoint
+    """Show what a model is stored as.
 
-        session.result(inspect_checkpoint(folder).to_json(), show_checkpoint)
+    A checkpoint of qcli also has origin, errors and backends on this machine.
+    """
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from qcli.export.inspect import Inspection, inspect_any
+
+        report = inspect_any(model)
+        session.result(report.to_json(), show_checkpoint if isinstance(report, Inspection) else show_model)
 
 
 def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
@@ -52,6 +58,21 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
             "backends on": None if runs_on is None else f"{runs_on['device']}, in {runs_on['dtype']}",
             "time": duration(report["seconds"]),
             "fallbacks": f"in {report['fallbacks']} layers" if report["fallbacks"] else "none",
+        }
+    )
+
+
+def show_model(tables: Tables, report: dict[str, Any]) -> None:
+    """Layers and sizes of a model that qcli has not written."""
+    show_layers(tables, report["layers"])
+    tables.pairs(
+        {
+            "model": f"{report['model']} ({report['family']})",
+            "commit": report["revision"],
+            "quantized": report["quantized_as"],
+            "bits per weight": bits(report),
+            "size": size(report["bytes"]),
+            "context": None if report["context_length"] is None else f"{report['context_length']} tokens",
         }
     )
 

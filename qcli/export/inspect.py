@@ -58,6 +58,67 @@ class Inspection:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ModelInspection:
+    """A model that qcli has not written, as commands read it.
+
+    Attributes:
+        quantized_as: what other software stored the weights as; None: they are not quantized.
+        context_length: in tokens; None: its config sets no limit.
+        revision: the hub's commit; None: it is local.
+        layers: a row for every linear layer of the blocks.
+    """
+
+    model: str
+    family: str
+    quantized_as: str | None
+    context_length: int | None
+    revision: str | None
+    bits_per_weight: float
+    model_bits_per_weight: float
+    bytes: int
+    layers: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+def inspect_any(model: str) -> Inspection | ModelInspection:
+    """Inspect a checkpoint or any other model that qcli reads; weights are not read.
+
+    Raises:
+        UsageError: it is no model, or a checkpoint of qcli without its manifest.
+        VerificationError: its parts do not agree.
+    """
+    folder = Path(model).expanduser()
+    if (folder / MANIFEST).exists():
+        return inspect(folder)
+    source = open_source(model)
+    if isinstance(source, QuantizedSource):
+        return inspect(folder)
+    linears = source.linears()
+    return ModelInspection(
+        model=model,
+        family=source.family.model_type,
+        quantized_as=source.quantized_as,
+        context_length=source.context_length,
+        revision=None if source.hub is None else source.hub.commit,
+        bits_per_weight=source.linear_bits_per_weight(),
+        model_bits_per_weight=source.model_bits_per_weight(),
+        bytes=source.bytes(),
+        layers=[
+            {
+                "name": linear.name,
+                "shape": list(linear.shape),
+                "stored_as": source.stored_as(f"{linear.name}.weight"),
+                "bits_per_weight": source.bits_of([linear.name]),
+            }
+            for linear in linears
+        ],
+    )
+
+
 def inspect(folder: Path) -> Inspection:
     """Inspect a checkpoint, packed or not; weights are not read.
 

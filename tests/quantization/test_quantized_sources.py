@@ -92,6 +92,22 @@ def test_the_plan_says_so(tmp_path: Path) -> None:
     assert "quantized already" not in CliRunner().invoke(app, ["quantize", str(dense), *flags]).output
 
 
+def test_inspect_shows_any_model(tmp_path: Path) -> None:
+    fp8, dense = in_fp8(tiny_model("llama", tmp_path), tmp_path)
+    shown = json.loads(CliRunner().invoke(app, ["inspect", str(fp8), "--json"]).output)
+    assert shown["quantized_as"] == "fp8 in blocks of 32 x 32"
+    assert shown["bits_per_weight"] == 8 + 32 / 32**2
+    assert {layer["stored_as"] for layer in shown["layers"]} == {"fp8 in blocks of 32 x 32"}
+    shown = json.loads(CliRunner().invoke(app, ["inspect", str(dense), "--json"]).output)
+    assert (shown["quantized_as"], shown["bits_per_weight"], len(shown["layers"])) == (None, 16, 14)
+    table = CliRunner().invoke(app, ["inspect", str(fp8)]).output
+    assert "quantized" in table and "256 tokens" in table
+    run(dense, tmp_path / "q", method__name="rtn")
+    (tmp_path / "q" / "qcli.manifest.json").unlink()
+    refused = CliRunner().invoke(app, ["inspect", str(tmp_path / "q")])
+    assert refused.exit_code == 2
+
+
 @pytest.mark.parametrize(("format", "bits"), [("compressed-tensors", 3), ("gptq", 4)])
 def test_what_qcli_packed_for_engines_is_read_without_its_manifest(format: str, bits: int, tmp_path: Path) -> None:
     run(tiny_model("llama", tmp_path), tmp_path / "q", method__name="rtn", method__bits=bits, method__symmetric=True)
