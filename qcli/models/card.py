@@ -31,6 +31,7 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
     rows = {
         "base model": code(model) + _details(manifest),
         "method": plain(_counted(_method(layer) for layer in manifest.layers)),
+        **{layer.name: plain(_method(layer)) for layer in manifest.vocabulary},
         "bits per weight": f"{manifest.bits_per_weight:.3g} in the quantized layers, "
         f"{manifest.model_bits_per_weight:.3g} in the whole model, every stored table counted",
         **facts_in_words(manifest.facts),

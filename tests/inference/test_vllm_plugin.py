@@ -338,8 +338,13 @@ def test_formats_and_activations_that_vllm_cannot_compute_are_refused(tmp_path: 
     model = tiny_model("llama", tmp_path)
     run(model, tmp_path / "normed", text, grouped=False, method__name="onebit", method__paper=True)
     run(model, tmp_path / "acts", text, method__name="rtn", activations__bits=8)
+    run(model, tmp_path / "head", method__name="rtn", lm_head={"bits": 8})
     normed, acts = (open_source(str(tmp_path / name)) for name in ("normed", "acts"))
     assert isinstance(normed, NativeSource) and isinstance(acts, NativeSource)
     assert "normalizes its outputs" in refused(normed, "model.layers.0.mlp.down_proj")
+    head = open_source(str(tmp_path / "head"))
+    assert isinstance(head, NativeSource)
+    with pytest.raises(UnsupportedError, match="lm_head: qcli's layers in vLLM are those of blocks alone"):
+        configured(head)
     with pytest.raises(UnsupportedError, match="activations"):
         configured(acts)

@@ -32,6 +32,7 @@ from qcli.quantization.quantize import quantize
 from qcli.quantization.sequential import Sequential
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError, UsageError, VerificationError
+from qcli.utils.markdown import plain
 from tests.quantizing import TOKENS, in_pieces, logits, run, streamed, weights, write_text
 from tests.tiny import HIDDEN, VOCAB, tiny_model
 
@@ -254,6 +255,8 @@ def test_only_looked_up_rows_are_decoded_in_the_dtype_that_is_asked_for(
     tokens = torch.tensor([[5, 300, 5]])
     assert torch.equal(embedding(tokens), table[tokens])
     assert shapes == [(3, HIDDEN)]
+    compiled: Any = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens), table[tokens])
     embedding.to(torch.bfloat16)
     assert torch.equal(embedding(tokens), table[tokens].bfloat16())
     assert {name: tensor.dtype for name, tensor in embedding.tensors.items()} == {
@@ -298,6 +301,9 @@ def test_what_layouts_do_with_them(tied: bool, tmp_path: Path) -> None:
         result = pack(out, tmp_path / format, format=format, shard_size=10**9)
         assert result.max_logit_difference == 0
         verify(tmp_path / format)
+        card = (tmp_path / format / "README.md").read_text()
+        name = "model.embed_tokens" if tied else "lm_head"
+        assert f"| {plain(name)} | rtn (8 bits, groups of 32) |" in card
     assert inspect(tmp_path / "dense").vocabulary[0]["stored_as"] == "F32"
     for format in ("compressed-tensors", "gptq"):
         with pytest.raises(UnsupportedError, match="packs linear layers of blocks alone") as caught:
