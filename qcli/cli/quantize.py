@@ -1,6 +1,6 @@
 """`qcli quantize`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +13,9 @@ from qcli.models.facts import facts_in_words
 from qcli.utils.errors import UsageError
 from qcli.utils.placement import Placement
 from qcli.utils.registry import names
+from qcli.utils.text import with_wildcards
+
+_SHOWN = 3  # fallbacks that differ only in numbers
 
 
 def number_or_auto(text: str) -> Any:
@@ -157,6 +160,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
             "peak memory": Placement(**plan["memory"]).in_words(),
             "calibration": "required" if plan["calibrated"] else "not needed",
             "not transformed": _unscaled(plan["unscaled"]),
+            "kept in blocks": ", ".join(plan["kept"]) or None,
             "outside blocks": f"{len(plan['outside'])} tensors, unchanged",
         }
     )
@@ -184,8 +188,21 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
         }
         | _training(result["training"])
     )
-    for name, steps in result["fallbacks"].items():
-        tables.line(f"  {name}: {'; '.join(steps)}")
+    for line in _fallbacks(result["fallbacks"]):
+        tables.line(f"  {line}")
+
+
+def _fallbacks(found: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A line for each layer; of many layers that differ only in numbers, such as those of experts, one for all."""
+    alike: dict[str, list[str]] = {}
+    for name, steps in found.items():
+        line = f"{name}: {'; '.join(steps)}"
+        alike.setdefault(with_wildcards(line), []).append(line)
+    for pattern, lines in alike.items():
+        if len(lines) > _SHOWN:
+            yield f"{pattern.partition(': ')[0]}, {len(lines)} layers, such as {lines[0]}"
+        else:
+            yield from lines
 
 
 def _source(quantized_as: str | None) -> str | None:

@@ -146,7 +146,7 @@ class Family:
             has_weight: whether the module at a path has a weight; factors cannot be folded into a norm without one.
         """
         scaled = {reader for fold in self.folds if has_weight(fold.producer) for reader in fold.readers}
-        return [path for group in self.groups for path in group.linears if path not in scaled]
+        return [path for path in self.paths_of(0) if path not in scaled]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ whose shape every loader refuses. Version 1 of the format had none, and is still
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +24,7 @@ from qcli.models.quantized import LayerStorage, QuantizedSource
 from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import VerificationError
 from qcli.utils.safetensors import Extent
+from qcli.utils.text import with_wildcards
 
 LOADING = """Loads in transformers after `import qcli`, and stays packed. Without that line loading fails.
 
@@ -37,7 +37,6 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
 GUARD = StoredTensor("U8", (0,))
 _VERSIONS = (1, FORMAT_VERSION)
 _KEYS = {"quant_method", "format_version", "guard", "layers", "dense", "activations", "vocabulary"}
-_EXPERT = re.compile(r"\.[0-9]+\.")
 _Stored = TypeVar("_Stored")
 
 
@@ -80,7 +79,7 @@ def quantization_config(
     kinds: dict[str, list[Linear]] = {}
     for layer in layers:
         head, _, tail = layer.name.partition(f".{layer.block}.")
-        kinds.setdefault(f"{head}.*.{_EXPERT.sub('.*.', tail)}", []).append(layer)
+        kinds.setdefault(f"{head}.*.{with_wildcards(tail)}", []).append(layer)
     entries: list[dict[str, Any]] = []
     dense: list[str] = []
     for pattern, members in kinds.items():

@@ -25,6 +25,7 @@ from qcli.recipe.recipe import Recipe
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
+from qcli.utils.text import with_wildcards
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -125,6 +126,14 @@ class Plan:
         bits = 8 * sum(tensor.bytes for part in self.parts for tensor in part.values())
         return bits / sum(prod(tensor.shape) for tensor in self.source.tensors().values())
 
+    @cached_property
+    def kept(self) -> list[str]:
+        """Matrices inside the blocks that are no quantizable layers, such as routers and convolutions; by pattern."""
+        prefix, known = f"{self.source.family.blocks}.", {f"{layer.name}.weight" for layer in self.layers}
+        stored = self.source.tensors().items()
+        names = [name for name, tensor in stored if name.startswith(prefix) and len(tensor.shape) > 1]
+        return [*dict.fromkeys(with_wildcards(name) for name in names if name not in known)]
+
     @property
     def unscaled(self) -> list[str]:
         """Paths in a block of quantized layers whose inputs the recipe's transforms cannot scale."""
@@ -173,6 +182,7 @@ class Plan:
             "source_quantized_as": self.source.quantized_as,
             "calibrated": self.calibrated,
             "unscaled": self.unscaled,
+            "kept": self.kept,
             "layers": [self._row(layer) for layer in self.layers],
             "vocabulary": [self._vocabulary_row(name) for name in self.vocabulary],
             "outside": sorted(self.dense_outside),
@@ -224,6 +234,11 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
     model = require_loadable(source)
+    if recipe.all_transforms and not source.family.folds:
+        raise UnsupportedError(
+            f"{recipe.all_transforms[0].name} scales channels, and qcli knows of none in {source.family.model_type}",
+            hint="methods without transforms take any model, such as gptq-like",
+        )
     for option in ("all_experts", "expert_tokens"):
         if getattr(recipe.calibration, option) and not _has_experts(source, layers):
             raise UsageError(f"calibration.{option}: {recipe.model} has no experts")

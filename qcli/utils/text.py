@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from unicodedata import category
+
+_NUMBER = re.compile(r"(?<![A-Za-z_])[0-9]+(?![A-Za-z_])")
 
 
 def printable(text: str) -> str:
     """Text in one line, without control characters: these and all others that do not print are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def with_wildcards(text: str) -> str:
+    """Text with `*` for every number that stands alone, such as those of blocks and experts."""
+    return _NUMBER.sub("*", text)
 
 
 def without_controls(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from tests.cli.conftest import Invoke
+from tests.tiny import tiny_model
 
 
 def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: Path) -> None:
@@ -125,3 +126,25 @@ def test_measured_allocations_are_shown(invoke: Invoke, model: Path, text: Path,
     assert err.startswith("error: --target-bpw: must be within 2.56")
     code, _, err = invoke("quantize", model, "--bits", "auto", "--dry-run")
     assert code == 2 and "method.target_bpw: required" in err
+
+
+def test_fallbacks_of_many_experts_take_one_line(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", tmp_path)
+    options = ("--data", text, "--samples", 2, "--seq-len", 8, "--group-size", 32)
+    code, shown, err = invoke("quantize", model, *options, "--out", tmp_path / "out")
+    assert code == 0, err
+    lines = [line for line in shown.splitlines() if "an expert that saw" in line]
+    assert any("model.layers.*.mlp.experts.*.down_proj, " in line for line in lines)
+    assert len(lines) < 24  # there are that many layers in experts
+
+
+def test_the_plan_lists_what_stays_as_it_is(invoke: Invoke, tmp_path: Path) -> None:
+    _, shown, _ = invoke("quantize", tiny_model("qwen3_moe", tmp_path), "--group-size", 32, "--dry-run")
+    assert "model.layers.*.mlp.gate.weight" in shown
+
+
+def test_transforms_that_can_scale_nothing_are_refused(invoke: Invoke, tmp_path: Path) -> None:
+    model = tiny_model("granite", tmp_path)
+    code, _, err = invoke("quantize", model, "--method", "teq", "--group-size", 32, "--dry-run")
+    assert code == 6
+    assert "teq scales channels, and qcli knows of none in granite" in err
