@@ -1,10 +1,11 @@
-"""Layers in a table: one row for all that differ only in the number of their block."""
+"""Layers in a table: one row for all that differ only in the numbers of their block and expert."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcli.cli.ui.tables import Tables
+from qcli.utils.text import with_wildcards
 
 COLUMNS = {
     "shape": "out, in",
@@ -39,7 +40,7 @@ def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]]) -> None:
     for layer in layers:
         values = [layer.get(key) for key in shown]
         same = ("" if isinstance(value, float) else str(value) for value in values)
-        kinds.setdefault((_TO_BLOCK.sub("", layer["name"]), *same), []).append(layer)
+        kinds.setdefault((_kind(layer["name"]), *same), []).append(layer)
     tables.table(
         ["layer", "count", *(COLUMNS[key] for key in shown)],
         [
@@ -55,7 +56,11 @@ def show_layers(tables: Tables, layers: Sequence[Mapping[str, Any]]) -> None:
 
 def _name(members: Sequence[Mapping[str, Any]]) -> str:
     first: str = members[0]["name"]
-    return first if len(members) == 1 else _TO_BLOCK.sub("", first)
+    return first if len(members) == 1 else _kind(first)
+
+
+def _kind(name: str) -> str:
+    return with_wildcards(_TO_BLOCK.sub("", name))
 
 
 def _common(values: Sequence[Any]) -> Any:

@@ -141,6 +141,9 @@ def test_fallbacks_of_many_experts_take_one_line(invoke: Invoke, text: Path, tmp
 def test_the_plan_lists_what_stays_as_it_is(invoke: Invoke, tmp_path: Path) -> None:
     _, shown, _ = invoke("quantize", tiny_model("qwen3_moe", tmp_path), "--group-size", 32, "--dry-run")
     assert "model.layers.*.mlp.gate.weight" in shown
+    rows = {line.split()[0]: line.split()[1] for line in shown.splitlines() if "_proj" in line}
+    assert rows["self_attn.q_proj"] == "2"
+    assert rows["mlp.experts.*.down_proj"] == "8"
 
 
 def test_transforms_that_can_scale_nothing_are_refused(invoke: Invoke, tmp_path: Path) -> None:
