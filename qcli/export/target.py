@@ -201,14 +201,15 @@ def write_layers(
     """Write safetensors shards, holding one tensor of the dense model in memory at a time.
 
     Args:
-        tensors: from the name of a tensor of the dense model to the tensors stored for it, by name; they are written
-            under their names on disk.
+        tensors: from the name of a tensor of the dense model to the tensors stored for it, by name, if any; they are
+            written under their names on disk.
     """
     names, parts = list(source.tensors()), []
     for number, name in enumerate(names):
         progress("write", number, len(names))
-        parts.append(folder / f"part-{number:06d}.safetensors")
-        shards.write_tensors(parts[-1], {source.on_disk(stored): value for stored, value in tensors(name).items()})
+        if stored := {source.on_disk(own): value for own, value in tensors(name).items()}:
+            parts.append(folder / f"part-{number:06d}.safetensors")
+            shards.write_tensors(parts[-1], stored)
     shards.join([read_header(part) for part in parts], folder, shard_size)
     for part in parts:
         part.unlink()

@@ -9,7 +9,7 @@ expert or one for all of them (`qcli.models.experts`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from qcli.models.source import reported
 from qcli.utils.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -110,6 +111,41 @@ class Names:
         with reported("the names of the checkpoint"):
             stored = apply_renamings(self._in_module_list(whole), self._backwards)
         return stored if whole == name else _with_part(stored, part)
+
+    def stack_of(self, name: str) -> str | None:
+        """The tensor in the causal LM, with those of all experts, that checkpoints on the hub store in place of an
+        expert's own tensor of this name; None: they store a tensor of this name."""
+        return self._stack_of.get(name)
+
+    def members(self, stack: str) -> list[str]:
+        """The experts' own tensors that a tensor of all experts is made of, by name."""
+        return [name for name, _ in self._stacks[stack]]
+
+    def stacked(self, stack: str, read: Callable[[str], Tensor]) -> Tensor:
+        """A tensor of all experts, laid out as in the causal LM.
+
+        Args:
+            read: an expert's own tensor by name, `[out, in]` or `[out]`; one at a time is held.
+        """
+        whole: Tensor | None = None
+        for name, part in self._stacks[stack]:
+            own = read(name)
+            if whole is None:
+                whole = own.new_empty(self._shapes[stack])
+            one = whole[part.expert]
+            (one.T if part.transposed else one)[part.rows] = own
+        assert whole is not None
+        return whole
+
+    @cached_property
+    def _stack_of(self) -> dict[str, str]:
+        """Stacks that no converter merges from tensors of single experts, by the names of those."""
+        return {
+            name: part.stack
+            for experts in self.experts
+            for name, part in experts.pieces()
+            if f"{experts.path}.{name.rsplit('.', 2)[1]}" not in self._module_lists
+        }
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The name in the model of a stored tensor, and the pattern by which a converter takes it."""

@@ -151,6 +151,26 @@ def test_experts_that_the_hub_stores_together_keep_their_names(model_type: str, 
     assert names.on_disk(expert) == names.name_in_model(expert) == expert
 
 
+@pytest.mark.parametrize("model_type", STACKED)
+def test_stacks_are_put_together_as_transformers_stores_them(model_type: str, tmp_path: Path) -> None:
+    model = random_model(model_type)
+    model.save_pretrained(tmp_path)
+    names = names_of(model)
+    found = names.in_model(headers(tmp_path))
+    written: dict[str, Tensor] = {}
+    for name in found:
+        if (stack := names.stack_of(name)) is None:
+            written[names.on_disk(name)] = read(found[name])
+        elif name == names.members(stack)[0]:
+            written[names.on_disk(stack)] = names.stacked(stack, lambda own: read(found[own]))
+    assert_equal(written, load_file(tmp_path / "model.safetensors"))
+
+
+def test_experts_with_names_of_their_own_are_no_stacks() -> None:
+    names = names_of(random_model("mixtral"))
+    assert names.stack_of("model.layers.1.mlp.experts.2.gate_proj.weight") is None
+
+
 def test_one_expert_is_read_without_the_others(tmp_path: Path) -> None:
     model = random_model("llama4_text")
     model.save_pretrained(tmp_path)

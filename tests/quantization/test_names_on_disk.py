@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qcli.export.pack import pack
 from qcli.models.open import open_source
 from qcli.utils.safetensors import read_header
+from tests.models.test_names import random_model
 from tests.quantizing import logits, run, streamed
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 NAMES = {
     "gpt_neox": ("embed_out.weight", "gpt_neox.layers.1.attention.dense.weight_packed"),
@@ -40,6 +42,17 @@ def test_names_are_those_of_the_hub_and_every_loader_finds_them(model_type: str,
     reopened = open_source(str(tmp_path / "q"))
     assert reopened.tensors().keys() == source.tensors().keys()
     torch.testing.assert_close(logits(tmp_path / "q"), streamed(tmp_path / "q"), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_experts_are_stacks_again_where_the_hub_has_stacks(tmp_path: Path) -> None:
+    random_model("gpt_oss", vocab_size=320).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "q", grouped=False, method__name="rtn", method__group_size=8)
+    pack(tmp_path / "q", tmp_path / "dense", format="dense", shard_size=10**9)
+    assert {*on_disk(tmp_path / "dense")} == {*on_disk(tmp_path / "model")}
+    auto: Any = AutoModelForCausalLM
+    _, info = auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 @pytest.mark.parametrize("format", ["qcli", "dense", "compressed-tensors"])

@@ -32,8 +32,15 @@ model = AutoModelForCausalLM.from_pretrained("DIR")
         refuse_extra_computation(source, "a dense model")
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
+        def read(name: str) -> Tensor:
+            return source.read([name])[name].to(source.dtype)
+
         def decoded(name: str) -> dict[str, Tensor]:
-            return {name: source.read([name])[name].to(source.dtype)}
+            stack = source.names.stack_of(name)
+            if stack is None:
+                return {name: read(name)}
+            first, *_ = source.names.members(stack)  # with it come those of all experts
+            return {stack: source.names.stacked(stack, read)} if name == first else {}
 
         write_layers(source, folder, shard_size, progress, decoded)
         write_json(folder / "config.json", dense_config(source))
