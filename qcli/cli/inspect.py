@@ -37,6 +37,8 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
     recipe, method = report["recipe"], report["recipe"]["method"]
     sections = {
         "transforms": "; ".join(map(_options, recipe.get("transforms", []))),
+        "head": _options(recipe.get("lm_head", {})),
+        "embeddings": _options(recipe.get("embeddings", {})),
         "low rank": _options(recipe.get("low_rank", {})),
         "refined": _options(recipe.get("refine", {})),
         "activations": _options(report["activations"] or {}),

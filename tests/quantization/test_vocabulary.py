@@ -19,6 +19,7 @@ from qcli.evaluation.evaluate import evaluate
 from qcli.evaluation.options import EvalOptions
 from qcli.export.inspect import inspect
 from qcli.export.pack import pack
+from qcli.export.packable import require_packable
 from qcli.export.verify import verify
 from qcli.inference.linear import QuantLinear
 from qcli.inference.load import load_model, loaded_bytes, tensor_bytes
@@ -319,6 +320,13 @@ def test_gguf_stores_them_in_its_own_types(tied: bool, tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     model = with_merge(tiny_model("llama", tmp_path, tie_word_embeddings=tied))
+    planned = {"model": str(model), "method.name": "rtn", "method.group_size": 32}
+    coarse, fine = (
+        make_plan(load_recipe(None, {**planned, "lm_head": {"bits": 8, "group_size": size}})) for size in (32, 16)
+    )
+    require_packable(coarse, out, "gguf", None)  # known before anything is quantized
+    with pytest.raises(UnsupportedError, match=r"(lm_head|tokens) \(8 bits, affine\) fits none of gguf's types"):
+        require_packable(fine, out, "gguf", None)
     run(model, out, method__name="rtn", lm_head={"bits": 8, "group_size": 32})
     pack(out, tmp_path / "gguf", format="gguf", shard_size=10**9)
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
