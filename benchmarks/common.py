@@ -60,6 +60,13 @@ def save(name: str, content: dict[str, Any]) -> Path:
     return file
 
 
+def kept(name: str) -> dict[str, Any]:
+    """What `save` has written under this name; empty if nothing."""
+    file = _result(name)
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return content
+
+
 def save_row(name: str, key: tuple[str, ...], row: dict[str, Any], protocol: str | None) -> None:
     """Add a row to the table `results/NAME.json`; it replaces the one with the same values of `key`."""
     file = _result(name)

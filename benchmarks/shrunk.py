@@ -8,8 +8,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 LAYERS = 4
+VOCABULARY = 320
 _SIZES = {
-    "vocab_size": 320,
+    "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,
@@ -121,7 +122,7 @@ _SIZES = {
     "conv_dim": 64,
     "conv_dim_out": 64,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 320,
+    "vocab_size_per_layer_input": VOCABULARY,
     "num_kv_shared_layers": 1,
     "laurel_rank": 8,
     "adapter_rank": 8,
@@ -133,6 +134,46 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# What single types need to be consistent.
+_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+_MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+_SHARED_KV = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": _MOE,
+    "dots1": _MOE,
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3n_text": _SHARED_KV | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_text": _SHARED_KV,
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "xlstm": {"chunk_size": 16, "qk_dim_factor": 0.5, "num_heads": 4},
+    "zamba": {"layers_block_type": _HYBRID, "mamba_dt_rank": 8, "attention_head_dim": 32},
+    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 8, "num_key_value_heads": 4},
+}
 _NEEDED = ("head_dim", "num_key_value_heads")  # without defaults, although the model cannot do without
 
 
@@ -143,23 +184,30 @@ def shrunk(model_type: str) -> PreTrainedConfig:
 
 def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     default = kind()
+    values = default.to_dict()
+    known = {*inspect.signature(kind.__init__).parameters, *values}
     settings: dict[str, Any] = {}
-    known = {*inspect.signature(kind.__init__).parameters, *default.to_dict()}
-    for name in known:
-        value = getattr(default, name, None)
-        if isinstance(value, PreTrainedConfig):
-            settings[name] = _shrunk(type(value)).to_dict()
+    for name in sorted(known):
+        value = values.get(name, default.__dict__.get(name))
+        if isinstance(part := default.__dict__.get(name), PreTrainedConfig):
+            settings[name] = _shrunk(type(part)).to_dict()
         elif isinstance(value, int) and not isinstance(value, bool) and name in _SIZES:
             settings[name] = min(value, _SIZES[name]) if value > 0 else value
+        elif name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= VOCABULARY:
+            settings[name] = VOCABULARY - 1
+        elif name.endswith("token_id") and isinstance(value, list):
+            settings[name] = _SIZES.get(name, VOCABULARY - 1)
         elif value is None and name in _NEEDED:
             settings[name] = _SIZES[name]
-        elif isinstance(value, list) and len(value) == _depth(default):
+        elif isinstance(value, list) and len(value) == _depth(values):
             settings[name] = _short(value)
-    return kind(**settings)
+    if "kv_lora_rank" in values:  # latent attention: every head has keys and values of its own
+        settings |= {"num_key_value_heads": 4} if "num_key_value_heads" in known else {}
+    return kind(**{**settings, **_OVERRIDES.get(kind.model_type, {})})
 
 
-def _depth(config: PreTrainedConfig) -> int:
-    return next((v for n in ("num_hidden_layers", "n_layer", "num_layers") if (v := getattr(config, n, None))), -1)
+def _depth(values: dict[str, Any]) -> int:
+    return next((v for n in ("num_hidden_layers", "n_layer", "num_layers") if (v := values.get(n))), -1)
 
 
 def _short(values: list[Any]) -> list[Any]:

@@ -47,8 +47,7 @@ def final_states(
         "final_states": [tokens.key for tokens in windows],
         **model_key(stream.source, stream.device, stream.dtype, cache),
     }
-    width = stream.config.get_text_config().hidden_size
-    shapes = {name: (*ids.shape, width) for name, ids in _named_batches(windows)}
+    shapes = {name: (*ids.shape, stream.width) for name, ids in _named_batches(windows)}
     stored = cache.tensors(
         key,
         lambda: _run_blocks(stream, windows, f"evaluating {name}", progress),

@@ -20,14 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.families import Family, Group
+from qcli.models.families import Family, Group, Passing
 from qcli.models.listed_experts import ListedExperts
 from qcli.models.loadable import quantizable_skeleton
 from qcli.models.source import ModelSource, reported
 from qcli.utils.errors import UnsupportedError
 
-_TOKENS = 32  # of the traced forward pass
+_BATCH, _LENGTH = 2, 32  # of the traced forward pass
 _SMALLEST = 16  # rows or columns of a linear that is worth quantizing; smaller ones are gates
+_NO_VALUES = ("new_", "zeros_like", "ones_like", "full_like", "empty_like")  # operations that read shapes alone
 _SAME_VALUES = ("_to_copy", "clone", "alias", "detach", "contiguous")
 
 
@@ -74,6 +75,7 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         groups_by_block=tuple(found),
         embedding_path=_path_of(model, model.get_input_embeddings()),
         discovered=True,
+        passing=flow.passing(),
     )
 
 
@@ -101,7 +103,8 @@ def _path_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
-    tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device="meta")
+    flow.follow(tokens)
     try:
         with torch.no_grad(), flow:
             model(input_ids=tokens, use_cache=False)
@@ -149,6 +152,16 @@ class _Flow(TorchDispatchMode):
         self._pure: dict[int, frozenset[str]] = {}  # outputs of linears, unchanged, and sums of them
         self._inside = -1
         self._hooks = ExitStack()
+        self._of_tokens: set[int] = set()  # what depends on the tokens, and was not computed in a block
+        self._made: dict[int, int] = {}  # the block that computed a tensor
+        self._hidden: Tensor | None = None  # hidden states that last entered or left a block
+        self._entered: list[int] = []  # blocks, in order
+        self._tokens_read = False
+        self._obstacle = ""
+
+    def follow(self, tokens: Tensor) -> None:
+        """Note what is computed from these."""
+        self._of_tokens.add(self._key(tokens))
 
     def __enter__(self) -> _Flow:
         for index, block in enumerate(self.blocks):
@@ -172,10 +185,12 @@ class _Flow(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:  # a question about values: masks and the like
             return False if args[0].dtype == torch.bool else 0
         out = func(*args, **(kwargs or {}))
-        if self._inside < 0:
-            return out
         inputs = [self._key(tensor) for tensor in _tensors((args, kwargs))]
         name = func.overloadpacket.__name__
+        if not name.startswith(_NO_VALUES):
+            self._pass_on(inputs, out)
+        if self._inside < 0:
+            return out
         if name in ("add", "add_") and len(args) > 1 and isinstance(args[1], Tensor):
             self._add(args[0], args[1], out)
         taint = frozenset[str]().union(*(self._taint.get(key, frozenset()) for key in inputs))
@@ -188,6 +203,21 @@ class _Flow(TorchDispatchMode):
             elif func._schema.is_mutable and name != "add_":
                 self._pure.pop(key, None)
         return out
+
+    def passing(self) -> Passing:
+        """What blocks are given."""
+        obstacle = self._obstacle
+        if not obstacle and self._entered != [*range(len(self.blocks))]:
+            obstacle = "its blocks do not run once each, in their order"
+        before, after = tuple[int, ...](), tuple[int, ...]()
+        if self._hidden is not None and not obstacle:
+            shape = tuple(self._hidden.shape)
+            at = next((at for at in (0, 1) if shape[at : at + 2] == (_BATCH, _LENGTH)), -1)
+            if at < 0 or len(shape) < at + 3:
+                obstacle = f"hidden states between its blocks have the shape {list(shape)}"
+            else:
+                before, after = shape[:at], shape[at + 2 : -1]
+        return Passing(self._tokens_read, before, after, obstacle)
 
     def groups(self, index: int) -> tuple[Group, ...]:
         """The groups of a block, in order of computation."""
@@ -226,6 +256,20 @@ class _Flow(TorchDispatchMode):
             for paths in traced.called.values():
                 yield from map(block.get_submodule, paths)
 
+    def _pass_on(self, inputs: list[int], out: Any) -> None:
+        """Follow what depends on the tokens, and what leaves a block other than by the hidden states."""
+        hidden = -1 if self._hidden is None else self._key(self._hidden)
+        foreign = [key for key in inputs if key != hidden and self._made.get(key, self._inside) != self._inside]
+        if foreign:
+            maker = self._made[foreign[0]]
+            reader = f"block {self._inside}" if self._inside >= 0 else "the model"
+            self._obstacle = self._obstacle or f"{reader} reads what block {maker} computed, besides its hidden states"
+        outputs = [self._key(tensor) for tensor in _tensors(out)]
+        if self._inside >= 0:
+            self._made.update((key, self._inside) for key in outputs if key not in inputs)
+        elif any(key in self._of_tokens for key in inputs):
+            self._of_tokens.update(outputs)
+
     def _add(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         keys, result = (self._key(a), self._key(b)), self._key(out)
         pure = [self._pure.get(key) if a.shape == b.shape else None for key in keys]
@@ -244,6 +288,14 @@ class _Flow(TorchDispatchMode):
             self._inside = index
             self._taint.clear()
             self._pure.clear()
+            hidden, *others = _tensors((args, kwargs))
+            if index in self._entered:
+                self._obstacle = self._obstacle or f"block {index} runs more than once"
+            elif self._hidden is not None and self._key(hidden) != self._key(self._hidden):
+                self._obstacle = self._obstacle or f"something is computed between blocks {index - 1} and {index}"
+            self._entered.append(index)
+            self._hidden = hidden
+            self._tokens_read |= any(self._key(tensor) in self._of_tokens for tensor in others)
 
         return hook
 
@@ -253,7 +305,7 @@ class _Flow(TorchDispatchMode):
             key = None if hidden is None else self._key(hidden)
             self.traced[index].leaves = frozenset() if key is None else self._taint.get(key, frozenset())
             self.outputs.append(output)
-            self._inside = -1
+            self._hidden, self._inside = hidden, -1
 
         return hook
 

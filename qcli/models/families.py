@@ -69,6 +69,23 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Passing:
+    """What a block of a discovered model is given, and hands on to the next.
+
+    Attributes:
+        tokens: whether blocks have arguments that depend on the tokens, besides the hidden states.
+        before: sizes of dimensions of the hidden states before batch and length.
+        after: the same between those two and the channels.
+        obstacle: why blocks cannot run one by one; empty: they can.
+    """
+
+    tokens: bool = False
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
 class Variant:
     """Groups and folds of models whose config has these settings."""
 
@@ -101,6 +118,7 @@ class Family:
         groups_by_block: of a discovered model: the groups of each block; a row has the same `groups` for all.
         embedding_path: of a discovered model: path of the token embedding.
         discovered: whether this is no row, but was found in the model itself.
+        passing: what blocks are given; a row's are given hidden states, and the same masks and tables for all tokens.
     """
 
     model_type: str
@@ -120,6 +138,7 @@ class Family:
     groups_by_block: tuple[tuple[Group, ...], ...] = ()
     embedding_path: str = ""
     discovered: bool = False
+    passing: Passing = Passing()
 
     @property
     def n_blocks(self) -> int:

@@ -7,12 +7,13 @@ need nothing of their own for experts.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcli.models.experts import DOWN, GATE, Experts, find_experts
+from qcli.models.experts import DOWN, GATE, GATE_UP, Experts, find_experts
 
 
 class Expert(nn.Module):
@@ -48,7 +49,7 @@ class ListedExperts(nn.Module):
             self.post_expert_norm = fused.get_submodule("post_expert_norm")
         for name in [*fused._parameters]:
             fused._parameters[name] = None
-        self._fused = (fused,)  # in a tuple, so that it is not registered as a submodule
+        self._layout, self._fused = layout, (fused,)  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, hidden: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         """The weighted sum of the experts' outputs.
@@ -79,6 +80,22 @@ class ListedExperts(nn.Module):
             weighted = output * top_k_weights[tokens, place, None]
             result[tokens] += weighted.to(result.dtype)  # every token once: the same sums in any order
         return result
+
+    def fused(self) -> nn.Module:
+        """The module of transformers with these experts' weights."""
+        fused = copy.copy(self._fused[0])
+        own, stacks = dict(self.named_parameters()), dict[str, Tensor]()
+        for name, part in self._layout.pieces():
+            weight = own[name.removeprefix(f"{self._layout.path}.")].detach()
+            stack = part.stack.removeprefix(f"{self._layout.path}.")
+            rows = len(weight) * (2 if stack.startswith(GATE_UP) else 1)
+            shape = (rows, *weight.shape[1:])
+            if stack not in stacks:
+                stacks[stack] = weight.new_empty(self.n_experts, *(shape[::-1] if part.transposed else shape))
+            matrix = stacks[stack][part.expert]
+            (matrix.T if part.transposed else matrix)[part.rows] = weight
+        fused._parameters = fused._parameters | {name: nn.Parameter(stack, False) for name, stack in stacks.items()}
+        return fused
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """The output of one expert for `[tokens, hidden]`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from transformers.pytorch_utils import Conv1D
 from qcli.models.loadable import quantizable_skeleton, require_tensors, tied_tensors
 from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
+from qcli.models.stream_proof import prove
 from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import StoredBatches
 
+_DIGITS, _DIGIT = 3, 2.0**-24  # of a token's number, to the base of 256: exact in every dtype
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
 
 
@@ -89,11 +92,24 @@ class ModelStream:
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._passing = self.family.passing
+        self._trusted = not self.family.discovered
 
     @property
     def n_blocks(self) -> int:
         """Number of blocks."""
         return len(self._blocks)
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states that pass from block to block."""
+        copies = prod((*self._passing.before, *self._passing.after))
+        width: int = self.config.get_text_config().hidden_size
+        return copies * width + _DIGITS * self._passing.tokens
+
+    def kind_of(self, index: int) -> str:
+        """Equal for blocks of the same modules and shapes."""
+        return str(self._blocks[index]) + str({name: [*p.shape] for name, p in self._blocks[index].named_parameters()})
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` with its weights, in the stream's dtype on its device; a new module at every call.
@@ -138,22 +154,29 @@ class ModelStream:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`."""
+        """Hidden states that enter the first block: int64 `[batch, length]` -> `[batch, length, hidden]`.
+
+        Where blocks are given more than that for each token, hidden states have channels of their own for it.
+
+        Raises:
+            UnsupportedError: blocks of this model cannot run one by one; the message says why.
+        """
+        if not self._trusted:
+            self._trusted = True
+            prove(self)
+        tokens = tokens.to(self.device)
         with reported(self._problem), any_order(), self._without_masks():
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        return self._entered()
+            self.model.base_model(input_ids=tokens, use_cache=False)
+        return self._packed(self._entered(), tokens)
 
     @torch.no_grad()
     def calls(self, batch: int, length: int) -> list[Call]:
-        """The arguments of each block besides hidden states, for token batches of this shape; cached."""
+        """The arguments of each block besides hidden states, for all token batches of this shape; cached."""
         key = batch, length
         if key not in self._calls:
             width = self.model.get_input_embeddings().embedding_dim
             embedded = torch.zeros(batch, length, width, device=self.device, dtype=self.dtype)
-            with reported(self._problem), any_order():
-                self.model.base_model(inputs_embeds=embedded, use_cache=False)
-            self._entered()
-            self._calls[key] = [stand_in.call for stand_in in self._stand_ins]
+            self._calls[key] = self._calls_of(inputs_embeds=embedded)
         return self._calls[key]
 
     def run_block(
@@ -170,8 +193,9 @@ class ModelStream:
             weights: `[out, in]` by path of a linear in the block: replace the block's own, differentiably.
             biases: `[out]` by path, with `weights`: likewise.
         """
-        hidden = hidden.to(self.device)
-        call = self.calls(*hidden.shape[:2])[index]
+        hidden, tokens = self._unpacked(hidden.to(self.device))
+        calls = self.calls(*hidden.shape[:2]) if tokens is None else self._calls_of(input_ids=tokens)
+        call = calls[index]
         if weights is None:
             output = block(hidden, *call.args, **call.kwargs)
         else:
@@ -183,21 +207,70 @@ class ModelStream:
             }
             own |= {f"{path}.bias": bias.to(self.dtype) for path, bias in (biases or {}).items()}
             output = functional_call(block, own, (hidden, *call.args), call.kwargs)
-        result: Tensor = output[0] if self.family.tuple_output else output
-        return result
+        return self._packed(output[0] if self.family.tuple_output else output, tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: last block's output `[batch, length, hidden]` -> `[batch, length, vocab]`."""
-        width = self.model.get_input_embeddings().embedding_dim
-        embedded = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
-        self._stand_ins[0].output = hidden.to(self.device)
+        last, tokens = self._unpacked(hidden.to(self.device))
+        inputs: dict[str, Tensor] = {"input_ids": tokens} if tokens is not None else {}
+        if tokens is None:
+            width = self.model.get_input_embeddings().embedding_dim
+            inputs["inputs_embeds"] = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
+        self._stand_ins[0].output = last
         try:
             with any_order(), self._without_masks():
-                logits: Tensor = self.model(inputs_embeds=embedded, use_cache=False).logits
+                logits: Tensor = self.model(**inputs, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
         self._entered()
         return logits
+
+    def in_place(self, block: nn.Module, index: int, tokens: Tensor) -> Tensor:
+        """The output of block `index` in the model's own forward pass, where stand-ins take the place of all others:
+        int64 `[batch, length]` -> `[batch, length, hidden]`."""
+        container: Any = self.model.get_submodule(self.family.blocks)
+        found: list[Tensor] = []
+
+        def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            found.append(output[0] if self.family.tuple_output else output)
+
+        handle, container[index] = block.register_forward_hook(note), block
+        try:
+            with any_order():
+                self.model.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            container[index] = self._stand_ins[index]
+            handle.remove()
+        return self._packed(found[0], tokens)
+
+    def _calls_of(self, **inputs: Tensor) -> list[Call]:
+        with torch.no_grad(), reported(self._problem), any_order():
+            self.model.base_model(**inputs, use_cache=False)
+        self._entered()
+        return [stand_in.call for stand_in in self._stand_ins]
+
+    def _packed(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """Hidden states as `[batch, length, channels]`. What depends on the tokens is computed again for every block,
+        so the tokens travel with the states: in channels so small that no sum of squares sees them."""
+        passing, before = self._passing, len(self._passing.before)
+        if before or passing.after:
+            hidden = hidden.movedim([*range(before)], [*range(2, 2 + before)]).flatten(2)
+        if not passing.tokens or tokens is None:
+            return hidden
+        digits = torch.stack([tokens >> 8 * place & 255 for place in range(_DIGITS)], -1)
+        return torch.cat([hidden, digits.to(hidden.dtype) * _DIGIT], -1)
+
+    def _unpacked(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The hidden states as the model has them, and the tokens where they are needed."""
+        passing, before = self._passing, len(self._passing.before)
+        tokens: Tensor | None = None
+        if passing.tokens:
+            hidden, digits = hidden[..., :-_DIGITS], hidden[..., -_DIGITS:].detach().float() / _DIGIT
+            tokens = (digits.round().long() << 8 * torch.arange(_DIGITS, device=digits.device)).sum(-1)
+        if before or passing.after:
+            hidden = hidden.unflatten(-1, (*passing.before, *passing.after, -1))
+            hidden = hidden.movedim([*range(2, 2 + before)], [*range(before)])
+        return hidden, tokens
 
     @torch.no_grad()
     def head_inputs(self, hidden: Tensor) -> Tensor:
@@ -269,13 +342,16 @@ class ModelStream:
         """Free the embedding, often larger than a block, unless the head is the same tensor; `embed` cannot be called
         afterwards."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if self._passing.tokens:
+            return  # blocks need it
         if head is None or head.weight is not embedding.weight:
             embedding.to("meta")
 
     def drop_vocabulary(self) -> None:
         """Free embedding and head; `embed` and `logits` cannot be called afterwards."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            module.to("meta")
+            if not self._passing.tokens:  # else blocks need it
+                module.to("meta")
 
     @staticmethod
     def weight_of(module: nn.Module) -> Tensor:
@@ -335,15 +411,26 @@ class ModelStream:
         """
         owner = module if isinstance(module, PreTrainedModel) else owner
         names = sorted(module._non_persistent_buffers_set & module._buffers.keys())
+        unset = self._computed(module, owner, names, torch.nan, -1)
+        again = self._computed(module, owner, names, torch.inf, 0)
         for name in names:
-            module._buffers[name] = _unset(module.get_buffer(name), self.device)
-        if names:
-            owner._init_weights(module)
-        for name in names:
-            if bool(_is_unset(module.get_buffer(name)).any()):
+            if not torch.equal(unset[name], again[name]):  # some of it was not computed
                 raise UnsupportedError(f"transformers cannot recompute {name} of {type(module).__name__}")
         for child in module.children():
             self._compute_tables(child, owner)
+
+    def _computed(
+        self, module: nn.Module, owner: Any, names: list[str], number: float, integer: int
+    ) -> dict[str, Tensor]:
+        """Buffers as transformers computes them, over one of these values."""
+        for name in names:
+            like = module.get_buffer(name)
+            module._buffers[name] = torch.full_like(
+                like, number if like.is_floating_point() else integer, device=self.device
+            )
+        if names:
+            owner._init_weights(module)
+        return {name: module.get_buffer(name) for name in names}
 
 
 class _HeadReached(Exception):
@@ -371,13 +458,3 @@ class _StandIn(nn.Module):
         self.hidden, self.call = hidden, Call(args, kwargs)
         hidden = hidden if self.output is None else self.output
         return (hidden, None) if self._tuple_output else hidden
-
-
-def _unset(like: Tensor, device: torch.device) -> Tensor:
-    """A tensor filled with a value that marks it as not yet computed."""
-    value = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
-    return torch.full_like(like, value, device=device)
-
-
-def _is_unset(tensor: Tensor) -> Tensor:
-    return tensor.isnan() if tensor.is_floating_point() else tensor == torch.iinfo(tensor.dtype).min

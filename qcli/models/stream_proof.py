@@ -1,0 +1,96 @@
+"""Proof that a model whose structure was discovered runs block by block as it runs by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qcli.models.listed_experts import ListedExperts
+from qcli.utils.determinism import any_order
+from qcli.utils.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from qcli.models.stream import ModelStream
+
+_TOKENS = 32
+_TOLERANCE = {torch.float32: 1e-3}  # of the largest output
+_COARSE = 3e-2  # in other dtypes
+
+
+@torch.no_grad()
+def prove(stream: ModelStream) -> None:
+    """Compare the first block of each kind with itself in the model's own forward pass, on two batches of tokens; and
+    experts as linears with transformers' fused ones. One block is in memory at a time.
+
+    Raises:
+        UnsupportedError: outputs differ; the message names the block and the difference.
+    """
+    if stream.family.passing.obstacle:
+        raise _refused(stream, f"its blocks cannot run one by one: {stream.family.passing.obstacle}")
+    rows = stream.model.get_input_embeddings().num_embeddings
+    drawn = torch.randint(rows, (2, 1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(stream.device)
+    first, second = drawn
+    entering = [stream.embed(first), stream.embed(second)]
+    kinds: set[str] = set()
+    for index in range(stream.n_blocks):
+        kind = stream.kind_of(index)
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        block = stream.load_block(index)
+        given = _Given(block)
+        try:
+            expected = [stream.in_place(block, index, tokens) for tokens in (first, second)]
+        except Exception as error:  # of whatever type the model's code raises
+            reason = str(error).strip().partition("\n")[0]
+            raise _refused(
+                stream, f"block {index} does not run without others ({type(error).__name__}: {reason})"
+            ) from error
+        given.remove()
+        # In the other order, so that a block that keeps anything of its last run does not pass.
+        found = [stream.run_block(block, index, hidden) for hidden in reversed(entering)][::-1]
+        for own, streamed in zip(expected, found, strict=True):
+            _compare(stream, f"block {index}", own, streamed)
+        for path, (experts, args, kwargs) in given.experts.items():
+            with any_order():
+                _compare(stream, f"block {index}: {path}", experts.fused()(*args, **kwargs), experts(*args, **kwargs))
+
+
+class _Given:
+    """Notes what lists of experts in a block are given last, until it is removed."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.experts: dict[str, tuple[ListedExperts, tuple[Any, ...], dict[str, Any]]] = {}
+        self._hooks = [
+            module.register_forward_pre_hook(self._note(path, module), with_kwargs=True)
+            for path, module in block.named_modules()
+            if isinstance(module, ListedExperts)
+        ]
+
+    def remove(self) -> None:
+        """Note no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, path: str, module: ListedExperts) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.experts[path] = module, args, kwargs
+
+        return note
+
+
+def _compare(stream: ModelStream, what: str, expected: Tensor, found: Tensor) -> None:
+    difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-20))
+    if not difference <= _TOLERANCE.get(stream.dtype, _COARSE):
+        raise _refused(
+            stream, f"{what} by itself gives other outputs than in the model (they differ by {difference:.1%})"
+        )
+
+
+def _refused(stream: ModelStream, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"model type {stream.family.model_type!r}: {reason}",
+        hint="what needs no forward pass works: --method rtn",
+    )
