@@ -9,15 +9,18 @@ run again at every stage, one that joins no stream does without the correction o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.fx.experimental import _config as fx_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.cache_utils import KVSharingDict
 from transformers.pytorch_utils import Conv1D
 
 from qcli.models.families import Family, Group, Passing
@@ -55,7 +58,7 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
             where.
     """
     path, blocks = _blocks(model, model_type)
-    flow = _Flow(blocks)
+    flow = _Flow(blocks, _shared_linears(model, path, blocks))
     _run(model, model_type, flow)
     found = [flow.groups(index) for index in range(len(blocks))]
     if not any(found):
@@ -97,6 +100,18 @@ def _blocks(model: PreTrainedModel, model_type: str) -> tuple[str, nn.ModuleList
     return max(named or outer, key=lambda item: len(item[1]))
 
 
+def _shared_linears(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> frozenset[tuple[int, str]]:
+    """Linears that several blocks have in common, by block and path: one block after the other, they cannot be
+    quantized for all."""
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    return frozenset(
+        (index, name)
+        for index, block in enumerate(blocks)
+        for name, _ in block.named_modules()
+        if f"{path}.{index}.{name}.weight" in tied
+    )
+
+
 def _path_of(model: nn.Module, part: nn.Module) -> str:
     paths: Iterator[str] = (path for path, module in model.named_modules() if module is part)
     return next(paths)
@@ -106,7 +121,8 @@ def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
     tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device="meta")
     flow.follow(tokens)
     try:
-        with torch.no_grad(), flow:
+        # Without values, distributions cannot check their parameters, and all entries count as not zero.
+        with torch.no_grad(), _unchecked_distributions(), _counting_all(), flow:
             model(input_ids=tokens, use_cache=False)
     except UnsupportedError:
         raise
@@ -115,6 +131,27 @@ def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
         raise UnsupportedError(
             f"model type {model_type!r}: its forward pass cannot be followed ({type(error).__name__}: {reason})"
         ) from error
+
+
+@contextmanager
+def _counting_all() -> Iterator[None]:
+    settings: Any = fx_settings
+    before = settings.meta_nonzero_assume_all_nonzero
+    settings.meta_nonzero_assume_all_nonzero = True
+    try:
+        yield
+    finally:
+        settings.meta_nonzero_assume_all_nonzero = before
+
+
+@contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checked)
 
 
 @dataclass
@@ -140,11 +177,15 @@ class _Flow(TorchDispatchMode):
     """Follows tensors through the blocks during a forward pass on the meta device.
 
     A tensor is known by its storage, so that views and changes in place are followed too.
+
+    Args:
+        blocks: of the model.
+        dense: number of the block and path of linears that stay dense.
     """
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
+    def __init__(self, blocks: nn.ModuleList, dense: Set[tuple[int, str]] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.blocks = list(blocks)
+        self.blocks, self.dense = list(blocks), dense
         self.traced = [_Traced() for _ in self.blocks]
         self.outputs: list[Any] = []
         self._kept: list[Tensor] = []  # all tensors seen: a freed storage's number would be given to another
@@ -157,6 +198,7 @@ class _Flow(TorchDispatchMode):
         self._hidden: Tensor | None = None  # hidden states that last entered or left a block
         self._entered: list[int] = []  # blocks, in order
         self._tokens_read = False
+        self._shared: dict[str, tuple[Tensor, ...]] = {}  # keys and values for later blocks
         self._obstacle = ""
 
     def follow(self, tokens: Tensor) -> None:
@@ -166,7 +208,7 @@ class _Flow(TorchDispatchMode):
     def __enter__(self) -> _Flow:
         for index, block in enumerate(self.blocks):
             self._hooks.callback(block.register_forward_pre_hook(self._enters(index), with_kwargs=True).remove)
-            self._hooks.callback(block.register_forward_hook(self._leaves(index)).remove)
+            self._hooks.callback(block.register_forward_hook(self._leaves(index), with_kwargs=True).remove)
             for path, module in block.named_modules():
                 if path:
                     self._hooks.callback(
@@ -217,12 +259,18 @@ class _Flow(TorchDispatchMode):
                 obstacle = f"hidden states between its blocks have the shape {list(shape)}"
             else:
                 before, after = shape[:at], shape[at + 2 : -1]
-        return Passing(self._tokens_read, before, after, obstacle)
+        shared: dict[str, tuple[tuple[int, int], ...]] = {}
+        for kind, states in self._shared.items():
+            if any(state.shape[::2] != (_BATCH, _LENGTH) or state.ndim != 4 for state in states):
+                obstacle = obstacle or "keys and values that blocks share have an unknown layout"
+            shared[kind] = tuple((state.shape[1], state.shape[-1]) for state in states)
+        return Passing(self._tokens_read, before, after, shared, obstacle)
 
     def groups(self, index: int) -> tuple[Group, ...]:
         """The groups of a block, in order of computation."""
         traced, block = self.traced[index], self.blocks[index]
-        sets = [part for paths in traced.called.values() for part in _by_experts(block, paths)]
+        called = ([path for path in paths if (index, path) not in self.dense] for paths in traced.called.values())
+        sets = [part for paths in called for part in _by_experts(block, paths)]
         number = {path: at for at, paths in enumerate(sets) for path in paths}
         readers: list[set[int]] = [set() for _ in sets]
         for path, sources in traced.sources.items():
@@ -259,7 +307,8 @@ class _Flow(TorchDispatchMode):
     def _pass_on(self, inputs: list[int], out: Any) -> None:
         """Follow what depends on the tokens, and what leaves a block other than by the hidden states."""
         hidden = -1 if self._hidden is None else self._key(self._hidden)
-        foreign = [key for key in inputs if key != hidden and self._made.get(key, self._inside) != self._inside]
+        known = {hidden, *(self._key(state) for states in self._shared.values() for state in states)}
+        foreign = [key for key in inputs if key not in known and self._made.get(key, self._inside) != self._inside]
         if foreign:
             maker = self._made[foreign[0]]
             reader = f"block {self._inside}" if self._inside >= 0 else "the model"
@@ -300,12 +349,15 @@ class _Flow(TorchDispatchMode):
         return hook
 
     def _leaves(self, index: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+        def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden = next(_tensors(output), None)
             key = None if hidden is None else self._key(hidden)
             self.traced[index].leaves = frozenset() if key is None else self._taint.get(key, frozenset())
             self.outputs.append(output)
             self._hidden, self._inside = hidden, -1
+            for given in kwargs.values():
+                if isinstance(given, KVSharingDict):
+                    self._shared |= given
 
         return hook
 

@@ -88,7 +88,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
 def _experts(path: str, module: nn.Module) -> Experts | None:
     own = dict(module.named_parameters(recurse=False))
     first, down = own.get(GATE_UP, own.get(UP)), own.get(DOWN)
-    if first is None or down is None or first.ndim != 3 or down.ndim != 3:
+    if first is None or down is None or first.ndim != 3 or down.ndim != 3 or GATE in own:
         return None
     gated = GATE_UP in own
     count, rows, columns = first.shape

@@ -76,12 +76,14 @@ class Passing:
         tokens: whether blocks have arguments that depend on the tokens, besides the hidden states.
         before: sizes of dimensions of the hidden states before batch and length.
         after: the same between those two and the channels.
+        shared: heads and channels of the keys and values that blocks leave for later ones, by kind of attention.
         obstacle: why blocks cannot run one by one; empty: they can.
     """
 
     tokens: bool = False
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    shared: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     obstacle: str = ""
 
 
@@ -138,7 +140,7 @@ class Family:
     groups_by_block: tuple[tuple[Group, ...], ...] = ()
     embedding_path: str = ""
     discovered: bool = False
-    passing: Passing = Passing()
+    passing: Passing = field(default_factory=Passing)
 
     @property
     def n_blocks(self) -> int:

@@ -70,15 +70,16 @@ class ListedExperts(nn.Module):
             return result + self.expert(0, hidden) * top_k_weights.sum(1, keepdim=True).to(hidden.dtype)
         chosen = {*top_k_index.unique().tolist()} | ({*range(self.n_experts)} if self.every_token else set())
         for index in sorted(chosen):
-            tokens, place = torch.where(top_k_index == index)
+            chosen_by = top_k_index == index  # perhaps twice by one token
+            (tokens,) = chosen_by.any(1).nonzero(as_tuple=True)
             if index < self.n_experts:
                 output = self.expert(index, hidden)[tokens] if self.every_token else self.expert(index, hidden[tokens])
             elif hasattr(self._fused[0], "identity_expert"):
                 output = hidden[tokens]
             else:
                 continue
-            weighted = output * top_k_weights[tokens, place, None]
-            result[tokens] += weighted.to(result.dtype)  # every token once: the same sums in any order
+            weights = (top_k_weights[tokens] * chosen_by[tokens]).sum(1, keepdim=True)
+            result[tokens] += (output * weights).to(result.dtype)  # every token once: the same sums in any order
         return result
 
     def fused(self) -> nn.Module:

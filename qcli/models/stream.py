@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.cache_utils import KVSharingDict
 from transformers.pytorch_utils import Conv1D
 
 from qcli.models.loadable import quantizable_skeleton, require_tensors, tied_tensors
@@ -30,7 +32,8 @@ from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import StoredBatches
 
-_DIGITS, _DIGIT = 3, 2.0**-24  # of a token's number, to the base of 256: exact in every dtype
+_DIGITS = 3  # of a token's number, to the base of 256
+_SMALL = 2.0**-24  # times a digit: exact in every dtype
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
 
 
@@ -45,6 +48,16 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What enters a block, as the model has it: tokens int64 `[batch, length]`, where arguments depend on them, and
+    keys and values of earlier blocks, `[batch, heads, length, channels]`, by kind of attention."""
+
+    hidden: Tensor
+    tokens: Tensor | None
+    shared: dict[str, tuple[Tensor, ...]]
 
 
 class ModelStream:
@@ -89,6 +102,8 @@ class ModelStream:
         with reported(self._problem):
             self._load(self.model)
         for name, origin in self._tied.items():
+            if name.startswith(f"{self.family.blocks}."):
+                continue  # read again with its block
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
         self._calls: dict[tuple[int, int], list[Call]] = {}
@@ -101,11 +116,19 @@ class ModelStream:
         return len(self._blocks)
 
     @property
+    def shared_channels(self) -> slice:
+        """Channels of keys and values that blocks leave for later ones, among those that pass from block to block."""
+        tokens = _DIGITS * self._passing.tokens
+        shared = sum(heads * size for states in self._passing.shared.values() for heads, size in states)
+        return slice(self.width - tokens - shared, self.width - tokens)
+
+    @property
     def width(self) -> int:
         """Channels of the hidden states that pass from block to block."""
         copies = prod((*self._passing.before, *self._passing.after))
         width: int = self.config.get_text_config().hidden_size
-        return copies * width + _DIGITS * self._passing.tokens
+        shared = sum(heads * size for states in self._passing.shared.values() for heads, size in states)
+        return copies * width + shared + _DIGITS * self._passing.tokens
 
     def kind_of(self, index: int) -> str:
         """Equal for blocks of the same modules and shapes."""
@@ -193,11 +216,13 @@ class ModelStream:
             weights: `[out, in]` by path of a linear in the block: replace the block's own, differentiably.
             biases: `[out]` by path, with `weights`: likewise.
         """
-        hidden, tokens = self._unpacked(hidden.to(self.device))
-        calls = self.calls(*hidden.shape[:2]) if tokens is None else self._calls_of(input_ids=tokens)
-        call = calls[index]
+        passed = self._unpacked(hidden.to(self.device))
+        calls = self.calls(*hidden.shape[:2]) if passed.tokens is None else self._calls_of(input_ids=passed.tokens)
+        args, kwargs = calls[index].args, {**calls[index].kwargs}
+        shared = KVSharingDict(passed.shared)
+        kwargs |= {name: shared for name, value in kwargs.items() if isinstance(value, KVSharingDict)}
         if weights is None:
-            output = block(hidden, *call.args, **call.kwargs)
+            output = block(passed.hidden, *args, **kwargs)
         else:
             kind = self.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
@@ -206,17 +231,18 @@ class ModelStream:
                 for path, weight in weights.items()
             }
             own |= {f"{path}.bias": bias.to(self.dtype) for path, bias in (biases or {}).items()}
-            output = functional_call(block, own, (hidden, *call.args), call.kwargs)
-        return self._packed(output[0] if self.family.tuple_output else output, tokens)
+            output = functional_call(block, own, (passed.hidden, *args), kwargs)
+        return self._packed(output[0] if self.family.tuple_output else output, passed.tokens, shared)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: last block's output `[batch, length, hidden]` -> `[batch, length, vocab]`."""
-        last, tokens = self._unpacked(hidden.to(self.device))
+        last = self._unpacked(hidden.to(self.device))
+        tokens = last.tokens
         inputs: dict[str, Tensor] = {"input_ids": tokens} if tokens is not None else {}
         if tokens is None:
             width = self.model.get_input_embeddings().embedding_dim
             inputs["inputs_embeds"] = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
-        self._stand_ins[0].output = last
+        self._stand_ins[0].output = last.hidden
         try:
             with any_order(), self._without_masks():
                 logits: Tensor = self.model(**inputs, use_cache=False).logits
@@ -225,23 +251,30 @@ class ModelStream:
         self._entered()
         return logits
 
-    def in_place(self, block: nn.Module, index: int, tokens: Tensor) -> Tensor:
+    def in_place(self, block: nn.Module, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The output of block `index` in the model's own forward pass, where stand-ins take the place of all others:
-        int64 `[batch, length]` -> `[batch, length, hidden]`."""
+        int64 `[batch, length]` and the hidden states that enter it, `[batch, length, hidden]` -> the same shape."""
         container: Any = self.model.get_submodule(self.family.blocks)
         found: list[Tensor] = []
+        passed = self._unpacked(hidden)
 
-        def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            found.append(output[0] if self.family.tuple_output else output)
+        def fill(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for given in kwargs.values():
+                if isinstance(given, KVSharingDict):
+                    given.update(passed.shared)
 
-        handle, container[index] = block.register_forward_hook(note), block
-        try:
-            with any_order():
-                self.model.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            container[index] = self._stand_ins[index]
-            handle.remove()
-        return self._packed(found[0], tokens)
+        def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            shared = next((given for given in kwargs.values() if isinstance(given, KVSharingDict)), passed.shared)
+            found.append(self._packed(output[0] if self.family.tuple_output else output, tokens, shared))
+
+        with ExitStack() as hooks:
+            hooks.callback(block.register_forward_pre_hook(fill, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
+            container[index] = block
+            hooks.callback(setattr, container, str(index), self._stand_ins[index])
+            hooks.enter_context(any_order())
+            self.model.base_model(input_ids=tokens, use_cache=False)
+        return found[0]
 
     def _calls_of(self, **inputs: Tensor) -> list[Call]:
         with torch.no_grad(), reported(self._problem), any_order():
@@ -249,28 +282,43 @@ class ModelStream:
         self._entered()
         return [stand_in.call for stand_in in self._stand_ins]
 
-    def _packed(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-        """Hidden states as `[batch, length, channels]`. What depends on the tokens is computed again for every block,
-        so the tokens travel with the states: in channels so small that no sum of squares sees them."""
+    def _packed(
+        self, hidden: Tensor, tokens: Tensor | None, shared: Mapping[str, tuple[Tensor, ...]] = MappingProxyType({})
+    ) -> Tensor:
+        """All that passes from block to block as `[batch, length, channels]`: hidden states; keys and values for later
+        blocks, zeros if there are none yet; and tokens, where arguments that depend on them are computed again for each
+        block. All but hidden states are so small that no sum of squares sees them."""
         passing, before = self._passing, len(self._passing.before)
         if before or passing.after:
             hidden = hidden.movedim([*range(before)], [*range(2, 2 + before)]).flatten(2)
-        if not passing.tokens or tokens is None:
-            return hidden
-        digits = torch.stack([tokens >> 8 * place & 255 for place in range(_DIGITS)], -1)
-        return torch.cat([hidden, digits.to(hidden.dtype) * _DIGIT], -1)
+        parts = [hidden]
+        for kind, sizes in passing.shared.items():
+            if kind in shared:
+                parts += [state.transpose(1, 2).flatten(2).to(hidden.dtype) * _SMALL for state in shared[kind]]
+            else:
+                parts.append(hidden.new_zeros(*hidden.shape[:2], sum(heads * size for heads, size in sizes)))
+        if passing.tokens and tokens is not None:
+            digits = torch.stack([tokens >> 8 * place & 255 for place in range(_DIGITS)], -1)
+            parts.append(digits.to(hidden.dtype) * _SMALL)
+        return torch.cat(parts, -1) if len(parts) > 1 else hidden
 
-    def _unpacked(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The hidden states as the model has them, and the tokens where they are needed."""
+    def _unpacked(self, packed: Tensor) -> _Passed:
+        """What `_packed` was made of."""
         passing, before = self._passing, len(self._passing.before)
+        sizes = [(kind, *size) for kind, states in passing.shared.items() for size in states]
+        rest = [*(heads * size for _, heads, size in sizes), *([_DIGITS] if passing.tokens else [])]
+        hidden, *parts = packed.split([packed.shape[-1] - sum(rest), *rest], -1)
         tokens: Tensor | None = None
         if passing.tokens:
-            hidden, digits = hidden[..., :-_DIGITS], hidden[..., -_DIGITS:].detach().float() / _DIGIT
-            tokens = (digits.round().long() << 8 * torch.arange(_DIGITS, device=digits.device)).sum(-1)
+            digits = (parts.pop().detach().float() / _SMALL).round().long()
+            tokens = (digits << 8 * torch.arange(_DIGITS, device=digits.device)).sum(-1)
         if before or passing.after:
             hidden = hidden.unflatten(-1, (*passing.before, *passing.after, -1))
             hidden = hidden.movedim([*range(2, 2 + before)], [*range(before)])
-        return hidden, tokens
+        shared: dict[str, tuple[Tensor, ...]] = {}
+        for (kind, heads, _), part in zip(sizes, parts, strict=True):
+            shared[kind] = (*shared.get(kind, ()), (part / _SMALL).unflatten(-1, (heads, -1)).transpose(1, 2))
+        return _Passed(hidden, tokens, shared)
 
     @torch.no_grad()
     def head_inputs(self, hidden: Tensor) -> Tensor:
@@ -397,9 +445,11 @@ class ModelStream:
     def _load(self, module: nn.Module, prefix: str = "") -> None:
         """Load `module`, which is on the meta device: weights stored under `prefix`, and computed buffers."""
         self._compute_tables(module, self.model)
-        names = [name for name in module.state_dict() if prefix + name in self._stored]
-        weights = self.source.read(prefix + name for name in names)
-        real = {name: weights.pop(prefix + name).to(self.device, self.dtype) for name in names}
+        names = {name: prefix + name for name in module.state_dict()}
+        origins = {name: self._tied.get(own, own) if prefix else own for name, own in names.items()}
+        origins = {name: origin for name, origin in origins.items() if origin in self._stored}
+        weights = self.source.read(origins.values())
+        real = {name: weights[origin].to(self.device, self.dtype) for name, origin in origins.items()}
         module.load_state_dict(real, strict=False, assign=True)
         module.requires_grad_(False)
 

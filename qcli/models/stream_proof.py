@@ -33,6 +33,9 @@ def prove(stream: ModelStream) -> None:
     drawn = torch.randint(rows, (2, 1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(stream.device)
     first, second = drawn
     entering = [stream.embed(first), stream.embed(second)]
+    for hidden in entering:
+        shared = hidden[..., stream.shared_channels]
+        shared.copy_(torch.rand(shared.shape, generator=torch.Generator().manual_seed(1)) / 2**24)
     kinds: set[str] = set()
     for index in range(stream.n_blocks):
         kind = stream.kind_of(index)
@@ -42,7 +45,7 @@ def prove(stream: ModelStream) -> None:
         block = stream.load_block(index)
         given = _Given(block)
         try:
-            expected = [stream.in_place(block, index, tokens) for tokens in (first, second)]
+            expected = [stream.in_place(block, index, *pair) for pair in zip((first, second), entering, strict=True)]
         except Exception as error:  # of whatever type the model's code raises
             reason = str(error).strip().partition("\n")[0]
             raise _refused(
