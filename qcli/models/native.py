@@ -9,7 +9,7 @@ whose shape every loader refuses. Version 1 of the format had none, and is still
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +64,7 @@ def quantization_config(
     formats: Mapping[str, Format | None],
     activations: Activations | None = None,
     vocabulary: Mapping[str, LayerStorage] | None = None,
+    outside: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
@@ -75,7 +76,9 @@ def quantization_config(
         formats: by layer name; None: dense.
         activations: how the inputs of the quantized layers are quantized; None: not at all.
         vocabulary: how embedding and head are stored, by module name, as far as they are quantized.
+        outside: names of modules that are no quantizable layers: no shared entry may match them.
     """
+    others = list(outside)
     kinds: dict[str, list[Linear]] = {}
     for layer in layers:
         head, _, tail = layer.name.partition(f".{layer.block}.")
@@ -84,6 +87,7 @@ def quantization_config(
     dense: list[str] = []
     for pattern, members in kinds.items():
         uniform = len({(formats[member.name], member.shape) for member in members}) == 1
+        uniform = uniform and not any(fnmatchcase(name, pattern) for name in others)
         for match, member in [(pattern, members[0])] if uniform else [(m.name, m) for m in members]:
             format = formats[member.name]
             if format is None:

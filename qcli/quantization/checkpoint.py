@@ -33,7 +33,11 @@ def publish_checkpoint(
     shards.join(with_guard(stored, plan.source.on_disk(guard_name(plan.formats)), guard), folder, shards.SHARD_SIZE)
     config = plan.source.config_to_write()
     config["quantization_config"] = quantization_config(
-        plan.layers, plan.formats, plan.recipe.activations, plan.vocabulary_storage
+        plan.layers,
+        plan.formats,
+        plan.recipe.activations,
+        plan.vocabulary_storage,
+        outside={name.removesuffix(".weight") for name in plan.source.tensors()} - plan.formats.keys(),
     )
     write_json(folder / "config.json", config)
     plan.source.copy_companions(folder)
