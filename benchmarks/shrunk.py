@@ -206,7 +206,7 @@ def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
         elif value is None and name in _NEEDED:
             settings[name] = _SIZES[name]
         elif isinstance(value, list) and len(value) == _depth(values):
-            settings[name] = _short(value)
+            settings[name] = [_SIZES[name]] * LAYERS if name in _SIZES else _short(value)
     if "kv_lora_rank" in values:  # latent attention: every head has keys and values of its own
         settings |= {"num_key_value_heads": 4} if "num_key_value_heads" in known else {}
     return kind(**{**settings, **_OVERRIDES.get(kind.model_type, {})})

@@ -94,6 +94,40 @@ WITHOUT_ROW: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
 }
+# Of blocks that are given more than hidden states, or share parts.
+WITHOUT_ROW |= {
+    "gemma4_text": {  # inputs of every layer by token, keys and values of earlier layers
+        **_GQA,
+        **_HEAD_DIM,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCAB,
+        "layer_types": ["full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+    },
+    "zamba": {  # a block within blocks, and the embedding
+        "intermediate_size": 128,
+        "layers_block_type": ["hybrid", "hybrid"],
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 8,
+        "mamba_d_state": 16,
+    },
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "deepseek_v4": {  # several streams of hidden states, experts by token
+        **_EXPERTS,
+        **_HEAD_DIM,
+        "num_key_value_heads": 1,
+        "q_lora_rank": 32,
+        "o_lora_rank": 32,
+        "o_groups": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 16,
+        "sliding_window": 32,
+    },
+}
 # Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"use_parallel_residual": True}),

@@ -326,7 +326,8 @@ class _Flow(TorchDispatchMode):
             if added is not None and also is None:
                 # Of several linears that are added at once, the first makes up for the stream, the others find it done.
                 order = [path for paths in self.traced[self._inside].called.values() for path in paths]
-                self.traced[self._inside].joins.setdefault(min(added, key=order.index), other)
+                if known := added.intersection(order):
+                    self.traced[self._inside].joins.setdefault(min(known, key=order.index), other)
         if pure[0] is not None and pure[1] is not None:
             self._pure[result] = pure[0] | pure[1]
         else:
@@ -380,15 +381,23 @@ class _Flow(TorchDispatchMode):
         return hook
 
     def _computed(self, path: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = next(_tensors(args), None)
             if not isinstance(output, Tensor):  # a router that is a linear and more
-                for paths in self.traced[self._inside].called.values():
-                    paths[:] = [other for other in paths if other != path]
+                self._drop(path)
                 return
+            rows = module.get_parameter("weight").shape[isinstance(module, Conv1D)]
+            if given is not None and output.shape != (*given.shape[:-1], rows):  # several linears in one
+                self._drop(path)
             key = self._key(output)
             self._taint[key] = self._pure[key] = frozenset({path})
 
         return hook
+
+    def _drop(self, path: str) -> None:
+        """Leave a linear dense that computes something else than a linear layer."""
+        for paths in self.traced[self._inside].called.values():
+            paths[:] = [other for other in paths if other != path]
 
     def _key(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

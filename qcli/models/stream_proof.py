@@ -29,6 +29,11 @@ def prove(stream: ModelStream) -> None:
     """
     if stream.family.passing.obstacle:
         raise _refused(stream, f"its blocks cannot run one by one: {stream.family.passing.obstacle}")
+    if stream.family.passing.shared and stream.dtype == torch.float16:
+        raise UnsupportedError(
+            f"model type {stream.family.model_type!r}: keys and values that blocks share are too small for float16",
+            hint="use --dtype bfloat16 or float32",
+        )
     rows = stream.model.get_input_embeddings().num_embeddings
     drawn = torch.randint(rows, (2, 1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(stream.device)
     first, second = drawn
