@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qcli.models.families import Family
 from qcli.models.listed_experts import ListedExperts
 from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from qcli.models.stream import ModelStream
 
 _TOKENS = 32
 _TOLERANCE = {torch.float32: 1e-3}  # of the largest output
 _COARSE = 3e-2  # in other dtypes
 
 
+class BlockStream(Protocol):
+    """What of a `qcli.models.stream.ModelStream` is proven."""
+
+    family: Family
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    @property
+    def shared_channels(self) -> slice: ...
+
+    def embed(self, tokens: Tensor) -> Tensor: ...
+
+    def kind_of(self, index: int) -> str: ...
+
+    def load_block(self, index: int) -> nn.Module: ...
+
+    def in_place(self, block: nn.Module, index: int, tokens: Tensor, hidden: Tensor) -> Tensor: ...
+
+    def run_block(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def prove(stream: ModelStream) -> None:
+def prove(stream: BlockStream) -> None:
     """Compare the first block of each kind with itself in the model's own forward pass, on two batches of tokens; and
     experts as linears with transformers' fused ones. One block is in memory at a time.
 
@@ -89,7 +112,7 @@ class _Given:
         return note
 
 
-def _compare(stream: ModelStream, what: str, expected: Tensor, found: Tensor) -> None:
+def _compare(stream: BlockStream, what: str, expected: Tensor, found: Tensor) -> None:
     difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-20))
     if not difference <= _TOLERANCE.get(stream.dtype, _COARSE):
         raise _refused(
@@ -97,7 +120,7 @@ def _compare(stream: ModelStream, what: str, expected: Tensor, found: Tensor) ->
         )
 
 
-def _refused(stream: ModelStream, reason: str) -> UnsupportedError:
+def _refused(stream: BlockStream, reason: str) -> UnsupportedError:
     return UnsupportedError(
         f"model type {stream.family.model_type!r}: {reason}",
         hint="what needs no forward pass works: --method rtn",
