@@ -162,6 +162,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
             "not transformed": _unscaled(plan["unscaled"]),
             "kept in blocks": ", ".join(plan["kept"]) or None,
             "outside blocks": f"{len(plan['outside'])} tensors, unchanged",
+            "left out": _left_out(plan["left_out"]),
         }
     )
 
@@ -203,6 +204,11 @@ def _fallbacks(found: Mapping[str, Sequence[str]]) -> Iterator[str]:
             yield f"{pattern.partition(': ')[0]}, {len(lines)} layers, such as {lines[0]}"
         else:
             yield from lines
+
+
+def _left_out(names: Sequence[str]) -> str | None:
+    """Tensors that the result does not have."""
+    return f"{len(names)} tensors that transformers does not load, such as {names[0]}" if names else None
 
 
 def _source(quantized_as: str | None) -> str | None:

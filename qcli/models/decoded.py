@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.models.derived import SourceTensor
 from qcli.models.encoding import Encoding
 from qcli.models.families import text_config
-from qcli.models.folder import FolderSource
+from qcli.models.folder import QUANTIZATION, FolderSource, quantization_config
 from qcli.utils import registry
 from qcli.utils.dtypes import COMPUTE_DTYPES, STORED_NAME
 from qcli.utils.errors import UnsupportedError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ENCODINGS = "qcli.models.encodings"
-_QUANTIZATION = "quantization_config"
 
 
 class DecodedSource(FolderSource):
@@ -33,9 +32,12 @@ class DecodedSource(FolderSource):
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> None:
-        kind: type[Encoding] = registry.load(_ENCODINGS, _module(config[_QUANTIZATION]["quant_method"]))
-        self.encoding = kind(config[_QUANTIZATION], _dtype(config))
-        plain = {key: value for key, value in config.items() if key != _QUANTIZATION}
+        quantization = quantization_config(config)
+        kind: type[Encoding] = registry.load(_ENCODINGS, _module(quantization["quant_method"]))
+        self.encoding = kind(quantization, _dtype(config))
+        plain = _without_quantization(config)
+        if isinstance(text := plain.get("text_config"), dict):
+            plain["text_config"] = _without_quantization(text)
         super().__init__(path, plain, trust_remote_code=trust_remote_code)
         if self.family.conv1d:
             raise UnsupportedError(
@@ -49,8 +51,9 @@ class DecodedSource(FolderSource):
 
     def hf_config(self) -> PreTrainedConfig:
         config = super().hf_config()
-        if hasattr(config, _QUANTIZATION):
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, QUANTIZATION):
+                del part.quantization_config
         return config
 
     def _stored(self) -> Mapping[str, SourceTensor]:
@@ -65,6 +68,10 @@ def encodings() -> list[str]:
 def reads(method: str) -> bool:
     """Whether models of this `quant_method` are read."""
     return _module(method) in encodings()
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 def _module(method: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from qcli.models.names import Names
 
+QUANTIZATION = "quantization_config"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _UNNAMED = "unnamed method"
@@ -86,6 +87,10 @@ class FolderSource(ModelSource):
 
     def on_disk(self, name: str) -> str:
         return self.names.on_disk(name)
+
+    @property
+    def left_out(self) -> list[str]:
+        return self.names.ignored if self.family.renames is None else []
 
     def tensors(self) -> dict[str, StoredTensor]:
         tensors: dict[str, SourceTensor] = {**self.extents, **self.derived}
@@ -187,9 +192,16 @@ def read_hf_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
+def quantization_config(config: Mapping[str, Any]) -> Any:
+    """The `quantization_config` of a config, or of the language model in it; None: there is none."""
+    text = config.get("text_config")
+    inner = text.get(QUANTIZATION) if isinstance(text, Mapping) else None
+    return config[QUANTIZATION] if config.get(QUANTIZATION) is not None else inner
+
+
 def quant_method(config: Mapping[str, Any]) -> str | None:
     """The `quant_method` of a config; None: the model is not quantized."""
-    quantization = config.get("quantization_config")
+    quantization = quantization_config(config)
     if quantization is None:
         return None
     return str(quantization.get("quant_method") or _UNNAMED) if isinstance(quantization, dict) else _UNNAMED

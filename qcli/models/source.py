@@ -100,6 +100,11 @@ class ModelSource:
         ]
 
     @property
+    def left_out(self) -> list[str]:
+        """Stored tensors that transformers does not load, such as heads that predict several tokens."""
+        return []
+
+    @property
     def quantized_as(self) -> str | None:
         """What other software stored the weights as, which are decoded; None: they are not quantized, or by qcli."""
         return None

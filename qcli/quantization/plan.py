@@ -185,6 +185,7 @@ class Plan:
             "kept": self.kept,
             "layers": [self._row(layer) for layer in self.layers],
             "vocabulary": [self._vocabulary_row(name) for name in self.vocabulary],
+            "left_out": self.source.left_out,
             "outside": sorted(self.dense_outside),
         }
 

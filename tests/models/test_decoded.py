@@ -16,6 +16,7 @@ from qcli.models.decoded import DecodedSource
 from qcli.models.families import FAMILIES, Family
 from qcli.models.open import open_source
 from tests.models.test_names import assert_equal, random_model, with_own_experts
+from tests.tiny import tiny_model
 
 auto: Any = AutoModelForCausalLM
 
@@ -81,3 +82,22 @@ def test_weights_are_those_that_transformers_decodes(
     )
     assert "quantization_config" not in source.config_to_write()
     assert not hasattr(source.hf_config(), "quantization_config")
+
+
+def test_a_config_in_that_of_the_language_model_counts(tmp_path: Path) -> None:
+    path = tiny_model("gemma3", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    names = [name for name in tensors if "language_model.model.layers" in name and name.endswith("proj.weight")]
+    for name in names:
+        tensors[f"{name}_scale_inv"] = torch.tensor(0.5)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    (path / "config.json").write_text(json.dumps(config))
+    source = open_source(str(path))
+    assert source.quantized_as == "fp8"
+    assert "quantization_config" not in source.config["text_config"]
+    [up] = source.read(["model.language_model.layers.1.mlp.up_proj.weight"]).values()
+    stored = tensors["language_model.model.layers.1.mlp.up_proj.weight"].float()
+    assert torch.equal(up.float(), (stored / 2).to(up.dtype).float())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from qcli.cli.main import app
 from qcli.export.pack import pack
 from qcli.models.open import open_source
 from qcli.utils.safetensors import read_header
@@ -53,6 +57,21 @@ def test_dense_experts_are_stacks_again_where_the_hub_has_stacks(tmp_path: Path)
     auto: Any = AutoModelForCausalLM
     _, info = auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_the_plan_names_what_transformers_does_not_load(tmp_path: Path) -> None:
+    """Heads that predict several tokens are on the hub, and not in transformers' model."""
+    model = random_model("ernie4_5_moe", vocab_size=320, moe_num_experts=3)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(file) | {"model.mtp_block.0.mlp.up_proj.weight": torch.zeros(8, 8)}, file, {"format": "pt"})
+    flags = ["--dry-run", "--method", "rtn", "--group-size", "8"]
+    command = ["quantize", str(tmp_path / "model"), *flags]
+    plan = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert plan["left_out"] == ["model.mtp_block.0.mlp.up_proj.weight"]
+    shown = " ".join(CliRunner().invoke(app, command).output.split())
+    assert "1 tensors that transformers does not load, such as model.mtp_block.0.mlp.up_proj.weight" in shown
 
 
 @pytest.mark.parametrize("format", ["qcli", "dense", "compressed-tensors"])
