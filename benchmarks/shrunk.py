@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from benchmarks.shrunk_images import PARTS
+
 LAYERS = 4
 VOCABULARY = 320
 _SIZES = {
@@ -209,7 +211,7 @@ def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
             settings[name] = [_SIZES[name]] * LAYERS if name in _SIZES else _short(value)
     if "kv_lora_rank" in values:  # latent attention: every head has keys and values of its own
         settings |= {"num_key_value_heads": 4} if "num_key_value_heads" in known else {}
-    return kind(**{**settings, **_OVERRIDES.get(kind.model_type, {})})
+    return kind(**{**settings, **(_OVERRIDES | PARTS).get(kind.model_type, {})})
 
 
 def _depth(values: dict[str, Any]) -> int:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from qcli.models.families import FAMILIES
 
@@ -128,6 +134,25 @@ WITHOUT_ROW |= {
         "sliding_window": 32,
     },
 }
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN, "fullatt_block_indexes": [0]}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_IMAGE = {"image_size": 28, "patch_size": 14}
+# Types that see images too, without a row: settings of their language models and of their vision towers.
+WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": ({"model_type": "llama", **_GQA}, {"model_type": "clip_vision_model", **_VISION, **_IMAGE}),
+    "qwen2_5_vl": (
+        {**_GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+        {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32},
+    ),
+    "qwen3_vl_moe": (
+        {
+            **_EXPERTS,
+            **_HEAD_DIM,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32, "deepstack_visual_indexes": [0]},
+    ),
+}
 # Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"use_parallel_residual": True}),
@@ -146,7 +171,7 @@ def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path
     Equal arguments give equal bytes. Models are built once per session and copied: the caller may change the folder.
 
     Args:
-        model_type: a key of `CONFIGS` or `WITHOUT_ROW`, or `gemma3`.
+        model_type: a key of `CONFIGS`, `WITHOUT_ROW` or `WITH_IMAGES`, or `gemma3`.
         tmp_path: parent of the folder.
         config_overrides: fields of the model's config.
     """
@@ -160,22 +185,20 @@ def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path
 def tiny_config(model_type: str, **config_overrides: Any) -> Any:
     """The transformers config of `tiny_model`."""
     if model_type == "gemma3":
-        vision = {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        }
-        vision |= {"image_size": 28, "patch_size": 14}
         text = {**_COMMON, **CONFIGS["gemma3_text"], **config_overrides}
         return AutoConfig.for_model(
             "gemma3",
             text_config=text,
-            vision_config=vision,
+            vision_config={**_VISION, **_IMAGE},
             mm_tokens_per_image=1,
             image_token_index=3,
             tie_word_embeddings=config_overrides.get("tie_word_embeddings", True),
         )
+    if model_type in WITH_IMAGES:
+        text, vision = WITH_IMAGES[model_type]
+        places = {"image_token_index": 3} if model_type == "llava" else {"image_token_id": 3, "video_token_id": 4}
+        text = {**_COMMON, **text, **config_overrides}
+        return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **places)
     return AutoConfig.for_model(model_type, **{**_COMMON, **(CONFIGS | WITHOUT_ROW)[model_type], **config_overrides})
 
 
@@ -212,7 +235,7 @@ def with_bos(folder: Path) -> Path:
 
 @cache
 def _build(model_type: str, key: tuple[tuple[str, str], ...]) -> Path:
-    assert model_type in FAMILIES or model_type in WITHOUT_ROW
+    assert model_type in {*FAMILIES, *WITHOUT_ROW, *WITH_IMAGES}
     folder = Path(tempfile.mkdtemp(prefix="qcli-tiny-"))
     register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -221,7 +244,7 @@ def _build(model_type: str, key: tuple[tuple[str, str], ...]) -> Path:
 def _write(model_type: str, folder: Path, config_overrides: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        auto: Any = AutoModelForCausalLM
+        auto: Any = AutoModelForImageTextToText if model_type in WITH_IMAGES else AutoModelForCausalLM
         model = auto.from_config(tiny_config(model_type, **config_overrides), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -162,6 +162,7 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
             "not transformed": _unscaled(plan["unscaled"]),
             "kept in blocks": ", ".join(plan["kept"]) or None,
             "outside blocks": f"{len(plan['outside'])} tensors, unchanged",
+            "kept beside blocks": ", ".join(plan["dense_parts"]) or None,
             "left out": _left_out(plan["left_out"]),
         }
     )

@@ -17,6 +17,7 @@ from qcli.evaluation.task_files import code_files, definition, is_own, members, 
 from qcli.evaluation.task_model import hushed, wrapped
 from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.task_sandbox import TRUST, sandboxed
+from qcli.models.loadable import auto_class
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, first_line, reported, with_type
 from qcli.utils.errors import UsageError
@@ -214,16 +215,13 @@ def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
     Raises:
         UsageError: the folder holds an adapter, too, or the model needs code that is not trusted.
     """
-    from transformers import AutoModelForCausalLM
-
     import qcli  # noqa: F401  registers qcli's format with transformers
 
-    trust = source.trust_remote_code
+    trust, config = source.trust_remote_code, source.hf_config()
     if source.path.is_file():
         folder, name = source.path.parent, source.path.name
-        config = source.hf_config()  # transformers' own reading of the file drops settings
-        loaded = pretrained(
-            AutoModelForCausalLM, folder, trust_remote_code=trust, dtype=dtype, gguf_file=name, config=config
+        loaded = pretrained(  # transformers' own reading of the file drops settings
+            auto_class(config), folder, trust_remote_code=trust, dtype=dtype, gguf_file=name, config=config
         )
     else:
         if (source.path / _ADAPTER).exists():
@@ -231,7 +229,5 @@ def _load(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Any:
                 f"{source.path / _ADAPTER} makes transformers load an adapter, and the model that it names",
                 hint="move the adapter to a folder of its own",
             )
-        loaded = pretrained(
-            AutoModelForCausalLM, source.path, trust_remote_code=trust, dtype=dtype, use_safetensors=True
-        )
+        loaded = pretrained(auto_class(config), source.path, trust_remote_code=trust, dtype=dtype, use_safetensors=True)
     return loaded.eval().to(device)

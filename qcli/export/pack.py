@@ -13,6 +13,7 @@ from qcli.export.readback import compare
 from qcli.export.result import PackPlan, PackResult
 from qcli.export.target import ExportTarget, load_target, require_engines
 from qcli.models.card import CARD
+from qcli.models.loadable import loading_code
 from qcli.models.manifest import MANIFEST, RECIPE, Manifest
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
@@ -148,7 +149,7 @@ def _write(
     manifest = portable_manifest(manifest.model_copy(update=changed))
     recipe = recipe_yaml(manifest)
     write_bytes(folder / RECIPE, recipe.encode())
-    loading = target.loading_in(target.refusals(source))
+    loading = loading_code(target.loading_in(target.refusals(source)), source.config)
     described = model_card(manifest, result, loading, recipe, evaluation, library=target.hub_library)
     write_bytes(folder / CARD, described.encode())
     manifest.write(folder)

@@ -22,6 +22,8 @@ from qcli.export.readback import difference, probe
 from qcli.export.result import Proof
 from qcli.export.target import ExportTarget
 from qcli.models.families import block_count, text_config
+from qcli.models.folder import read_hf_config
+from qcli.models.loadable import auto_class
 from qcli.models.native import NativeSource
 from qcli.models.pretrained import pretrained
 from qcli.models.source import reported
@@ -49,7 +51,7 @@ def prove(source: NativeSource, folder: Path, target: ExportTarget, trust: Trust
     if why_not := packages if isinstance(packages, str) else _missing(packages):
         return Proof(None, why_not)
     progress("run", 0, 1)
-    count = block_count(source.config)
+    count = source.n_blocks
     weights = sum(prod(tensor.shape) for tensor in source.tensors().values())
     blocks = count if weights <= _WHOLE else min(_BLOCKS, count)
     name = ", ".join(f"{package} {version(package)}" for package in packages)
@@ -90,12 +92,11 @@ def _expected(source: NativeSource, blocks: int) -> torch.Tensor:
 @torch.no_grad()
 def _run(folder: Path, trust: Trust) -> torch.Tensor:
     """Logits `[1, length, vocab]` as transformers computes them in float32."""
-    from transformers import AutoModelForCausalLM
-
     import qcli  # noqa: F401  registers the native layout
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        model = pretrained(AutoModelForCausalLM, folder, trust_remote_code=trust.remote_code, dtype=torch.float32)
+        auto = auto_class(read_hf_config(folder, trust_remote_code=trust.remote_code))
+        model = pretrained(auto, folder, trust_remote_code=trust.remote_code, dtype=torch.float32)
         model.eval()
         with matmul_precision(fast=False):
             logits: torch.Tensor = model(probe(model.get_input_embeddings().num_embeddings), use_cache=False).logits

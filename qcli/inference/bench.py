@@ -19,7 +19,6 @@ from torch import Tensor
 from qcli.inference.load import backend_counts, load_model, tensor_bytes
 from qcli.inference.served import own_dtype
 from qcli.inference.timing import load_average, seconds
-from qcli.models.families import block_count
 from qcli.models.kv_cache import empty_cache
 from qcli.models.open import open_source
 from qcli.models.source import ModelSource
@@ -132,7 +131,7 @@ class _Arm:
     """A loaded model, and how it is timed."""
 
     def __init__(self, source: ModelSource, model: Any, device: torch.device) -> None:
-        self.model, self._device, self._blocks = model, device, block_count(source.config)
+        self.model, self._device, self._blocks = model, device, source.n_blocks
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qcli.data.tokens import require_known_ids
 from qcli.inference.prompt import TextStream
-from qcli.models.families import block_count
 from qcli.models.kv_cache import empty_cache
 from qcli.models.source import ModelSource
 from qcli.utils.errors import UsageError, VerificationError
@@ -72,7 +71,7 @@ class Generator:
 
     def __init__(self, source: ModelSource, model: Any, tokenizer: Any, ends: Collection[int] = ()) -> None:
         self._source, self._model, self._tokenizer, self._ends = source, model, tokenizer, ends
-        self._blocks = block_count(source.config)
+        self._blocks = source.n_blocks
         self._cache, self._cached = empty_cache(self._blocks, 0), list[int]()
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
 

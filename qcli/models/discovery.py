@@ -10,7 +10,7 @@ run again at every stage, one that joins no stream does without the correction o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from qcli.models.families import Family, Group, Passing
 from qcli.models.listed_experts import ListedExperts
 from qcli.models.loadable import quantizable_skeleton
-from qcli.models.source import ModelSource, reported
+from qcli.models.source import ModelSource, reported, with_type
 from qcli.utils.errors import UnsupportedError
 
 _BATCH, _LENGTH = 2, 32  # of the traced forward pass
@@ -57,9 +57,13 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         UnsupportedError: it has no list of decoder blocks, or its forward pass cannot be followed; the message says
             where.
     """
-    path, blocks = _blocks(model, model_type)
-    flow = _Flow(blocks, _shared_linears(model, path, blocks))
-    _run(model, model_type, flow)
+    lists = _block_lists(model)
+    if not lists:
+        raise UnsupportedError(f"model type {model_type!r} has no list of blocks")
+    flow, text = _followed(model, model_type, *lists[0])
+    path, blocks = max(lists, key=lambda item: sum(block in flow.passed for block in item[1]))
+    if path != lists[0][0]:
+        flow = _run(text, _Flow(model, blocks, _shared_linears(model, path, blocks)))
     found = [flow.groups(index) for index in range(len(blocks))]
     if not any(found):
         raise UnsupportedError(f"model type {model_type!r} has no linear layers in {path}")
@@ -75,16 +79,18 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         conv1d=kinds == {Conv1D},
         renames=None,
         own_linear=any(kind not in (nn.Linear, Conv1D) for kind in kinds),
+        dense_parts=tuple(_dense_parts(model, path, flow.passed)),
         groups_by_block=tuple(found),
-        embedding_path=_path_of(model, model.get_input_embeddings()),
+        embedding_path=_path_of(model, text.get_input_embeddings()),
+        text_path="" if text is model else _path_of(model, text),
         discovered=True,
         passing=flow.passing(),
     )
 
 
-def _blocks(model: PreTrainedModel, model_type: str) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its path: the longest of the lists whose modules transformers never splits over
-    devices, or, where it names none, of all lists in the decoder."""
+def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of modules that may be decoder blocks, by path, the longest first: those whose modules transformers
+    never splits over devices, or, where it names none, all lists in the decoder that are in no other."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     prefix = _path_of(model, decoder)
     lists = [
@@ -95,9 +101,55 @@ def _blocks(model: PreTrainedModel, model_type: str) -> tuple[str, nn.ModuleList
     outer = [(path, blocks) for path, blocks in lists if not any(path.startswith(f"{other}.") for other, _ in lists)]
     whole = set(model._no_split_modules or ())
     named = [(path, blocks) for path, blocks in outer if any(type(block).__name__ in whole for block in blocks)]
-    if not (named or outer):
-        raise UnsupportedError(f"model type {model_type!r} has no list of blocks")
-    return max(named or outer, key=lambda item: len(item[1]))
+    return sorted(named or outer, key=lambda item: len(item[1]), reverse=True)
+
+
+def _followed(
+    model: PreTrainedModel, model_type: str, path: str, blocks: nn.ModuleList
+) -> tuple[_Flow, PreTrainedModel]:
+    """The flow of text through a model, and what runs on text alone: the model, or the language model inside of one
+    that insists on images."""
+    shared = _shared_linears(model, path, blocks)
+    try:
+        return _run(model, _Flow(model, blocks, shared)), model
+    except UnsupportedError:
+        raise
+    except Exception as error:  # of whatever type the model's code raises
+        for part in _language_models(model, path):
+            with suppress(Exception):
+                return _run(part, _Flow(model, blocks, shared)), part
+        raise UnsupportedError(
+            f"model type {model_type!r}: its forward pass cannot be followed on text alone ({with_type(error)})"
+        ) from error
+
+
+def _language_models(model: PreTrainedModel, blocks: str) -> Iterator[PreTrainedModel]:
+    """The models with a head of their own, inside of this one, that hold the blocks."""
+    names = blocks.split(".")
+    for end in range(1, len(names)):
+        part = model.get_submodule(".".join(names[:end]))
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            yield part
+
+
+def _run(model: PreTrainedModel, flow: _Flow) -> _Flow:
+    tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device="meta")
+    flow.follow(tokens)
+    # Without values, distributions cannot check their parameters, and all entries count as not zero.
+    with torch.no_grad(), _unchecked_distributions(), _counting_all(), flow:
+        model(input_ids=tokens, use_cache=False)
+    return flow
+
+
+def _dense_parts(model: PreTrainedModel, blocks: str, passed: Set[nn.Module]) -> Iterator[str]:
+    """Paths of modules beside the blocks that have matrices, none of which text passes."""
+    names = blocks.split(".")
+    for end in range(len(names)):
+        owner = ".".join(names[:end])
+        for name, part in model.get_submodule(owner).named_children():
+            has_matrices = any(p.ndim > 1 for p in part.parameters()) and not isinstance(part, nn.Embedding)
+            if name != names[end] and has_matrices and passed.isdisjoint(part.modules()):
+                yield f"{owner}.{name}".strip(".")
 
 
 def _shared_linears(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> frozenset[tuple[int, str]]:
@@ -115,22 +167,6 @@ def _shared_linears(model: PreTrainedModel, path: str, blocks: nn.ModuleList) ->
 def _path_of(model: nn.Module, part: nn.Module) -> str:
     paths: Iterator[str] = (path for path, module in model.named_modules() if module is part)
     return next(paths)
-
-
-def _run(model: PreTrainedModel, model_type: str, flow: _Flow) -> None:
-    tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device="meta")
-    flow.follow(tokens)
-    try:
-        # Without values, distributions cannot check their parameters, and all entries count as not zero.
-        with torch.no_grad(), _unchecked_distributions(), _counting_all(), flow:
-            model(input_ids=tokens, use_cache=False)
-    except UnsupportedError:
-        raise
-    except Exception as error:  # of whatever type the model's code raises
-        reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedError(
-            f"model type {model_type!r}: its forward pass cannot be followed ({type(error).__name__}: {reason})"
-        ) from error
 
 
 @contextmanager
@@ -179,13 +215,19 @@ class _Flow(TorchDispatchMode):
     A tensor is known by its storage, so that views and changes in place are followed too.
 
     Args:
+        model: the model.
         blocks: of the model.
         dense: number of the block and path of linears that stay dense.
+
+    Attributes:
+        passed: the modules of the model that ran.
     """
 
-    def __init__(self, blocks: nn.ModuleList, dense: Set[tuple[int, str]] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, dense: Set[tuple[int, str]] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.blocks, self.dense = list(blocks), dense
+        self.passed: set[nn.Module] = set()
+        self._model = model
         self.traced = [_Traced() for _ in self.blocks]
         self.outputs: list[Any] = []
         self._kept: list[Tensor] = []  # all tensors seen: a freed storage's number would be given to another
@@ -206,6 +248,8 @@ class _Flow(TorchDispatchMode):
         self._of_tokens.add(self._key(tokens))
 
     def __enter__(self) -> _Flow:
+        for module in self._model.modules():
+            self._hooks.callback(module.register_forward_pre_hook(self._passes).remove)
         for index, block in enumerate(self.blocks):
             self._hooks.callback(block.register_forward_pre_hook(self._enters(index), with_kwargs=True).remove)
             self._hooks.callback(block.register_forward_hook(self._leaves(index), with_kwargs=True).remove)
@@ -332,6 +376,9 @@ class _Flow(TorchDispatchMode):
             self._pure[result] = pure[0] | pure[1]
         else:
             self._pure.pop(result, None)
+
+    def _passes(self, module: nn.Module, _: Any) -> None:
+        self.passed.add(module)
 
     def _enters(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

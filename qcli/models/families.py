@@ -115,10 +115,10 @@ class Family:
         embedding_name: name of the token embedding, which is beside the list of blocks.
         tied: whether head and embedding are one matrix if a config does not have `tie_word_embeddings`.
         own_linear: whether linear layers are a class of the family's own, which reads the weight itself.
-        dense_parts: modules beside the language model whose linear layers stay dense, by the names that they have in
-            every engine.
+        dense_parts: paths of modules that text does not pass, such as vision towers: their layers stay dense.
         groups_by_block: of a discovered model: the groups of each block; a row has the same `groups` for all.
         embedding_path: of a discovered model: path of the token embedding.
+        text_path: path of the module that runs on text alone, with its head; empty: the model itself.
         discovered: whether this is no row, but was found in the model itself.
         passing: what blocks are given; a row's are given hidden states, and the same masks and tables for all tokens.
     """
@@ -139,6 +139,7 @@ class Family:
     dense_parts: tuple[str, ...] = ()
     groups_by_block: tuple[tuple[Group, ...], ...] = ()
     embedding_path: str = ""
+    text_path: str = ""
     discovered: bool = False
     passing: Passing = field(default_factory=Passing)
 
@@ -341,7 +342,7 @@ _ROWS = (
             ("multi_modal_projector.", "model.multi_modal_projector."),
         ),
         tied=True,
-        dense_parts=("vision_tower", "multi_modal_projector"),
+        dense_parts=("model.vision_tower", "model.multi_modal_projector"),
     ),
     Family("phi3", "model.layers", _PHI3, _PHI3_FOLDS),
     Family(

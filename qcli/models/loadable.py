@@ -19,13 +19,48 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _HINT = "config.json and weights must belong to the same model"
 
 
+def sees_images(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a `config.json` takes images too, and transformers does not build it as a causal LM.
+
+    Some types have two classes: a language model alone, and one with a vision tower. The second is meant, unless the
+    config names the first.
+    """
+    from transformers.models.auto import modeling_auto
+
+    text: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images: Any = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind, names = config["model_type"], config.get("architectures") or []
+    return kind in images and text.get(kind) not in (images[kind], *names[:1])
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads the model of `config`, with all that its checkpoint holds."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    code = getattr(config, "auto_map", None) or {}
+    if not type(config).__module__.startswith("transformers."):  # of the model's own
+        images = AutoModelForCausalLM.__name__ not in code and AutoModelForImageTextToText.__name__ in code
+    else:
+        images = sees_images({"model_type": config.model_type, "architectures": config.architectures})
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def loading_code(text: str, config: Mapping[str, Any]) -> str:
+    """How to load a model in Python: `text`, which does it for a causal LM, with the class that its `config.json`
+    needs."""
+    return text.replace("AutoModelForCausalLM", "AutoModelForImageTextToText") if sees_images(config) else text
+
+
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:
-    """The causal LM of `config` on the meta device: shapes without memory; `options` as in `from_config`."""
+    """The model of `config` on the meta device, a causal LM or one that sees images too: shapes without memory.
+
+    Args:
+        options: as in `from_config`.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), without_compiler():  # with which torch computes there
-        return pretrained(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code, **options)
+        return pretrained(auto_class(config), config, trust_remote_code=trust_remote_code, **options)
 
 
 def quantizable_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:

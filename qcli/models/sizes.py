@@ -19,7 +19,7 @@ class ModelSizes:
 
     Attributes:
         layers: the linears of the block that has the most weights.
-        outside: all tensors outside of the blocks: embedding, head, final norm.
+        outside: all tensors outside of the blocks that text passes: embedding, head, final norm.
         hidden, inner: widths of the hidden states, and of the widest input or output of a linear.
     """
 
@@ -34,8 +34,8 @@ class ModelSizes:
         blocks: dict[int, list[Linear]] = {}
         for linear in source.linears():
             blocks.setdefault(linear.block, []).append(linear)
-        prefix = f"{source.family.blocks}."
-        outside = sum(prod(tensor.shape) for name, tensor in source.tensors().items() if not name.startswith(prefix))
+        others = tuple(f"{path}." for path in (source.family.blocks, *source.family.dense_parts))
+        outside = sum(prod(tensor.shape) for name, tensor in source.tensors().items() if not name.startswith(others))
         layers = max(blocks.values(), key=_weights)
         inner = max(max(layer.shape) for layer in layers)
         return cls(layers, outside, source.hf_config().get_text_config().hidden_size, inner)

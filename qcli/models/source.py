@@ -60,6 +60,15 @@ class ModelSource:
         return families.family(self.config)
 
     @property
+    def n_blocks(self) -> int:
+        """Number of blocks.
+
+        Raises:
+            UsageError: the config does not have it.
+        """
+        return self.family.n_blocks or families.block_count(self.config)
+
+    @property
     def context_length(self) -> int | None:
         """The longest sequence the model was made for, in tokens; None if its config sets no limit."""
         text = families.text_config(self.config)
@@ -242,7 +251,7 @@ class ModelSource:
 
     def _linear_names(self) -> Iterator[tuple[str, int, int]]:
         """Name, block and group of every linear layer, from the config and the family's row."""
-        for block in range(self.family.n_blocks or families.block_count(self.config)):
+        for block in range(self.n_blocks):
             for index, group in enumerate(self.family.groups_of(block)):
                 for path in group.linears:
                     yield f"{self.family.blocks}.{block}.{path}", block, index

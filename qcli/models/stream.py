@@ -94,6 +94,10 @@ class ModelStream:
         if prepare is not None:
             prepare(self.model)
         self._tied = tied_tensors(self.model, source.tensors())
+        self._text = self.model.get_submodule(self.family.text_path)
+        self._beside = {path: self.model.get_submodule(path) for path in self.family.dense_parts}
+        for path in self._beside:  # text does not pass them: they come back when the whole model is loaded
+            self.model.set_submodule(path, nn.Identity())
         container = self.model.get_submodule(self.family.blocks)
         self._blocks = list(container)
         self._stand_ins = [_StandIn(block, self.family.tuple_output) for block in self._blocks]
@@ -101,11 +105,7 @@ class ModelStream:
             container[index] = stand_in
         with reported(self._problem):
             self._load(self.model)
-        for name, origin in self._tied.items():
-            if name.startswith(f"{self.family.blocks}."):
-                continue  # read again with its block
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
+        self._tie()
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._passing = self.family.passing
         self._trusted = not self.family.discovered
@@ -144,7 +144,8 @@ class ModelStream:
     def load_whole(
         self, packed: Callable[[str, nn.Module], nn.Module] | None = None, progress: Progress = silent
     ) -> Any:
-        """The model with all its blocks; the stream serves nothing else afterwards.
+        """The model with all its parts, or the language model inside of one that insists on images; the stream serves
+        nothing else afterwards.
 
         Args:
             packed: makes the module of a quantized layer from its name and the linear layer whose place it takes, with
@@ -154,8 +155,22 @@ class ModelStream:
         for index, block in enumerate(self._blocks):
             progress("loading the model", index, self.n_blocks)
             container[index] = self._fill(block, index, packed)
+        for path, part in self._beside.items():
+            self._load(part, prefix=f"{path}.")
+            self.model.set_submodule(path, part)
+        self._beside = {}
+        self._tie()
         progress("loading the model", self.n_blocks, self.n_blocks)
-        return self.model
+        return self._text
+
+    def _tie(self) -> None:
+        """Let names of one tensor share it, those of parts that are not loaded aside."""
+        absent = tuple(f"{path}." for path in self._beside)
+        for name, origin in self._tied.items():
+            in_block = name.startswith(f"{self.family.blocks}.")  # read again with its block
+            if not in_block and not name.startswith(absent) and not origin.startswith(absent):
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
 
     def _fill(
         self, block: nn.Module, index: int, packed: Callable[[str, nn.Module], nn.Module] | None = None
@@ -189,7 +204,7 @@ class ModelStream:
             prove(self)
         tokens = tokens.to(self.device)
         with reported(self._problem), any_order(), self._without_masks():
-            self.model.base_model(input_ids=tokens, use_cache=False)
+            self._text.base_model(input_ids=tokens, use_cache=False)
         return self._packed(self._entered(), tokens)
 
     @torch.no_grad()
@@ -245,7 +260,7 @@ class ModelStream:
         self._stand_ins[0].output = last.hidden
         try:
             with any_order(), self._without_masks():
-                logits: Tensor = self.model(**inputs, use_cache=False).logits
+                logits: Tensor = self._text(**inputs, use_cache=False).logits
         finally:
             self._stand_ins[0].output = None
         self._entered()
@@ -273,12 +288,12 @@ class ModelStream:
             container[index] = block
             hooks.callback(setattr, container, str(index), self._stand_ins[index])
             hooks.enter_context(any_order())
-            self.model.base_model(input_ids=tokens, use_cache=False)
+            self._text.base_model(input_ids=tokens, use_cache=False)
         return found[0]
 
     def _calls_of(self, **inputs: Tensor) -> list[Call]:
         with torch.no_grad(), reported(self._problem), any_order():
-            self.model.base_model(**inputs, use_cache=False)
+            self._text.base_model(**inputs, use_cache=False)
         self._entered()
         return [stand_in.call for stand_in in self._stand_ins]
 
@@ -422,7 +437,7 @@ class ModelStream:
     def _without_masks(self) -> Iterator[None]:
         """Where only stand-ins run, no attention masks are made: to make them, transformers waits for the device, which
         looks for packed sequences. It makes none for an implementation that it does not know."""
-        config = self.model.base_model.config
+        config = self._text.base_model.config
         previous = config._attn_implementation
         config._attn_implementation = {"": "none"}  # of this config, not of those in it
         try:

@@ -187,6 +187,7 @@ class Plan:
             "vocabulary": [self._vocabulary_row(name) for name in self.vocabulary],
             "left_out": self.source.left_out,
             "outside": sorted(self.dense_outside),
+            "dense_parts": list(self.source.family.dense_parts),
         }
 
     @property

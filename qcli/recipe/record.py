@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qcli.models.card import CARD, card
+from qcli.models.folder import read_config
+from qcli.models.loadable import loading_code
 from qcli.models.manifest import RECIPE, Manifest
 from qcli.models.native import LOADING
 from qcli.recipe.dump import to_yaml
@@ -67,7 +69,9 @@ def write_record(manifest: Manifest, folder: Path) -> Manifest:
         last = manifest.distilled[-1]
         losses = f"held-out loss {last.outcome.before:.4g} before, {last.outcome.after:.4g} after"
         facts["distilled"] = f"from {code(last.teacher)}, {losses}"
-    text = card(manifest, facts, loading=LOADING, recipe=recipe, library="transformers")
+    text = card(
+        manifest, facts, loading=loading_code(LOADING, read_config(folder)), recipe=recipe, library="transformers"
+    )
     write_bytes(folder / RECIPE, recipe.encode())
     write_bytes(folder / CARD, text.encode())
     manifest.write(folder)

@@ -31,6 +31,7 @@ def test_discovery_finds_what_every_row_says(model_type: str, overrides: dict[st
     row, found = families.family(config.to_dict()), discovered(config)
     assert found.blocks == row.blocks
     assert found.embedding == row.embedding
+    assert found.dense_parts == row.dense_parts
     assert (found.tuple_output, found.conv1d, found.own_linear) == (row.tuple_output, row.conv1d, row.own_linear)
     groups = row.groups
     if overrides.get("apply_residual_connection_post_layernorm"):  # more than the row says: what the stream is read by

@@ -72,7 +72,7 @@ def quantization_config(
         "ignore": ["lm_head", *(layer.name for layer in dense)],
     }
     if family.dense_parts:  # an engine names modules of such a model in its own way, and refuses what nothing matches
-        outside = [rf"re:.*{part}\..*" for part in family.dense_parts]
+        outside = [rf"re:.*{part.rpartition('.')[2]}\..*" for part in family.dense_parts]
         config["ignore"] = [r"re:.*lm_head$", *outside, *_patterns(dense, family, count)]
     decoded = {format for format in schemes if format is not None}
     # Where transformers cannot read it, the flag would make it decode wrongly; without the flag it refuses.
