@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qcli.models.derived import read
 from qcli.models.encoding import Encoding
+from qcli.models.encodings.auto_round import AutoRound
 from qcli.models.encodings.awq import AWQ
 from qcli.models.encodings.bitsandbytes import BitsAndBytes
 from qcli.models.encodings.compressed_tensors import CompressedTensors
@@ -288,6 +289,16 @@ def test_gptq_without_the_order_of_columns(tmp_path: Path) -> None:
     assert torch.equal(actual, ((codes - 8).half() * scales.repeat_interleave(16, 0)).T)
 
 
+@pytest.mark.parametrize(("layout", "offset"), [("auto_round:auto_gptq", 1), ("auto_round", 0)])
+def test_auto_round_in_the_layout_of_gptq(layout: str, offset: int, tmp_path: Path) -> None:
+    codes, zeros, scales = integers(0, 256, COLUMNS, 32), integers(0, 200, 4, 32), values(4, 32).half()
+    tensors = {"a.qweight": pack(codes.T, 8).T, "a.qzeros": pack(zeros, 8), "a.scales": scales}
+    config = {"bits": 4, "group_size": 16, "packing_format": layout}  # the layer has bits of its own
+    actual = decoded(AutoRound(config, "BF16"), tensors, tmp_path)["a.weight"]
+    spread = [table.repeat_interleave(16, 0) for table in (zeros + offset, scales)]
+    assert torch.equal(actual, ((codes - spread[0]).float() * spread[1].float()).half().T)
+
+
 def test_awq_is_decoded_in_its_order_of_outputs(tmp_path: Path) -> None:
     codes, zeros, scales = integers(0, 16, COLUMNS, 32), integers(0, 16, 4, 32), values(4, 32).half()
     order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ packs outputs in this order, the first into the lowest bits
@@ -296,7 +307,9 @@ def test_awq_is_decoded_in_its_order_of_outputs(tmp_path: Path) -> None:
         return pack(matrix.view(len(matrix), -1, 8)[..., order].flatten(1), 4)
 
     tensors = {"a.qweight": packed(codes), "a.qzeros": packed(zeros), "a.scales": scales}
+    auto_round = AutoRound({"bits": 4, "group_size": 16, "packing_format": "auto_round:auto_awq"}, "BF16")
     actual = decoded(AWQ({"bits": 4, "group_size": 16, "version": "gemm"}, "BF16"), tensors, tmp_path)["a.weight"]
+    assert torch.equal(decoded(auto_round, tensors, tmp_path)["a.weight"], actual)
     spread = [table.repeat_interleave(16, 0) for table in (zeros, scales)]
     assert torch.equal(actual, ((codes - spread[0]).half() * spread[1]).T)
 
@@ -373,6 +386,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
             {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 6, "type": "float"}}}},
             "6-bit floats",
         ),
+        (AutoRound, {"packing_format": "auto_round:llm_compressor"}, "packing_format 'auto_round:llm_compressor'"),
         (FP8, {"weight_block_size": 128}, "weight_block_size 128"),
     ],
 )

@@ -69,10 +69,13 @@ class GPTQ(Encoding):
         """Number of inputs; from the config where the layer does not say it itself."""
         if "g_idx" in parts and len(parts["g_idx"].stored.shape) == 1:
             return parts["g_idx"].stored.shape[0]
-        bits = self.config.get("bits")
+        bits, size = self.config.get("bits"), self.config.get("group_size")
+        groups, words = parts["scales"].stored.shape[0], parts["qweight"].stored.shape[0]
+        if isinstance(size, int) and size > 0 and (words * 32) % (groups * size) == 0 and "g_idx" not in parts:
+            return groups * size  # also where a layer has bits of its own
         if not isinstance(bits, int) or not 1 <= bits <= 8 or "g_idx" in parts:
             raise self.malformed(layer)
-        return parts["qweight"].stored.shape[0] * 32 // bits
+        return words * 32 // bits
 
 
 def _decode(parts: dict[str, Tensor], bits: int, size: int, offset: int) -> Tensor:
