@@ -1,0 +1,91 @@
+"""What calibrates the experts of a mixture best: python -m benchmarks.experts.
+
+No small mixture of experts with real weights is at hand, so one is made of a real model: stories260k, whose every MLP
+becomes eight experts, copies with independent noise, behind a random router. Its text is real, and so are the inputs
+of its experts, of which each sees a part. KL is against the mixture itself, on a text that nothing was fitted to.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from benchmarks import common
+from qcli.evaluation.evaluate import evaluate
+from qcli.evaluation.options import EvalOptions
+from qcli.quantization.quantize import quantize
+from qcli.recipe.load import load_recipe
+
+EXPERTS, CHOSEN, NOISE = 8, 2, 0.3
+SAMPLES, LENGTH = 32, 256
+ARMS: dict[str, dict[str, Any]] = {
+    "rtn": {"method.name": "rtn"},
+    "gptq-like, own tokens alone": {"calibration.expert_tokens": 1},
+    "gptq-like": {},
+    "gptq-like, at least 4 times the inputs": {"calibration.expert_tokens": 256},
+    "gptq-like, at least 1,024 tokens": {"calibration.expert_tokens": 1024},
+    "gptq-like, all tokens for all experts": {"calibration.all_experts": True},
+}
+
+
+def mixture(folder: Path) -> str:
+    """The model, written to `folder`."""
+    source = common.assets() / "models" / "stories260k"
+    dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    config = dense.config.to_dict()
+    for name in ("model_type", "architectures", "head_dim", "transformers_version"):
+        config.pop(name, None)
+    torch.manual_seed(0)
+    config |= {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "router_jitter_noise": 0.0}
+    mixed = MixtralForCausalLM(MixtralConfig(**config))
+    kept = {name: tensor for name, tensor in dense.state_dict().items() if ".mlp." not in name}
+    mixed.load_state_dict(kept, strict=False)
+    with torch.no_grad():
+        for block, origin in zip(mixed.model.layers, dense.model.layers, strict=True):
+            mlp: Any = block.mlp
+            mlp.gate.weight.normal_()
+            both = torch.cat([origin.mlp.gate_proj.weight, origin.mlp.up_proj.weight])
+            for stack, weight in (
+                (mlp.experts.gate_up_proj, both),
+                (mlp.experts.down_proj, origin.mlp.down_proj.weight),
+            ):
+                stack.copy_(weight + NOISE * weight.std() * torch.randn_like(stack))
+    mixed.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def main() -> None:
+    """Quantize and evaluate every arm; print and keep the table."""
+    texts = common.assets() / "text"
+    shared = {"calibration.data": str(texts / "gutenberg-1342.txt"), "calibration.samples": SAMPLES}
+    shared |= {
+        "calibration.seq_len": LENGTH,
+        "method.name": "gptq-like",
+        "method.group_size": 32,
+        "method.group_tail": "ragged",
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        model = mixture(Path(root) / "mixture")
+        for bits in (4, 3, 2):
+            for arm, options in ARMS.items():
+                out, started = Path(root) / "out" / f"{bits}-{arm}", time.perf_counter()
+                recipe = load_recipe(None, {"model": model, "method.bits": bits} | shared | options)
+                result = quantize(recipe, out)
+                seconds = time.perf_counter() - started
+                measured = EvalOptions([str(texts / "tinyshakespeare.txt")], window=LENGTH, max_windows=64)
+                found = evaluate(str(out), measured, baseline=model)
+                row = {"bits": bits, "arm": arm, "bits_per_weight": result.plan.bits_per_weight, "seconds": seconds}
+                rows.append(row | {"kl": found.kl})
+                print(rows[-1], flush=True)
+    common.save("experts", {"experts": EXPERTS, "chosen": CHOSEN, "noise": NOISE, "samples": SAMPLES, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
