@@ -70,7 +70,7 @@ def main() -> None:
         "method.group_size": 32,
         "method.group_tail": "ragged",
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
         model = mixture(Path(root) / "mixture")
         for bits in (4, 3, 2):
@@ -81,7 +81,12 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 measured = EvalOptions([str(texts / "tinyshakespeare.txt")], window=LENGTH, max_windows=64)
                 found = evaluate(str(out), measured, baseline=model)
-                row = {"bits": bits, "arm": arm, "bits_per_weight": result.plan.bits_per_weight, "seconds": seconds}
+                row: dict[str, Any] = {
+                    "bits": bits,
+                    "arm": arm,
+                    "bits_per_weight": result.plan.bits_per_weight,
+                    "seconds": seconds,
+                }
                 rows.append(row | {"kl": found.kl})
                 print(rows[-1], flush=True)
     common.save("experts", {"experts": EXPERTS, "chosen": CHOSEN, "noise": NOISE, "samples": SAMPLES, "rows": rows})

@@ -32,6 +32,8 @@ class ListedExperts(nn.Module):
 
     Attributes:
         every_token: whether all experts run on all tokens, whatever the router says; the output stays the same.
+        routed: `top_k_index` and `top_k_weights` in place of the router's, such as those of another model's router;
+            None: the router decides.
 
     Args:
         fused: the module of transformers, on the meta device; it loses its weights, and computes the gate.
@@ -41,6 +43,7 @@ class ListedExperts(nn.Module):
     def __init__(self, fused: nn.Module, layout: Experts) -> None:
         super().__init__()
         self.n_experts, self.every_token = layout.count, False
+        self.routed: tuple[Tensor, Tensor] | None = None
         self.gated, self.interleaved = GATE in layout.sizes, layout.interleaved
         dtype = fused.get_parameter(DOWN).dtype
         for index in range(layout.count):
@@ -60,6 +63,8 @@ class ListedExperts(nn.Module):
                 else nothing.
             top_k_weights: `[tokens, k]`.
         """
+        if self.routed is not None:
+            top_k_index, top_k_weights = self.routed
         if top_k_index is None or top_k_weights is None:
             if hidden.is_meta:
                 return self.expert(0, hidden)

@@ -133,6 +133,7 @@ class Sequential:
                         group.number,
                         group.sets,
                         own,
+                        reference,
                         needs,
                         self.processes,
                         every_token=text.all_experts,

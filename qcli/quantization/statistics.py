@@ -105,18 +105,27 @@ class StagedBlock:
         return inputs, None if residual is None else residual.flatten(0, -2)
 
     def reach_experts(
-        self, group: int, batch: int, sets: Sequence[Sequence[str]], *, every_token: bool
-    ) -> list[Tensor]:
+        self,
+        group: int,
+        batch: int,
+        sets: Sequence[Sequence[str]],
+        *,
+        every_token: bool,
+        routed: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
         """Run one batch up to the inputs of experts.
 
         Args:
             sets: their linears in `group`, by expert.
             every_token: whether all tokens count, and not only those that are routed to the expert.
+            routed: in place of what this block's router says.
 
         Returns:
-            The inputs of each, `[tokens, in_features]`; perhaps of no tokens.
+            The inputs of each, `[tokens, in_features]`; perhaps of no tokens. And where tokens were routed to, as
+            `ListedExperts.forward` takes it, if not to all experts.
         """
         seen: dict[int, Tensor] = {}
+        routes: list[tuple[Tensor, Tensor]] = []
         experts = self.block.get_submodule(sets[0][0].rpartition(".")[0].rpartition(".")[0])
         assert isinstance(experts, ListedExperts)
 
@@ -126,21 +135,25 @@ class StagedBlock:
 
             return note
 
-        def reached(*_: Any) -> None:
+        def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+            _, *route = *args, *kwargs.values()
+            if len(route) > 1:
+                routes.append((route[0], route[1]))
             raise _Reached
 
         with ExitStack() as hooks:
             hooks.enter_context(self._reusing(group, batch))
             for number, paths in enumerate(sets):
                 hooks.callback(self._watched(paths).register_forward_pre_hook(arrives(number)).remove)
-            hooks.callback(experts.register_forward_hook(reached).remove)
-            experts.every_token = every_token
+            hooks.callback(experts.register_forward_hook(reached, with_kwargs=True).remove)
+            experts.every_token, experts.routed = every_token, routed
             with suppress(_Reached):
                 self.stream.run_block(self.block, self.index, self.hidden[batch])
-            experts.every_token = False
+            experts.every_token, experts.routed = False, None
         widths = [ModelStream.weight_of(self.linear(paths[0])).shape[1] for paths in sets]
         nothing = self.hidden[batch]
-        return [seen.get(number, nothing.new_empty(0, width)) for number, width in enumerate(widths)]
+        inputs = [seen.get(number, nothing.new_empty(0, width)) for number, width in enumerate(widths)]
+        return inputs, next(iter(routes), None)
 
     def _watched(self, paths: Sequence[str]) -> nn.Module:
         """A linear whose hooks simulate quantized inputs, if there is one: a dense one sees other inputs."""
@@ -347,6 +360,7 @@ def collect_experts(
     group: int,
     sets: Sequence[Sequence[str]],
     quantized: StagedBlock,
+    original: StagedBlock | None,
     needs: frozenset[str],
     processes: Processes = ALONE,
     *,
@@ -356,12 +370,13 @@ def collect_experts(
     """The statistics of experts, each from the tokens that are routed to it in the model as quantized so far.
 
     An expert that saw too few tokens, whose own Hessian would be singular or noisy, makes up for the missing ones by
-    the mean of all experts of the pass. Tokens take other routes in the full-precision model, so nothing is compared
-    with it: the cross moment is the Hessian.
+    the mean of all experts of the pass. The full-precision block is compared on the same tokens: where its router would
+    send them elsewhere, it sends them where the quantized model's does.
 
     Args:
         group: its index in the block.
         sets: the linears of each expert.
+        quantized, original, processes: as `collect` takes them.
         every_token: whether all tokens count for all experts.
         floor: tokens that are enough; None: as many as the linears have inputs.
     """
@@ -369,29 +384,40 @@ def collect_experts(
     if not needs:
         return [Statistics(LinearGroup(own)) for own in weights]
     widths = [next(iter(own.values())).shape[1] for own in weights]
-    device = next(iter(weights[0].values())).device
-    sums = [{HESSIAN: torch.zeros(width, width, device=device)} for width in widths]
+    like = next(iter(weights[0].values()))
+    compared = original is not None and bool(needs & {CROSS, OUTPUT_GAP})
+    # Of H its upper triangle; in place of the cross moment what it has more than H.
+    names = (HESSIAN, CROSS) if compared else (HESSIAN,)
+    sums = [{name: like.new_zeros(width, width) for name in names} for width in widths]
     counts = [0] * len(sets)
     for batch in range(len(quantized.hidden)):
-        for number, inputs in enumerate(quantized.reach_experts(group, batch, sets, every_token=every_token)):
-            if len(inputs):
-                _add_square(sums[number], HESSIAN, inputs.float())
-                counts[number] += len(inputs)
+        inputs, routed = quantized.reach_experts(group, batch, sets, every_token=every_token)
+        true_inputs: Sequence[Tensor | None] = [None] * len(sets)
+        if compared and original is not None:
+            true_inputs, _ = original.reach_experts(group, batch, sets, every_token=every_token, routed=routed)
+        for number, (own, true) in enumerate(zip(inputs, true_inputs, strict=True)):
+            if not len(own):
+                continue
+            counts[number] += len(own)
+            _add_square(sums[number], HESSIAN, own.float())
+            if true is not None:
+                _add_product(sums[number], CROSS, true.float() - own.float(), own.float())
     if processes.world_size > 1:
         counts = [add_up_statistics(own, count, processes) for own, count in zip(sums, counts, strict=True)]
-    pooled = torch.stack([own[HESSIAN] for own in sums]).sum(0).div_(max(1, sum(counts)))
+    pooled = {name: torch.stack([totals[name] for totals in sums]).sum(0).div_(max(1, sum(counts))) for name in names}
     found = []
-    for own, count, width, linears in zip(sums, counts, widths, weights, strict=True):
-        hessian, fallbacks = own[HESSIAN], tuple[str, ...]()
+    for totals, count, width, linears in zip(sums, counts, widths, weights, strict=True):
+        fallbacks = tuple[str, ...]()
         missing = max(0, (floor or width) - count)
         if missing:
-            hessian.add_(pooled, alpha=missing)
             fallbacks = (f"an expert that saw {count} tokens: statistics of all experts make up for {missing}",)
-        hessian.div_(count + missing)
-        _mirror(hessian)
-        cross = hessian if needs & {CROSS, OUTPUT_GAP} else None
-        found.append(Statistics(LinearGroup(linears, hessian, cross), fallbacks))
-    finite = torch.stack([each for own in sums for each in own[HESSIAN].aminmax()])
+        for name, total in totals.items():
+            total.add_(pooled[name], alpha=missing).div_(count + missing)
+        _mirror(totals[HESSIAN])
+        if compared:
+            totals[CROSS].add_(totals[HESSIAN])
+        found.append(Statistics(LinearGroup(linears, **totals), fallbacks))
+    finite = torch.stack([each for totals in sums for total in totals.values() for each in total.aminmax()])
     if not bool(finite.isfinite().all()):
         raise _overflowing(quantized.index, sets[0][0])
     return found

@@ -103,7 +103,7 @@ def test_an_expert_has_the_statistics_of_its_own_tokens(tmp_path: Path) -> None:
     block, seen = staged(tmp_path)
     for number, name in ((2, "gate_proj"), (3, "down_proj")):
         sets = block.groups[number].sets
-        found = collect_experts(number, sets, block, frozenset({HESSIAN, CROSS}))
+        found = collect_experts(number, sets, block, None, frozenset({HESSIAN, CROSS}))
         inputs = [seen[f"mlp.experts.{index}.{name}"].double() for index in range(4)]
         pooled = sum(x.T @ x for x in inputs) / sum(map(len, inputs))
         for x, statistics, paths in zip(inputs, found, sets, strict=True):
@@ -113,14 +113,31 @@ def test_an_expert_has_the_statistics_of_its_own_tokens(tmp_path: Path) -> None:
             hessian = statistics.group.hessian
             assert hessian is not None
             torch.testing.assert_close(hessian.double(), expected, rtol=1e-4, atol=1e-6)
-            assert statistics.group.cross is hessian
             assert bool(statistics.fallbacks) == bool(missing)
             assert tuple(statistics.group.weights) == paths
 
 
+def test_experts_are_compared_on_the_tokens_of_the_quantized_router(tmp_path: Path) -> None:
+    quantized, _ = staged(tmp_path)
+    original, _ = staged(tmp_path)
+    for each in (quantized, original):
+        each.hidden[0], each.hidden[1] = (hidden.clone() for hidden in each.hidden)
+    with torch.no_grad():  # another router: tokens take other routes
+        quantized.block.get_submodule("mlp.gate").get_parameter("weight").neg_()
+    sets = quantized.groups[3].sets
+    needs = frozenset({HESSIAN, CROSS})
+    compared = collect_experts(3, sets, quantized, original, needs)
+    alone = collect_experts(3, sets, quantized, None, needs)
+    for both, one in zip(compared, alone, strict=True):
+        assert both.group.hessian is not None and both.group.cross is not None and one.group.hessian is not None
+        torch.testing.assert_close(both.group.hessian, one.group.hessian)
+        # The same weights on the same tokens: the cross moment is the Hessian.
+        torch.testing.assert_close(both.group.cross, both.group.hessian)
+
+
 def test_all_tokens_count_for_all_experts_on_demand(tmp_path: Path) -> None:
     block, _ = staged(tmp_path)
-    found = collect_experts(2, block.groups[2].sets, block, frozenset({HESSIAN}), every_token=True)
+    found = collect_experts(2, block.groups[2].sets, block, None, frozenset({HESSIAN}), every_token=True)
     first = found[0].group.hessian
     assert first is not None
     for statistics in found:
