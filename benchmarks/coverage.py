@@ -1,8 +1,10 @@
-"""Which of the decoders that transformers has can be quantized: python -m benchmarks.coverage [TYPE...].
+"""Which of the decoders that transformers has can be quantized: python -m benchmarks.coverage [--images] [TYPE...].
 
 For every registered type of causal LM, a tiny random model (`benchmarks.shrunk`) is built and saved. Its logits block
 by block are compared with those of the whole model; it is quantized at 4 bits with rtn and gptq-like; what was written
 is loaded in transformers, and its logits are compared with those of the stored weights, block by block.
+
+With --images, types of models that see images too are tried likewise, with text alone.
 
 Types run in a process beside this one, which is replaced if it dies. Every result is kept at once; without TYPE, those
 that have none are made.
@@ -32,44 +34,47 @@ NAME = "coverage"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--images", action="store_true", help="types of image-text-to-text in place of causal LMs")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         for model_type in given.types:
-            print(json.dumps(_row(model_type)), flush=True)
+            print(json.dumps(_row(model_type, given.images)), flush=True)
         return
     from benchmarks.common import kept, save
 
-    rows: dict[str, dict[str, Any]] = {row["type"]: row for row in kept(NAME).get("rows", [])}
+    results = f"{NAME}-images" if given.images else NAME
+    rows: dict[str, dict[str, Any]] = {row["type"]: row for row in kept(results).get("rows", [])}
 
     def keep(row: dict[str, Any]) -> None:
         rows[row["type"]] = row
         print(f"{row['type']}: {row['result']}{_why(row)}", flush=True)
         settings = {"bits": BITS, "group_size": GROUP, "samples": SAMPLES, "seq_len": LENGTH, "tolerance": TOLERANCE}
-        save(NAME, {"settings": settings, "rows": [rows[name] for name in sorted(rows)]})
+        save(results, {"settings": settings, "rows": [rows[name] for name in sorted(rows)]})
 
-    _run(given.types or [name for name in _registered() if name not in rows], keep)
+    types = _registered(given.images)
+    _run(given.types or [name for name in types if name not in rows], keep, ["--images"] if given.images else [])
     counts = Counter(row["result"] for row in rows.values())
     decoders = counts[PASS] + counts[FAIL]
     print(f"{counts[PASS]} of {decoders} decoders pass; {counts[NO_DECODER]} types are no decoders, and")
-    print(f"{counts[NOT_BUILT]} cannot be built here: {len(rows)} of {len(_registered())} types")
+    print(f"{counts[NOT_BUILT]} cannot be built here: {len(rows)} of {len(types)} types")
 
 
-def _registered() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _registered(images: bool) -> list[str]:
+    from transformers.models.auto import modeling_auto as auto
 
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if images else auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _why(row: dict[str, Any]) -> str:
     return f" ({row['stage']}): {row['reason']}" if row["reason"] else ""
 
 
-def _run(types: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
+def _run(types: list[str], keep: Callable[[dict[str, Any]], None], options: list[str]) -> None:
     """Have workers do all types, one worker after the other; the type at which one dies has failed."""
     left = list(types)
     while left:
-        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", *left]
+        command = [sys.executable, "-m", "benchmarks.coverage", "--worker", *options, *left]
         with tempfile.TemporaryFile() as errors:
             worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             assert worker.stdout is not None
@@ -84,7 +89,7 @@ def _run(types: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
                 keep({"type": left.pop(0), "result": FAIL, "stage": "process", "reason": reason, "seconds": None})
 
 
-def _row(model_type: str) -> dict[str, Any]:
+def _row(model_type: str, images: bool) -> dict[str, Any]:
     """Everything for one type."""
     import signal
 
@@ -92,7 +97,7 @@ def _row(model_type: str) -> dict[str, Any]:
     signal.alarm(SECONDS)  # ends the process
     folder = Path(tempfile.mkdtemp(prefix="qcli-coverage-"))
     try:
-        found = _Trial(model_type, folder).result()
+        found = _Trial(model_type, folder, images).result()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         signal.alarm(0)
@@ -100,10 +105,10 @@ def _row(model_type: str) -> dict[str, Any]:
 
 
 class _Trial:
-    def __init__(self, model_type: str, folder: Path) -> None:
+    def __init__(self, model_type: str, folder: Path, images: bool) -> None:
         import torch
 
-        self.model_type, self.folder = model_type, folder
+        self.model_type, self.folder, self.images = model_type, folder, images
         self.stage = "build"
         self.facts: dict[str, Any] = {}
         self.tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -123,14 +128,14 @@ class _Trial:
 
     def _try(self) -> tuple[str, str]:
         import torch
-        from transformers import AutoModelForCausalLM, logging
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, logging
 
         from benchmarks.shrunk import shrunk
         from qcli.models.open import open_source
         from tests.tiny import tiny_tokenizer
 
         logging.set_verbosity_error()
-        auto: Any = AutoModelForCausalLM
+        auto: Any = AutoModelForImageTextToText if self.images else AutoModelForCausalLM
         config = shrunk(self.model_type)
         if getattr(config, "is_encoder_decoder", False):
             return NO_DECODER, "an encoder and a decoder"
@@ -140,10 +145,12 @@ class _Trial:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.02 * torch.randn_like(parameter)
-            full = model(self.tokens).logits
+            if self.images and not _runs(model, self.tokens):
+                return self._refused(model)
+            full = _logits(model, self.tokens)
             changed = self.tokens.clone()
             changed[:, -1] += 1
-            others = model(changed).logits
+            others = _logits(model, changed)
         if _differ(others[:, :-1], full[:, :-1]) > TOLERANCE:
             return NO_DECODER, "predictions depend on later tokens"
         self.stage = "save"
@@ -161,7 +168,7 @@ class _Trial:
             self.stage = f"load what {method} wrote"
             loaded = auto.from_pretrained(out, dtype=torch.float32).eval()
             with torch.no_grad():
-                logits = loaded(self.tokens).logits
+                logits = _logits(loaded, self.tokens)
             packed = self._by_blocks(out)
             self._require(logits, packed)
             target = full.log_softmax(-1)
@@ -169,6 +176,20 @@ class _Trial:
             self.facts[f"kl {method}"] = float(f"{float(divergence):.3g}")
         self.stage = "all"
         return PASS, ""
+
+    def _refused(self, model: Any) -> tuple[str, str]:
+        """Of a model that does not run on text alone: what a user is told."""
+        from qcli.utils.errors import UnsupportedError
+        from tests.tiny import tiny_tokenizer
+
+        self.stage = "read"
+        model.save_pretrained(self.folder)
+        tiny_tokenizer().save_pretrained(self.folder)
+        try:
+            self._by_blocks(self.folder)
+        except UnsupportedError as error:
+            return FAIL, str(error)
+        return FAIL, "qcli runs it on text alone, and it does not run itself"
 
     def _quantize(self, model: Path, out: Path, method: str) -> None:
         from qcli.quantization.quantize import quantize
@@ -195,6 +216,25 @@ class _Trial:
         difference = _differ(found, expected)
         if not difference <= TOLERANCE:
             raise AssertionError(f"logits differ by {difference:.2g} of the largest")
+
+
+def _runs(model: Any, tokens: Any) -> bool:
+    try:
+        _logits(model, tokens)
+    except Exception:  # of whatever type the model's code raises
+        return False
+    return True
+
+
+def _logits(model: Any, tokens: Any) -> Any:
+    """Of a model; of its language model, where it insists on images."""
+    try:
+        return model(input_ids=tokens).logits
+    except (TypeError, ValueError):
+        inner = getattr(model, "language_model", None) or getattr(model, "text_model", None)
+        if inner is None or inner.get_output_embeddings() is None:
+            raise
+        return inner(input_ids=tokens).logits
 
 
 def _differ(found: Any, expected: Any) -> float:

@@ -134,7 +134,7 @@ WITHOUT_ROW |= {
         "sliding_window": 32,
     },
 }
-_QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN, "fullatt_block_indexes": [0]}
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGE = {"image_size": 28, "patch_size": 14}
 # Types that see images too, without a row: settings of their language models and of their vision towers.
@@ -142,7 +142,11 @@ WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava": ({"model_type": "llama", **_GQA}, {"model_type": "clip_vision_model", **_VISION, **_IMAGE}),
     "qwen2_5_vl": (
         {**_GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
-        {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32},
+        {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3_5": (
+        {**_GQA, **_HEAD_DIM, **_DELTA},
+        {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32, "deepstack_visual_indexes": []},
     ),
     "qwen3_vl_moe": (
         {

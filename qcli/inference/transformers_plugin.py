@@ -66,7 +66,7 @@ class QcliQuantizer(HfQuantizer):
     ) -> None:
         names = Names(model)  # of its own modules
         list_experts(model)
-        replaced = _replace_layers(model, self.storage)
+        replaced = _replace_layers(model, self.storage, names)
         if checkpoint_files:
             _check_files(checkpoint_files, names, model, replaced, self.storage.guard)
         if (guard := self.storage.guard) is not None:
@@ -97,15 +97,19 @@ class QcliQuantizer(HfQuantizer):
         return True
 
 
-def _replace_layers(model: Any, storage: NativeStorage) -> dict[str, QuantLinear | QuantEmbedding]:
+def _replace_layers(model: Any, storage: NativeStorage, names: Names) -> dict[str, QuantLinear | QuantEmbedding]:
     """Replace every linear layer and embedding that the checkpoint stores quantized; returns the new ones by module
     name."""
     replaced: dict[str, QuantLinear | QuantEmbedding] = {}
     unread: dict[tuple[Format, tuple[int, int], torch.device], dict[str, Tensor]] = {}
+    packed, here = ("", "") if storage.guard is None else _prefixes(storage.guard, names.name_in_model(storage.guard))
     for name, module in list(model.named_modules()):
-        # The layers of a model without a head are named without the prefix that they have in the checkpoint.
-        in_causal_model = f"{model.base_model_prefix}.{name}"
-        layer = storage.layer(name) or storage.layer(in_causal_model) or _vocabulary(storage, name, in_causal_model)
+        # The layers of a model without a head are named without the prefix that they have in the checkpoint; those of
+        # a language model alone, without that of the model that sees images too.
+        known_as = [name, f"{model.base_model_prefix}.{name}"]
+        if name.startswith(here):
+            known_as.append(f"{packed}{name.removeprefix(here)}")
+        layer = next((layer for known in known_as if (layer := storage.layer(known))), _vocabulary(storage, *known_as))
         if layer is None or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             continue
         rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -130,6 +134,15 @@ def _replace_layers(model: Any, storage: NativeStorage) -> dict[str, QuantLinear
     return replaced
 
 
+def _prefixes(*names: str) -> tuple[str, str]:
+    """What two names of one layer begin with, where they differ: with the dot."""
+    parts = [name.split(".") for name in names]
+    while all(parts) and parts[0][-1] == parts[1][-1]:
+        parts = [part[:-1] for part in parts]
+    first, second = ("".join(f"{word}." for word in part) for part in parts)
+    return first, second
+
+
 def _vocabulary(storage: NativeStorage, *names: str) -> LayerStorage | None:
     """How the embedding or head that has one of these names is stored; None: dense."""
     return next((storage.vocabulary[name] for name in names if name in storage.vocabulary), None)
@@ -150,8 +163,8 @@ def _check_files(
     if len(on_disk) < len(headers):
         raise VerificationError("the checkpoint has tensors twice, under an old and a new name", hint="copy it again")
     if guard is not None:
-        stored_as = guard if guard in on_disk else guard.removeprefix(f"{model.base_model_prefix}.")
-        if on_disk.pop(stored_as, None) != GUARD:
+        known_as = (guard, guard.removeprefix(f"{model.base_model_prefix}."), names.name_in_model(guard))
+        if on_disk.pop(next((name for name in known_as if name in on_disk), guard), None) != GUARD:
             raise VerificationError(f"the guard {guard} is missing", hint="run `qcli verify` on the folder")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {_name_in_model(name, model.base_model_prefix, expected): stored for name, stored in on_disk.items()}

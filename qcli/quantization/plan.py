@@ -251,7 +251,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         name: method and method.for_weights_of(stored_weights[f"{name}.weight"].dtype)
         for name, method in assign(recipe, layers).items()
     }
-    parts: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(layer.block for layer in layers))]
+    parts: list[dict[str, StoredTensor]] = [{} for _ in range(source.n_blocks)]
     quantized: set[str] = set()
     formats = {
         name: None if method is None else stored_format(method, recipe.low_rank) for name, method in methods.items()

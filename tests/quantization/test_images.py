@@ -18,8 +18,8 @@ from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError
-from tests.quantizing import TOKENS, run, streamed, write_text
-from tests.tiny import WITH_IMAGES, tiny_model, tiny_tokenizer
+from tests.quantizing import TOKENS, logits, run, streamed, write_text
+from tests.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 PARTS = {
@@ -49,7 +49,7 @@ def outputs(model: Any, model_type: str) -> tuple[Tensor, Tensor]:
     return model(input_ids=TOKENS).logits, model(**with_image(model_type)).logits
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", PARTS)
 def test_text_is_quantized_and_images_are_seen_as_before(model_type: str, tmp_path: Path) -> None:
     model, out = tiny_model(model_type, tmp_path), tmp_path / "out"
     image_text: Any = AutoModelForImageTextToText
@@ -74,7 +74,7 @@ def test_text_is_quantized_and_images_are_seen_as_before(model_type: str, tmp_pa
     assert not torch.equal(packed, full)
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", PARTS)
 def test_the_plan_lists_what_text_does_not_pass(model_type: str, tmp_path: Path) -> None:
     given = {"model": str(tiny_model(model_type, tmp_path)), "method.name": "rtn", "method.group_size": 32}
     plan = make_plan(load_recipe(None, given)).to_json()
@@ -132,3 +132,16 @@ def test_text_is_generated(tmp_path: Path) -> None:
     made = Generator(source, model, source.tokenizer()).generate(prompt, Sampling(8, 0.0), lambda _: None)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert made.tokens == expected[0, 9:].tolist()
+
+
+def test_a_language_model_alone_loads_too(tmp_path: Path) -> None:
+    """Where transformers has a class for it, in which layers have other names."""
+    model, out = tiny_model("qwen3_5", tmp_path), tmp_path / "out"
+    run(model, out, method__name="rtn")
+    torch.testing.assert_close(logits(out), streamed(out), rtol=1e-4, atol=1e-4)
+    image_text: Any = AutoModelForImageTextToText
+    whole = image_text.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=TOKENS).logits, logits(out), rtol=1e-4, atol=1e-4)
+    kept = image_text.from_pretrained(model, dtype=torch.float32).model.visual.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.model.visual.state_dict().items())
