@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ TOLERANCE = 1e-4  # of the largest logit
 SECONDS = 600  # for one type
 PASS, FAIL, NO_DECODER, NOT_BUILT = "pass", "fail", "not a decoder", "cannot be built"
 NAME = "coverage"
+PART = "quantized part of blocks"  # of the numbers in their matrices
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--images", action="store_true", help="types of image-text-to-text in place of causal LMs")
+    parser.add_argument("--table", action="store_true", help="only write the table of docs/models.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -53,11 +56,56 @@ def main() -> None:
         save(results, {"settings": settings, "rows": [rows[name] for name in sorted(rows)]})
 
     types = _registered(given.images)
+    if given.table:
+        _write_table(results, [rows[name] for name in sorted(rows)], len(types))
+        return
     _run(given.types or [name for name in types if name not in rows], keep, ["--images"] if given.images else [])
-    counts = Counter(row["result"] for row in rows.values())
-    decoders = counts[PASS] + counts[FAIL]
-    print(f"{counts[PASS]} of {decoders} decoders pass; {counts[NO_DECODER]} types are no decoders, and")
-    print(f"{counts[NOT_BUILT]} cannot be built here: {len(rows)} of {len(types)} types")
+    print(_sum(list(rows.values()), len(types)))
+
+
+def _sum(rows: list[dict[str, Any]], registered: int) -> str:
+    counts = Counter(row["result"] for row in rows)
+    return (
+        f"{counts[PASS]} of {counts[PASS] + counts[FAIL]} decoders pass; {counts[NO_DECODER]} types are no decoders, "
+        f"and {counts[NOT_BUILT]} cannot be built here: {len(rows)} of {registered} types."
+    )
+
+
+def _write_table(results: str, rows: list[dict[str, Any]], registered: int) -> None:
+    """Replace what docs/models.md has between the two marks of these results."""
+    start, end = f"<!-- {results} -->", f"<!-- end of {results} -->"
+    file = Path(__file__).parents[1] / "docs" / "models.md"
+    before, _, rest = file.read_text().partition(start)
+    after = rest.partition(end)[2]
+    file.write_text(f"{before}{start}\n{_table(rows, registered)}\n{end}{after}")
+
+
+def _table(rows: list[dict[str, Any]], registered: int) -> str:
+    def names(chosen: Callable[[dict[str, Any]], bool]) -> str:
+        return ", ".join(f"`{row['type']}`" for row in rows if chosen(row))
+
+    lines = [
+        _sum(rows, registered),
+        "",
+        "| Result | Types |",
+        "|---|---|",
+        f"| pass, by a row of the table | {names(lambda row: row['result'] == PASS and row.get('row'))} |",
+        f"| pass, discovered | {names(lambda row: row['result'] == PASS and not row.get('row'))} |",
+        f"| no decoder | {names(lambda row: row['result'] == NO_DECODER)} |",
+    ]
+    partly = ", ".join(f"`{row['type']}` {row[PART]:.0%}" for row in rows if row.get(PART, 1) < 0.9)
+    lines += [
+        "",
+        "Of these types less than 90% of the blocks is quantized; what several blocks share, and what is not "
+        f"linear, stays: {partly}.",
+    ]
+    for title, result in (("What fails", FAIL), ("What cannot be built here", NOT_BUILT)):
+        lines += ["", f"| {title} | At | Reason |", "|---|---|---|"]
+        for row in rows:
+            if row["result"] == result:
+                reason = row["reason"].replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+                lines.append(f"| `{row['type']}` | {row['stage']} | {reason} |")
+    return "\n".join(lines)
 
 
 def _registered(images: bool) -> list[str]:
@@ -158,7 +206,12 @@ class _Trial:
         model.save_pretrained(original)
         tiny_tokenizer().save_pretrained(original)
         self.stage = "read"
-        self.facts["row"] = not open_source(str(original)).family.discovered
+        source = open_source(str(original))
+        self.facts["row"] = not source.family.discovered
+        blocks = f"{source.family.blocks}."
+        matrices = {n: prod(t.shape) for n, t in source.tensors().items() if n.startswith(blocks) and len(t.shape) > 1}
+        quantized = sum(prod(linear.shape) for linear in source.linears())
+        self.facts[PART] = round(quantized / sum(matrices.values()), 3)
         self.stage = "forward pass by blocks"
         self._require(self._by_blocks(original), full)
         for method in ("rtn", "gptq-like"):

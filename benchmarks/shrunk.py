@@ -125,7 +125,6 @@ _SIZES = {
     "hidden_size_per_layer_input": 32,
     "vocab_size_per_layer_input": VOCABULARY,
     "num_kv_shared_layers": 1,
-    "gated_norm_rank": 32,
     "laurel_rank": 8,
     "adapter_rank": 8,
     "attention_rank": 8,
@@ -144,6 +143,7 @@ _SHARED_KV = {
     "num_kv_shared_layers": 2,
 }
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk2": {"gated_norm_rank": 32},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -172,6 +172,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"chunk_size": 16, "qk_dim_factor": 0.5, "num_heads": 4},
     "zamba": {
         "layers_block_type": _HYBRID,

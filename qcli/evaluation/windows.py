@@ -105,4 +105,4 @@ def require_memory(
 
 
 def _hidden_size(source: ModelSource) -> int:
-    return int(source.hf_config().get_text_config().hidden_size)
+    return source.family.passing.width(int(source.hf_config().get_text_config().hidden_size))

@@ -75,7 +75,7 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         path,
         groups=(),
         folds=(),
-        tuple_output=any(isinstance(output, tuple) for output in flow.outputs),
+        tuple_output=any(isinstance(output, tuple | list) for output in flow.outputs),
         conv1d=kinds == {Conv1D},
         renames=None,
         own_linear=any(kind not in (nn.Linear, Conv1D) for kind in kinds),
@@ -92,6 +92,8 @@ def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
     """The lists of modules that may be decoder blocks, by path, the longest first: those whose modules transformers
     never splits over devices, or, where it names none, all lists in the decoder that are in no other."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):  # a head by that name
+        decoder = model.base_model
     prefix = _path_of(model, decoder)
     lists = [
         (f"{prefix}.{path}".strip("."), module)
@@ -308,7 +310,8 @@ class _Flow(TorchDispatchMode):
             if any(state.shape[::2] != (_BATCH, _LENGTH) or state.ndim != 4 for state in states):
                 obstacle = obstacle or "keys and values that blocks share have an unknown layout"
             shared[kind] = tuple((state.shape[1], state.shape[-1]) for state in states)
-        return Passing(self._tokens_read, before, after, shared, obstacle)
+        n_outputs = max((len(output) for output in self.outputs if isinstance(output, tuple | list)), default=1)
+        return Passing(self._tokens_read, before, after, shared, obstacle, n_outputs)
 
     def groups(self, index: int) -> tuple[Group, ...]:
         """The groups of a block, in order of computation."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 from qcli.utils.errors import UnsupportedError, UsageError
@@ -68,6 +69,10 @@ class Fold:
     when: Mapping[str, Any] = field(default_factory=dict)
 
 
+TOKEN_CHANNELS = 3
+"""Channels in which a token's number travels with the hidden states: its digits to the base of 256."""
+
+
 @dataclass(frozen=True)
 class Passing:
     """What a block of a discovered model is given, and hands on to the next.
@@ -78,6 +83,7 @@ class Passing:
         after: the same between those two and the channels.
         shared: heads and channels of the keys and values that blocks leave for later ones, by kind of attention.
         obstacle: why blocks cannot run one by one; empty: they can.
+        n_outputs: what a block returns, if that is a tuple: the hidden states and others, which nothing needs.
     """
 
     tokens: bool = False
@@ -85,6 +91,16 @@ class Passing:
     after: tuple[int, ...] = ()
     shared: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     obstacle: str = ""
+    n_outputs: int = 2
+
+    @property
+    def n_shared(self) -> int:
+        """Channels of all those keys and values."""
+        return sum(heads * size for states in self.shared.values() for heads, size in states)
+
+    def width(self, hidden: int) -> int:
+        """Channels that pass from block to block for each token, where hidden states have `hidden`."""
+        return prod((*self.before, *self.after)) * hidden + self.n_shared + TOKEN_CHANNELS * self.tokens
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class ModelSizes:
         outside = sum(prod(tensor.shape) for name, tensor in source.tensors().items() if not name.startswith(others))
         layers = max(blocks.values(), key=_weights)
         inner = max(max(layer.shape) for layer in layers)
-        return cls(layers, outside, source.hf_config().get_text_config().hidden_size, inner)
+        hidden = source.family.passing.width(source.hf_config().get_text_config().hidden_size)
+        return cls(layers, outside, hidden, inner)
 
     @property
     def block(self) -> int:

@@ -8,11 +8,10 @@ and rotary tables that each block receives, and everything before and after the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import KVSharingDict
 from transformers.pytorch_utils import Conv1D
 
+from qcli.models.families import TOKEN_CHANNELS, Family
 from qcli.models.loadable import quantizable_skeleton, require_tensors, tied_tensors
 from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
@@ -32,7 +32,7 @@ from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import StoredBatches
 
-_DIGITS = 3  # of a token's number, to the base of 256
+_DTYPES = "scalar type", "dtype"  # what torch says of tensors that do not go together
 _SMALL = 2.0**-24  # times a digit: exact in every dtype
 BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidden]` -> the same shape
 
@@ -100,7 +100,7 @@ class ModelStream:
             self.model.set_submodule(path, nn.Identity())
         container = self.model.get_submodule(self.family.blocks)
         self._blocks = list(container)
-        self._stand_ins = [_StandIn(block, self.family.tuple_output) for block in self._blocks]
+        self._stand_ins = [_StandIn(block, self.family) for block in self._blocks]
         for index, stand_in in enumerate(self._stand_ins):
             container[index] = stand_in
         with reported(self._problem):
@@ -118,17 +118,13 @@ class ModelStream:
     @property
     def shared_channels(self) -> slice:
         """Channels of keys and values that blocks leave for later ones, among those that pass from block to block."""
-        tokens = _DIGITS * self._passing.tokens
-        shared = sum(heads * size for states in self._passing.shared.values() for heads, size in states)
-        return slice(self.width - tokens - shared, self.width - tokens)
+        end = self.width - TOKEN_CHANNELS * self._passing.tokens
+        return slice(end - self._passing.n_shared, end)
 
     @property
     def width(self) -> int:
         """Channels of the hidden states that pass from block to block."""
-        copies = prod((*self._passing.before, *self._passing.after))
-        width: int = self.config.get_text_config().hidden_size
-        shared = sum(heads * size for states in self._passing.shared.values() for heads, size in states)
-        return copies * width + shared + _DIGITS * self._passing.tokens
+        return self._passing.width(self.config.get_text_config().hidden_size)
 
     def kind_of(self, index: int) -> str:
         """Equal for blocks of the same modules and shapes."""
@@ -181,7 +177,12 @@ class ModelStream:
             for layer in layers:
                 path = layer.removeprefix(prefix)
                 block.set_submodule(path, packed(layer, block.get_submodule(path)))
-        self._load(block, prefix=prefix)
+        container: Any = self.model.get_submodule(self.family.blocks)
+        before, container[index] = container[index], block  # where the model looks for it when it computes tables
+        try:
+            self._load(block, prefix=prefix)
+        finally:
+            container[index] = before
         for layer, format in layers.items():
             linear = block.get_submodule(layer.removeprefix(prefix))
             if packed is None:
@@ -237,7 +238,8 @@ class ModelStream:
         shared = KVSharingDict(passed.shared)
         kwargs |= {name: shared for name, value in kwargs.items() if isinstance(value, KVSharingDict)}
         if weights is None:
-            output = block(passed.hidden, *args, **kwargs)
+            with self._typed(index):
+                output = block(passed.hidden, *args, **kwargs)
         else:
             kind = self.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
@@ -246,7 +248,8 @@ class ModelStream:
                 for path, weight in weights.items()
             }
             own |= {f"{path}.bias": bias.to(self.dtype) for path, bias in (biases or {}).items()}
-            output = functional_call(block, own, (passed.hidden, *args), kwargs)
+            with self._typed(index):
+                output = functional_call(block, own, (passed.hidden, *args), kwargs)
         return self._packed(output[0] if self.family.tuple_output else output, passed.tokens, shared)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -313,7 +316,7 @@ class ModelStream:
             else:
                 parts.append(hidden.new_zeros(*hidden.shape[:2], sum(heads * size for heads, size in sizes)))
         if passing.tokens and tokens is not None:
-            digits = torch.stack([tokens >> 8 * place & 255 for place in range(_DIGITS)], -1)
+            digits = torch.stack([tokens >> 8 * place & 255 for place in range(TOKEN_CHANNELS)], -1)
             parts.append(digits.to(hidden.dtype) * _SMALL)
         return torch.cat(parts, -1) if len(parts) > 1 else hidden
 
@@ -321,12 +324,12 @@ class ModelStream:
         """What `_packed` was made of."""
         passing, before = self._passing, len(self._passing.before)
         sizes = [(kind, *size) for kind, states in passing.shared.items() for size in states]
-        rest = [*(heads * size for _, heads, size in sizes), *([_DIGITS] if passing.tokens else [])]
+        rest = [*(heads * size for _, heads, size in sizes), *([TOKEN_CHANNELS] if passing.tokens else [])]
         hidden, *parts = packed.split([packed.shape[-1] - sum(rest), *rest], -1)
         tokens: Tensor | None = None
         if passing.tokens:
             digits = (parts.pop().detach().float() / _SMALL).round().long()
-            tokens = (digits << 8 * torch.arange(_DIGITS, device=digits.device)).sum(-1)
+            tokens = (digits << 8 * torch.arange(TOKEN_CHANNELS, device=digits.device)).sum(-1)
         if before or passing.after:
             hidden = hidden.unflatten(-1, (*passing.before, *passing.after, -1))
             hidden = hidden.movedim([*range(2, 2 + before)], [*range(before)])
@@ -405,16 +408,32 @@ class ModelStream:
         """Free the embedding, often larger than a block, unless the head is the same tensor; `embed` cannot be called
         afterwards."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if self._passing.tokens:
-            return  # blocks need it
-        if head is None or head.weight is not embedding.weight:
+        if (head is None or head.weight is not embedding.weight) and not self._reads_embedding():
             embedding.to("meta")
 
     def drop_vocabulary(self) -> None:
         """Free embedding and head; `embed` and `logits` cannot be called afterwards."""
-        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            if not self._passing.tokens:  # else blocks need it
+        if not self._reads_embedding():
+            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 module.to("meta")
+
+    def _reads_embedding(self) -> bool:
+        """Whether the arguments of blocks need the embedding: they depend on the tokens, or the model looks up a token
+        of its own, such as that of an image."""
+        if self._passing.tokens or not self.family.discovered:
+            return self._passing.tokens
+        embedding = self.model.get_input_embeddings()
+        own: nn.Parameter = embedding.weight
+        embedding.weight = nn.Parameter(own.to("meta"), requires_grad=False)
+        try:
+            inputs = torch.zeros(1, 2, embedding.embedding_dim, device=self.device, dtype=self.dtype)
+            self._calls_of(inputs_embeds=inputs)
+        except Exception:  # of whatever type the model's code raises
+            return True
+        else:
+            return False
+        finally:
+            embedding.weight = own
 
     @staticmethod
     def weight_of(module: nn.Module) -> Tensor:
@@ -434,9 +453,26 @@ class ModelStream:
         module.get_parameter("weight").data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
     @contextmanager
+    def _typed(self, index: int) -> Iterator[None]:
+        """Within: code of a model that cannot multiply in bf16 is refused."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not (torch.is_autocast_enabled(self.device.type) and any(part in str(error) for part in _DTYPES)):
+                raise
+            raise UnsupportedError(
+                f"model type {self.family.model_type!r}: block {index} does not run in bf16 ({error})",
+                hint="use --dtype float32",
+            ) from error
+
+    @contextmanager
     def _without_masks(self) -> Iterator[None]:
         """Where only stand-ins run, no attention masks are made: to make them, transformers waits for the device, which
-        looks for packed sequences. It makes none for an implementation that it does not know."""
+        looks for packed sequences. It makes none for an implementation that it does not know. A model without a row may
+        need them."""
+        if self.family.discovered:
+            yield
+            return
         config = self._text.base_model.config
         previous = config._attn_implementation
         config._attn_implementation = {"": "none"}  # of this config, not of those in it
@@ -476,26 +512,28 @@ class ModelStream:
         """
         owner = module if isinstance(module, PreTrainedModel) else owner
         names = sorted(module._non_persistent_buffers_set & module._buffers.keys())
-        unset = self._computed(module, owner, names, torch.nan, -1)
-        again = self._computed(module, owner, names, torch.inf, 0)
-        for name in names:
-            if not torch.equal(unset[name], again[name]):  # some of it was not computed
-                raise UnsupportedError(f"transformers cannot recompute {name} of {type(module).__name__}")
+        makers = [module, self._text.base_model]  # some models compute what their blocks have
+        if not any(self._compute(module, names, owner, makers[:count]) for count in (1, 2)):
+            raise UnsupportedError(f"transformers cannot recompute {', '.join(names)} of {type(module).__name__}")
         for child in module.children():
             self._compute_tables(child, owner)
 
-    def _computed(
-        self, module: nn.Module, owner: Any, names: list[str], number: float, integer: int
-    ) -> dict[str, Tensor]:
-        """Buffers as transformers computes them, over one of these values."""
-        for name in names:
-            like = module.get_buffer(name)
-            module._buffers[name] = torch.full_like(
-                like, number if like.is_floating_point() else integer, device=self.device
-            )
-        if names:
-            owner._init_weights(module)
-        return {name: module.get_buffer(name) for name in names}
+    def _compute(self, module: nn.Module, names: Sequence[str], owner: Any, makers: Sequence[nn.Module]) -> bool:
+        """Have transformers initialize `makers`, and thereby buffers of `module`; whether nothing of them is left that
+        was there before, and nothing else has changed."""
+        results = []
+        for number, integer in ((torch.nan, -1), (torch.inf, 0)) if names else ():
+            for name in names:
+                like = module.get_buffer(name)
+                value = number if like.is_floating_point() else integer
+                module._buffers[name] = torch.full_like(like, value, device=self.device)
+            for maker in makers:
+                versions = [tensor._version for tensor in self.model.parameters()] if maker is not module else []
+                owner._init_weights(maker)
+                if versions and versions != [tensor._version for tensor in self.model.parameters()]:
+                    return False
+            results.append([module.get_buffer(name) for name in names])
+        return all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 class _HeadReached(Exception):
@@ -505,10 +543,10 @@ class _HeadReached(Exception):
 class _StandIn(nn.Module):
     """Takes a block's place: records its arguments and passes the hidden states on, or `output` if that is set."""
 
-    def __init__(self, block: nn.Module, tuple_output: bool) -> None:
+    def __init__(self, block: nn.Module, family: Family) -> None:
         super().__init__()
         self._block = (block,)  # in a tuple, so that it is not registered as a submodule
-        self._tuple_output = tuple_output
+        self._others = (None,) * (family.passing.n_outputs - 1) if family.tuple_output else None
         self.call = Call((), {})
         self.hidden: Tensor | None = None
         self.output: Tensor | None = None
@@ -519,7 +557,7 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.call = hidden, Call(args, kwargs)
         hidden = hidden if self.output is None else self.output
-        return (hidden, None) if self._tuple_output else hidden
+        return hidden if self._others is None else (hidden, *self._others)

@@ -15,6 +15,7 @@ from qcli.models.discovery import discover
 from qcli.models.listed_experts import ListedExperts, list_experts
 from qcli.models.loadable import quantizable_skeleton, skeleton
 from qcli.models.open import open_source
+from qcli.models.stream import ModelStream
 from qcli.utils.errors import UnsupportedError
 from tests.tiny import CONFIGS, VARIANTS, WITHOUT_ROW, tiny_config, tiny_model
 
@@ -112,3 +113,21 @@ def test_listed_experts_compute_what_fused_ones_do(model_type: str, every_token:
             handle.remove()
             args, output = caught[0]
             torch.testing.assert_close(module(*args), output, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_may_choose_an_expert_twice(tmp_path: Path) -> None:
+    source = open_source(str(tiny_model("qwen3_moe", tmp_path)))
+    listed = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32).load_block(0)
+    experts = listed.get_submodule("mlp.experts")
+    assert isinstance(experts, ListedExperts)
+    hidden, twice = torch.randn(3, 64), torch.tensor([[1, 1], [0, 1], [2, 2]])
+    weights = torch.rand(3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(hidden, twice, weights), experts.fused()(hidden, twice, weights))
+
+
+def test_linears_that_blocks_share_stay_dense(tmp_path: Path) -> None:
+    found = open_source(str(tiny_model("zamba", tmp_path)))
+    paths = {linear.path for linear in found.linears()}
+    assert "mamba_decoder.mamba.in_proj" in paths
+    assert not any(path.startswith("shared_transf") for path in paths)
