@@ -89,16 +89,14 @@ def _table(rows: list[dict[str, Any]], registered: int) -> str:
         "",
         "| Result | Types |",
         "|---|---|",
-        f"| pass, by a row of the table | {names(lambda row: row['result'] == PASS and row.get('row'))} |",
+        f"| pass, by a row of the table | {names(lambda row: row['result'] == PASS and bool(row.get('row')))} |",
         f"| pass, discovered | {names(lambda row: row['result'] == PASS and not row.get('row'))} |",
         f"| no decoder | {names(lambda row: row['result'] == NO_DECODER)} |",
     ]
     partly = ", ".join(f"`{row['type']}` {row[PART]:.0%}" for row in rows if row.get(PART, 1) < 0.9)
-    lines += [
-        "",
-        "Of these types less than 90% of the blocks is quantized; what several blocks share, and what is not "
-        f"linear, stays: {partly}.",
-    ]
+    if partly:
+        what = "what several blocks share, and what is not linear, stays"
+        lines += ["", f"Of these types less than 90% of the blocks is quantized; {what}: {partly}."]
     for title, result in (("What fails", FAIL), ("What cannot be built here", NOT_BUILT)):
         lines += ["", f"| {title} | At | Reason |", "|---|---|---|"]
         for row in rows:
