@@ -17,10 +17,15 @@ from qcli.models.experts import DOWN, GATE, GATE_UP, Experts, find_experts
 
 
 class Expert(nn.Module):
-    """The linears of one expert: `up_proj` and `down_proj`, and `gate_proj` where there is a gate."""
+    """The linears of one expert: `up_proj` and `down_proj`, and `gate_proj` where there is a gate.
+
+    Attributes:
+        tokens: int64, which tokens of the batch the expert is computing; None: all, in order.
+    """
 
     def __init__(self, layout: Experts, dtype: torch.dtype) -> None:
         super().__init__()
+        self.tokens: Tensor | None = None
         for name, (rows, columns) in layout.sizes.items():
             self.add_module(name, nn.Linear(columns, rows, layout.has_bias, device="meta", dtype=dtype))
 
@@ -78,7 +83,7 @@ class ListedExperts(nn.Module):
             chosen_by = top_k_index == index  # perhaps twice by one token
             (tokens,) = chosen_by.any(1).nonzero(as_tuple=True)
             if index < self.n_experts:
-                output = self.expert(index, hidden)[tokens] if self.every_token else self.expert(index, hidden[tokens])
+                output = self._of_tokens(index, hidden, tokens)
             elif hasattr(self._fused[0], "identity_expert"):
                 output = hidden[tokens]
             else:
@@ -102,6 +107,11 @@ class ListedExperts(nn.Module):
             (matrix.T if part.transposed else matrix)[part.rows] = weight
         fused._parameters = fused._parameters | {name: nn.Parameter(stack, False) for name, stack in stacks.items()}
         return fused
+
+    def _of_tokens(self, index: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        expert: Any = self.get_submodule(str(index))
+        expert.tokens = None if self.every_token else tokens
+        return self.expert(index, hidden)[tokens] if self.every_token else self.expert(index, hidden[tokens])
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """The output of one expert for `[tokens, hidden]`."""

@@ -17,7 +17,7 @@ One forward and one backward pass, a block at a time; only the hidden states tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import inf
@@ -30,6 +30,7 @@ from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.method import Method
 from qcli.data.draws import draw
 from qcli.models.families import Linear
+from qcli.models.listed_experts import Expert
 from qcli.models.stream import ModelStream, batches
 from qcli.quantization.search_space import SearchSpace
 from qcli.quantization.solve import solve
@@ -83,17 +84,20 @@ class _GradientStatistics:
         mean: `|delta|^2 x`, `[in]`.
         energy: `delta^2`, `[out]`.
         together: the square of each sequence's summed gradient, `(sum_t delta)^2`, `[out]`.
-        sequences: number of sequences in the current batch.
+        sequences, length: number of sequences in the current batch, and of the tokens of each.
+        experts: by path, the expert that a linear belongs to.
     """
 
     def __init__(self, block: nn.Module, paths: Sequence[str]) -> None:
         self.modules = {path: block.get_submodule(path) for path in paths}
+        parents = {path: block.get_submodule(path.rpartition(".")[0]) for path in paths}
+        self.experts = {path: parent for path, parent in parents.items() if isinstance(parent, Expert)}
         self.inputs: dict[str, Tensor] = {}
         self.weighted: dict[str, Tensor] = {}
         self.mean: dict[str, Tensor] = {}
         self.energy: dict[str, Tensor] = {}
         self.together: dict[str, Tensor] = {}
-        self.tokens = self.sequences = 0
+        self.tokens = self.sequences = self.length = 0
 
     def watched(self) -> ExitStack:
         """Within: forward and backward passes are added to the sums."""
@@ -104,6 +108,8 @@ class _GradientStatistics:
 
     def divergence(self, path: str, error: Tensor) -> float:
         """Predicted KL divergence, nats per token, of an error `[out, in]` of a linear's weight."""
+        if path not in self.energy:  # an expert that no token was routed to
+            return 0.0
         energy = self.energy[path]
         total = energy.sum().clamp(min=1e-30)
         common = error @ (self.mean[path] / total)
@@ -115,6 +121,7 @@ class _GradientStatistics:
             (given,) = (*args, *kwargs.values())
             x = given.detach().flatten(0, -2).float()
             _add(self.inputs, path, x.T @ x)
+            tokens = self.experts[path].tokens if path in self.experts else None
 
             def take(gradient: Tensor) -> None:
                 delta = gradient.detach().flatten(0, -2).float()
@@ -122,11 +129,19 @@ class _GradientStatistics:
                 _add(self.weighted, path, weighted_inputs.T @ x)
                 _add(self.mean, path, weighted_inputs.sum(0))
                 _add(self.energy, path, delta.square().sum(0))
-                _add(self.together, path, delta.unflatten(0, (self.sequences, -1)).sum(1).square().sum(0))
+                _add(self.together, path, self._by_sequence(delta, tokens).square().sum(0))
 
             output.register_hook(take)
 
         return note
+
+    def _by_sequence(self, delta: Tensor, tokens: Tensor | None) -> Tensor:
+        """Sums over sequences, `[sequences, out]`; `tokens` says which tokens of the batch these are, if not all."""
+        if tokens is None:
+            whole: Tensor = delta.unflatten(0, (self.sequences, -1))
+            return whole.sum(1)
+        sums = delta.new_zeros(self.sequences, delta.shape[1])
+        return sums.index_add_(0, tokens // self.length, delta)
 
 
 def _add(sums: dict[str, Tensor], path: str, value: Tensor) -> None:
@@ -164,7 +179,7 @@ def _backward(
     input_gradients: StoredBatches[Tensor] = hidden.memory.store()
     with statistics.watched():
         for states, gradient in zip(hidden, gradients, strict=True):
-            statistics.sequences = len(states)
+            statistics.sequences, statistics.length = states.shape[:2]
             entering = states.detach().requires_grad_()
             output = stream.run_block(block, index, entering)
             (back,) = torch.autograd.grad(output, entering, gradient)
@@ -177,7 +192,11 @@ def _backward(
 def _predicted(space: SearchSpace, layers: Sequence[Linear], statistics: _GradientStatistics) -> Losses:
     """The losses of a block's layers; those that read one input are quantized together, as in the real run."""
     losses = {layer.name: [inf] * len(space.candidates) for layer in layers}
-    for members in _grouped(layers):
+    for members in _grouped(layers, statistics.experts):
+        if members[0].path not in statistics.inputs:  # of an expert that no token was routed to
+            for layer in members:
+                losses[layer.name] = [inf if size is None else 0.0 for size in space.sizes[layer.name]]
+            continue
         hessian = statistics.inputs[members[0].path] / statistics.tokens
         weights = {layer.name: ModelStream.weight_of(statistics.modules[layer.path]).float() for layer in members}
         for candidate, method in enumerate(space.candidates):
@@ -197,8 +216,8 @@ def _quantized(space: SearchSpace, method: Method, group: LinearGroup) -> dict[s
     return {name: solution.weight.dense() for name, solution in solutions.items()}
 
 
-def _grouped(layers: Sequence[Linear]) -> list[list[Linear]]:
-    groups: dict[int, list[Linear]] = {}
+def _grouped(layers: Sequence[Linear], experts: Mapping[str, Expert]) -> list[list[Linear]]:
+    groups: dict[tuple[int, Expert | None], list[Linear]] = {}
     for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
+        groups.setdefault((layer.group, experts.get(layer.path)), []).append(layer)
     return list(groups.values())

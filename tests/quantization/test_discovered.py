@@ -77,6 +77,14 @@ def test_options_of_experts_are_refused_without_experts(tmp_path: Path) -> None:
         run(tiny_model("llama", tmp_path), tmp_path / "out", write_text(tmp_path), calibration__all_experts=True)
 
 
+def test_bits_are_chosen_for_experts(tmp_path: Path) -> None:
+    model, text = tiny_model("qwen3_moe", tmp_path), write_text(tmp_path)
+    method = {"name": "gptq-like", "bits": "auto", "target_bpw": 4.0, "group_size": 32}
+    result = run(model, tmp_path / "out", text, grouped=False, method=method)
+    assert result.plan.bits_per_weight <= 4
+    assert len({layer.spec["bits"] for layer in result.layers if ".experts." in layer.name}) > 1
+
+
 def staged(tmp_path: Path) -> tuple[StagedBlock, dict[str, torch.Tensor]]:
     """A block of a mixture of experts, and the tokens that each of its experts sees."""
     stream = ModelStream(open_source(str(tiny_model("qwen3_moe", tmp_path))), device=CPU, dtype=torch.float32)
