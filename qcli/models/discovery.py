@@ -202,6 +202,7 @@ class _Traced:
         joins: by path, the tensor of the residual stream that its output is added to.
         readers: by tensor, the first module without parts that reads it.
         leaves: linears whose outputs reach the block's output, likewise.
+        stores: whether it leaves keys and values for later blocks: no part of it can be skipped.
     """
 
     called: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
@@ -209,6 +210,7 @@ class _Traced:
     joins: dict[str, int] = field(default_factory=dict)
     readers: dict[int, str] = field(default_factory=dict)
     leaves: frozenset[str] = frozenset()
+    stores: bool = False
 
 
 class _Flow(TorchDispatchMode):
@@ -332,6 +334,8 @@ class _Flow(TorchDispatchMode):
             out = experts is None and not inner and len(sets[at]) == 1 and _replayable(sets[at][0], at, sets)
             reached = [ends[reader] if reader > at else None for reader in readers[at]]
             last = None
+            if traced.stores:
+                out = inner = False
             if out:
                 ends[at] = at
             elif inner and experts is None and None not in reached:
@@ -409,6 +413,8 @@ class _Flow(TorchDispatchMode):
             for given in kwargs.values():
                 if isinstance(given, KVSharingDict):
                     self._shared |= given
+                    kept = [self._key(state) for states in given.values() for state in states]
+                    self.traced[index].stores |= any(self._made.get(key) == index for key in kept)
 
         return hook
 

@@ -152,3 +152,12 @@ def test_all_tokens_count_for_all_experts_on_demand(tmp_path: Path) -> None:
         assert not statistics.fallbacks
         assert statistics.group.hessian is not None
         torch.testing.assert_close(statistics.group.hessian, first)
+
+
+def test_keys_and_values_for_later_blocks_are_computed_at_every_stage(tmp_path: Path) -> None:
+    model = tiny_model("gemma4_text", tmp_path)
+    first, second = (open_source(str(model)).family.groups_of(block) for block in (0, 1))
+    assert not any(group.leads_out or group.last_reader is not None for group in first)
+    assert any(group.leads_out for group in second)
+    result = run(model, tmp_path / "out", write_text(tmp_path), method__name="gptq-like")
+    assert not any(layer.fallbacks for layer in result.layers)
