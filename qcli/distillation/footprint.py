@@ -10,7 +10,7 @@ from qcli.core.formats.affine import Affine
 from qcli.models.quantized import LayerStorage
 from qcli.models.sizes import ModelSizes
 from qcli.recipe.distillation import Distillation
-from qcli.recipe.sections import Calibration
+from qcli.recipe.sections import Text
 from qcli.utils.placement import RUNTIME, Demand, Peak
 
 _LATENTS, _UNITS = 16, 4  # bytes of a weight that is trained: latent, gradient, two moments; and its unit
@@ -23,7 +23,7 @@ _CACHED_LOGIT = 21  # bytes of a logit that is compared with cached predictions
 
 def distillation_demand(
     options: Distillation,
-    text: Calibration,
+    text: Text,
     sizes: ModelSizes,
     layers: Iterable[LayerStorage],
     *,

@@ -36,7 +36,7 @@ from qcli.recipe.errors import Issue, invalid, issues
 from qcli.recipe.origins import Origins
 from qcli.recipe.overrides import name_alone, overridden, override_problems
 from qcli.recipe.plugins import build_method, method_from, named_options, transform_from
-from qcli.recipe.sections import Calibration, Eval, Override, Pack
+from qcli.recipe.sections import Calibration, Eval, Override, Pack, Text
 from qcli.recipe.vocabulary import Head, VocabularyLayer
 from qcli.recipe.yaml import KeyPath
 from qcli.utils.errors import UsageError
@@ -160,7 +160,7 @@ class Recipe(Options):
         return self
 
     def _missing_samples(self) -> Iterator[Issue]:
-        texts = {"calibration": self.calibration} if self.trained else {}
+        texts: dict[str, Text] = {"calibration": self.calibration} if self.trained else {}
         if self.distill is not None:
             texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
         for section, text in texts.items():
@@ -197,11 +197,12 @@ class Recipe(Options):
         return self.refinement is not None or bool(self.all_transforms)
 
     @property
-    def distill_text(self) -> Calibration:
+    def distill_text(self) -> Text:
         """The text that distillation trains on: the calibration's, but for what `distill` sets itself."""
         options = self.distill or Distillation()
         own = {"data": options.data, "samples": options.samples, "seq_len": options.seq_len}
-        return self.calibration.model_copy(update={name: value for name, value in own.items() if value is not None})
+        shared = {name: getattr(self.calibration, name) for name in Text.model_fields}
+        return Text(**shared | {name: value for name, value in own.items() if value is not None})
 
     def matching_overrides(self, layer: str) -> list[int]:
         """Indices of the overrides that match a layer's name; the first one applies."""

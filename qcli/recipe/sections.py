@@ -12,8 +12,8 @@ from qcli.utils import registry
 from qcli.utils.options import Options, Place
 
 
-class Calibration(Options):
-    """Calibration text."""
+class Text(Options):
+    """Text to fit something to."""
 
     data: Place = Field(
         default="wikitext2",
@@ -26,6 +26,11 @@ class Calibration(Options):
     held_out: int = Field(
         default=4, ge=1, description="samples held out to pick the best step, where anything is trained"
     )
+
+
+class Calibration(Text):
+    """Calibration text."""
+
     all_experts: bool = Field(
         default=False, description="of a mixture of experts: all tokens count for all experts, wherever they are routed"
     )
