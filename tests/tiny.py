@@ -140,6 +140,11 @@ _IMAGE = {"image_size": 28, "patch_size": 14}
 # Types that see images too, without a row: settings of their language models and of their vision towers.
 WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava": ({"model_type": "llama", **_GQA}, {"model_type": "clip_vision_model", **_VISION, **_IMAGE}),
+    "mllama": (
+        {**_GQA, "cross_attention_layers": [1]},
+        {**_VISION, **_IMAGE, "attention_heads": 2, "num_global_layers": 1, "max_num_tiles": 1}
+        | {"intermediate_layers_indices": [0], "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]]},
+    ),
     "qwen2_5_vl": (
         {**_GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
         {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32, "fullatt_block_indexes": [0]},
@@ -200,7 +205,11 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
         )
     if model_type in WITH_IMAGES:
         text, vision = WITH_IMAGES[model_type]
-        places = {"image_token_index": 3} if model_type == "llava" else {"image_token_id": 3, "video_token_id": 4}
+        places = (
+            {"image_token_index": 3}
+            if model_type in ("llava", "mllama")
+            else {"image_token_id": 3, "video_token_id": 4}
+        )
         text = {**_COMMON, **text, **config_overrides}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **places)
     return AutoConfig.for_model(model_type, **{**_COMMON, **(CONFIGS | WITHOUT_ROW)[model_type], **config_overrides})

@@ -88,6 +88,9 @@ class FolderSource(ModelSource):
     def on_disk(self, name: str) -> str:
         return self.names.on_disk(name)
 
+    def name_in_model(self, stored: str) -> str:
+        return self.names.name_in_model(stored)
+
     @property
     def left_out(self) -> list[str]:
         return self.names.ignored if self.family.renames is None else []

@@ -197,6 +197,9 @@ class GGUFSource(ModelSource):
     def on_disk(self, name: str) -> str:
         return self._names.on_disk(name)
 
+    def name_in_model(self, stored: str) -> str:
+        return self._names.name_in_model(stored)
+
     @cached_property
     def _names(self) -> Names:
         from qcli.models.loadable import skeleton

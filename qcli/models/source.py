@@ -126,6 +126,10 @@ class ModelSource:
         """
         raise NotImplementedError
 
+    def name_in_model(self, stored: str) -> str:
+        """The opposite of `on_disk`."""
+        raise NotImplementedError
+
     def formats(self) -> Mapping[str, Format]:
         """The formats of the quantized layers, by name."""
         return {}

@@ -291,7 +291,7 @@ class ModelStream:
             container[index] = block
             hooks.callback(setattr, container, str(index), self._stand_ins[index])
             hooks.enter_context(any_order())
-            self._text.base_model(input_ids=tokens, use_cache=False)
+            self._text(input_ids=tokens, use_cache=False)
         return found[0]
 
     def _calls_of(self, **inputs: Tensor) -> list[Call]:

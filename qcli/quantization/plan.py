@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -275,10 +276,25 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
         home = parts[int(block)] if block.isdigit() else outside
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
+    if source.family.discovered:
+        _require_names(source, [*parts, outside], formats)
     plan = Plan(source, recipe, layers, methods, formats, [*parts, outside], vocabulary)
     if plan.calibrated:
         require_text(recipe.calibration.data)
     return plan
+
+
+def _require_names(source: ModelSource, parts: Iterable[Iterable[str]], formats: Mapping[str, Format | None]) -> None:
+    """Refuse a model whose tensors would not be found again under the names that a checkpoint has for them."""
+    found: set[str] = set()
+    for name in (name for part in parts for name in part):
+        again, (layer, _, suffix) = source.name_in_model(source.on_disk(name)), name.rpartition(".")
+        packed = formats.get(layer) is not None and suffix != "bias"
+        if again in found or (packed and again != name):
+            raise UnsupportedError(
+                f"model type {source.family.model_type!r}: qcli does not know how a checkpoint names {name}"
+            )
+        found.add(again)
 
 
 def _has_experts(source: ModelSource, layers: list[Linear]) -> bool:

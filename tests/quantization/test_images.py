@@ -145,3 +145,14 @@ def test_a_language_model_alone_loads_too(tmp_path: Path) -> None:
         torch.testing.assert_close(whole(input_ids=TOKENS).logits, logits(out), rtol=1e-4, atol=1e-4)
     kept = image_text.from_pretrained(model, dtype=torch.float32).model.visual.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in whole.model.visual.state_dict().items())
+
+
+def test_blocks_that_text_does_not_pass_stay_dense(tmp_path: Path) -> None:
+    """Those that attend to an image: without one, they do nothing."""
+    model, out = tiny_model("mllama", tmp_path), tmp_path / "out"
+    result = run(model, out, method__name="rtn")
+    assert {layer.block for layer in result.plan.layers} == {0}
+    image_text: Any = AutoModelForImageTextToText
+    assert torch.isfinite(image_text.from_pretrained(out, dtype=torch.float32)(input_ids=TOKENS).logits).all()
+    with pytest.raises(UnsupportedError, match="'mllama': its blocks cannot run one by one"):
+        run(model, tmp_path / "other", write_text(tmp_path), method__name="gptq-like")
