@@ -44,7 +44,8 @@ class DistillationJob:
     def stream(self, source: ModelSource) -> ModelStream:
         """A stream of the student or the teacher."""
         stream = ModelStream(source, device=self.device, dtype=self.dtype)
-        stream.round_linears(stream.model.get_output_embeddings(), self.linear_dtype)
+        if (head := stream.model.get_output_embeddings()) is not None:  # some models do not say which it is
+            stream.round_linears(head, self.linear_dtype)
         return stream
 
     @property

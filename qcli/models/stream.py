@@ -414,8 +414,9 @@ class ModelStream:
     def drop_vocabulary(self) -> None:
         """Free embedding and head; `embed` and `logits` cannot be called afterwards."""
         if not self._reads_embedding():
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-                module.to("meta")
+            self.model.get_input_embeddings().to("meta")
+            if (head := self.model.get_output_embeddings()) is not None:  # some models do not say which it is
+                head.to("meta")
 
     def _reads_embedding(self) -> bool:
         """Whether the arguments of blocks need the embedding: they depend on the tokens, or the model looks up a token
