@@ -131,3 +131,5 @@ def list_experts(model: nn.Module) -> None:
     """Replace all fused experts of a model, on the meta device, by lists."""
     for layout in find_experts(model):
         model.set_submodule(layout.path, ListedExperts(model.get_submodule(layout.path), layout))
+        around = model.get_submodule(layout.path.rpartition(".")[0])
+        vars(around)["_is_hf_initialized"] = True  # or transformers may fill the parameters that are gone with noise
