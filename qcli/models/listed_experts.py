@@ -78,18 +78,17 @@ class ListedExperts(nn.Module):
         result = torch.zeros_like(hidden)
         if hidden.is_meta:
             return result + self.expert(0, hidden) * top_k_weights.sum(1, keepdim=True).to(hidden.dtype)
-        chosen = {*top_k_index.unique().tolist()} | ({*range(self.n_experts)} if self.every_token else set())
-        for index in sorted(chosen):
-            chosen_by = top_k_index == index  # perhaps twice by one token
-            (tokens,) = chosen_by.any(1).nonzero(as_tuple=True)
-            if index < self.n_experts:
+        # All tokens of all experts at once: a GPU is waited for twice, whatever the number of experts.
+        chosen_by = (top_k_index.unsqueeze(-1) == torch.arange(self.n_experts, device=hidden.device)).any(1)
+        counts, tokens_of_all = chosen_by.sum(0).tolist(), chosen_by.T.nonzero()[:, 1]
+        for index, tokens in enumerate(tokens_of_all.split(counts)):
+            if len(tokens) or self.every_token:
+                weights = (top_k_weights[tokens] * (top_k_index[tokens] == index)).sum(1, keepdim=True)
                 output = self._of_tokens(index, hidden, tokens)
-            elif hasattr(self._fused[0], "identity_expert"):
-                output = hidden[tokens]
-            else:
-                continue
-            weights = (top_k_weights[tokens] * chosen_by[tokens]).sum(1, keepdim=True)
-            result[tokens] += (output * weights).to(result.dtype)  # every token once: the same sums in any order
+                result[tokens] += (output * weights).to(result.dtype)  # every token once: the same sums in any order
+        if hasattr(self._fused[0], "identity_expert"):
+            weights = (top_k_weights * (top_k_index >= self.n_experts)).sum(1, keepdim=True)
+            result += (hidden * weights).to(result.dtype)
         return result
 
     def fused(self) -> nn.Module:
