@@ -13,7 +13,7 @@ from qcli.models.derived import Derived, SourceTensor
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.files import parse_json, read_regular
 from qcli.utils.safetensors import Extent, read_header, read_tensors, same_content
 
@@ -187,9 +187,19 @@ def read_hf_config(path: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 
     Raises:
         UsageError: transformers refuses it, or it needs code that is not trusted.
+        UnsupportedError: transformers does not know the model type.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
+    stored = read_config(path)
+    if (model_type := stored.get("model_type")) not in CONFIG_MAPPING and "auto_map" not in stored and model_type:
+        saved = stored.get("transformers_version")
+        raise UnsupportedError(
+            f"{path / 'config.json'}: transformers {__version__} does not know model type {model_type!r}",
+            hint=f"the model was saved with transformers {saved}: install that or a later one"
+            if saved
+            else "a later transformers may",
+        )
     with reported(str(path / "config.json")):
         config: PreTrainedConfig = pretrained(AutoConfig, path, trust_remote_code=trust_remote_code)
     return config

@@ -10,6 +10,7 @@ from qcli.models.families import Linear
 from qcli.models.source import ModelSource
 
 BATCH_TOKENS = 4096  # in one pass through a block
+_EXPERT_STATISTICS = 1 << 30  # bytes of the Hessians of experts that one pass collects
 _STATES, _INNER = 11, 4  # hidden states, and outputs inside the MLP, that live together in a pass
 
 
@@ -65,6 +66,11 @@ class ModelSizes:
             itemsize: of the outputs of linears; hidden states and norms are float32.
         """
         return tokens * (4 * _STATES * self.hidden + itemsize * _INNER * self.inner)
+
+
+def experts_at_once(width: int) -> int:
+    """Number of experts with `width` inputs whose Hessians one pass collects."""
+    return max(1, _EXPERT_STATISTICS // (4 * width**2))
 
 
 def pass_tokens(samples: int, length: int) -> int:

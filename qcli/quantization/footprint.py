@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP
 from qcli.algorithms.solvers.tiles import tile_size_on
 from qcli.core.formats.affine import Affine
-from qcli.models.sizes import ModelSizes, pass_tokens
+from qcli.models.sizes import ModelSizes, experts_at_once, pass_tokens
 from qcli.quantization.plan import VOCABULARY_SLICE, Plan
 from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.dtypes import torch_dtype
@@ -144,7 +144,11 @@ def _add_blocks(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool, til
         # module, twin, codes, and targets of the reconstruction, the new ones on the device
         block = itemsize * (sizes.block - done) + kept * done + twin + done
         targets = 4 * done if plan.reconstructs else 0
-        work = max((method.workspace(rows, columns) for method in methods), default=0)
+        sets = plan.source.family.groups_of(block_index)[group].sets
+        if len(sets) > 1:  # experts are solved one by one; a pass has the statistics and float32 weights of several
+            count = min(len(sets), experts_at_once(columns))
+            statistics = statistics * (count + 1) + 4 * count * columns * rows // len(sets)
+        work = max((method.workspace(rows // len(sets), columns) for method in methods), default=0)
         peak.add(device=block + statistics + max(forward, work), waiting=targets)
         done += rows * columns
     peak.add(device=itemsize * sizes.block + twin, host=sizes.block * torch_dtype(plan.source_dtype).itemsize)

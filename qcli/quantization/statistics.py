@@ -22,6 +22,7 @@ from qcli.algorithms.layer_group import CROSS, HESSIAN, OUTPUT_GAP, LinearGroup
 from qcli.algorithms.solvers.tiles import panels
 from qcli.models.families import Group
 from qcli.models.listed_experts import ListedExperts
+from qcli.models.sizes import experts_at_once
 from qcli.models.stream import ModelStream
 from qcli.quantization.ranks import ALONE, add_up_statistics
 from qcli.utils.distributed import Processes
@@ -29,7 +30,6 @@ from qcli.utils.errors import UsageError
 from qcli.utils.stored_batches import StoredBatches
 
 _BAND = 1024  # rows of a Hessian
-_EXPERT_STATISTICS = 1 << 30  # bytes of the Hessians of experts that one pass collects
 
 
 class _Reached(Exception):
@@ -351,7 +351,7 @@ class Statistics:
 def at_once(group: Group, block: nn.Module) -> Iterator[tuple[tuple[str, ...], ...]]:
     """The sets of a group whose statistics are collected in one pass: all, or as many experts as memory should hold."""
     width = ModelStream.weight_of(block.get_submodule(group.linears[0])).shape[1]
-    count = max(1, _EXPERT_STATISTICS // (4 * width**2))
+    count = experts_at_once(width)
     for start in range(0, len(group.sets), count):
         yield group.sets[start : start + count]
 
@@ -404,7 +404,11 @@ def collect_experts(
                 _add_product(sums[number], CROSS, true.float() - own.float(), own.float())
     if processes.world_size > 1:
         counts = [add_up_statistics(own, count, processes) for own, count in zip(sums, counts, strict=True)]
-    pooled = {name: torch.stack([totals[name] for totals in sums]).sum(0).div_(max(1, sum(counts))) for name in names}
+    pooled = {name: like.new_zeros(widths[0], widths[0]) for name in names}
+    for name, total in pooled.items():
+        for totals in sums:  # not stacked: that would be all of them once more
+            total.add_(totals[name])
+        total.div_(max(1, sum(counts)))
     found = []
     for totals, count, width, linears in zip(sums, counts, widths, weights, strict=True):
         fallbacks = tuple[str, ...]()

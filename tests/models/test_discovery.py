@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ def test_a_model_without_a_row_is_read(model_type: str, tmp_path: Path) -> None:
     assert {linear.block for linear in linears} == {0, 1}
     stored = source.tensors()
     assert all(stored[f"{linear.name}.weight"].shape == linear.shape for linear in linears)
+
+
+def test_a_type_that_transformers_does_not_know_names_the_version_that_does(tmp_path: Path) -> None:
+    folder = tiny_model("granite", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "later", "transformers_version": "9.1.0"}))
+    with pytest.raises(UnsupportedError, match="does not know model type 'later'") as raised:
+        open_source(str(folder))
+    assert raised.value.hint is not None and "9.1.0" in raised.value.hint
 
 
 def test_a_model_without_blocks_is_refused() -> None:
