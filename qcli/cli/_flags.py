@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.data.datasets import set_names
+from qcli.data.text_files import FILES
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")]
 OptionalModel = Annotated[
@@ -24,8 +25,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet "
-        "file, or a folder written by `qcli calibrate`. Default: wikitext2.",
+        help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a {FILES} file, "
+        "or a folder written by `qcli calibrate`. Default: wikitext2.",
     ),
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Number of sequences. Default: 128.")]

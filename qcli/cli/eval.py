@@ -11,6 +11,7 @@ from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
 from qcli.data.datasets import set_names
+from qcli.data.text_files import FILES
 from qcli.utils.errors import UsageError
 from qcli.utils.placement import SIZE
 
@@ -28,7 +29,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a .txt, .jsonl or .parquet file, "
+            help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a {FILES} file, "
             "or a folder written by `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
             "wikitext2, or none if --tasks is given.",
         ),

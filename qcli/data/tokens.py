@@ -68,7 +68,7 @@ class TokenRequest:
     """Windows to draw at random from a text.
 
     Attributes:
-        data: `wikitext2`, `c4` or `ptb` (training part); a .txt, .jsonl or .parquet file; `self`, sampled from the
+        data: `wikitext2`, `c4` or `ptb` (training part); a file (`rows.kinds`); `self`, sampled from the
             model; or a folder written by `qcli calibrate`, whose windows are used as they are, whatever else is here.
         samples, seq_len: number of windows, and tokens in each.
         seed: the same request gives the same windows.
@@ -135,7 +135,7 @@ def evaluation_tokens(
     """Consecutive windows that do not overlap, from the start of a text; a shorter rest is left out.
 
     Args:
-        data: `wikitext2`, `c4` or `ptb` (test or validation part); a .txt, .jsonl or .parquet file; `self`, sampled
+        data: `wikitext2`, `c4` or `ptb` (test or validation part); a file (`rows.kinds`); `self`, sampled
             from `source` independently of any calibration, 32 windows unless `max_windows` is given; or a folder
             written by `qcli calibrate`, whose windows are truncated to `window`.
         window: tokens per window, at least 2, a begin token included; at most those of the calibration folder.

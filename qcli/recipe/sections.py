@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from qcli.data.datasets import set_names
+from qcli.data.text_files import FILES
 from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
 from qcli.recipe.plugins import EXPORTS
@@ -18,7 +19,7 @@ class Text(Options):
     data: Place = Field(
         default="wikitext2",
         min_length=1,
-        description=f"{', '.join(set_names())}, self (sampled from the model), a .txt, .jsonl or .parquet file, "
+        description=f"{', '.join(set_names())}, self (sampled from the model), a {FILES} file, "
         "or a folder written by `qcli calibrate`",
     )
     samples: int = Field(default=128, ge=1, description="number of sequences")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path, PureWindowsPath
 
-_FILES = (".txt", ".jsonl", ".parquet", ".gguf")  # of texts and models: also the relative path of one is no hub id
+# of texts and models: also the relative path of one is no hub id
+_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gguf")
 
 
 def expanded(text: str) -> str:
@@ -19,7 +20,7 @@ def portable_name(text: str) -> str:
     A snapshot in a hub cache has the name of its model.
     """
     path = Path(expanded(text))
-    elsewhere = path.is_absolute() or PureWindowsPath(text).is_absolute() or path.suffix in _FILES
+    elsewhere = path.is_absolute() or PureWindowsPath(text).is_absolute() or path.suffix.lower() in _FILES
     if not (elsewhere or text.startswith((".", "~")) or path.exists()):
         return text
     *_, repository, kind, name = ("", "", *PureWindowsPath(os.path.abspath(path)).parts)

@@ -221,9 +221,10 @@ def test_empty_files(name: str, content: str, file: Callable[[str, str], str]) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"body": "x"}', "no field 'text'"),
-        ('{"text": 3}', "no field 'text'"),
-        ('["text"]', "no field 'text'"),
+        ('{"body": "x"}', "no 'text'"),
+        ('{"text": 3}', "'text' is no text"),
+        ('{"text": " "}', "'text' is empty"),
+        ('["text"]', "a row is a JSON object, not a list"),
         ('{"text": "\\ud800"}', "'text' contains half a character (a lone surrogate)"),
         ('{"text": "x"', "not JSON: Expecting ',' delimiter"),
         ("[" * 100_000, "not JSON: nested too deeply, or a huge number"),
@@ -241,11 +242,11 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     expected = {
         str(tmp_path / "body.parquet"): "no column 'text'",
-        str(tmp_path / "none.parquet"): "row 1: 'text' contains no text",
+        str(tmp_path / "none.parquet"): "row 1: 'text' is no text",
         file("text.parquet", "no parquet"): "not a readable parquet file",
         str(tmp_path / "latin.txt"): "not UTF-8 text (byte 3)",
         str(tmp_path / "missing.txt"): "no such file",
-        file("a.csv", "x"): "unknown kind of file '.csv'",
+        file("a.tsv", "x"): "unknown kind of file '.tsv'",
     }
     for data, message in expected.items():
         assert problem(read_text, data, calibration=True).startswith(f"{data}: {message}")
