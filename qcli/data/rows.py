@@ -141,8 +141,7 @@ def _json_errors(path: Path, line: int, hint: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        known = isinstance(error, json.JSONDecodeError)
-        reason = error.msg if known else "nested too deeply, or a huge number"
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a huge number"
         raise UsageError(f"{path}:{line}: not JSON: {reason}", hint=hint) from None
 
 
@@ -204,7 +203,7 @@ def _open_parquet(path: Path) -> RowFile:
 
 @contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     try:
         yield
