@@ -86,7 +86,7 @@ def distill(
             "distill.steps": steps,
             "resume": resume,
         }
-        resolved = load_recipe(recipe, given, set_ or ())
+        resolved = load_recipe(recipe, given, set_ or (), model_by="--teacher")
         trust = Trust(remote_code=trust_remote_code)
         if dry_run:
             from qcli.distillation.plan import plan_distillation

@@ -10,6 +10,7 @@ from qcli.cli._layers import show_layers
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
 from qcli.models.facts import facts_in_words
+from qcli.recipe.yaml import scalar
 from qcli.utils.errors import UsageError
 from qcli.utils.placement import Placement
 from qcli.utils.registry import names
@@ -19,8 +20,8 @@ _SHOWN = 3  # fallbacks that differ only in numbers
 
 
 def number_or_auto(text: str) -> Any:
-    """The value of `--bits` or `--group-size`."""
-    return text if text == "auto" else int(text)
+    """The value of `--bits` or `--group-size`; what is no number is refused where the recipe is."""
+    return scalar(text)
 
 
 def quantize(

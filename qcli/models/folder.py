@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 QUANTIZATION = "quantization_config"
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_TOKENIZER = "the folder needs the model's tokenizer.json and tokenizer_config.json, or its vocabulary files"
 _UNNAMED = "unnamed method"
 _TIED = "tie_word_embeddings"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -108,7 +109,7 @@ class FolderSource(ModelSource):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        with reported(f"{self.path} has no usable tokenizer"):
+        with reported(f"{self.path} has no usable tokenizer", hint=_TOKENIZER):
             tokenizer: PreTrainedTokenizerBase = pretrained(
                 AutoTokenizer, self.path, trust_remote_code=self.trust_remote_code
             )
@@ -268,6 +269,12 @@ def _no_weights(path: Path) -> UsageError:
         return UsageError(
             f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded",
             hint="convert them to safetensors if you trust them",
+        )
+    parts = sorted(file.name for file in path.glob("*-of-*.safetensors"))
+    if parts:
+        return UsageError(
+            f"{path} has parts of a model, such as {parts[0]}, without {_INDEX}",
+            hint=f"copy {_INDEX} into it, which lies beside them where they come from",
         )
     return UsageError(f"{path} has neither {_WEIGHTS} nor {_INDEX}", hint="is this the folder of a model?")
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.utils.errors import VerificationError
+from qcli.utils.errors import UsageError, VerificationError
 from qcli.utils.files import files_below, parse_json, reading, sha256, sync_file, sync_folder, write_json
 from qcli.utils.sealed import digest
 
@@ -241,8 +241,13 @@ class Manifest(BaseModel):
             QcliError: it cannot be read; see `os_problem`.
         """
         file = folder / MANIFEST
+        if not folder.is_dir():
+            raise UsageError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
         if not file.exists():
-            raise VerificationError(f"{file} is missing", hint="is this a checkpoint that qcli wrote?")
+            raise VerificationError(
+                f"{folder} is not a checkpoint that qcli wrote: it has no {MANIFEST}",
+                hint="`qcli quantize`, `distill` and `pack` write them",
+            )
         with reading(file):
             content = file.read_bytes()
         _require_checksum(file, content, cls.model_fields.keys())

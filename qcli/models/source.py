@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Fields of config.json that choose a tokenizer's class.
 _TOKENIZER_FIELDS = ("model_type", "tokenizer_class", "auto_map")
+_CODES = (".qweight", ".weight_packed")  # how the names of other software's packed weights end
 
 
 class HubModel(NamedTuple):
@@ -268,6 +269,13 @@ class ModelSource:
     def _shape(self, linear: str, stored: dict[str, StoredTensor]) -> tuple[int, int]:
         weight = stored.get(f"{linear}.weight")
         if weight is None:
+            renamed = next((name for name in stored if name.endswith(f".{linear}.weight")), None)
+            if renamed is not None:
+                prefix = renamed.removesuffix(f"{linear}.weight")
+                raise UsageError(
+                    f"{self.path} names its tensors {renamed}, not {linear}.weight",
+                    hint=f"save the model again without {prefix!r}, which torch.compile or a wrapper adds",
+                )
             raise UsageError(f"{self.path} has no tensor {linear}.weight", hint="download the model again")
         if weight.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{linear}.weight is stored as {weight.dtype}: start from unquantized weights")
@@ -278,6 +286,12 @@ class ModelSource:
 
     def _refuse_leftovers(self) -> None:
         leftovers = self.leftovers()
+        packed = next((name for name in leftovers if name.endswith(_CODES)), None)
+        if packed is not None:
+            raise UnsupportedError(
+                f"{self.path} is already quantized ({packed}), and its config.json does not say how",
+                hint="use the unquantized model, or a version whose config.json has a quantization_config",
+            )
         if leftovers:
             more = f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else ""
             raise UnsupportedError(
@@ -295,7 +309,10 @@ def _finite(tensor: Tensor) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of another library's error, or its type if it has no message; that of a failed look-up has both,
     since its message is no more than the key."""
-    line = str(error).strip().partition("\n")[0]
+    line, _, rest = str(error).strip().partition("\n")
+    if line.rstrip().endswith(":"):  # it only introduces the next
+        following = rest.strip().partition("\n")[0]
+        line = f"{line.rstrip()} {following}"
     return with_type(error) if not line or isinstance(error, LookupError) else line
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qcli.models.vocabulary import Vocabulary
     from qcli.utils.dtypes import StoredTensor
 
+GROUP_SIZE = "group_size"
+
 
 def assign(recipe: Recipe, layers: Sequence[Linear]) -> dict[str, Method | None]:
     """The method of every layer by name, None where it stays dense.
@@ -40,7 +42,7 @@ def assign(recipe: Recipe, layers: Sequence[Linear]) -> dict[str, Method | None]
     if layers and not any(assigned.values()):
         problems.append(Issue(("overrides",), "every layer stays dense: nothing to quantize"))
     if problems:
-        raise recipe.located(problems, hint=_hint(layers, problems))
+        raise recipe.located(problems, hint=_hint(recipe, layers, problems))
     return assigned
 
 
@@ -67,13 +69,23 @@ def _misfits(recipe: Recipe, layers: Sequence[Linear], assigned: Mapping[str, Me
             continue
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
         if reason := method.unsupported_reason(layer.shape):
-            counts[kind, ("method",), reason] += 1
+            counts[kind, _key_of(recipe, layer.name, method), reason] += 1
         if recipe.low_rank is not None and (reason := recipe.low_rank.unsupported_reason(layer.shape)):
             counts[kind, ("low_rank", "rank"), reason] += 1
     return [
         Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
         for (kind, path, reason), count in counts.items()
     ]
+
+
+def _key_of(recipe: Recipe, layer: str, method: Method) -> KeyPath:
+    """The key that a layer does not fit: the group size of the override that it takes or of the recipe's method."""
+    if GROUP_SIZE not in type(method).model_fields:
+        return ("method",)
+    for i in recipe.matching_overrides(layer)[:1]:
+        if GROUP_SIZE in (recipe.overrides[i].method or {}):
+            return ("overrides", i, "method", GROUP_SIZE)
+    return ("method", GROUP_SIZE)
 
 
 def vocabulary_methods(recipe: Recipe, vocabulary: Vocabulary, stored: Mapping[str, StoredTensor]) -> dict[str, Method]:
@@ -100,7 +112,7 @@ def vocabulary_methods(recipe: Recipe, vocabulary: Vocabulary, stored: Mapping[s
     for name, (section, method) in chosen.items():
         rows, columns = stored[f"{name}.weight"].shape
         if reason := method.unsupported_reason((rows, columns)):
-            problems.append(Issue((section, "group_size"), f"{reason}: {name}"))
+            problems.append(Issue((section, GROUP_SIZE), f"{reason}: {name}"))
     if problems:
         raise recipe.located(problems)
     return {name: method for name, (_, method) in chosen.items()}
@@ -146,10 +158,14 @@ def _overridden_steps(recipe: Recipe, methods: Sequence[Method | None]) -> list[
     return problems
 
 
-def _hint(layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
-    if any(problem.path == ("method",) for problem in problems):
+def _hint(recipe: Recipe, layers: Sequence[Linear], problems: Sequence[Issue]) -> str | None:
+    paths = [problem.path for problem in problems if problem.path[-1] == GROUP_SIZE]
+    if paths:
+        flags = all(recipe.origin(path).startswith("--group") for path in paths) or not recipe.has_file
+        tail = "--group-tail ragged" if flags else "`group_tail: ragged`"
         divisor = gcd(*(layer.shape[1] for layer in layers))
-        return f"groups of {divisor & -divisor} divide every row; group_tail ragged allows a shorter last group"
+        fitting = f"--group-size {divisor & -divisor}" if flags else f"`group_size: {divisor & -divisor}`"
+        return f"{fitting} divides every row; {tail} allows a shorter last group"
     if layers and any(problem.path[0] == "overrides" for problem in problems):
         return f"layers have names like {layers[0].name}"
     return None

@@ -17,15 +17,19 @@ from qcli.recipe.recipe import Recipe
 from qcli.utils.errors import UsageError
 
 Section = TypeVar("Section", bound=BaseModel)
+_NO_MODEL = Issue(("model",), "required")
 
 
-def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | None, flags: Mapping[str, Any], sets: Sequence[str] = (), *, model_by: str = "MODEL"
+) -> Recipe:
     """The recipe that flags, `--set`, a file and the defaults give, in this order of precedence.
 
     Args:
         path: a YAML file, or None.
         flags: values by dotted path (`method.bits`); None means not given.
         sets: `a.b=c` texts, c in YAML.
+        model_by: how the command is given the model, for the error if it is not.
 
     Raises:
         UsageError: everything that is wrong, a line each.
@@ -33,12 +37,14 @@ def load_recipe(path: Path | None, flags: Mapping[str, Any], sets: Sequence[str]
     draft = Draft()
     if path is not None:
         draft.add_file(path)
+        if "base" in draft.data and "model" not in draft.data:
+            raise UsageError(f"{path} is a study, not a recipe", hint=f"`qcli study {path} --dry-run` checks it")
     for text in sets:
         draft.add_set(text)
     for name, value in flags.items():
         if value is not None:
             draft.add_flag(name, value)
-    return checked(draft)
+    return checked(draft, model_by)
 
 
 def from_flags(cls: type[Section], values: Mapping[str, Any]) -> Section:
@@ -54,8 +60,11 @@ def from_flags(cls: type[Section], values: Mapping[str, Any]) -> Section:
         raise flags.error(issues(error, cls)) from None
 
 
-def checked(draft: Draft) -> Recipe:
+def checked(draft: Draft, model_by: str = "MODEL") -> Recipe:
     """The recipe of a draft's values.
+
+    Args:
+        model_by: as in `load_recipe`.
 
     Raises:
         UsageError: everything that is wrong with them, and the draft's own errors, a line each.
@@ -65,10 +74,16 @@ def checked(draft: Draft) -> Recipe:
         recipe = Recipe.model_validate(draft.data, context={"origins": draft.origins})
     except ValidationError as error:
         problems = issues(error, Recipe)
+    hint = None
+    if _NO_MODEL in problems and draft.origins.source is None:
+        problems[problems.index(_NO_MODEL)] = Issue((), f"{model_by}: required")
+        hint = f"give {model_by}{'' if model_by == 'MODEL' else ' MODEL'}, or a --recipe FILE that sets `model:`"
+    elif _NO_MODEL in problems:
+        hint = "the file names the model: `model: FOLDER`, or a hub id such as org/name"
     lines = draft.lines + [draft.origins.line(problem) for problem in problems if not draft.was_refused(problem.path)]
     lines += [] if recipe is None else _without_effect(recipe)
     if recipe is None or lines:
-        raise UsageError(*dict.fromkeys(lines), hint=_hint(problems))
+        raise UsageError(*draft.origins.in_order(lines), hint=hint)
     return recipe
 
 
@@ -84,9 +99,3 @@ def _without_effect(recipe: Recipe) -> list[str]:
             if origin.startswith("-") and value != count:
                 lines.append(f"{origin}: {text.data} has {stored[0]} samples of {stored[1]} tokens, used as they are")
     return lines
-
-
-def _hint(problems: Sequence[Issue]) -> str | None:
-    if Issue(("model",), "required") in problems:
-        return "give MODEL, or a --recipe FILE that sets `model:`"
-    return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qcli.recipe.errors import Issue
@@ -37,7 +39,17 @@ class Origins:
 
     def error(self, problems: Sequence[Issue], *, hint: str | None = None) -> UsageError:
         """All problems as one error, a line each."""
-        return UsageError(*dict.fromkeys(map(self.line, problems)), hint=hint)
+        return UsageError(*self.in_order(map(self.line, problems)), hint=hint)
+
+    def in_order(self, lines: Iterable[str]) -> list[str]:
+        """Lines of errors without repetition: those of the file as one reads it, then the others."""
+        place = re.compile(rf"{re.escape(self.source or '')}:(\d+):(\d+): ")
+
+        def order(line: str) -> tuple[float, float]:
+            found = place.match(line) if self.source else None
+            return (int(found[1]), int(found[2])) if found else (math.inf, 0)
+
+        return sorted(dict.fromkeys(lines), key=order)
 
     def line(self, problem: Issue) -> str:
         """`recipe.yaml:6:10: method.bitz: unknown key`, or `--bits: must be at least 2, not 1`."""

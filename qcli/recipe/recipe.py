@@ -217,6 +217,11 @@ class Recipe(Options):
         """Where the value at `path` came from, as in `recipe.yaml:6:10`, `--bits` or `default`."""
         return self._origins.of(path)
 
+    @property
+    def has_file(self) -> bool:
+        """Whether some of its values came from a file."""
+        return self._origins.source is not None
+
     def located(self, problems: Sequence[Issue], hint: str | None = None) -> UsageError:
         """Problems as one error, each with its place in the recipe."""
         return self._origins.error(problems, hint=hint)

@@ -78,6 +78,8 @@ def load_study(path: Path, sets: Sequence[str] = (), limit: int | None = None) -
     """
     draft = Draft()
     draft.add_file(path)
+    if "model" in draft.data and "base" not in draft.data:
+        raise UsageError(f"{path} is a recipe, not a study", hint=f"`qcli run {path} --dry-run` checks it")
     sections = Sections(draft)
     if limit is not None and sections.combinations() > _EXPANDABLE * limit:
         raise too_many(f"{path} has up to {sections.combinations()} combinations", limit)
@@ -94,7 +96,7 @@ def load_study(path: Path, sets: Sequence[str] = (), limit: int | None = None) -
         runs.setdefault(address, Run(point, recipe, address))
     errors += sections.idle_exclusions()
     if errors:
-        raise UsageError(*dict.fromkeys(errors))
+        raise UsageError(*draft.origins.in_order(errors))
     return Study(str(path), axes, list(runs.values()))
 
 

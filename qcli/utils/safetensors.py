@@ -204,7 +204,10 @@ def _extent(file: Path, name: str, entry: Any, data: int) -> Extent:
     except (KeyError, TypeError, ValueError):
         raise _broken(file, f"the header entry of {name} is malformed") from None
     if dtype not in DTYPES:
-        raise UsageError(f"{file}: {name} has dtype {dtype}, which qcli does not read")
+        raise UsageError(
+            f"{file}: {name} has dtype {dtype}, which qcli does not read",
+            hint="use the unquantized model: MLX packs codes like this" if dtype == "U32" else None,
+        )
     if end - begin != DTYPES[dtype].bytes * prod(shape):
         raise _broken(file, f"the size of {name} does not match its shape")
     return Extent(file, StoredTensor(dtype, shape), data + begin, end - begin)

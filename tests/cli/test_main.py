@@ -61,7 +61,7 @@ def test_recipe_alone_shows_its_help(invoke: Invoke) -> None:
     [
         (["quantise"], "No such command 'quantise'. Did you mean 'quantize'?", "see `qcli --help`"),
         (["quantize", "m", "--bitz", "3"], "No such option: --bitz", "see `qcli quantize --help`"),
-        (["quantize", "m", "--bits", "x"], "Invalid value for '--bits'", "see `qcli quantize --help`"),
+        (["quantize", "m", "--samples", "x"], "Invalid value for '--samples'", "see `qcli quantize --help`"),
         (["eval"], "Missing argument 'MODEL...'", "see `qcli eval --help`"),
         (["recipe", "sow"], "No such command 'sow'. Did you mean 'show'?", "see `qcli recipe --help`"),
     ],

@@ -65,8 +65,10 @@ def test_groups_that_do_not_divide_are_listed(invoke: Invoke, model: Path) -> No
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert len(lines) == 8
-    assert "group_size 48 does not divide its 128 inputs: model.layers.*.mlp.down_proj (2 layers)" in lines[6]
-    assert lines[7].startswith("hint: groups of 64 divide every row")
+    assert (
+        "--group-size: groups of 48 do not divide its 128 inputs: model.layers.*.mlp.down_proj (2 layers)" in lines[6]
+    )
+    assert lines[7].startswith("hint: --group-size 64 divides every row; --group-tail ragged ")
     assert invoke("quantize", model, "--group-size", 48, "--group-tail", "ragged", "--dry-run").code == 0
 
 

@@ -100,7 +100,7 @@ def test_stages_without_their_manifest_are_not_believed(invoke: Invoke, recipe: 
     manifest = out / "packed" / "qcli.manifest.json"
     manifest.unlink()
     code, stdout, err = invoke("run", recipe, "--out", out)
-    assert (code, stdout) == (4, "") and f"error: {manifest} is missing" in err
+    assert (code, stdout) == (4, "") and f"error: {manifest.parent} is not a checkpoint that qcli wrote" in err
 
 
 def test_stages_do_not_go_on_from_changed_weights(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:

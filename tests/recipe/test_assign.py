@@ -44,11 +44,12 @@ def test_everything_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         assign(recipe, LAYERS)
     assert caught.value.message.splitlines() == [
+        f"{file}:2:21: method.group_size: groups of 64 do not divide its 96 inputs: "
+        "model.layers.*.mlp.down_proj (2 layers)",
         f"{file}:4:6: overrides[0].match: '*.q_proj' matches no layer",
         f"{file}:6:6: overrides[2].match: '*.0.mlp.up_proj' matches only layers that earlier overrides take",
-        f"{file}:2:1: method: group_size 64 does not divide its 96 inputs: model.layers.*.mlp.down_proj (2 layers)",
     ]
-    assert caught.value.hint == "groups of 32 divide every row; group_tail ragged allows a shorter last group"
+    assert caught.value.hint == "`group_size: 32` divides every row; `group_tail: ragged` allows a shorter last group"
 
 
 def test_a_recipe_that_quantizes_nothing_is_refused() -> None:

@@ -118,7 +118,7 @@ def test_contradictions_have_a_place(tmp_path: Path) -> None:
 def test_missing_model_has_a_hint() -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe(None, {"method.name": "rtn"})
-    assert caught.value.message == "model: required"
+    assert caught.value.message == "MODEL: required"
     assert caught.value.hint is not None
     assert "MODEL" in caught.value.hint
 

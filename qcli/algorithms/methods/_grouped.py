@@ -20,7 +20,7 @@ class GroupedMethod(RowScaledMethod):
 
     def unsupported_reason(self, shape: tuple[int, int]) -> str | None:
         if self.group_size == 0:
-            return "group_size must be positive, or -1 for whole rows"
+            return "must be positive, or -1 for whole rows"
         if self.group_tail == "error" and self.group_size > 0 and shape[1] % self.group_size:
-            return f"group_size {self.group_size} does not divide its {shape[1]} inputs"
+            return f"groups of {self.group_size} do not divide its {shape[1]} inputs"
         return None
