@@ -8,6 +8,7 @@ import typer
 from qcli.cli import _flags as flags
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
+from qcli.evaluation.severity import kl_word
 from qcli.utils.errors import UsageError
 from qcli.utils.placement import Placement
 
@@ -121,7 +122,8 @@ def show_distilled(tables: Tables, result: dict[str, Any]) -> None:
         {
             "written": result["out"],
             "teacher": result["teacher"],
-            f"held-out {result['measure']}": f"{outcome['before']:.4f} -> {outcome['after']:.4f}",
+            f"held-out {result['measure']}": f"{outcome['before']:.4f} -> {outcome['after']:.4f}"
+            f" ({kl_word(outcome['after'])})",
             "best step": f"{outcome['best_step']} of {outcome['steps']}"
             if outcome["best_step"]
             else "none: the initial weights are kept",

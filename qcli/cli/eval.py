@@ -12,6 +12,7 @@ from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
 from qcli.data.datasets import set_names
 from qcli.data.text_files import FILES
+from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
 from qcli.utils.placement import SIZE
 
@@ -211,6 +212,8 @@ def show_comparison(tables: Tables, result: dict[str, Any]) -> None:
             ]
         )
     tables.table(columns, rows)
+    if first["baseline"] is not None and texts:
+        tables.line(scale())
     for model in models:
         if warning := fitted(model):
             tables.line(f"{model['model']} was fitted to {warning}")
@@ -236,7 +239,7 @@ def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
         show_blocks(tables, evaluation["blocks"])
     tables.pairs(
         {
-            "KL to baseline": evaluation["kl"],
+            "KL to baseline": None if evaluation["kl"] is None else with_word(evaluation["kl"]),
             "of the worst window": _worst(evaluation),
             "top-1 agreement": evaluation["top1_agreement"],
             "bits per weight": bits(evaluation),

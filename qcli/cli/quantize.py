@@ -1,5 +1,6 @@
 """`qcli quantize`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
+from qcli.evaluation.severity import with_word
 from qcli.models.facts import facts_in_words
 from qcli.recipe.yaml import scalar
 from qcli.utils.errors import UsageError
@@ -228,12 +230,17 @@ def _allocation(report: Mapping[str, Any] | None) -> dict[str, str]:
     if report is None:
         return {}
     lines = {
-        f"{name}{', shipped' if name == report['shipped'] else ''}": f"KL {_kl(trial['measured_kl'])} on "
+        f"{name}{', shipped' if name == report['shipped'] else ''}": f"KL {_measured(trial['measured_kl'])} on "
         f"{report['held_out_samples']} held-out samples (predicted {_kl(trial['predicted_kl'])}), "
         f"{trial['bits_per_weight']:.4g} bits per weight"
         for name, trial in report["trials"].items()
     }
     return {"target": f"{report['target_bpw']:g} bits per weight", **lines}
+
+
+def _measured(kl: float | None) -> str:
+    """The KL and its word; None: not finite."""
+    return with_word(math.nan if kl is None else kl)
 
 
 def _kl(value: float | None) -> str:

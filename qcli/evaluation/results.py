@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from qcli import __version__
 from qcli.evaluation.layer_errors import BlockErrors
+from qcli.evaluation.severity import kl_word
 from qcli.evaluation.task_results import TaskResult
 from qcli.utils.errors import UsageError
 from qcli.utils.files import read_json
@@ -112,6 +113,7 @@ class Evaluation:
             "model": self.model,
             "perplexity": {data: _protocol(score) for data, score in self.scores.items()},
             "kl": _finite(self.kl),
+            "kl_word": None if self.kl is None else kl_word(self.kl),
             "worst_window_kl": _finite(self.worst_window_kl),
             "top1_agreement": self.top1_agreement,
             "baseline": baseline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qcli.evaluation.severity import kl_word
 from qcli.export.result import PackResult
 from qcli.models.card import card
 from qcli.models.manifest import Manifest
@@ -48,7 +49,7 @@ def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:
         facts["measured on text it was fitted to"] = f"{', '.join(map(_title, texts))}: on other text it loses more"
     if evaluation["kl"] is not None:
         worst = f"{evaluation['worst_window_kl']:.4g} in the window that lost most"
-        facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token, {worst}"
+        facts["KL to the base model"] = f"{evaluation['kl']:.4g} a token, {worst}: {kl_word(evaluation['kl'])}"
         facts["same likeliest token"] = f"{evaluation['top1_agreement']:.1%}"
     for data, score in evaluation["perplexity"].items():
         was = "" if before is None else f", the base model's {_number(before['perplexity'][data])}"

@@ -30,7 +30,10 @@ def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, tex
         "windows": 4,
         "tokens": 4 * 63,
     }
-    assert 0 <= result["kl"] < 1e-3
+    assert 0 <= result["kl"] < 1e-3 and result["kl_word"] == "near-lossless"
+    assert re.search(
+        r"^KL to baseline +\S+ \(near-lossless\)$", invoke("eval", small, "--baseline", model, *flags).out, re.M
+    )
     assert result["top1_agreement"] > 0.9
     assert 8 < result["bits_per_weight"] < 9 < result["model_bits_per_weight"]
     assert result["bytes"] == sum(file.stat().st_size for file in small.glob("*.safetensors"))
@@ -108,7 +111,8 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     assert header.startswith("| model | bits/weight | size | perplexity")
     assert rule == f"|{'|'.join(['---'] * 7)}|"
     assert rows.pop() == f"{text}: 2 windows of 64 tokens, 126 scored"
-    assert rows.pop() == ""
+    scale = "KL: up to 0.02 near-lossless, up to 0.1 mild, up to 0.5 noticeable, above severe"
+    assert [rows.pop() for _ in range(3)] == ["", scale, ""]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 

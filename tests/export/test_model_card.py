@@ -91,7 +91,7 @@ def test_card_reports_the_evaluation() -> None:
     card = model_card(manifest, RESULT, Dense.loading, "bits: 3\n", evaluation)
     for row in (
         "| run in | transformers 5.0, the first 2 of 8 blocks: logits differ by at most 0.25 (KL 0) |",
-        "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most |",
+        "| KL to the base model | 0.01235 a token, 0.25 in the window that lost most: near-lossless |",
         "| measured on text it was fitted to | b.txt: on other text it loses more |",
         "| same likeliest token | 95.1% |",
         "| perplexity, wikitext2 | 26.5, the base model's 25 (20 windows of 512 tokens) |",
