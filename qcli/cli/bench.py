@@ -1,14 +1,15 @@
 """`qcli bench`: speed and memory of models and of single layers."""
 
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._plot import Plot, require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
-from qcli.utils.errors import StateError, UnsupportedError, UsageError
+from qcli.utils.errors import UsageError
 
 
 def bench(
@@ -30,9 +31,7 @@ def bench(
             "--layers", help="Measure single packed layers in place of the model, each shape and format once."
         ),
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw it: a .png, .svg or .pdf; must not exist.")
-    ] = None,
+    plot: Plot = None,
     device: flags.RunDevice = "auto",
     dtype: flags.RunDType = "auto",
     trust_remote_code: flags.TrustRemoteCode = False,
@@ -52,7 +51,7 @@ def bench(
             for flag, given in only_models.items():
                 if given is not None:
                     raise UsageError(f"--{flag} is of whole models, --layers of layers", hint="leave one of them out")
-        kind = None if plot is None else _require_plot(plot)
+        require_plot(plot)
         from qcli.inference.bench import BenchOptions
         from qcli.utils.trust import Trust
 
@@ -66,11 +65,10 @@ def bench(
         from qcli.inference.bench import bench as bench_models
 
         result = bench_models(model, baseline, options, session.progress)
-        if plot is not None and kind is not None:
+        if plot is not None:
             from qcli.inference.bench_plot import plot_speeds
-            from qcli.utils.files import write_bytes
 
-            write_bytes(plot, plot_speeds(result, kind))
+            write_plot(plot, session, partial(plot_speeds, result))
         session.result(result, show_models)
 
 
@@ -82,22 +80,6 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise UsageError(f"--{flag}: {text!r} is not a list of positive numbers", hint=f"for example --{flag} 1,4")
     return tuple(dict.fromkeys(numbers))
-
-
-def _require_plot(file: Path) -> str:
-    """The kind of the figure, once it is known that it can be drawn and written."""
-    from qcli.inference.bench_plot import KINDS
-    from qcli.utils.environment import can_plot
-
-    if file.suffix not in KINDS:
-        raise UsageError(f"--plot: {file} is none of {', '.join(KINDS)}", hint="for example --plot speed.png")
-    if not file.parent.is_dir():
-        raise UsageError(f"--plot: {file.parent} is not a folder")
-    if file.exists():
-        raise StateError(f"--plot: {file} exists", hint="move it away, or choose another name")
-    if not can_plot():
-        raise UnsupportedError("--plot: matplotlib is not installed", hint="pip install matplotlib")
-    return file.suffix
 
 
 def show_models(tables: Tables, result: dict[str, Any]) -> None:

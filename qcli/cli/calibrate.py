@@ -1,11 +1,13 @@
 """`qcli calibrate`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
 from qcli.utils.errors import UsageError
@@ -24,6 +26,10 @@ def calibrate(
     hessians: Annotated[
         bool, typer.Option("--hessians", help="Also write the Hessian of every layer's inputs.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the sensitivity of layers: a .png, .svg or .pdf; must not exist."),
+    ] = None,
     seed: flags.Seed = None,
     device: flags.Device = None,
     dtype: flags.DType = None,
@@ -64,11 +70,17 @@ def calibrate(
         )
         if resolved.out is None:
             raise UsageError("--out: required", hint="name the output folder")
+        require_plot(plot)
         from qcli.quantization.calibrate import calibrate as run
         from qcli.utils.trust import Trust
 
         trust = Trust(remote_code=trust_remote_code)
         result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress, trust=trust)
+        if plot is not None:
+            from qcli.quantization.sensitivity_plot import plot_sensitivity
+
+            record = result.to_json()
+            write_plot(plot, session, partial(plot_sensitivity, record["layers"], record["model"]))
         session.result(result.to_json(), show_calibration)
 
 

@@ -2,18 +2,21 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
 from qcli.data.datasets import set_names
 from qcli.data.text_files import FILES
 from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
+from qcli.utils.paths import portable_name
 from qcli.utils.placement import SIZE
 
 if TYPE_CHECKING:
@@ -60,6 +63,10 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Also report the error of every layer and block against the baseline.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the errors of --layers: a .png, .svg or .pdf; must not exist."),
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="Gate: fail if the mean KL is above X.")] = None,
     max_window_kl: Annotated[
         float | None, typer.Option(metavar="X", help="Gate: fail if the KL of any window is above X.")
@@ -107,6 +114,9 @@ def evaluate(
             raise UsageError("--trust-tasks needs --include-path", hint="lm-eval's own tasks are trusted anyway")
         if json and markdown:
             raise UsageError("--json and --markdown: choose one")
+        if plot is not None and (not layers or len(models) > 1):
+            raise UsageError("--plot draws the errors of one model's layers", hint="one MODEL, --layers and --baseline")
+        require_plot(plot)
         on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
         gates = _gates(baseline, names, on_text, min_task or [], max_task_drop)
         texts = data or ([] if names else ["wikitext2"])
@@ -140,6 +150,12 @@ def evaluate(
         cache = Cache(None if no_cache else default_folder())
         evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
         results = [evaluation.to_json() for evaluation in evaluations]
+        if plot is not None and (blocks := results[0]["blocks"]):
+            from qcli.evaluation.layer_plot import plot_errors
+
+            write_plot(
+                plot, session, partial(plot_errors, blocks, portable_name(models[0]), portable_name(str(baseline)))
+            )
         if len(results) == 1:
             session.result(results[0], show_evaluation)
         else:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from qcli.study.findings import Finding, method_name
-from qcli.utils.text import printable
-
-if TYPE_CHECKING:
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from qcli.utils.figures import label, plain_ticks, rendered
 
 _MARKS = "osD^v<>PX*hd"
 
@@ -35,7 +29,7 @@ def plot_front(runs: Sequence[Finding], front: Sequence[Finding]) -> bytes:
             "marker": _MARKS[(marks.index(steps) + colours.index(method) // 10) % len(_MARKS)],
             "color": f"C{colours.index(method) % 10}",
             "s": 30,
-            "label": _text(method + steps),
+            "label": label(method + steps),
         }
         bits = [run.bits for run in members]
         upper.scatter(bits, [run.kl for run in members], **mark)
@@ -47,10 +41,10 @@ def plot_front(runs: Sequence[Finding], front: Sequence[Finding]) -> bytes:
     upper.set(ylabel="KL to full precision, nats per token", yscale="log")
     lower.set(xlabel="bits per weight, tables counted", ylabel="perplexity", yscale="log")
     for axes in (upper, lower):
-        _format_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.grid(which="both", alpha=0.25)
     upper.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    return _png(figure)
+    return rendered(figure)
 
 
 def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
@@ -67,30 +61,20 @@ def plot_gains(pairs: Sequence[tuple[Finding, Finding]], axis: str) -> bytes:
         values.setdefault(str(run.row["point"][axis]), []).append(number)
     for index, (value, members) in enumerate(values.items()):
         x, y = ([side[number] for number in members] for side in (before, after))
-        axes.scatter(x, y, s=28, marker=_MARKS[index % len(_MARKS)], label=_text(value))
+        axes.scatter(x, y, s=28, marker=_MARKS[index % len(_MARKS)], label=label(value))
     axes.legend(fontsize=8, loc="upper left")
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="KL without",
-        ylabel=_text(f"KL with {axis}"),
+        ylabel=label(f"KL with {axis}"),
         xlim=(low, high),
         ylim=(low, high),
     )
-    _format_ticks(axes.xaxis)
-    _format_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     axes.grid(which="both", alpha=0.25)
-    return _png(figure)
-
-
-def _format_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 if there is room."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    return rendered(figure)
 
 
 def _steps(run: Finding) -> str:
@@ -99,14 +83,3 @@ def _steps(run: Finding) -> str:
     extra = {axis: point.get(axis) for axis in ("transforms", "refine", "low_rank", "activations", "distill")}
     named = [value if isinstance(value, str) else axis for axis, value in extra.items() if value]
     return "".join(f" + {name}" for name in named)
-
-
-def _text(text: str) -> str:
-    """Escape text from outside, and dollar signs, which start a formula in matplotlib."""
-    return printable(text).replace("$", r"\$")
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from qcli.utils import environment
 from tests.cli.conftest import Invoke
 
 
@@ -39,3 +42,20 @@ def test_most_sensitive_layers_are_shown(invoke: Invoke, model: Path, text: Path
 def test_out_is_required(invoke: Invoke, model: Path) -> None:
     code, _, err = invoke("calibrate", model)
     assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+
+
+def test_the_sensitivity_of_layers_is_drawn(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ("--data", text, "--samples", 2, "--seq-len", 32)
+    figure = tmp_path / "layers.svg"
+    code, _, err = invoke("calibrate", model, *small, "--out", tmp_path / "calibration", "--plot", figure)
+    assert code == 0 and f"drawn: {figure}" in err
+    drawn = figure.read_text()
+    assert all(f"<!-- {words} -->" in drawn for words in ("2 bits", "4 bits", "self_attn.q_proj", "mlp.down_proj"))
+    assert f"{model.name}: rounding to nearest, groups of 64" in drawn
+    monkeypatch.setattr(environment, "can_plot", lambda: False)
+    for name, code in (("layers.svg", 3), ("layers.gif", 2), ("other.png", 6)):
+        outcome = invoke("calibrate", model, *small, "--out", tmp_path / "second", "--plot", tmp_path / name)
+        assert (outcome.code, outcome.out) == (code, "") and not (tmp_path / "second").exists()
+    assert outcome.err == "error: --plot: matplotlib is not installed\nhint: pip install matplotlib\n"

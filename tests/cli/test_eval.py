@@ -116,6 +116,17 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (model, eight, two)]
 
 
+def test_errors_by_layer_are_drawn(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    small, figure = tmp_path / "small", tmp_path / "layers.png"
+    assert invoke("quantize", model, "--method", "rtn", "--bits", 4, "--out", small).code == 0
+    flags = ("--baseline", model, "--data", text, "--window", 64, "--max-windows", 2, "--plot", figure)
+    for wrong in ((small, *flags), (small, model, *flags, "--layers")):
+        code, out, err = invoke("eval", *wrong)
+        assert (code, out) == (2, "") and err.startswith("error: --plot draws the errors of one model's layers\n")
+    code, _, err = invoke("eval", small, *flags, "--layers")
+    assert code == 0 and f"drawn: {figure}" in err and figure.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_tasks_given_twice_are_all_run(invoke: Invoke, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(names: list[str], *_: object, **__: object) -> None:
         raise UsageError(f"tasks: {'|'.join(names)}")
