@@ -134,6 +134,11 @@ WITHOUT_ROW |= {
         "sliding_window": 32,
     },
 }
+# Mixtures of experts that llama.cpp computes, besides those above.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
+    "olmoe": _EXPERTS,
+}
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGE = {"image_size": 28, "patch_size": 14}
@@ -180,7 +185,7 @@ def tiny_model(model_type: str, tmp_path: Path, **config_overrides: Any) -> Path
     Equal arguments give equal bytes. Models are built once per session and copied: the caller may change the folder.
 
     Args:
-        model_type: a key of `CONFIGS`, `WITHOUT_ROW` or `WITH_IMAGES`, or `gemma3`.
+        model_type: a key of `CONFIGS`, `WITHOUT_ROW`, `MIXTURES` or `WITH_IMAGES`, or `gemma3`.
         tmp_path: parent of the folder.
         config_overrides: fields of the model's config.
     """
@@ -212,7 +217,8 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
         )
         text = {**_COMMON, **text, **config_overrides}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **places)
-    return AutoConfig.for_model(model_type, **{**_COMMON, **(CONFIGS | WITHOUT_ROW)[model_type], **config_overrides})
+    own = (CONFIGS | WITHOUT_ROW | MIXTURES)[model_type]
+    return AutoConfig.for_model(model_type, **{**_COMMON, **own, **config_overrides})
 
 
 def with_merge(folder: Path) -> Path:
@@ -248,7 +254,7 @@ def with_bos(folder: Path) -> Path:
 
 @cache
 def _build(model_type: str, key: tuple[tuple[str, str], ...]) -> Path:
-    assert model_type in {*FAMILIES, *WITHOUT_ROW, *WITH_IMAGES}
+    assert model_type in {*FAMILIES, *WITHOUT_ROW, *MIXTURES, *WITH_IMAGES}
     folder = Path(tempfile.mkdtemp(prefix="qcli-tiny-"))
     register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcli.models import families, gguf_config
 from qcli.models.companions import code_files, companions
+from qcli.models.experts import find_experts
 from qcli.models.folder import read_config, read_hf_config
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
@@ -152,6 +153,14 @@ class GGUFSource(ModelSource):
                     hint="convert the model to another type, such as Q8_0",
                 ) from None
 
+    @cached_property
+    def family(self) -> families.Family:
+        if families.has_row(self.config):
+            return families.family(self.config)
+        from qcli.models.discovery import discovered_family
+
+        return discovered_family(self)
+
     def tensors(self) -> dict[str, StoredTensor]:
         return dict(self._stored)
 
@@ -256,7 +265,8 @@ class GGUFSource(ModelSource):
         place = f"{path}: transformers cannot read this {self._architecture} file"
         with reported(place, UnsupportedError, hint=_OTHER_FILES):
             config: PreTrainedConfig = pretrained(AutoConfig, path.parent, trust_remote_code=trust, gguf_file=path.name)
-        families.family(_raw(config))  # an unsupported model is told before a setting of it
+        if config.model_type not in gguf_config.MIXTURES:
+            families.family(_raw(config))  # an unsupported model is told before a setting of it
         embedding = next((entry for entry in self._in_file if entry.name == _EMBEDDING), None)
         if embedding is None:
             raise UsageError(f"{path} has no tensor {_EMBEDDING}", hint="download it again")
@@ -285,6 +295,15 @@ class GGUFSource(ModelSource):
         self.config["architectures"] = [type(model).__name__]
         self.config["dtype"] = "bfloat16"
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        stacks: dict[str, list[str]] = {}  # the experts' own tensors, by that of all experts
+        for experts in find_experts(model):
+            block = experts.path.removeprefix(f"{self.family.blocks}.").split(".")[0]
+            for name, _ in experts.pieces():
+                _, projection, part = name.rsplit(".", 2)
+                in_file = f"blk.{block}.ffn_{projection.removesuffix('_proj')}_exps.{part}"
+                stacks.setdefault(in_file, []).append(name)
+                rows, columns = experts.sizes[projection]
+                shapes[name] = (rows, columns) if part == "weight" else (rows,)
         # The name map takes time quadratic in depth, so it is made for one block; the others are named alike.
         blocks, first = self.family.blocks, "blk.0."
         count = len(model.get_submodule(blocks))
@@ -294,13 +313,20 @@ class GGUFSource(ModelSource):
             for index in range(count) if in_file.startswith(first) else (0,):
                 full = name.replace(f"{blocks}.0.", f"{blocks}.{index}.", 1)
                 names[in_file.replace(first, f"blk.{index}.", 1)] = full
-        unmapped = [entry.name for entry in self._in_file if entry.name not in names]
+        entries: dict[str, _Entry] = {}
+        unmapped = []
+        for entry in self._in_file:
+            if entry.name in stacks:
+                entries |= zip(stacks[entry.name], _apart(entry, len(stacks[entry.name])), strict=True)
+            elif entry.name in names:
+                entries[names[entry.name]] = entry
+            else:
+                unmapped.append(entry.name)
         if unmapped:
             raise UnsupportedError(
                 f"{self.path}: transformers does not know the tensors {', '.join(unmapped[:3])} and would drop them",
                 hint=_OTHER_FILES,
             )
-        entries = {names[entry.name]: entry for entry in self._in_file}
         for name, entry in entries.items():
             if entry.weights != prod(shapes[name]):
                 raise UsageError(
@@ -308,6 +334,21 @@ class GGUFSource(ModelSource):
                     hint="the file is damaged: download it again",
                 )
         return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries
+
+
+def _apart(entry: _Entry, count: int) -> list[_Entry]:
+    """The tensors of single experts in that of all, `[experts, ...]`.
+
+    Raises:
+        UsageError: it is of another number of experts.
+    """
+    if len(entry.shape) < 2 or entry.shape[0] != count:
+        raise UsageError(f"{entry.file}: {entry.name} is not of {count} experts", hint="download it again")
+    bytes, shape, weights = entry.bytes // count, entry.shape[1:], entry.weights // count
+    return [
+        entry._replace(start=entry.start + number * bytes, bytes=bytes, shape=shape, weights=weights)
+        for number in range(count)
+    ]
 
 
 def parts(path: Path) -> list[Path]:

@@ -21,11 +21,18 @@ FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 _OTHER_FILES = "use the model's safetensors folder"
 _GEMMA = {"gemma2": 2, "gemma3_text": 6}  # every how many layers one is without a window
 _WIDE_BLOCKS = {"gemma2": 46, "gemma3_text": 62}  # of the one size whose attention is scaled by the width per head
-_HEAD_DIM = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", *_GEMMA})  # heads of any size
+_HEAD_DIM = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", *_GEMMA})  # heads of any size
 _PARTIAL_ROTARY = frozenset({"phi3", "stablelm"})
 _WINDOWED = frozenset({"mistral", "phi3"})  # all layers have the window
 _SCALINGS = {"phi3": ("none",), "gemma3_text": ("none", "linear")}  # without divisors; others: yarn too
 _FACTORED = {"llama": ("llama3", "longrope"), "mistral": ("llama3", "longrope"), "phi3": ("longrope",)}
+_EXPERT_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
+MIXTURES = {
+    "qwen2_moe": _EXPERT_WIDTH | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    "qwen3_moe": _EXPERT_WIDTH,
+}
+"""Types with experts whose files are read: the config's fields for their keys."""
+
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of every Llama 3
 
@@ -45,6 +52,7 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {  # values that change nothing
     "embedding_scale": (0, 1),
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
@@ -76,7 +84,7 @@ def complete(
         name = next((name for name in _EPSILONS if hasattr(config, name)), None)
         if name is not None and (epsilon := file.take(key)) is not None:
             fields[name] = epsilon
-    fields |= _heads(file) | _attention(file) | _rope(file, factors)
+    fields |= _experts(file) | _heads(file) | _attention(file) | _rope(file, factors)
     if config.model_type == "gpt2":
         fields["n_positions"] = file.settings["context_length"]
     if config.model_type == "bloom" and file.left.get("attention.max_alibi_bias") == 8:
@@ -116,6 +124,16 @@ class _File:
         for key, value in self.left.items():
             if key not in _BASIC | _NO_EFFECT and not (key in _NEUTRAL and value in _NEUTRAL[key]):
                 raise self.refuse(key, f"a setting that qcli does not know in a {self.model_type}")
+
+
+def _experts(file: _File) -> dict[str, Any]:
+    """Widths of experts; transformers reads their number and that of a token's."""
+    if file.model_type not in MIXTURES:
+        return {}
+    for key in ("expert_count", "expert_used_count"):
+        file.take(key)
+    widths = {field: file.take(key) for key, field in MIXTURES[file.model_type].items()}
+    return {field: width for field, width in widths.items() if width is not None}
 
 
 def _heads(file: _File) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Facts from llama.cpp (src/models/*.cpp and conversion/, autumn 2026).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 GELU = "gelu_pytorch_tanh"
 
@@ -26,6 +27,8 @@ class Architecture:
         soft_caps: the graph caps attention and logits, by 50 and 30 where the file says nothing.
         wide_blocks: number of blocks of the one size whose attention is scaled by the width per head in place of the
             head's size.
+        fixed: settings of the model, as its config has them, for which the graph has no other value.
+        settings: keys of the file besides those that every model has, and the config's field for each.
     """
 
     name: str
@@ -35,7 +38,15 @@ class Architecture:
     windows: Literal["per layer", "context"] | None = None
     soft_caps: bool = False
     wide_blocks: int | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
+
+_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+_QWEN_EXPERTS = {**_EXPERTS, "expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
+_EVERY_BLOCK = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has experts
+_OWN_HEAD = {"tie_word_embeddings": False}
+_PLAIN_HEADS = {"head_dim": None}  # of the model's width by their number
 
 ARCHITECTURES = {
     "llama": Architecture("llama", permuted=True, rope_factors=True),
@@ -45,5 +56,21 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", activation=GELU),
     "gemma2": Architecture("gemma2", activation=GELU, windows="per layer", soft_caps=True, wide_blocks=46),
     "gemma3_text": Architecture("gemma3", activation=GELU, windows="per layer", wide_blocks=62),
+    "mixtral": Architecture("llama", permuted=True, rope_factors=True, windows="context", settings=_EXPERTS),
+    "qwen2_moe": Architecture(
+        "qwen2moe",
+        fixed={"norm_topk_prob": False, **_EVERY_BLOCK, **_OWN_HEAD, **_PLAIN_HEADS},
+        settings={**_QWEN_EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    ),
+    "qwen3_moe": Architecture(
+        "qwen3moe",
+        fixed={"norm_topk_prob": True, "attention_bias": False, **_EVERY_BLOCK},
+        settings=_QWEN_EXPERTS,
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        fixed={"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False, **_OWN_HEAD, **_PLAIN_HEADS},
+        settings={**_EXPERTS, "expert_count": "num_experts"},
+    ),
 }
 """By `model_type`."""

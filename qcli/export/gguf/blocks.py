@@ -6,6 +6,8 @@ without an offset as soon as its integers do: 4 asymmetric bits, -15..15, fit th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,14 @@ from qcli.core.weight import QuantizedWeight
 from qcli.export.gguf.types import BLOCK, BLOCK_TYPES, BlockType
 
 
-def exact_type(weight: QuantizedWeight) -> BlockType | None:
-    """The smallest block type that stores the decoded weight exactly; None: there is none."""
-    if not _in_blocks(weight):
-        return None
-    return next((type for type in BLOCK_TYPES if _holds(type, weight)), None)
+def exact_types(weight: QuantizedWeight) -> Iterator[BlockType]:
+    """The block types that store the decoded weight exactly, smallest first."""
+    return (type for type in BLOCK_TYPES if holds(type, weight))
+
+
+def holds(type: BlockType, weight: QuantizedWeight) -> bool:
+    """Whether a block type stores the decoded weight exactly."""
+    return _in_blocks(weight) and _holds(type, weight)
 
 
 def encode(weight: QuantizedWeight, type: BlockType) -> Tensor:

@@ -49,6 +49,9 @@ def architecture(config: PreTrainedConfig) -> Architecture:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != known.activation:
         raise _unsupported(f"{activation} as the MLP's activation")
+    for key, value in known.fixed.items():
+        if ((actual := getattr(config, key, None)) or None) != (value or None):  # [], False and None mean the same
+            raise _unsupported(f"{key} {actual} of {config.model_type}")
     return known
 
 
@@ -87,6 +90,8 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
     for key in _SOFT_CAPS:
         if (cap := getattr(config, key, None)) is not None:
             getattr(writer, f"add_{key}")(cap)
+    for key, setting in known.settings.items():
+        getattr(writer, f"add_{key}")(getattr(config, setting))
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor | None:
@@ -139,6 +144,4 @@ def _attention_scalar(config: PreTrainedConfig, known: Architecture) -> int:
 
 
 def _unsupported(what: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"gguf: {what}: llama.cpp does not compute it", hint="pack it as qcli, dense or compressed-tensors"
-    )
+    return UnsupportedError(f"gguf: {what}: llama.cpp does not compute it", hint="pack it as qcli or dense")

@@ -157,6 +157,4 @@ def _parts(component: Mapping[str, Any] | None, members: str) -> list[dict[str, 
 
 
 def _unsupported(reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"gguf: the model's tokenizer {reason}", hint="pack it as qcli, dense or compressed-tensors"
-    )
+    return UnsupportedError(f"gguf: the model's tokenizer {reason}", hint="pack it as qcli or dense")

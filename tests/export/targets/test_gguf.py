@@ -20,20 +20,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qcli.algorithms.solvers import grid
+from qcli.cli.main import main
 from qcli.core.formats.affine import Affine, ZeroPoint
 from qcli.core.weight import QuantizedWeight
 from qcli.export.gguf import blocks as gguf_blocks
 from qcli.export.gguf import metadata as gguf_metadata
 from qcli.export.gguf import types as gguf_types
 from qcli.export.gguf import vocabulary as gguf_vocabulary
-from qcli.export.pack import pack
+from qcli.export.pack import pack, plan_pack
 from qcli.export.result import PackResult
 from qcli.export.targets import gguf as gguf_export
 from qcli.export.verify import verify
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.utils.errors import UnsupportedError, UsageError, VerificationError
-from tests.quantizing import TOKENS, run, streamed
+from tests.quantizing import TOKENS, run, streamed, write_text
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer, with_merge
 
 
@@ -132,7 +133,7 @@ def test_blocks_decode_to_the_same_weights(
         tables["weight_zero_point"] = tables["weight_zero_point"].round()
     codes = torch.randint(1 << bits, shape, generator=generator, dtype=torch.uint8)
     weight = QuantizedWeight(format, shape, codes, tables)
-    type = gguf_blocks.exact_type(weight)
+    type = next(gguf_blocks.exact_types(weight), None)
     if columns % 32 or (0 < group < columns and group % 32):
         assert type is None
     elif zero_point == "none" or (zero_point == "integer" and bits < 8):
@@ -143,7 +144,7 @@ def test_blocks_decode_to_the_same_weights(
         decoded = dequantize(blocks.numpy(), gguf.GGMLQuantizationType[type.name])
         assert np.array_equal(decoded, weight.dense().numpy())
         smaller = [t for t in gguf_types.BLOCK_TYPES if t.bytes < type.bytes and t.offset == type.offset]
-        assert not any(gguf_blocks._holds(t, weight) for t in smaller)
+        assert not any(gguf_blocks.holds(t, weight) for t in smaller)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_the_smallest_exact_type_is_used(codes: list[int], zero_point: int, name
         "weight_zero_point": torch.tensor([[zero_point]], dtype=torch.uint8),
     }
     weight = QuantizedWeight(Affine(bits=5, group_size=32, zero_point="integer"), (1, 32), row, tables)
-    type = gguf_blocks.exact_type(weight)
+    type = next(gguf_blocks.exact_types(weight), None)
     assert type is not None and type.name == name
 
 
@@ -174,6 +175,53 @@ def test_layers_that_fit_no_type_are_refused_or_requantized(tmp_path: Path) -> N
     assert 0 < result.kl < 0.01
     with pytest.raises(UsageError, match="format dense cannot requantize layers"):
         pack(tmp_path / "native", tmp_path / "dense", format="dense", shard_size=10**9, requantize="Q8_0")
+
+
+# What fits no type, and the flags that `qcli quantize` is told to take, if any would do.
+UNFITTING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "groups of 16": ({}, {"method.group_size": 16}, "--group-size 32"),
+    "8 asymmetric bits": ({}, {"method.bits": 8}, "--symmetric"),
+    "float zero points": ({}, {"method.zero_point": "float"}, "--set method.zero_point=integer"),
+    "groups of 16, 8 asymmetric bits": ({}, {"method.group_size": 16, "method.bits": 8}, "--group-size 32 --symmetric"),
+    "low rank": ({}, {"method.name": "gptq-like", "low_rank.rank": 2}, ""),
+    "inputs of down": ({"intermediate_size": 72}, {"method.group_size": 8}, ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNFITTING)
+def test_what_a_refusal_suggests_works(name: str, tmp_path: Path) -> None:
+    config, fields, fitting = UNFITTING[name]
+    model, text = with_merge(tiny_model("llama", tmp_path, **config)), write_text(tmp_path)
+    options = {"method__name": "rtn", **{key.replace(".", "__"): value for key, value in fields.items()}}
+    run(model, tmp_path / "native", text, **options)
+    with pytest.raises(UnsupportedError) as raised:
+        plan_pack(tmp_path / "native", format="gguf")
+    hint = str(raised.value.hint)
+    first, _, type = hint.partition("pack it as qcli or dense, or round it: --requantize ")
+    assert pack(tmp_path / "native", tmp_path / "rounded", format="gguf", shard_size=10**9, requantize=type).rounded
+    for format in ("qcli", "dense"):
+        plan_pack(tmp_path / "native", format=format)
+    assert first == (f"quantize with {fitting}, " if fitting else "")
+    if fitting:
+        command = ["quantize", str(model), "--out", str(tmp_path / "fitting"), "--method", "rtn", "--data", str(text)]
+        command += [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
+        grouped = [] if "method.group_size" in fields else ["--group-size", "32"]
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *grouped, *fitting.split()])
+        assert not ended.value.code
+        plan_pack(tmp_path / "fitting", format="gguf")
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama"])
+def test_what_a_refusal_of_the_model_suggests_works(model_type: str, tmp_path: Path) -> None:
+    """Of a family, and of a tokenizer."""
+    run(tiny_model(model_type, tmp_path), tmp_path / "native", method__name="rtn", method__group_size=16)
+    with pytest.raises(UnsupportedError) as raised:
+        plan_pack(tmp_path / "native", format="gguf")
+    assert raised.value.hint == "pack it as qcli or dense"
+    for format in ("qcli", "dense"):
+        plan_pack(tmp_path / "native", format=format)
 
 
 @pytest.fixture
