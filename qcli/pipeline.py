@@ -6,21 +6,21 @@ Every stage has one result in the pipeline's folder; a result that is there alre
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qcli.models.manifest import Manifest
+from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.recipe import Recipe
-from qcli.recipe.sections import Eval
+from qcli.recipe.sections import Eval, Pack
 from qcli.utils import sealed
 from qcli.utils.cache import Cache
 from qcli.utils.errors import StateError, UsageError
-from qcli.utils.files import content_hash, json_bytes, parse_json, reading, write_bytes, writing
+from qcli.utils.files import content_hash, json_bytes, parse_json, reading, sha256, write_bytes, writing
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import differences, remove_remainder
 from qcli.utils.trust import NOTHING, Trust
@@ -75,6 +75,7 @@ class Pipeline:
         skip: called with the path of each result that is there already.
         trust: code of models and tasks that may run.
         processes: of `torchrun`: all quantize and distill, the main one evaluates, packs and writes. None: one.
+        force: replace results that were made with other settings, each once the new one is complete.
 
     Raises:
         UsageError: the recipe does not fit its model.
@@ -92,11 +93,16 @@ class Pipeline:
         skip: Callable[[Path], None] = lambda _: None,
         trust: Trust = NOTHING,
         processes: Processes | None = None,
+        force: bool = False,
     ) -> None:
-        self.processes = processes
+        self.processes, self.force = processes, force
         self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
         self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
-        self.plan, self.record, self.result = make_plan(recipe, trust), StageRecord(folder), PipelineResult(folder)
+        self.plan, self.record, self.result = (
+            make_plan(recipe, trust),
+            StageRecord(folder, force),
+            PipelineResult(folder),
+        )
         self.trust = trust
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
@@ -121,13 +127,15 @@ class Pipeline:
 
     def check(self) -> None:
         """Refuse what any stage that is still to be done would refuse, before work is spent on the first."""
-        self._check_layout()
-        self._check_distillation()
+        stays = self._staying()
+        self._check_layout(stays)
+        if DISTILLED not in stays:
+            self._check_distillation()
         if self.recipe.eval is not None:
             from qcli.evaluation.from_recipe import require_evaluation_texts
 
             tasks = self.tasks
-            if not (self.folder / EVALUATION).exists():
+            if EVALUATION not in stays:
                 require_evaluation_texts(self.recipe, self.plan.source, self.progress, trust=self.trust)
                 if tasks is not None:
                     tasks.require_data()
@@ -138,32 +146,27 @@ class Pipeline:
             from qcli.quantization.quantize import quantize
 
             self.result.quantized = quantize(
-                self.recipe, self.model, self.progress, self.calibration_cache, trust=self.trust
+                self.recipe, self.model, self.progress, self.calibration_cache, trust=self.trust, force=self.force
             )
+            self._in_main(lambda: self.record.finish(QUANTIZED))
 
     def distill(self) -> None:
         """Train the quantized model, if the recipe says so; the result is what later stages read."""
         if self.recipe.distill is None:
             return
         student, self.model = self.model, self.folder / DISTILLED
-        text = content_hash(Path(self.recipe.distill_text.data))
-        self.inputs = self.inputs | {"distill": self.recipe.distill.model_dump(mode="json"), "distill text": text}
+        self.inputs = self._distilled_from()
         if self._in_main(lambda: self._is_missing(DISTILLED, self.inputs)):
             from qcli.distillation.distill import distill
 
-            self.result.distilled = distill(student, self.recipe, self.model, self.progress, trust=self.trust)
+            self.result.distilled = distill(
+                student, self.recipe, self.model, self.progress, trust=self.trust, force=self.force
+            )
+            self._in_main(lambda: self.record.finish(DISTILLED))
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`, portable."""
-        options = self.recipe.eval or Eval()
-        texts = [*options.perplexity, *([options.include_path] if options.include_path else [])]
-        inputs = self.inputs | {
-            "eval": options.model_dump(exclude={"gates"}),
-            "eval files": {name: content_hash(Path(name)) for name in texts},
-        }
-        if options.baseline is not None:
-            inputs["baseline"] = open_source(options.baseline, self.trust).state()
-        if self._is_missing(EVALUATION, inputs):
+        if self._is_missing(EVALUATION, self._evaluated_from(self.inputs)):
             from qcli.evaluation.from_recipe import evaluate_recipe
             from qcli.evaluation.results import portable
 
@@ -177,7 +180,7 @@ class Pipeline:
     def pack(self) -> None:
         """Pack the model, if the recipe says so."""
         options = self.recipe.pack
-        if options is not None and self._is_missing(PACKED, self.inputs | {"pack": options.model_dump()}):
+        if options is not None and self._is_missing(PACKED, _packed_from(self.inputs, options)):
             from qcli.export.pack import pack
 
             self.result.packed = pack(
@@ -190,7 +193,9 @@ class Pipeline:
                 evaluation=self.result.evaluation,
                 progress=self.progress,
                 trust=self.trust,
+                force=self.force,
             )
+            self.record.finish(PACKED)
 
     @cached_property
     def tasks(self) -> Tasks | None:
@@ -214,10 +219,55 @@ class Pipeline:
         self.skip(self.folder / name)
         return False
 
-    def _check_layout(self) -> None:
+    def _distilled_from(self) -> dict[str, Any]:
+        """What the distilled model is made from, and with it what comes after."""
+        assert self.recipe.distill is not None
+        text = content_hash(Path(self.recipe.distill_text.data))
+        return self.inputs | {"distill": self.recipe.distill.model_dump(mode="json"), "distill text": text}
+
+    def _evaluated_from(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """What the evaluation of a model is made from, which is made from `model` itself."""
+        options = self.recipe.eval or Eval()
+        texts = [*options.perplexity, *([options.include_path] if options.include_path else [])]
+        inputs = {
+            **model,
+            "eval": options.model_dump(exclude={"gates"}),
+            "eval files": {name: content_hash(Path(name)) for name in texts},
+        }
+        if options.baseline is not None:
+            inputs["baseline"] = open_source(options.baseline, self.trust).state()
+        return inputs
+
+    def _staying(self) -> set[str]:
+        """The results that are there and not to be replaced.
+
+        Raises:
+            QcliError: one is to be replaced, and is not as qcli wrote it; see `require_own_checkpoint`.
+        """
+        present = [name for name in (QUANTIZED, DISTILLED, EVALUATION, PACKED) if (self.folder / name).exists()]
+        if not self.force:
+            return set(present)
+        recipe, made_from = self.recipe, {QUANTIZED: self.inputs}
+        model = self.inputs if recipe.distill is None else self._distilled_from()
+        if recipe.distill is not None:
+            made_from[DISTILLED] = model
+        if recipe.eval is not None and EVALUATION in present:
+            made_from[EVALUATION] = self._evaluated_from(model)
+        if recipe.pack is not None:
+            made_from[PACKED] = _packed_from(model, recipe.pack)
+        stays, earlier = set[str](), False
+        for name in present:
+            earlier = name in made_from and (earlier or self.record.replaces(name, made_from[name]))
+            if earlier:
+                self.record.require_own(name)
+            else:
+                stays.add(name)
+        return stays
+
+    def _check_layout(self, stays: Container[str]) -> None:
         """Refuse what `pack` would refuse; where bits have been chosen already, it knows better."""
-        options, chosen = self.recipe.pack, self.recipe.allocation is not None and self.model.exists()
-        if options is None or chosen or (self.folder / PACKED).exists():
+        options, chosen = self.recipe.pack, self.recipe.allocation is not None and QUANTIZED in stays
+        if options is None or chosen or PACKED in stays:
             return
         from qcli.export.packable import require_packable
         from qcli.quantization.search_space import mixed_recipe
@@ -229,7 +279,7 @@ class Pipeline:
             require_packable(plan, self.folder, options.format, options.requantize, allow_refused=options.allow_refused)
 
     def _check_distillation(self) -> None:
-        if self.recipe.distill is None or (self.folder / DISTILLED).exists():
+        if self.recipe.distill is None:
             return
         from qcli.data.datasets import SELF
         from qcli.distillation.distill import distillation_tokens
@@ -242,25 +292,35 @@ class Pipeline:
             distillation_tokens(self.recipe, self.plan.source)
 
 
+def _packed_from(model: Mapping[str, Any], options: Pack) -> dict[str, Any]:
+    """What a packed model is made from, where it is packed from one that is made from `model`."""
+    return {**model, "pack": options.model_dump()}
+
+
 class StageRecord:
     """The stages of a run folder, and what each result was made from.
 
     A stage is recorded before it starts. Results appear complete or not at all, so a result that is there, with
-    a record of the same inputs, is done. The hash of a result that is a file is recorded before it is written.
+    a record of the same inputs, is done. The hash of a result that is a file is recorded before it is written. Of a
+    result that is going to be replaced, and of those of later stages, the hash is recorded until they are: as long as
+    they are there, the new ones are not.
+
+    Args:
+        force: whether results that were made with other settings are replaced.
 
     Raises:
         StateError: the folder is a dangling symbolic link, or its record is damaged.
         UsageError: it is not a folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, force: bool = False) -> None:
+        self.folder, self.force = folder, force
         if folder.is_symlink() and not folder.exists():
             raise StateError(f"{folder} is a dangling symbolic link", hint="choose another --out, or remove it")
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is not a folder", hint="choose another --out")
         self.stages: dict[str, Any] = {}  # inputs by result, in the order in which stages began
-        self.hashes: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}  # of files by name, of what is replaced by `_replaced(name)`
         if (folder / RECORD).exists():
             try:
                 self.stages, self.hashes = sealed.load_json(folder / RECORD)
@@ -276,6 +336,12 @@ class StageRecord:
         self.hashes[name] = hashlib.sha256(content).hexdigest()
         self._save()
         write_bytes(self.folder / name, content)
+        self.finish(name)
+
+    def finish(self, name: str) -> None:
+        """Note that the new result is there, which may be equal to the one that it replaces."""
+        if self.hashes.pop(_replaced(name), None) is not None:
+            self._save()
 
     def read(self, name: str) -> bytes:
         """A result that is a file.
@@ -288,27 +354,63 @@ class StageRecord:
         with reading(file):
             content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.hashes.get(name):
-            raise StateError(f"{file} was damaged or edited: its checksum does not match", hint=f"remove {file}")
+            raise _edited(file)
         return content
 
     def done(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether result `name` exists; if not, its inputs are recorded.
+        """Whether result `name` exists; if not, or if it is to be replaced, its inputs are recorded.
 
         Raises:
             StateError: it exists and was made from other inputs (the differences are named).
         """
         result = self.folder / name
-        if not result.exists():
-            self.stages[name] = inputs
-            self._save()
-            return False
+        if result.exists():
+            if not self.replaces(name, inputs):
+                return True
+            for stale in self._made_of(name):
+                if (file := self._identified_by(stale)).is_file():
+                    self.hashes[_replaced(stale)] = sha256(file)
+        self.stages[name] = inputs
+        self._save()
+        return False
+
+    def replaces(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether an existing result was made from other inputs, and is to be replaced.
+
+        Raises:
+            StateError: it was, and nobody asked to replace it; or no run made it.
+        """
+        result, file = self.folder / name, self._identified_by(name)
         described = differences(self.stages.get(name), inputs)
-        if described:
-            raise StateError(
-                f"{result} was made with other settings: {described}",
-                hint=f"choose another --out, or remove {', '.join(self._made_of(name))}",
-            )
+        if _replaced(name) in self.hashes and file.is_file() and sha256(file) == self.hashes[_replaced(name)]:
+            described = described or "a run that was interrupted was replacing it"
+        if not described:
+            return False
+        problem = f"{result} was made with other settings: {described}"
+        if name not in self.stages:
+            raise StateError(problem, hint=f"choose another --out, or move {result} away")
+        if not self.force:
+            made = [str(self.folder / other) for other in self._made_of(name)]
+            ways = f"choose another --out, remove {', '.join(made)}, or replace {'them' if made[1:] else 'it'}: --force"
+            raise StateError(problem, hint=ways)
         return True
+
+    def require_own(self, name: str) -> None:
+        """Refuse to replace a result that is not as it was written.
+
+        Raises:
+            StateError: it is a file that has changed.
+            QcliError: as `require_own_checkpoint`.
+        """
+        file = self.folder / name
+        if name != EVALUATION:
+            require_own_checkpoint(file)
+        elif sha256(file) not in (self.hashes.get(name), self.hashes.get(_replaced(name))):
+            raise _edited(file)
+
+    def _identified_by(self, name: str) -> Path:
+        """A result that is a file, or the manifest of one that is a folder."""
+        return self.folder / name if name == EVALUATION else self.folder / name / MANIFEST
 
     def _save(self) -> None:
         with writing(self.folder):
@@ -317,9 +419,17 @@ class StageRecord:
 
     def _made_of(self, name: str) -> list[str]:
         """This result and those of later stages, as far as they exist."""
-        names = [name, *(other for other in self._after(name) if (self.folder / other).exists())]
-        return [str(self.folder / other) for other in names]
+        return [name, *(other for other in self._after(name) if (self.folder / other).exists())]
 
     def _after(self, name: str) -> list[str]:
         names = [*self.stages]
         return names[names.index(name) + 1 :] if name in names else []
+
+
+def _edited(file: Path) -> StateError:
+    return StateError(f"{file} was damaged or edited: its checksum does not match", hint=f"remove {file}")
+
+
+def _replaced(name: str) -> str:
+    """The key of the hash of a result that is going to be replaced."""
+    return f"{name}, replaced"

@@ -71,8 +71,13 @@ MaxMemory = Annotated[
         "Default: what is free.",
     ),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Output folder; must not exist.")]
-OptionalOut = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist.")]
+OptionalOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist, or be empty.")
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace a result in DIR that qcli wrote, once the new one is complete."),
+]
 Resume = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ SHOWN = 10  # layers in the table
 def calibrate(
     model: flags.OptionalModel = None,
     out: flags.OptionalOut = None,
+    force: flags.Force = False,
     revision: flags.Revision = None,
     data: flags.Data = None,
     samples: flags.Samples = None,
@@ -75,7 +76,7 @@ def calibrate(
         from qcli.utils.trust import Trust
 
         trust = Trust(remote_code=trust_remote_code)
-        result = run(resolved, Path(resolved.out), hessians=hessians, progress=session.progress, trust=trust)
+        result = run(resolved, Path(resolved.out), session.progress, hessians=hessians, trust=trust, force=force)
         if plot is not None:
             from qcli.quantization.sensitivity_plot import plot_sensitivity
 

@@ -47,6 +47,7 @@ def distill(
     max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
+    force: flags.Force = False,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
     resume: flags.Resume = None,
@@ -98,7 +99,7 @@ def distill(
             raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.distillation.distill import distill as run
 
-        result = run(student, resolved, Path(resolved.out), session.progress, trust=trust)
+        result = run(student, resolved, Path(resolved.out), session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_distilled)
 
 

@@ -15,6 +15,7 @@ from qcli.utils.registry import names
 def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `qcli quantize` or `qcli distill`.")],
     out: flags.OptionalOut = None,
+    force: flags.Force = False,
     format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest size of a weight file, such as 500MB or 5GB.")
@@ -78,6 +79,7 @@ def pack(
             evaluation=results,
             progress=session.progress,
             trust=trust,
+            force=force,
         )
         session.result(result.to_json(), show_packed)
 

@@ -89,6 +89,7 @@ def quantize(
     max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
     out: flags.OptionalOut = None,
+    force: flags.Force = False,
     recipe: flags.RecipeFile = None,
     set_: flags.Sets = None,
     resume: flags.Resume = None,
@@ -149,7 +150,8 @@ def quantize(
             raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.quantization.quantize import quantize as run
 
-        session.result(run(resolved, resolved.out, session.progress, trust=trust).to_json(), show_result)
+        result = run(resolved, resolved.out, session.progress, trust=trust, force=force)
+        session.result(result.to_json(), show_result)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

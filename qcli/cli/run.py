@@ -21,6 +21,13 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace results that were made with other settings, each once the new one is complete.",
+        ),
+    ] = False,
     device: flags.Device = None,
     max_memory: flags.MaxMemory = None,
     deterministic: flags.Deterministic = None,
@@ -68,6 +75,7 @@ def run(
             skip=lambda result: session.note(f"{result}: done already, skipped"),
             trust=Trust(remote_code=trust_remote_code, tasks=trust_tasks),
             processes=stack.enter_context(process_group(local_device(resolved.device))),
+            force=force,
         )
         if dry_run:
             pipeline.check()

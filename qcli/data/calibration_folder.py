@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from qcli.data.stored_windows import TOKENS
 from qcli.data.text_files import HINT
-from qcli.utils.errors import UsageError
-from qcli.utils.files import parse_json, reading, write_json
+from qcli.utils.errors import StateError, UsageError
+from qcli.utils.files import files_below, parse_json, reading, write_json
 from qcli.utils.safetensors import read_header, read_tensors
 from qcli.utils.sealed import digest
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qcli.models.source import ModelSource
 
 CALIBRATION = "calibration.json"  # settings and statistics
+_FILES = (CALIBRATION, TOKENS, "statistics.safetensors", "hessians-*.safetensors")
 _CHECKSUM = "sha256"  # of everything else in that file
 
 
@@ -84,6 +86,22 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
         QcliError: it cannot be written; see `os_problem`.
     """
     write_json(folder / CALIBRATION, {**record, _CHECKSUM: digest(record)})
+
+
+def require_own_folder(folder: Path) -> None:
+    """Refuse a folder that is anything else than one that `qcli calibrate` wrote: it is about to be replaced.
+
+    Raises:
+        StateError: it has no record, or a file that qcli did not write.
+        UsageError: its record is damaged.
+    """
+    hint = "move it away, or choose another --out"
+    if not (folder / CALIBRATION).is_file() or not read_record(folder).get("tokens_sha256"):
+        raise StateError(f"{folder} is not a folder written by `qcli calibrate`", hint=hint)
+    for file in files_below(folder):
+        name = file.relative_to(folder).as_posix()
+        if file.is_symlink() or not any(fnmatchcase(name, pattern) for pattern in _FILES):
+            raise StateError(f"{folder} contains {name}, which qcli did not write", hint=hint)
 
 
 def _damaged(message: str) -> UsageError:

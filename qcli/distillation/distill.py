@@ -26,7 +26,7 @@ from qcli.distillation.plan import open_pair, plan_distillation
 from qcli.distillation.result import DistillationResult
 from qcli.distillation.training_state import STATE_VERSION
 from qcli.distillation.whole_model import distill_model
-from qcli.models.manifest import Manifest, versions
+from qcli.models.manifest import Manifest, require_own_checkpoint, versions
 from qcli.models.open import ModelSource
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.recipe import Recipe
@@ -39,7 +39,7 @@ from qcli.utils.files import content_hash
 from qcli.utils.memory import peak_memory
 from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import Replacing, RunFolder
 from qcli.utils.trust import NOTHING, Trust
 
 _TOKENS = "tokens"
@@ -47,12 +47,19 @@ PLOT = "distill.png"
 
 
 def distill(
-    student: Path, recipe: Recipe, out: Path, progress: Progress = silent, *, trust: Trust = NOTHING
+    student: Path,
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    *,
+    trust: Trust = NOTHING,
+    force: bool = False,
 ) -> DistillationResult:
     """Train the checkpoint `student` against `recipe.model` and write the result to the folder `out`.
 
     Args:
         recipe: its `distill` has the options, its `distill_text` the text.
+        force: replace a checkpoint of qcli's that is at `out`, once the new one is complete.
 
     Raises:
         UsageError, ResourceError: as `plan_distillation`, and if the text cannot be used.
@@ -94,7 +101,8 @@ def distill(
         runs: list[RunFolder] = []  # one, in the main process alone
 
         def open_run() -> Tensor:
-            runs.append(stack.enter_context(RunFolder(out, identity, recipe.resume)))
+            existing = Replacing(require_own_checkpoint, force, (str(student), recipe.model, recipe.distill_text.data))
+            runs.append(stack.enter_context(RunFolder(out, identity, recipe.resume, existing)))
             return _tokens(recipe, teacher_source, runs[0], device, progress)
 
         tokens = processes.broadcast(open_run)

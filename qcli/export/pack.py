@@ -14,7 +14,7 @@ from qcli.export.result import PackPlan, PackResult
 from qcli.export.target import ExportTarget, load_target, require_engines
 from qcli.models.card import CARD
 from qcli.models.loadable import loading_code
-from qcli.models.manifest import MANIFEST, RECIPE, Manifest
+from qcli.models.manifest import MANIFEST, RECIPE, Manifest, require_own_checkpoint
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.recipe.record import portable_manifest, recipe_yaml
@@ -22,7 +22,7 @@ from qcli.utils import run_folder
 from qcli.utils.errors import StateError, UsageError
 from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import RunFolder
+from qcli.utils.run_folder import Replacing, RunFolder
 from qcli.utils.trust import NOTHING, Trust
 
 
@@ -37,6 +37,7 @@ def pack(
     evaluation: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     trust: Trust = NOTHING,
+    force: bool = False,
 ) -> PackResult:
     """Write the checkpoint in `run` to `out`, in the layout of an export target or with other file sizes.
 
@@ -51,6 +52,7 @@ def pack(
         allow_refused: write also what an engine that the layout is meant for does not load.
         evaluation: `Evaluation.to_json` of `run`, for the model card.
         trust: whether Python files of the checkpoint may run; then they are copied, too.
+        force: replace a checkpoint of qcli's that is at `out`, once the new one is complete.
 
     Raises:
         UsageError: `run` is not a qcli checkpoint, or there is no such target.
@@ -62,14 +64,15 @@ def pack(
     """
     target = load_target(format, requantize)
     source = _open_native(run, trust)
-    run_folder.refuse_existing(out)
+    existing = Replacing(require_own_checkpoint, force, (str(run),))
+    run_folder.refuse_existing(out, existing)
     if run_folder.has_parts(out):
         raise StateError(
             f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
         )
     _require_packable(source, target, allow_refused)
     Manifest.read(run).require_weights(run)
-    with RunFolder(out, {"pack": format}, "never") as folder:
+    with RunFolder(out, {"pack": format}, "never", existing) as folder:
         try:
             result = _write(source, target, folder.result(), out, shard_size, evaluation, progress, trust)
             folder.publish()

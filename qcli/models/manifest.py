@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.utils.errors import UsageError, VerificationError
+from qcli.utils.errors import StateError, UsageError, VerificationError
 from qcli.utils.files import files_below, parse_json, reading, sha256, sync_file, sync_folder, write_json
 from qcli.utils.sealed import digest
 
@@ -288,6 +288,28 @@ class Manifest(BaseModel):
         complete = self.model_copy(update={"format_version": FORMAT_VERSION, "files": entries})
         content = complete.model_dump(exclude_unset=True)
         write_json(folder / MANIFEST, content | {_CHECKSUM: digest(content)})
+
+
+def require_own_checkpoint(folder: Path) -> None:
+    """Refuse a folder that is anything else than a checkpoint as qcli wrote it: it is about to be replaced.
+
+    Weights are known by their names, all other files by their content.
+
+    Raises:
+        StateError: it has no manifest, or a file that qcli did not write or that was edited.
+        VerificationError: its manifest is damaged.
+        QcliError: it cannot be read; see `os_problem`.
+    """
+    hint = "move it away, or choose another --out"
+    if not (folder / MANIFEST).is_file():
+        raise StateError(f"{folder} is not a checkpoint that qcli wrote", hint=hint)
+    listed = Manifest.read(folder).files
+    for file in files_below(folder):
+        name = file.relative_to(folder).as_posix()
+        if name != MANIFEST and (file.is_symlink() or name not in listed):
+            raise StateError(f"{folder} contains {name}, which qcli did not write", hint=hint)
+        if name in listed and not name.endswith(WEIGHT_FILES) and sha256(file) != listed[name].sha256:
+            raise StateError(f"{folder} contains {name}, which somebody has edited", hint=hint)
 
 
 def _require_checksum(file: Path, content: bytes, fields: Container[str]) -> None:

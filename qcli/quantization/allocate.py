@@ -39,7 +39,7 @@ from qcli.utils.device import local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import process_group
 from qcli.utils.memory import peak_memory
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import RunFolder, partial
+from qcli.utils.run_folder import Replacing, RunFolder, partial
 from qcli.utils.trust import Trust
 
 _SENSITIVITY_TOKENS = 8192  # calibration tokens that sensitivity is measured on, at most
@@ -55,8 +55,14 @@ class _Trial:
     bits_per_weight: float
 
 
-def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust) -> Result:
-    """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`."""
+def allocate(
+    recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust, existing: Replacing
+) -> Result:
+    """Quantize a model whose bits are chosen by measurement. See `qcli.quantization.quantize.quantize`.
+
+    Args:
+        existing: which results at `out` may be replaced.
+    """
     started = time.monotonic()
     source = open_source(recipe.source, trust)
     space = search_space(recipe, source.linears())
@@ -68,7 +74,7 @@ def allocate(recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, 
         opened: list[RunFolder] = []  # in the main process alone, as sensitivities and scores are
 
         def measure_sensitivities() -> tuple[Tensor, Losses]:
-            opened.append(stack.enter_context(RunFolder(Path(out), identity, recipe.resume)))
+            opened.append(stack.enter_context(RunFolder(Path(out), identity, recipe.resume, existing)))
             shorter = recipe.model_copy(update={"calibration": calibration})
             tokens = recipe_tokens(shorter, source, device, cache, progress, validation=held_out).ids
             samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from qcli import __version__
 from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
-from qcli.data.calibration_folder import write_record
+from qcli.data.calibration_folder import require_own_folder, write_record
 from qcli.data.identity import text_identity
 from qcli.data.stored_windows import TOKENS
 from qcli.data.tokens import TokenRequest, calibration_tokens
@@ -31,7 +31,7 @@ from qcli.utils.device import has_fast_matmul, matmul_precision, resolve_device,
 from qcli.utils.paths import portable_name
 from qcli.utils.placement import limit_memory, place
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import RunFolder, refuse_existing
+from qcli.utils.run_folder import Replacing, RunFolder, refuse_existing
 from qcli.utils.stored_batches import BatchMemory, StoredBatches
 from qcli.utils.trust import NOTHING, Trust
 
@@ -78,7 +78,13 @@ class Calibration:
 
 
 def calibrate(
-    recipe: Recipe, out: Path, progress: Progress = silent, *, hessians: bool = False, trust: Trust = NOTHING
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    *,
+    hessians: bool = False,
+    trust: Trust = NOTHING,
+    force: bool = False,
 ) -> Calibration:
     """Run calibration text through a model, block by block, and write the statistics of its layers' inputs.
 
@@ -86,6 +92,7 @@ def calibrate(
         recipe: its model, seed, device, dtype, bos and calibration.
         out: a folder that appears complete or not at all.
         hessians: also write `E[x^T x]` of every input: exact, `in_features` squared numbers each.
+        force: replace such a folder that is at `out`, once the new one is complete.
 
     Raises:
         UsageError: no such model or data, or too little text.
@@ -93,12 +100,15 @@ def calibrate(
         ResourceError: no space, or too little memory.
         UnsupportedError: as `quantize`.
     """
-    refuse_existing(out)
+    replacing = Replacing(require_own_folder, force, (recipe.model, recipe.calibration.data))
+    refuse_existing(out, replacing)
     with deterministic(resolve_device(recipe.device), wanted=recipe.deterministic):
-        return _calibrate(recipe, out, progress, hessians, trust)
+        return _calibrate(recipe, out, progress, hessians, trust, replacing)
 
 
-def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, trust: Trust) -> Calibration:
+def _calibrate(
+    recipe: Recipe, out: Path, progress: Progress, hessians: bool, trust: Trust, replacing: Replacing
+) -> Calibration:
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
     source = open_source(recipe.source, trust)
     linears = source.linears()
@@ -126,7 +136,7 @@ def _calibrate(recipe: Recipe, out: Path, progress: Progress, hessians: bool, tr
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,
     }
-    with RunFolder(out, settings, recipe.resume) as run:
+    with RunFolder(out, settings, recipe.resume, replacing) as run:
         folder = run.result()
         shards.write_tensors(folder / TOKENS, {"ids": tokens.ids})
         statistics: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcli.models.manifest import LayerReport, versions
+from qcli.models.manifest import LayerReport, require_own_checkpoint, versions
 from qcli.models.open import ModelSource
 from qcli.quantization.block_loop import quantize_blocks, quantize_blocks_apart
 from qcli.quantization.block_parts import BlockParts
@@ -32,15 +32,29 @@ from qcli.utils.files import content_hash, require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import FollowedRun, RunFolder, RunParts, partial
+from qcli.utils.run_folder import FollowedRun, Replacing, RunFolder, RunParts, partial
 from qcli.utils.stored_batches import BatchMemory
 from qcli.utils.trust import NOTHING, Trust
 
 
+def replacing(recipe: Recipe, force: bool) -> Replacing:
+    """Which results a quantization may replace."""
+    return Replacing(require_own_checkpoint, force, (recipe.model, recipe.calibration.data))
+
+
 def quantize_as_written(
-    recipe: Recipe, out: str | Path, progress: Progress, cache: Cache, trust: Trust = NOTHING
+    recipe: Recipe,
+    out: str | Path,
+    progress: Progress,
+    cache: Cache,
+    trust: Trust = NOTHING,
+    existing: Replacing | None = None,
 ) -> Result:
-    """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`."""
+    """Quantize a model whose recipe leaves nothing open. See `qcli.quantization.quantize.quantize`.
+
+    Args:
+        existing: which results at `out` may be replaced; None: none.
+    """
     started = time.monotonic()
     plan = make_plan(recipe, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
@@ -53,7 +67,7 @@ def quantize_as_written(
         opened: list[RunFolder] = []  # in the main process alone
 
         def open_run() -> tuple[CalibrationTokens | None, dict[str, Any]]:
-            run = stack.enter_context(RunFolder(Path(out), identity, recipe.resume))
+            run = stack.enter_context(RunFolder(Path(out), identity, recipe.resume, existing))
             opened.append(run)
             require_space(Path(out), 2 * plan.bytes - run.size())
             tokens = run_tokens(plan, run, device, cache, progress)

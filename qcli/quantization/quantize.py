@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qcli.quantization.job import quantize_as_written
+from qcli.quantization.job import quantize_as_written, replacing
 from qcli.quantization.result import Result
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
@@ -21,6 +21,7 @@ def quantize(
     cache: Cache | None = None,
     *,
     trust: Trust = NOTHING,
+    force: bool = False,
 ) -> Result:
     """Quantize a model as the recipe says; the folder `out` appears complete or not at all.
 
@@ -28,6 +29,7 @@ def quantize(
 
     Args:
         cache: keeps the calibration tokens for other runs on the same text.
+        force: replace a checkpoint of qcli's that is at `out`, once the new one is complete.
 
     Raises:
         UsageError: the recipe does not fit the model, or the data is not usable.
@@ -36,8 +38,9 @@ def quantize(
         UnsupportedError: an operation on the GPU has no deterministic algorithm, which the recipe asks for.
     """
     with deterministic(local_device(recipe.device), wanted=recipe.deterministic):
+        existing = replacing(recipe, force)
         if recipe.allocation is None:
-            return quantize_as_written(recipe, out, progress, cache or Cache(None), trust)
+            return quantize_as_written(recipe, out, progress, cache or Cache(None), trust, existing)
         from qcli.quantization.allocate import allocate  # with evaluation, which other recipes do not need here
 
-        return allocate(recipe, out, progress, cache or Cache(None), trust)
+        return allocate(recipe, out, progress, cache or Cache(None), trust, existing)

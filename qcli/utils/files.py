@@ -181,8 +181,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Whether there is a folder, and nothing in it."""
+    return path.is_dir() and not path.is_symlink() and next(path.iterdir(), None) is None
+
+
 def publish(partial: Path, out: Path) -> None:
-    """Rename a finished folder to its final name: readers see all of it or nothing.
+    """Rename a finished folder to its final name, which an empty folder may have: readers see all of it or nothing.
 
     Raises:
         StateError: something else has created `out`.
@@ -190,6 +195,8 @@ def publish(partial: Path, out: Path) -> None:
     """
     with writing(out):
         sync_folder(partial)
+        if is_empty_folder(out):
+            out.rmdir()
         if os.path.lexists(out):
             raise StateError(f"{out} has been created by something else", hint="move it away and try again")
         partial.rename(out)

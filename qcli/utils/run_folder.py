@@ -2,32 +2,50 @@
 
 `OUT.partial` beside the result holds the finished parts, a journal of them, the run's identity, and the result while it
 is assembled. A part enters the journal after its file is complete on disk, so a run killed at any moment resumes after
-its last complete part. Renaming the assembled result to `OUT` publishes it.
+its last complete part. Renaming the assembled result to `OUT` publishes it. A result that it replaces waits in
+`OUT.partial` meanwhile, and goes back if the new one does not get its name.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from qcli.utils import journal, sealed, shards
-from qcli.utils.errors import StateError, UsageError, warn
-from qcli.utils.files import publish, remove, sha256, writing
+from qcli.utils.errors import QcliError, StateError, UsageError, warn
+from qcli.utils.files import is_empty_folder, publish, remove, sha256, writing
 from qcli.utils.owned_folder import FolderKind, OwnedFolder, refuse_foreign
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _IDENTITY, _JOURNAL, _RESULT, TRIALS = "run.json", "journal.jsonl", "result", "trials"
+_REPLACED = "replaced"  # the result that was at OUT, until the new one is there
 _STATE = "state-*"  # shards of a training state, written by several processes
 _PARTIAL = ".*.partial"  # a file that was being written when the process ended
-_KIND = FolderKind("run", (_IDENTITY, _JOURNAL, _RESULT, TRIALS, _STATE, _PARTIAL, "part-*.safetensors"))
+_KIND = FolderKind("run", (_IDENTITY, _JOURNAL, _RESULT, TRIALS, _REPLACED, _STATE, _PARTIAL, "part-*.safetensors"))
 _ENTRY = {"part", "sha256", "report"}  # fields of a journal entry
 Resume = Literal["auto", "required", "never"]
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """What may become of a result that is at `OUT` already.
+
+    Attributes:
+        require_own: raises a QcliError for a folder that is anything else than a result as qcli wrote it.
+        force: whether such a result is replaced; otherwise an error says that it could be.
+        reads: models and texts that the command reads, which it must not replace.
+    """
+
+    require_own: Callable[[Path], None]
+    force: bool = False
+    reads: tuple[str, ...] = ()
 
 
 class RunFolder:
@@ -37,19 +55,22 @@ class RunFolder:
         out: path of the result.
         identity: everything that decides the result's bytes, as plain data; a run resumes only with an equal identity.
         resume: `auto` resumes an interrupted run if there is one, `required` fails without one, `never` starts over.
+        replacing: which results at `out` may be replaced; None: none.
 
     Raises:
-        StateError: `out` exists, another process writes it, `OUT.partial` was not created by qcli, `required` found no
-            interrupted run, or the interrupted run is damaged or has another identity (the message names the
-            differences).
+        StateError: `out` exists and may not be replaced, another process writes it, `OUT.partial` was not created by
+            qcli, `required` found no interrupted run, or the interrupted run is damaged or has another identity (the
+            message names the differences).
         QcliError: the folder cannot be created; see `os_problem`.
     """
 
     writes: ClassVar[bool] = True
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], resume: Resume) -> None:
-        refuse_existing(out)
-        self.out = out.absolute()
+    def __init__(
+        self, out: Path, identity: Mapping[str, Any], resume: Resume, replacing: Replacing | None = None
+    ) -> None:
+        refuse_existing(out, replacing)
+        self.out, self._replacing = out.absolute(), replacing
         self.path = partial(self.out)
         busy = StateError(f"another qcli is writing {out}", hint="wait for it, or choose another --out")
         self._folder = OwnedFolder(self.path, _KIND, busy)
@@ -106,13 +127,33 @@ class RunFolder:
         return folder
 
     def publish(self) -> None:
-        """Rename the assembled result to `out` and remove the folder."""
-        publish(self.path / _RESULT, self.out)
+        """Rename the assembled result to `out`, then remove the folder and a result that was replaced."""
+        try:
+            if os.path.lexists(self.out):
+                refuse_existing(self.out, self._replacing)  # somebody may have put something there
+                if not is_empty_folder(self.out):
+                    with writing(self.out):
+                        self.out.rename(self._replaced)
+            publish(self.path / _RESULT, self.out)
+        except BaseException:
+            self._restore()
+            raise
         self.remove()
 
     def remove(self) -> None:
         """Remove the folder, and with it a result that was not published."""
+        self._restore()
         self._folder.remove()
+
+    @property
+    def _replaced(self) -> Path:
+        return self.path / _REPLACED
+
+    def _restore(self) -> None:
+        """Put a result that was to be replaced back, unless the new one is in its place."""
+        if os.path.lexists(self._replaced) and not os.path.lexists(self.out):
+            with writing(self.out):
+                self._replaced.rename(self.out)
 
     def size(self) -> int:
         """Bytes of the finished parts."""
@@ -120,7 +161,10 @@ class RunFolder:
 
     def _opened(self, identity: Mapping[str, Any], resume: Resume) -> dict[str, dict[str, Any]]:
         """Journal entries by part; a run that is not resumed starts with an empty folder."""
-        refuse_existing(self.out)  # another process may have finished in between
+        self._restore()
+        refuse_existing(self.out, self._replacing)  # another process may have finished in between
+        with writing(self.path):
+            remove(self._replaced)  # the new result is there, but its run was killed before this
         entries = {} if resume == "never" else self._interrupted()
         if resume == "required" and not entries:
             self._folder.remove()
@@ -208,25 +252,48 @@ def partial(out: Path) -> Path:
         raise UsageError(f"{out} cannot be the folder of a result", hint="choose another --out") from None
 
 
-def refuse_existing(out: Path) -> None:
-    """Refuse, before any work, an output that exists or that nothing can be written to.
+def refuse_existing(out: Path, replacing: Replacing | None = None) -> None:
+    """Refuse, before any work, an output that exists or that nothing can be written to; an empty folder is none yet.
+
+    Args:
+        replacing: which results may be there; None: none.
 
     Raises:
-        StateError: it exists, is a dangling symbolic link, or `OUT.partial` was not created by qcli.
+        StateError: it exists, is a dangling symbolic link or a mount point, or `OUT.partial` was not created by qcli.
         UsageError: there can be no such folder.
-        QcliError: it cannot be looked up; see `os_problem`.
+        QcliError: it cannot be looked up, see `os_problem`; or as `Replacing.require_own`.
     """
     with writing(out):
-        if out.exists():
-            raise StateError(f"{out} exists", hint="choose another --out, or remove it")
-        if out.is_symlink():
+        if out.is_symlink() and not out.exists():
             raise StateError(f"{out} is a dangling symbolic link", hint="choose another --out, or remove it")
+        if out.exists() and not is_empty_folder(out):
+            _refuse_result(out, replacing)
+        if out.exists() and os.path.ismount(out):
+            raise StateError(f"{out} is a mount point, which cannot be renamed", hint="choose a folder in it")
         parent = next(parent for parent in out.absolute().parents if parent.exists())
         if not parent.is_dir():
             raise UsageError(f"{out} cannot be written: {parent} is not a folder", hint="choose another --out")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"{out} cannot be written: {parent} is not writable", hint="choose another --out")
     refuse_foreign(partial(out), _KIND)
+
+
+def _refuse_result(out: Path, replacing: Replacing | None) -> None:
+    """Refuse what is at `out`, unless it is to be replaced and may be."""
+    if replacing is None:
+        raise StateError(f"{out} exists", hint="choose another --out, or remove it")
+    if not replacing.force:
+        try:
+            replacing.require_own(out)
+        except QcliError:
+            raise StateError(f"{out} exists", hint="choose another --out, or remove it") from None
+        raise StateError(f"{out} exists", hint="choose another --out, or replace it: --force")
+    if out.is_symlink():
+        raise StateError(f"{out} is a symbolic link, which qcli does not follow", hint="choose another --out")
+    for text in replacing.reads:
+        if (path := Path(text).expanduser()).exists() and path.resolve().is_relative_to(out.resolve()):
+            raise StateError(f"{out} has what this command reads: {text}", hint="choose another --out")
+    replacing.require_own(out)
 
 
 def remove_remainder(out: Path) -> None:

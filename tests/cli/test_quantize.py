@@ -25,7 +25,53 @@ def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: P
 
     code, stdout, err = invoke("quantize", model, *flags)
     assert (code, stdout) == (3, "")
-    assert err.startswith(f"error: {out} exists\nhint: ")
+    assert err == f"error: {out} exists\nhint: choose another --out, or replace it: --force\n"
+
+
+def test_force_replaces_a_result_of_qclis_and_nothing_else(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out, packed, calibration = tmp_path / "out", tmp_path / "packed", tmp_path / "calibration"
+    quantize = ("quantize", model, "--method", "rtn", "--group-size", 32, "--bits")
+    assert invoke(*quantize, 3, "--out", out).code == 0
+    out.with_name("empty").mkdir()
+    assert invoke("pack", out, "--out", packed.with_name("empty")).code == 0, "an empty folder is no result"
+    text_flags = ("--data", text, "--samples", 2, "--seq-len", 16)
+    assert invoke("calibrate", model, *text_flags, "--hessians", "--out", calibration).code == 0
+    assert invoke("pack", out, "--out", packed).code == 0
+    for command in (
+        (*quantize, 4, "--out", out),
+        ("pack", out, "--format", "dense", "--out", packed),
+        ("calibrate", model, *text_flags, "--seed", 1, "--out", calibration),
+    ):
+        folder = command[-1]
+        before = {file: file.read_bytes() for file in folder.iterdir()}
+        assert invoke(*command).code == 3
+        added = folder / "thesis"
+        added.touch()
+        code, _, err = invoke(*command, "--force")
+        assert (code, err.splitlines()[0]) == (3, f"error: {folder} contains thesis, which qcli did not write")
+        added.unlink()
+        assert {file: file.read_bytes() for file in folder.iterdir()} == before
+        code, _, err = invoke(*command, "--force")
+        assert code == 0, err
+        assert {file: file.read_bytes() for file in folder.iterdir()} != before
+        assert not folder.with_name(f"{folder.name}.partial").exists()
+    assert invoke("verify", out).code == 0 and invoke("verify", packed).code == 0
+
+    for refused, why in (
+        ((*quantize, 3, "--out", model), "has what this command reads"),
+        ((*quantize, 3, "--out", tmp_path), "has what this command reads"),
+        ((*quantize, 3, "--out", calibration), "is not a checkpoint that qcli wrote"),
+        (("pack", out, "--out", out), "has what this command reads"),
+        (("calibrate", model, *text_flags, "--out", out), "is not a folder written by `qcli calibrate`"),
+        (("calibrate", model, "--data", calibration, "--out", calibration), "has what this command reads"),
+    ):
+        code, _, err = invoke(*refused, "--force")
+        assert code == 3 and why in err
+    (out / "README.md").write_text("mine")
+    code, _, err = invoke(*quantize, 3, "--out", out, "--force")
+    assert code == 3 and "contains README.md, which somebody has edited" in err
 
 
 def test_calibrated_run_reports_layers_in_a_table(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:

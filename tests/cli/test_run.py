@@ -121,8 +121,9 @@ def test_files_of_the_users_are_not_replaced(invoke: Invoke, recipe: Path, tmp_p
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text('{"mine": 1}')
-    code, _, err = invoke("run", recipe, "--out", out)
-    assert code == 3 and f"error: {out / name} " in err
+    for force in ((), ("--force",)):
+        code, _, err = invoke("run", recipe, "--out", out, *force)
+        assert code == 3 and f"error: {out / name} " in err
     assert (out / name).read_text() == '{"mine": 1}'
 
 
@@ -200,8 +201,66 @@ def test_other_settings_conflict_with_what_is_there(
     assert f"error: {out / result} was made with other settings: {difference}" in err
     stale = {"quantized": ("quantized", "eval.json", "packed"), "eval.json": ("eval.json", "packed")}
     removed = ", ".join(str(out / name) for name in stale.get(result, (result,)))
-    assert err.splitlines()[-1] == f"hint: choose another --out, or remove {removed}"
+    them = "them" if "," in removed else "it"
+    assert err.splitlines()[-1] == f"hint: choose another --out, remove {removed}, or replace {them}: --force"
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+    (out / "packed" / "thesis").touch()
+    code, _, err = invoke("run", recipe, "--out", out, "--set", change, "--force")
+    assert (code, err.splitlines()[0]) == (3, f"error: {out}/packed contains thesis, which qcli did not write")
+    (out / "packed" / "thesis").unlink()
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before, "all is checked first"
+
+    code, stdout, err = invoke("run", recipe, "--out", out, "--set", change, "--force", "--json")
+    assert code == 0, err
+    replaced = stale.get(result, (result,))
+    assert json.loads(stdout)["skipped"] == [
+        name for name in ("quantized", "eval.json", "packed") if name not in replaced
+    ]
+    assert invoke("run", recipe, "--out", out, "--set", change).code == 0
+    assert invoke("verify", out / "quantized").code == 0
+
+
+def test_replacing_goes_on_where_it_was_interrupted(
+    invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be replaced is not taken for what replaces it."""
+    out, change = tmp_path / "out", ("--set", "method.bits=4", "--set", "eval.max_windows=1")
+    assert invoke("run", recipe, "--out", out).code == 0
+    old = {name: (out / name).read_bytes() for name in ("eval.json", "quantized/model.safetensors")}
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, remains in (
+        ("qcli.quantization.quantize.quantize", set(old)),
+        ("qcli.pipeline.write_bytes", {"eval.json"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stop)
+            assert invoke("run", recipe, "--out", out, *change, "--force").code == 130
+        assert {name for name in old if (out / name).read_bytes() == old[name]} == remains
+        code, _, err = invoke("run", recipe, "--out", out, *change)
+        assert code == 3 and "a run that was interrupted was replacing it" in err
+    code, stdout, err = invoke("run", recipe, "--out", out, *change, "--force", "--json")
+    assert code == 0, err
+    result = json.loads(stdout)
+    assert result["skipped"] == ["quantized"] and result["eval"]["bits_per_weight"] > 4
+    assert not any((out / name).read_bytes() == old[name] for name in old)
+    assert invoke("run", recipe, "--out", out, *change).code == 0
+
+
+def test_figures_that_replacing_does_not_change_are_believed(
+    invoke: Invoke, recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    """The text has fewer windows than either limit."""
+    text.write_text(text.read_text()[:300])
+    run = ("run", recipe, "--out", tmp_path / "out", "--set")
+    assert invoke(*run, "eval.max_windows=50").code == 0
+    before = (tmp_path / "out" / "eval.json").read_bytes()
+    assert invoke(*run, "eval.max_windows=60", "--force").code == 0
+    assert (tmp_path / "out" / "eval.json").read_bytes() == before
+    assert invoke(*run, "eval.max_windows=60").code == 0
 
 
 @pytest.mark.parametrize(

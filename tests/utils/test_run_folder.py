@@ -12,7 +12,7 @@ import torch
 
 from qcli.utils import run_folder
 from qcli.utils.errors import QcliError, QcliWarning, StateError, UsageError
-from qcli.utils.run_folder import Resume, RunFolder
+from qcli.utils.run_folder import Replacing, Resume, RunFolder
 
 
 @pytest.fixture
@@ -158,3 +158,109 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(
     with pytest.raises(kind, match=problem):
         RunFolder(Path(out), {}, "auto")
     assert os.listdir() == before
+
+
+def result(folder: Path, content: str = "new") -> Path:
+    """A result that `own` takes for qcli's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(content)
+    return folder
+
+
+def own(folder: Path) -> None:
+    """Stands for the check of a manifest: a result has one file, `config.json`."""
+    if [entry.name for entry in folder.iterdir()] != ["config.json"]:
+        raise StateError(f"{folder} is not ours")
+
+
+def test_an_empty_folder_is_no_result_yet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with RunFolder(out, {}, "auto") as run:
+        result(run.result())
+        run.publish()
+    assert contents(out) == {"config.json": b"new"} and not run.path.exists()
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out := tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with pytest.raises(StateError, match="out is a mount point"):
+        run_folder.refuse_existing(out)
+
+
+def test_a_result_is_replaced_only_where_it_is_asked_for_and_is_qclis(tmp_path: Path) -> None:
+    out = result(tmp_path / "out", "old")
+    with pytest.raises(StateError, match="out exists") as caught:
+        RunFolder(out, {}, "auto", Replacing(own))
+    assert caught.value.hint == "choose another --out, or replace it: --force"
+    (out / "thesis").touch()
+    with pytest.raises(StateError, match="out exists") as caught:
+        RunFolder(out, {}, "auto", Replacing(own))
+    assert caught.value.hint == "choose another --out, or remove it", "--force would not replace it"
+    with pytest.raises(StateError, match="out is not ours"):
+        RunFolder(out, {}, "auto", Replacing(own, force=True))
+    (out / "thesis").unlink()
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(StateError, match="link is a symbolic link"):
+        RunFolder(tmp_path / "link", {}, "auto", Replacing(own, force=True))
+    for read in (out, out / "config.json"):
+        with pytest.raises(StateError, match="out has what this command reads"):
+            RunFolder(out, {}, "auto", Replacing(own, force=True, reads=("org/name", str(read))))
+    assert contents(out) == {"config.json": b"old"} and not (tmp_path / "out.partial").exists()
+    with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
+        result(run.result())
+        assert contents(out) == {"config.json": b"old"}, "until the new one is complete"
+        run.publish()
+    assert contents(out) == {"config.json": b"new"} and not run.path.exists()
+
+
+def test_what_was_put_into_a_result_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = result(tmp_path / "out", "old")
+    with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
+        result(run.result())
+        (out / "thesis").touch()
+        with pytest.raises(StateError, match="out is not ours"):
+            run.publish()
+    assert sorted(contents(out)) == ["config.json", "thesis"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failure_while_replacing_leaves_the_old_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, nth: int
+) -> None:
+    """Of the two renames, the first or the second fails."""
+    out, rename, calls = result(tmp_path / "out", "old"), Path.rename, [0]
+
+    def fail(path: Path, target: Path) -> Path:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise error
+        return rename(path, target)
+
+    with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
+        result(run.result())
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises((QcliError, KeyboardInterrupt)):
+            run.publish()
+        monkeypatch.undo()
+        run.remove()
+    assert contents(out) == {"config.json": b"old"}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_kill_between_the_renames_loses_no_result(tmp_path: Path, resume: Resume) -> None:
+    out = result(tmp_path / "out", "old")
+    with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
+        result(run.result())
+    out.rename(tmp_path / "out.partial" / "replaced")  # and no further
+    with pytest.raises(StateError, match="out exists"):
+        RunFolder(out, {}, resume)
+    assert contents(out) == {"config.json": b"old"}
+    out.rename(tmp_path / "out.partial" / "replaced")
+    with RunFolder(out, {}, resume, Replacing(own, force=True)) as run:
+        assert contents(out) == {"config.json": b"old"}
+        result(run.result())
+        run.publish()
+    assert contents(out) == {"config.json": b"new"} and not run.path.exists()
