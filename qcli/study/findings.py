@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qcli.utils.paths import portable_name
 
@@ -50,11 +50,14 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     return [_finding(row) for row in rows if row["status"] == "done"]
 
 
-def pareto(runs: Sequence[Finding]) -> list[Finding]:
+def pareto(runs: Sequence[Finding], loss: Literal["kl", "perplexity"] = "kl") -> list[Finding]:
     """The Pareto front of one model's runs, by bits: no other run has both fewer bits and a smaller loss."""
     front: list[Finding] = []
-    for run in sorted((run for run in runs if run.kl is not None), key=lambda run: (run.bits, run.kl)):
-        if not front or (run.kl or 0) < (front[-1].kl or 0):
+    least = math.inf
+    finite = [(run.bits, value, run) for run in runs if (value := getattr(run, loss)) is not None]
+    for _, value, run in sorted(finite, key=lambda each: each[:2]):
+        if value < least:
+            least = value
             front.append(run)
     return front
 
@@ -88,6 +91,14 @@ def method_name(point: Mapping[str, Any]) -> str:
     """The name of a run's method, or the study's name for it."""
     method = point.get("method.name") or point.get("method") or "base"
     return str(method.get("name", "base") if isinstance(method, Mapping) else method)
+
+
+def group_size(point: Mapping[str, Any]) -> str | None:
+    """The group size that a run has on the axes of its study; `row` for one group per row."""
+    method = point.get("method")
+    within = method.get("group_size") if isinstance(method, Mapping) else None
+    size = point.get("method.group_size", within)
+    return None if size is None else "row" if size == -1 else str(size)
 
 
 def other_axes(point: Mapping[str, Any]) -> str:

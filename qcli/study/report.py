@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from qcli.evaluation.severity import SEVERE, kl_word, scale
 from qcli.study.findings import Finding, best_within, findings, gains, method_comparisons, other_axes, pareto
 from qcli.study.plots import plot_front, plot_gains
 from qcli.study.report_files import write_in_place
@@ -27,6 +28,13 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right
 th:first-child, td:first-child, .text { text-align: left; white-space: normal; min-width: 6rem }
 img { max-width: 100% } h2 { margin-top: 2.5rem } .front td { background: #eef5ff } code, pre { font-size: 12px }
 """
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to a file of the report."""
+
+    file: str
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,10 @@ def write_report(out: Path) -> list[Path]:
         raise UnsupportedError("matplotlib is not installed", hint="pip install matplotlib")
     sections: list[Section] = []
     recipes: dict[str, str] = {}
+    titles = _titles({run.model for run in runs})
     for number, key in enumerate(dict.fromkeys((run.model, run.texts) for run in runs)):
         comparable = [run for run in runs if (run.model, run.texts) == key]
-        sections += _model_sections(key[0], comparable, recipes, f"{number}-" if number else "")
+        sections += _model_sections(titles[key[0]], comparable, recipes, f"{number}-" if number else "")
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         errors = [(str(row["point"]), row["error"]) for row in failed]
@@ -80,20 +89,28 @@ def write_report(out: Path) -> list[Path]:
     return [folder / "report.html", folder / "report.md", *(folder / name for name in recipes)]
 
 
-def _model_sections(model: str, runs: Sequence[Finding], recipes: dict[str, str], prefix: str) -> list[Section]:
+def _titles(models: Collection[str]) -> dict[str, str]:
+    """The last part of each model's name, or all of it where several end alike."""
+    names = {model: PurePath(portable_name(model)).name for model in models}
+    return {model: name if [*names.values()].count(name) == 1 else model for model, name in names.items()}
+
+
+def _model_sections(title: str, runs: Sequence[Finding], recipes: dict[str, str], prefix: str) -> list[Section]:
     """Sections on the runs of one model; the recipes that they recommend are added to `recipes`."""
     front = pareto(runs)
     baseline = runs[0].row["baseline"]["perplexity"]
-    perplexities = ", ".join(f"{portable_name(data)} {value:.2f}" for data, value in baseline.items())
+    known = None not in baseline.values()
+    full_precision = sum(baseline.values()) / len(baseline) if known else None
+    perplexities = ", ".join(f"{portable_name(data)} {_shown(value)}" for data, value in baseline.items())
     fitted = sorted({portable_name(text) for run in runs for text in run.row.get("fitted_to", [])})
     warning = f" Runs were calibrated on {', '.join(fitted)}: on other text they lose more." if fitted else ""
     ordered = sorted(runs, key=lambda run: (round(run.bits, 1), math.inf if run.kl is None else run.kl))
     sections = [
         Section(
-            f"{portable_name(model)}: loss by size",
-            f"{len(runs)} runs on {runs[0].protocol}. Full precision: perplexity {perplexities}. The line joins runs "
-            f"that no other beats by KL.{warning}",
-            figure=plot_front(runs, front),
+            f"{title}: loss by size",
+            f"{len(runs)} runs on {runs[0].protocol}. Full precision: perplexity {perplexities}. Lines join runs "
+            f"that no other beats by KL, and by perplexity. {scale()}.{warning}",
+            figure=plot_front(runs, front, pareto(runs, "perplexity"), full_precision),
         ),
         Section(
             "All runs",
@@ -143,9 +160,25 @@ def _recommendations(runs: Sequence[Finding], recipes: dict[str, str], prefix: s
         previous = best
         name = f"recipe-{prefix}{bits:g}bpw.yaml"
         recipes[name] = best.row["recipe"]
-        rows.append((f"at {bits:g} bits per weight or less", best.label, best.bits, best.kl, best.perplexity, name))
-    columns = ("budget", "take", "bits/weight", "KL", "perplexity", "recipe")
+        kl = best.kl or 0.0
+        rows.append(
+            (
+                f"at {bits:g} bits per weight or less",
+                best.label,
+                best.bits,
+                kl,
+                _warned(kl),
+                best.perplexity,
+                Link(name),
+            )
+        )
+    columns = ("budget", "take", "bits/weight", "KL", "loss", "perplexity", "recipe")
     return Section("Recommendations", "The run of least KL within each budget.", Table(columns, rows))
+
+
+def _warned(kl: float) -> str:
+    """The word for a loss; a severe one with a warning."""
+    return f"{kl_word(kl)}: take more bits, or distill" if kl > SEVERE else kl_word(kl)
 
 
 def _row(run: Finding) -> tuple[Any, ...]:
@@ -163,19 +196,30 @@ def _markdown(sections: Sequence[Section]) -> str:
         lines += [f"![{plain(section.title)}](figure-{number}.png)", ""] if section.figure is not None else []
         if section.table is not None:
             lines += [f"| {' | '.join(map(plain, section.table.columns))} |", "|---" * len(section.table.columns) + "|"]
-            lines += [f"| {' | '.join(plain(_shown(cell)) for cell in row)} |" for row in section.table.rows]
+            lines += [f"| {' | '.join(_markdown_cell(cell) for cell in row)} |" for row in section.table.rows]
             lines.append("")
     return "\n".join(lines)
 
 
+def _markdown_cell(cell: Any) -> str:
+    text = plain(_shown(cell))
+    return f"[{text}]({cell.file})" if isinstance(cell, Link) else text
+
+
+def _html_cell(cell: Any) -> str:
+    text = plain_html(_shown(cell))
+    return f'<a href="{plain_html(cell.file)}">{text}</a>' if isinstance(cell, Link) else text
+
+
 def _html_table(table: Table) -> str:
     is_text = [
-        any(isinstance(row[column], str) and row[column] for row in table.rows) for column in range(len(table.columns))
+        any(isinstance(row[column], str | Link) and row[column] for row in table.rows)
+        for column in range(len(table.columns))
     ]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         return "".join(
-            f"<{tag}{' class=text' if text else ''}>{plain_html(_shown(cell))}</{tag}>"
+            f"<{tag}{' class=text' if text else ''}>{_html_cell(cell)}</{tag}>"
             for text, cell in zip(is_text, cells, strict=True)
         )
 
@@ -207,4 +251,6 @@ def _html(sections: Sequence[Section]) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "not finite"
+    if isinstance(value, Link):
+        return value.file
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from qcli.study.findings import best_within, findings, gains, method_comparisons, method_name, other_axes, pareto
+from qcli.study.findings import (
+    best_within,
+    findings,
+    gains,
+    group_size,
+    method_comparisons,
+    method_name,
+    other_axes,
+    pareto,
+)
 from qcli.study.report import write_report
 from qcli.study.report_files import write_in_place
 from qcli.utils.errors import StateError
@@ -26,7 +35,7 @@ def row(bits: float, kl: float | None, perplexity: float | None, **point: Any) -
         "worst_window_kl": kl,
         "top1_agreement": 0.9,
         "perplexity": {"a": score, "b": score},
-        "baseline": {"model": "<script>alert(1)</script> $x$", "perplexity": {"a": 10.0, "b": 12.0}},
+        "baseline": {"model": "<script>alert(1) $x$", "perplexity": {"a": 10.0, "b": 12.0}},
         "seconds": {"quantize": 3.0},
     }
 
@@ -52,6 +61,7 @@ def test_classes_front_gains_and_budgets() -> None:
     assert [run.label for run in runs[:2]] == ["rtn, bits 4", "rtn, bits 4, low_rank (rank 8)"]
     assert runs[0].increase == pytest.approx(0.05)
     assert [run.bits for run in pareto(runs)] == [3.0, 4.0, 4.2]
+    assert [run.bits for run in pareto(runs, "perplexity")] == [3.0, 3.2, 4.0]
     mostly_dense = row(2.5, 0.1, 11.0, method={"name": "rtn"}) | {"linear_bits_per_weight": 29.5}
     assert findings([mostly_dense])[0].bits == 29.5
     point = {"method": "GPTQ", "method.zero_point": "float", "method.name": "rtn", "refine": None}
@@ -82,6 +92,8 @@ def test_methods_are_compared_at_equal_bits_and_all_else_equal() -> None:
     ]
     assert [other_axes(next(iter(row.values())).row["point"]) for row in compared] == ["base", "bits 3", "bits 4"]
     assert method_name({"refine": None}) == "base"
+    points = ({"method.group_size": 64}, {"method": {"name": "rtn", "group_size": -1}}, {"method": "rtn"})
+    assert [group_size(point) for point in points] == ["64", "row", None]
 
 
 @pytest.mark.slow
@@ -100,6 +112,9 @@ def test_reports_are_complete_and_escape_names(tmp_path: Path) -> None:
     assert all((tmp_path / "report" / f"figure-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (0, 2))
     assert [file.name for file in recipes] == ["recipe-3bpw.yaml", "recipe-4bpw.yaml", "recipe-4.25bpw.yaml"]
     assert recipes[0].read_text() == ROWS[2]["recipe"]
+    budgets = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| at ")}
+    assert [line.split(" | ")[4] for line in budgets.values()] == ["noticeable", "mild", "mild"]
+    assert "[recipe-3bpw.yaml](recipe-3bpw.yaml)" in text and '<a href="recipe-3bpw.yaml">' in page
     first = html.read_bytes()
     write_report(tmp_path)
     assert html.read_bytes() == first
@@ -140,3 +155,23 @@ def test_other_texts_and_windows_are_reported_apart(tmp_path: Path) -> None:
     assert text.count("Runs were calibrated on b: on other text they lose more") == 1
     assert "| run | bits/weight | lcq\\<b\\> | rtn |" in text and "lcq&lt;b&gt;" in html.read_text()
     assert [file.name for file in recipes] == ["recipe-4bpw.yaml", "recipe-1-4bpw.yaml"]
+
+
+@pytest.mark.slow
+def test_headings_are_names_and_a_severe_loss_is_a_warning(tmp_path: Path) -> None:
+    baselines = {"down/there/tiny": 12.0, "x/same": None, "y/same": 12.0}
+    rows = [
+        row(bits, kl, 30.0, method={"name": "rtn", "group_size": 32})
+        | {"baseline": {"model": model, "perplexity": {"a": 10.0, "b": other}}, "recipe": f"{model} {bits}"}
+        for model, other in baselines.items()
+        for bits, kl in ((2.0, 0.6), (3.0, 0.2))
+    ]
+    (tmp_path / "study.json").write_text('{"version": 1}')
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    _, markdown, *_ = write_report(tmp_path)
+    text = markdown.read_text()
+    headings = [line for line in text.splitlines() if line.endswith(": loss by size")]
+    assert headings == [f"## {name}: loss by size" for name in ("tiny", "x/same", "y/same")]
+    assert "perplexity a 10, b not finite." in text
+    losses = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| at ")]
+    assert losses == ["severe: take more bits, or distill", "noticeable"] * 3
