@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,6 +100,36 @@ def test_the_recipe_reference_is_that_of_the_code() -> None:
     script = ROOT / "docs" / "reference.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout == (ROOT / "docs" / "recipes.md").read_text(), "make reference"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_makefile_of_the_docs_runs_once(tmp_path: Path) -> None:
+    """And again only after an edit of the recipe, also if that alone, without a new result, makes the gates pass."""
+    (makefile,) = blocks(ROOT / "docs" / "ci.md", "make")
+    (tmp_path / "Makefile").write_text(makefile)
+    (tmp_path / "recipes").mkdir()
+    recipe, calls = tmp_path / "recipes" / "3bit.yaml", tmp_path / "calls"
+    recipe.write_text("model: m\n")
+    program = tmp_path / "bin" / "qcli"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$@" >> calls\nmkdir -p 3bit/quantized\nexit "${GATE:-0}"\n')
+    program.chmod(0o755)
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+
+    def make(gate: int = 0) -> tuple[bool, int]:
+        """Whether it succeeded, and how often qcli was called so far."""
+        environment = os.environ | {"PATH": path, "GATE": str(gate)}
+        run = subprocess.run(["make", "3bit.passed"], cwd=tmp_path, env=environment, capture_output=True)
+        return run.returncode == 0, len(calls.read_text().splitlines())
+
+    assert make(gate=4) == (False, 1)
+    assert make() == (True, 2)
+    assert make() == (True, 2)
+    past = recipe.stat().st_mtime - 100
+    for made in (tmp_path / "3bit.passed", tmp_path / "3bit" / "quantized"):
+        os.utime(made, (past, past))  # older than the recipe, as after an edit
+    assert make() == (True, 3)
+    assert make() == (True, 3)
 
 
 @each_page

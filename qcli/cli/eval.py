@@ -156,6 +156,9 @@ def evaluate(
             write_plot(
                 plot, session, partial(plot_errors, blocks, portable_name(models[0]), portable_name(str(baseline)))
             )
+        if gates is not None:
+            for result in results:
+                result["gates"] = [verdict.to_json() for verdict in gates.verdicts(result)]
         if len(results) == 1:
             session.result(results[0], show_evaluation)
         else:
@@ -233,9 +236,16 @@ def show_comparison(tables: Tables, result: dict[str, Any]) -> None:
     for model in models:
         if warning := fitted(model):
             tables.line(f"{model['model']} was fitted to {warning}")
+        if "gates" in model:
+            tables.line(f"{model['model']} {_passed(model['gates'])}")
     for text, score in first["perplexity"].items():
         begin = ", each behind a begin token" if score["bos"] else ""
         tables.line(f"{text}: {score['windows']} windows of {score['window']} tokens{begin}, {score['tokens']} scored")
+
+
+def _passed(gates: Sequence[Mapping[str, Any]]) -> str:
+    failed = sum(not gate["ok"] for gate in gates)
+    return f"fails {failed} of {len(gates)} gates" if failed else f"passes all {len(gates)} gates"
 
 
 def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
@@ -264,6 +274,14 @@ def show_evaluation(tables: Tables, evaluation: dict[str, Any]) -> None:
             "fitted to": fitted(evaluation),
         }
     )
+    if "gates" in evaluation:
+        show_gates(tables, evaluation["gates"])
+
+
+def show_gates(tables: Tables, gates: Sequence[Mapping[str, Any]]) -> None:
+    """Each gate, its limit and what was measured."""
+    rows = [(gate["name"], gate["of"], gate["limit"], gate["value"], gate["ok"]) for gate in gates]
+    tables.table(("gate", "of", "limit", "value", "passed"), rows)
 
 
 def fitted(evaluation: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli.distill import show_distilled
-from qcli.cli.eval import show_evaluation
+from qcli.cli.eval import show_evaluation, show_gates
 from qcli.cli.pack import show_packed
 from qcli.cli.quantize import show_plan, show_result
 from qcli.cli.ui.session import Session
@@ -84,9 +84,13 @@ def run(
             placement.require(memory_hint(pipeline.plan))
             return
         result = pipeline.run()
-        session.result(result.to_json(), show)
-        if resolved.eval is not None and result.evaluation is not None:
-            require(resolved.eval.gates, [result.evaluation])
+        gates = None if resolved.eval is None else resolved.eval.gates
+        report = result.to_json()
+        if gates is not None and result.evaluation is not None:
+            report["gates"] = [verdict.to_json() for verdict in gates.verdicts(result.evaluation)]
+        session.result(report, show)
+        if result.evaluation is not None:
+            require(gates, [result.evaluation])
 
 
 def show(tables: Tables, results: dict[str, Any]) -> None:
@@ -97,6 +101,8 @@ def show(tables: Tables, results: dict[str, Any]) -> None:
         show_distilled(tables, results["distilled"])
     if "eval" in results:
         show_evaluation(tables, results["eval"])
+    if "gates" in results:
+        show_gates(tables, results["gates"])
     if "packed" in results:
         show_packed(tables, results["packed"])
     if results["skipped"]:

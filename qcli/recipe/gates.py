@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, FiniteFloat, model_validator
 
 from qcli.utils.errors import VerificationError
 from qcli.utils.options import Options
+
+
+class Verdict(NamedTuple):
+    """What one gate says about a model.
+
+    Attributes:
+        name: of the gate, such as `max_kl`.
+        of: the text or task that it bounds; None: the mean over all.
+        limit, value: the bound and what was measured; a value of None is not finite, or there is none.
+        words: why it fails, if it does.
+    """
+
+    name: str
+    of: str | None
+    limit: float
+    value: float | None
+    ok: bool
+    words: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the words as plain data."""
+        return {"name": self.name, "of": self.of, "limit": self.limit, "value": self.value, "ok": self.ok}
 
 
 class Gates(Options):
@@ -43,40 +65,40 @@ class Gates(Options):
         bounds = (self.max_kl, self.max_window_kl, self.max_ppl_ratio, self.max_task_drop)
         return any(bound is not None for bound in bounds)
 
-    def failures(self, evaluation: Mapping[str, Any]) -> Iterator[str]:
-        """The gates that a model fails, in words.
+    def verdicts(self, evaluation: Mapping[str, Any]) -> Iterator[Verdict]:
+        """Every gate and what it bounds: one verdict for each text or task.
 
         Args:
             evaluation: `Evaluation.to_json` of the model; with a baseline, if the gates need one.
         """
         texts, tasks = evaluation["perplexity"], evaluation["tasks"]
-        if self.max_kl is not None and not _at_most(evaluation["kl"], self.max_kl):
-            yield f"max_kl {self.max_kl:g}: KL is {_number(evaluation['kl'])}"
-        if self.max_window_kl is not None:
+        if (limit := self.max_kl) is not None:
+            value = evaluation["kl"]
+            words = f"max_kl {limit:g}: KL is {_number(value)}"
+            yield Verdict("max_kl", None, limit, value, _at_most(value, limit), words)
+        if (limit := self.max_window_kl) is not None:
             for data, score in texts.items():
-                if not _at_most(score["worst_window_kl"], self.max_window_kl):
-                    window, kl = score["worst_window"], _number(score["worst_window_kl"])
-                    yield f"max_window_kl {self.max_window_kl:g}: KL is {kl} in window {window} of {data}"
-        if self.max_ppl_ratio is not None:
+                value = score["worst_window_kl"]
+                words = f"max_window_kl {limit:g}: KL is {_number(value)} in window {score['worst_window']} of {data}"
+                yield Verdict("max_window_kl", data, limit, value, _at_most(value, limit), words)
+        if (limit := self.max_ppl_ratio) is not None:
             for data, score in texts.items():
                 before = evaluation["baseline"]["perplexity"][data]
-                ratio = score["value"] / before if score["value"] is not None and before else None
-                if not _at_most(ratio, self.max_ppl_ratio):
-                    yield f"max_ppl_ratio {self.max_ppl_ratio:g}: the ratio on {data} is {_number(ratio)}"
-        for task, bound in self.min_task.items():
-            result = tasks.get(task)
-            if result is None:
-                yield f"min_task {task}={bound:g}: it has no score"
-            elif not _higher_is_better(result):
-                yield f"min_task {task}={bound:g}: it bounds scores where higher is better, not {result['metric']}"
-            elif not result["score"] >= bound:
-                yield f"min_task {task}={bound:g}: its score is {_number(result['score'])}"
-        if self.max_task_drop is not None:
+                value = score["value"] / before if score["value"] is not None and before else None
+                words = f"max_ppl_ratio {limit:g}: the ratio on {data} is {_number(value)}"
+                yield Verdict("max_ppl_ratio", data, limit, value, _at_most(value, limit), words)
+        for task, limit in self.min_task.items():
+            yield _task_verdict(task, limit, tasks.get(task))
+        if (limit := self.max_task_drop) is not None:
             for task, result in tasks.items():
                 change = result["score"] - result["baseline"]
                 drop = -change if _higher_is_better(result) else change
-                if not drop <= self.max_task_drop:
-                    yield f"max_task_drop {self.max_task_drop:g}: {task} lost {_number(drop)}"
+                words = f"max_task_drop {limit:g}: {task} lost {_number(drop)}"
+                yield Verdict("max_task_drop", task, limit, drop, _at_most(drop, limit), words)
+
+    def failures(self, evaluation: Mapping[str, Any]) -> Iterator[str]:
+        """The gates that a model fails, in words; see `verdicts`."""
+        return (verdict.words for verdict in self.verdicts(evaluation) if not verdict.ok)
 
 
 class GateError(VerificationError):
@@ -87,7 +109,7 @@ def require(gates: Gates | None, evaluations: Sequence[Mapping[str, Any]]) -> No
     """Check that all models pass all gates.
 
     Args:
-        evaluations: of each model, as for `Gates.failures`.
+        evaluations: of each model, as for `Gates.verdicts`.
 
     Raises:
         GateError: one line for every model and gate that it fails.
@@ -99,6 +121,17 @@ def require(gates: Gates | None, evaluations: Sequence[Mapping[str, Any]]) -> No
     ]
     if failed:
         raise GateError(*failed, hint="use more bits, smaller groups or `refine`, or relax the gate")
+
+
+def _task_verdict(task: str, limit: float, result: Mapping[str, Any] | None) -> Verdict:
+    gate = f"min_task {task}={limit:g}"
+    if result is None:
+        return Verdict("min_task", task, limit, None, False, f"{gate}: it has no score")
+    score = result["score"]
+    if not _higher_is_better(result):
+        words = f"{gate}: it bounds scores where higher is better, not {result['metric']}"
+        return Verdict("min_task", task, limit, score, False, words)
+    return Verdict("min_task", task, limit, score, score >= limit, f"{gate}: its score is {_number(score)}")
 
 
 def _higher_is_better(result: Mapping[str, Any]) -> bool:

@@ -94,6 +94,9 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     models = json.loads(out)["models"]
     assert [entry["model"] for entry in models] == [str(eight), str(two)]
     assert models[0]["kl"] < 0.001 < models[1]["kl"]
+    for entry, passed in zip(models, (True, False), strict=True):
+        gate = {"name": "max_kl", "of": None, "limit": 0.001, "value": entry["kl"], "ok": passed}
+        assert entry["gates"] == [gate]
     assert err.splitlines()[-2].startswith(f"error: {two}: gate max_kl 0.001: KL is ")
     worst = models[1]["perplexity"][str(text)]["worst_window"]
     code, out, err = invoke("eval", two, *flags, "--max-window-kl", models[1]["kl"])
@@ -106,6 +109,7 @@ def test_several_models_are_compared_and_gates_name_what_fails(
     code, out, _ = invoke("eval", eight, two, *flags, "--max-kl", 10, "--max-ppl-ratio", 10)
     assert code == 0
     assert out.count("\n") >= 5 and "bits/weight" in out
+    assert out.count("passes all 2 gates") == 2
     code, out, _ = invoke("eval", eight, two, *flags, "--markdown")
     header, rule, *rows = out.replace("\\_", "_").strip().splitlines()
     assert header.startswith("| model | bits/weight | size | perplexity")

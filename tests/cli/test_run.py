@@ -367,8 +367,10 @@ def test_a_failed_gate_fails_the_run_and_can_be_moved(invoke: Invoke, recipe: Pa
     assert code == 4
     assert "gate max_kl 1e-09: KL is" in err
     assert not (out / "packed").exists()
-    code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 10}")
+    code, stdout, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={max_kl: 10}", "--json")
     assert code == 0, err
+    [gate] = json.loads(stdout)["gates"]
+    assert (gate["name"], gate["limit"], gate["ok"]) == ("max_kl", 10, True) and 0 < gate["value"] < 10
     assert (out / "packed").exists()
     code, _, err = invoke("run", recipe, "--out", out, "--set", "eval.gates={min_task: {piqa: 0.6}}")
     assert code == 2

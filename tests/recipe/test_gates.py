@@ -87,3 +87,14 @@ def test_where_lower_is_better_a_rise_is_the_loss() -> None:
 
 def test_a_task_without_a_score_fails_its_gate() -> None:
     assert list(Gates(min_task={"group": 0.1}).failures(EVALUATION)) == ["min_task group=0.1: it has no score"]
+
+
+def test_verdicts_say_what_was_measured() -> None:
+    gates = Gates(max_kl=0.19, max_ppl_ratio=1.3, min_task={"easy": 0.5, "group": 0.1})
+    assert [verdict.to_json() for verdict in gates.verdicts(EVALUATION)] == [
+        {"name": "max_kl", "of": None, "limit": 0.19, "value": 0.2, "ok": False},
+        {"name": "max_ppl_ratio", "of": "a", "limit": 1.3, "value": 1.2, "ok": True},
+        {"name": "max_ppl_ratio", "of": "b", "limit": 1.3, "value": 1.5, "ok": False},
+        {"name": "min_task", "of": "easy", "limit": 0.5, "value": 0.5, "ok": True},
+        {"name": "min_task", "of": "group", "limit": 0.1, "value": None, "ok": False},
+    ]

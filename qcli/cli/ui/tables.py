@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qcli.cli.ui.columns import fit, shortened
 from qcli.utils.markdown import plain
 from qcli.utils.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PIPE_WIDTH = 200  # columns where there is no terminal
+_PIPE_WIDTH = 10_000  # where there is no terminal, nothing is cut
 
 
 class Tables:
@@ -26,9 +27,18 @@ class Tables:
         self.console, self.markdown = console, markdown
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-        """Draw rows under a header; columns of numbers are right-aligned."""
+        """Draw rows under a header; columns of numbers are right-aligned.
+
+        Where a terminal is too narrow, names lose their beginnings; where that is not enough, a row becomes pairs.
+        """
         if self.markdown:
             self._markdown_table(columns, rows, title)
+            return
+        headers = [printable(column) for column in columns]
+        cells = [[printable(_cell(value)) for value in row] for row in rows]
+        widths = fit(headers, cells, self.console.width)
+        if widths is None:
+            self._records(headers, cells, title)
             return
         from rich import box
         from rich.table import Table
@@ -41,13 +51,11 @@ class Tables:
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        for i, column in enumerate(columns):
+        for i, (header, width) in enumerate(zip(headers, widths, strict=True)):
             numeric = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
-            table.add_column(
-                Text(printable(column)), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
-            )
-        for row in rows:
-            table.add_row(*(Text(printable(_cell(value))) for value in row))
+            table.add_column(Text(header), width=width, justify="right" if numeric else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(shortened(cell, width)) for cell, width in zip(row, widths, strict=True)))
         self.console.print(table)
 
     def pairs(self, pairs: Mapping[str, Any]) -> None:
@@ -70,6 +78,13 @@ class Tables:
         lines = [row(columns), f"|{'|'.join('---' for _ in columns)}|", *map(row, rows), ""]
         for line in [plain(title), "", *lines] if title else lines:
             self._print(line)
+
+    def _records(self, headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> None:
+        if title:
+            self.line(title)
+        for row in rows:
+            self.pairs(dict(zip(headers, row, strict=True)))
+            self._print("")
 
     def _print(self, text: str) -> None:
         self.console.print(printable(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
