@@ -51,6 +51,7 @@ def run(
         str | None, typer.Option(metavar="ADDR", help="Address of a Ray cluster. Default: start one on this machine.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Retry failed runs.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 4 if any run has failed.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help=f"Allow more than {LIMIT} runs.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and their cost, and with --out which are missing.")
@@ -64,7 +65,8 @@ def run(
     """Run whatever a study is missing.
 
     Each finished run appends a row to DIR/results.jsonl. The same command continues an interrupted or extended study.
-    A failed run is a row too; only if all runs fail is the exit code theirs.
+    A failed run is a row too, and the reasons are listed. If all runs fail, the exit code is theirs; with --strict it
+    is 4 if any does.
     """
     with Session(json=json, quiet=quiet, verbose=verbose, resumable=True) as session:
         from qcli.study.grid import load_study, require_size
@@ -93,7 +95,7 @@ def run(
             trust=trust,
         )
         session.result(result.to_json(), show_result)
-        result.require_success()
+        result.require_success(strict=strict)
 
 
 @app.command("report", cls=Command)
@@ -151,6 +153,8 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             "time": duration(result["seconds"]),
         }
     )
+    for reason, count in result["reasons"].items():
+        tables.line(f"  {count} failed: {reason}")
 
 
 def _shown(value: Any) -> str:

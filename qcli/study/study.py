@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from qcli.study.grid import Run, Study
 from qcli.study.rows import CACHE, Row, append, read_rows, study_folder
 from qcli.study.run import make_row
 from qcli.utils.cache import Cache
-from qcli.utils.errors import QcliError
+from qcli.utils.errors import VerificationError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.trust import NOTHING, Trust
 
@@ -36,7 +36,7 @@ class StudyResult:
         done, failed: runs that succeeded and failed in this call.
         kept: runs that had a row before it.
         failed_before: failed ones among those.
-        reason: error of the first failed run.
+        reasons: errors of failed runs, the most frequent first, each with the number of runs.
         exit_code: 0 if any run has succeeded, now or before; else the most frequent one of the failed runs.
     """
 
@@ -46,19 +46,30 @@ class StudyResult:
     kept: int
     seconds: float
     failed_before: int = 0
-    reason: str | None = None
+    reasons: dict[str, int] = field(default_factory=dict)
     exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         return asdict(self) | {"out": str(self.out)}
 
-    def require_success(self) -> None:
-        """Raise the most frequent error if every run of the study has failed."""
-        if self.exit_code:
-            error = QcliError(f"all {self.failed + self.failed_before} runs failed: {self.reason}", hint=RETRY)
-            error.exit_code = self.exit_code
-            raise error
+    def require_success(self, *, strict: bool = False) -> None:
+        """Raise an error if every run of the study has failed, with the most frequent exit code.
+
+        Args:
+            strict: raise a VerificationError if any has.
+        """
+        failed = self.failed + self.failed_before
+        if not self.exit_code and not (strict and failed):
+            return
+        count = f"all {failed}" if self.exit_code else f"{failed} of {self.done + self.failed + self.kept}"
+        several = len(self.reasons) > 1
+        error = VerificationError(
+            *(f"{count} runs failed: {f'{n} with ' if several else ''}{reason}" for reason, n in self.reasons.items()),
+            hint=RETRY,
+        )
+        error.exit_code = error.exit_code if strict else self.exit_code
+        raise error
 
 
 def run_study(
@@ -115,7 +126,7 @@ def run_study(
         kept=len(runs) - len(missing),
         seconds=time.monotonic() - started,
         failed_before=len(failures) - failed,
-        reason=_first_line(failures[0]) if failures else None,
+        reasons=dict(Counter(map(_first_line, failures)).most_common()),
         exit_code=codes.most_common(1)[0][0] if codes else 0,
     )
 

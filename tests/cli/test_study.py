@@ -70,6 +70,12 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     assert {key: json.loads(stdout)[key] for key in ("done", "failed", "kept")} == {"done": 0, "failed": 0, "kept": 3}
     code, stdout, _ = invoke("study", study, "--out", out)
     assert code == 0 and re.search("failed before +1; --retry", stdout)
+    assert f"  1 failed: {tmp_path / 'short.txt'}: too short for calibration" in stdout
+    code, stdout, err = invoke("study", study, "--out", out, "--strict", "--json")
+    error, hint = err.splitlines()[-2:]
+    assert code == 4 and error.startswith(f"error: 1 of 3 runs failed: {tmp_path / 'short.txt'}: too short")
+    assert hint == "hint: --retry repeats them"
+    assert [*json.loads(stdout)["reasons"].values()] == [1]
     (out / "results.jsonl").write_text((out / "results.jsonl").read_text() + '{"address": "torn')
     study.write_text(study.read_text().replace(str(tmp_path / "short.txt"), str(text)))
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
@@ -181,6 +187,7 @@ def test_any_error_of_a_run_is_a_row(
     assert "error: all 3 runs failed: KeyError: 'no such thing'\n" in err and "hint: --retry" in err
     code, stdout, err = invoke("study", study, "--out", tmp_path / "out")
     assert code == 1 and "all 3 runs failed" in err, "earlier failures count"
+    assert invoke("study", study, "--out", tmp_path / "out", "--strict").code == 4
     assert {row["error"] for row in rows(tmp_path / "out")} == {"KeyError: 'no such thing'"}
     monkeypatch.undo()
     code, stdout, _ = invoke("study", study, "--out", tmp_path / "out", "--json", "--retry")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
@@ -41,7 +42,7 @@ ROWS = [
 NUMBERS = ("4.25", "98.41 MB", "17.12", "0.0123", "0.345", "0.876", "3.25", "100.52 MB", "1.235e+06", "1.5", "0.5")
 
 
-def drawn(width: int, columns: tuple[str, ...] = COLUMNS, rows: list[tuple[object, ...]] = ROWS) -> list[str]:
+def drawn(width: int, columns: Sequence[str] = COLUMNS, rows: Sequence[Sequence[object]] = ROWS) -> list[str]:
     stream = io.StringIO()
     Tables(Console(file=stream, width=width)).table(columns, rows)
     return stream.getvalue().splitlines()
