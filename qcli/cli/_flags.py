@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.data.datasets import set_names
+from qcli.data.default_text import DEFAULT
 from qcli.data.text_files import FILES
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")]
@@ -26,7 +27,7 @@ Data = Annotated[
     typer.Option(
         metavar="TEXT",
         help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a {FILES} file, "
-        "or a folder written by `qcli calibrate`. Default: wikitext2.",
+        f"or a folder written by `qcli calibrate`. Default: {DEFAULT}.",
     ),
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Number of sequences. Default: 128.")]

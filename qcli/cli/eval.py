@@ -13,6 +13,7 @@ from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
 from qcli.data.datasets import set_names
+from qcli.data.default_text import AUTO, DEFAULT
 from qcli.data.text_files import FILES
 from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
@@ -35,7 +36,7 @@ def evaluate(
             metavar="TEXT",
             help=f"Text: {', '.join(set_names())}, self (sampled from the baseline), a {FILES} file, "
             "or a folder written by `qcli calibrate` that the model was not calibrated on; may be repeated. Default: "
-            "wikitext2, or none if --tasks is given.",
+            f"{DEFAULT}; none if --tasks is given.",
         ),
     ] = None,
     window: Annotated[
@@ -119,7 +120,7 @@ def evaluate(
         require_plot(plot)
         on_text = {"max_kl": max_kl, "max_window_kl": max_window_kl, "max_ppl_ratio": max_ppl_ratio}
         gates = _gates(baseline, names, on_text, min_task or [], max_task_drop)
-        texts = data or ([] if names else ["wikitext2"])
+        texts = data or ([] if names else [AUTO])
         for name, bound in on_text.items() if not texts else ():
             if bound is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs text", hint="--data wikitext2")

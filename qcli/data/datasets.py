@@ -1,4 +1,4 @@
-"""What a text may be named by: a data set of `sets/`, a file, a calibration folder, or `self`. No torch."""
+"""What a text may be named by: a data set of `sets/`, a file, a calibration folder, `self`, or `auto`. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from qcli.data.named_set import NamedSet
+from qcli.data.default_text import AUTO
+from qcli.data.named_set import NamedSet, PackagedText
 from qcli.data.text_files import HINT, read_file, require_file
 from qcli.utils import registry
 from qcli.utils.errors import UsageError
@@ -28,12 +29,12 @@ def is_named(data: str) -> bool:
 
 def is_folder(data: str) -> bool:
     """Whether `data` is a folder, which must be one that `qcli calibrate` wrote."""
-    return not is_named(data) and data != SELF and Path(data).is_dir()
+    return not is_named(data) and data not in (AUTO, SELF) and Path(data).is_dir()
 
 
 def require_text(data: str) -> None:
-    """Raise UsageError unless `data` names a data set, `self`, a folder or a file of text; nothing is read."""
-    if not is_named(data) and data != SELF and not is_folder(data):
+    """Raise UsageError unless `data` names a data set, `self`, `auto`, a folder or a file of text; nothing is read."""
+    if not is_named(data) and data not in (AUTO, SELF) and not is_folder(data):
         _require_file(data)
 
 
@@ -78,13 +79,8 @@ def _require_file(data: str) -> None:
 
 
 def _read_named(name: str, *, calibration: bool) -> str:
-    import datasets  # type: ignore[import-untyped]
-
-    named: NamedSet = registry.load(_SETS, name)
-    split = named.calibration if calibration else named.evaluation
+    found: NamedSet | PackagedText = registry.load(_SETS, name)
     try:
-        rows = datasets.load_dataset(named.path, split=split, **named.load)
-    except Exception as error:  # hub, network, cache and disk each raise their own kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"data set {name!r} could not be loaded: {reason}", hint=HINT) from error
-    return named.separator.join(rows[named.column])
+        return found.read(calibration=calibration)
+    except UsageError as error:
+        raise UsageError(f"data set {name!r} {error.message}", hint=f"`builtin` needs no network; or {HINT}") from error

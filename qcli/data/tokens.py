@@ -19,6 +19,7 @@ from torch import Tensor
 from qcli.data.begin import Bos, begin_tokens
 from qcli.data.calibration_folder import read_folder
 from qcli.data.datasets import SELF, is_folder, read_text
+from qcli.data.default_text import named
 from qcli.data.identity import content_key
 from qcli.models.manifest import versions
 from qcli.models.source import reported
@@ -39,7 +40,7 @@ class Tokens:
 
     Attributes:
         ids: int64 `[windows, length]`, on the CPU.
-        data: the text they were cut from, as the user named it.
+        data: the text they were cut from, as the user named it; for `auto`, what stood for it.
         begin: how many of each window's tokens come before its text.
     """
 
@@ -68,8 +69,9 @@ class TokenRequest:
     """Windows to draw at random from a text.
 
     Attributes:
-        data: `wikitext2`, `c4` or `ptb` (training part); a file (`rows.kinds`); `self`, sampled from the
-            model; or a folder written by `qcli calibrate`, whose windows are used as they are, whatever else is here.
+        data: a set of `sets/` (training part), or `auto` (see `default_text`); a file (`rows.kinds`); `self`, sampled
+            from the model; or a folder written by `qcli calibrate`, whose windows are used as they are, whatever else
+            is here.
         samples, seq_len: number of windows, and tokens in each.
         seed: the same request gives the same windows.
         held_out: of `samples`, the last ones, which share no token with those before.
@@ -106,6 +108,7 @@ def calibration_tokens(
             the tokenizer or the folder.
         ResourceError: not enough memory to sample from the model.
     """
+    request = replace(request, data=named(request.data))
     if is_folder(request.data):
         return _from_folder(request.data, source, request.bos)
     begin = _begin(source, request.bos, request.seq_len)
@@ -135,9 +138,9 @@ def evaluation_tokens(
     """Consecutive windows that do not overlap, from the start of a text; a shorter rest is left out.
 
     Args:
-        data: `wikitext2`, `c4` or `ptb` (test or validation part); a file (`rows.kinds`); `self`, sampled
-            from `source` independently of any calibration, 32 windows unless `max_windows` is given; or a folder
-            written by `qcli calibrate`, whose windows are truncated to `window`.
+        data: a set of `sets/` (test or validation part), or `auto` (see `default_text`); a file (`rows.kinds`);
+            `self`, sampled from `source` independently of any calibration, 32 windows unless `max_windows` is given;
+            or a folder written by `qcli calibrate`, whose windows are truncated to `window`.
         window: tokens per window, at least 2, a begin token included; at most those of the calibration folder.
         max_windows: use only the first ones.
         bos, device, cache: as for `calibration_tokens`.
@@ -148,6 +151,7 @@ def evaluation_tokens(
     """
     if window < 2:
         raise UsageError(f"a window of {window} leaves no token to predict", hint="a window has at least 2 tokens")
+    data = named(data)
     if is_folder(data):
         whole = _from_folder(data, source, bos)
         if window > (length := whole.ids.shape[1]):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from qcli.data.datasets import SELF, is_folder, is_named
+from qcli.data.default_text import named
 from qcli.data.identity import text_identity
 from qcli.data.tokens import Tokens
 from qcli.evaluation.contamination import require_unseen, seen_texts
@@ -63,6 +64,7 @@ def compare(
         ResourceError: the hidden states of all windows, or a block, do not fit in memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
+    options = replace(options, texts=[named(text) for text in options.texts])
     _require_consistent(models, options, baseline)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     sources = [open_source(name, options.trust) for name in models]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qcli.data.datasets import SELF, is_folder
+from qcli.data.default_text import named
 from qcli.data.stored_windows import stored_windows
 from qcli.data.tokens import Tokens, evaluation_tokens
 from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
@@ -36,7 +37,7 @@ def evaluation_windows(
     if length is None:
         length = min([DEFAULT_WINDOW, *(source.context_length or DEFAULT_WINDOW for source in sources)])
     windows = []
-    for data in dict.fromkeys(options.texts):
+    for data in dict.fromkeys(map(named, options.texts)):
         own = stored_windows(Path(data)) if options.window is None and is_folder(data) else None
         windows.append(_windows(data, min(length, own[1]) if own else length, options, sources, cache, progress))
     return windows

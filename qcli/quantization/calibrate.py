@@ -131,7 +131,7 @@ def _calibrate(
         "seed": recipe.seed,
         "bos": tokens.bos,
         "tokens_sha256": tokens.sha256,
-        "text_identity": text_identity(text.data),
+        "text_identity": text_identity(tokens.data),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,

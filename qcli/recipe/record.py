@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qcli.data.default_text import AUTO
 from qcli.models.card import CARD, card
 from qcli.models.folder import read_config
 from qcli.models.loadable import loading_code
-from qcli.models.manifest import RECIPE, Manifest
+from qcli.models.manifest import RECIPE, DistillationReport, Manifest
 from qcli.models.native import LOADING
 from qcli.recipe.dump import to_yaml
 from qcli.recipe.yaml import KeyPath
@@ -40,11 +41,10 @@ def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def portable_manifest(manifest: Manifest) -> Manifest:
     """A manifest with its recipe, model, teachers and texts as checkpoints record them."""
     distilled = [
-        replace(report, teacher=portable_name(report.teacher), text=_renamed(report.text, ("data",)))
-        for report in manifest.distilled
+        replace(report, teacher=portable_name(report.teacher), text=_text_of(report)) for report in manifest.distilled
     ]
     changed: dict[str, Any] = {
-        "recipe": portable(manifest.recipe),
+        "recipe": _with_texts(portable(manifest.recipe), manifest),
         "source": replace(manifest.source, model=portable_name(manifest.source.model)),
     }
     return manifest.model_copy(update=changed | ({"distilled": distilled} if distilled else {}))
@@ -76,6 +76,22 @@ def write_record(manifest: Manifest, folder: Path) -> Manifest:
     write_bytes(folder / CARD, text.encode())
     manifest.write(folder)
     return manifest
+
+
+def _with_texts(recipe: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """A recipe that names the texts which stood for `auto`."""
+    identities = {"calibration": manifest.calibration_text_identity}
+    if manifest.distilled:
+        identities["distill"] = manifest.distilled[-1].text_identity
+    for section, identity in identities.items():
+        if identity and (recipe.get(section) or {}).get("data") == AUTO:
+            recipe = {**recipe, section: {**recipe[section], "data": identity}}
+    return recipe
+
+
+def _text_of(report: DistillationReport) -> dict[str, Any]:
+    text = _renamed(report.text, ("data",))
+    return {**text, "data": report.text_identity} if report.text_identity and text.get("data") == AUTO else text
 
 
 def _renamed(fields: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:

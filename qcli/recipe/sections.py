@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from qcli.data.datasets import set_names
+from qcli.data.default_text import AUTO, DEFAULT
 from qcli.data.text_files import FILES
 from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
@@ -17,10 +18,10 @@ class Text(Options):
     """Text to fit something to."""
 
     data: Place = Field(
-        default="wikitext2",
+        default=AUTO,
         min_length=1,
-        description=f"{', '.join(set_names())}, self (sampled from the model), a {FILES} file, "
-        "or a folder written by `qcli calibrate`",
+        description=f"{', '.join(set_names())}, self (sampled from the model), a {FILES} file, a folder written by "
+        f"`qcli calibrate`, or auto: {DEFAULT}",
     )
     samples: int = Field(default=128, ge=1, description="number of sequences")
     seq_len: int = Field(default=2048, ge=2, description="tokens per sequence")
@@ -102,9 +103,7 @@ class Pack(Options):
 class Eval(Options):
     """The evaluation of `qcli run`."""
 
-    perplexity: list[Place] = Field(
-        default=["wikitext2"], min_length=1, description="texts, named as in calibration.data"
-    )
+    perplexity: list[Place] = Field(default=[AUTO], min_length=1, description="texts, named as in calibration.data")
     window: int | None = Field(
         default=None, ge=2, description="tokens per window; default: the model's context length, up to 2048"
     )

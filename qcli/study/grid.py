@@ -92,7 +92,7 @@ def load_study(path: Path, sets: Sequence[str] = (), limit: int | None = None) -
         except UsageError as error:
             errors += error.message.split("\n")
             continue
-        address = _address(recipe)
+        address = address_of(recipe)
         runs.setdefault(address, Run(point, recipe, address))
     errors += sections.idle_exclusions()
     if errors:
@@ -144,7 +144,8 @@ def _origin(draft: Draft, path: KeyPath) -> str | None:
     return next((place for at, place in known if at[: len(path)] == path), draft.origins.near(path))
 
 
-def _address(recipe: Recipe) -> str:
+def address_of(recipe: Recipe) -> str:
+    """A hash of the values that determine a run's row, without the content of what the recipe names."""
     content = {name: value for name, value in recipe.to_dict().items() if name not in _NOT_IN_ADDRESS}
     if recipe.eval is not None:
         content["eval"] = recipe.eval.model_dump(mode="json", exclude={"gates"})

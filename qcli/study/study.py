@@ -19,6 +19,7 @@ from qcli.study.content import address_by_content, require_texts
 from qcli.study.grid import Run, Study
 from qcli.study.rows import CACHE, Row, append, read_rows, study_folder
 from qcli.study.run import make_row
+from qcli.study.texts import with_texts
 from qcli.utils.cache import Cache
 from qcli.utils.errors import VerificationError
 from qcli.utils.progress import Progress, silent
@@ -102,7 +103,7 @@ def run_study(
     require_texts(study.runs)
     with study_folder(out):
         known = {row["address"]: row for row in read_rows(out)}
-        runs = address_by_content(study.runs, trust)
+        runs = with_texts(study.runs, lambda runs: address_by_content(runs, trust), known)
         missing = [
             run for run in runs if run.address not in known or (retry and known[run.address]["status"] == "failed")
         ]

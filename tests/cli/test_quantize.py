@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from qcli.data.default_text import default_text
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from tests.cli.conftest import Invoke
@@ -199,3 +202,46 @@ def test_transforms_that_can_scale_nothing_are_refused(invoke: Invoke, tmp_path:
     code, _, err = invoke("quantize", model, "--method", "teq", "--group-size", 32, "--dry-run")
     assert code == 6
     assert "teq scales channels, and qcli knows of none in granite" in err
+
+
+def test_the_text_that_stood_for_the_default_is_recorded(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    default_text.cache_clear()
+    flags = ("--bits", 3, "--group-size", 32, "--samples", 2, "--seq-len", 32)
+    code, _, err = invoke("quantize", model, *flags, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if "builtin" in line] == [
+        "warning: HF_HUB_OFFLINE is set: the text is 'builtin', which comes with qcli, not 'wikitext2'; --data TEXT "
+        "names another"
+    ]
+    manifest = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())
+    assert manifest["calibration_text_identity"] == manifest["recipe"]["calibration"]["data"] == "builtin"
+    assert "data: builtin" in (tmp_path / "out" / "recipe.yaml").read_text()
+    evaluated = invoke("eval", tmp_path / "out", "--window", 32, "--max-windows", 2, "--json")
+    assert list(json.loads(evaluated.out)["perplexity"]) == ["builtin"]
+    assert json.loads(evaluated.out)["fitted_to"] == []
+    code, _, err = invoke("quantize", model, *flags, "--data", "wikitext2", "--out", tmp_path / "named")
+    assert code == 2 and "'wikitext2' could not be loaded" in err, "a named text does not fall back"
+    default_text.cache_clear()
+
+
+def test_a_run_keeps_the_text_that_it_began_with(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("quantize", model, "--bits", 3, "--group-size", 32, "--samples", 2, "--seq-len", 32, "--device", "cpu")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert invoke(*flags, "--data", "builtin", "--out", whole).code == 0
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcli.data.tokens.named", lambda data: "builtin")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("qcli.quantization.sequential.Sequential.advance", interrupted)
+        assert invoke(*flags, "--out", resumed).code == 130
+    monkeypatch.setattr("qcli.data.tokens.named", lambda data: pytest.fail("chosen again"))
+    code, _, err = invoke(*flags, "--out", resumed, "--resume", "required")
+    assert code == 0, err
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -305,7 +305,7 @@ def test_cached_tokens_of_a_larger_model_are_refused(tmp_path: Path, file: Calla
 def test_an_unknown_set_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown data set 'wikitext'") as caught:
         read_text("wikitext", calibration=True)
-    assert caught.value.hint == "did you mean 'wikitext2'? known: c4, ptb, wikitext2, self; or a file"
+    assert caught.value.hint == "did you mean 'wikitext2'? known: builtin, c4, ptb, wikitext2, self; or a file"
 
 
 def test_folders_that_are_no_calibration(source: ModelSource, tmp_path: Path) -> None:

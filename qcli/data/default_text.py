@@ -1,0 +1,51 @@
+"""The text where none is named: the public one where a hub can be reached, else the one that comes with qcli. No torch.
+
+A text that is named never falls back to another.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import cache
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from qcli.utils.errors import warn
+
+AUTO = "auto"
+ON_HUB = "wikitext2"
+WITHOUT_HUB = "builtin"
+DEFAULT = f"{ON_HUB}, or {WITHOUT_HUB} where no hub can be reached"
+
+_SECONDS = 3.0
+
+
+def named(data: str) -> str:
+    """`data`, and for `auto` the name of the text that stands for it in this process; says so if that is `builtin`."""
+    return default_text() if data == AUTO else data
+
+
+@cache
+def default_text() -> str:
+    """`wikitext2`, or `builtin` where no hub can be reached."""
+    if reason := _unreachable():
+        warn(f"{reason}: the text is {WITHOUT_HUB!r}, which comes with qcli, not {ON_HUB!r}; --data TEXT names another")
+        return WITHOUT_HUB
+    return ON_HUB
+
+
+def _unreachable() -> str | None:
+    """Why no hub can be reached; None: it can, or a proxy decides."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    address = urlsplit(constants.ENDPOINT)
+    if address.scheme in getproxies():
+        return None
+    try:
+        port = address.port or {"http": 80}.get(address.scheme, 443)
+        socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
+    except (OSError, ValueError):
+        return f"{address.hostname} cannot be reached"
+    return None
