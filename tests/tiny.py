@@ -137,7 +137,7 @@ WITHOUT_ROW |= {
 # Mixtures of experts that llama.cpp computes, besides those above.
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
-    "olmoe": _EXPERTS,
+    "olmoe": {**_EXPERTS, "num_key_value_heads": 4},
 }
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

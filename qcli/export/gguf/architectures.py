@@ -27,6 +27,7 @@ class Architecture:
         soft_caps: the graph caps attention and logits, by 50 and 30 where the file says nothing.
         wide_blocks: number of blocks of the one size whose attention is scaled by the width per head in place of the
             head's size.
+        fewer_kv_heads: keys and values may have fewer heads than queries.
         fixed: settings of the model, as its config has them, for which the graph has no other value.
         settings: keys of the file besides those that every model has, and the config's field for each.
     """
@@ -38,6 +39,7 @@ class Architecture:
     windows: Literal["per layer", "context"] | None = None
     soft_caps: bool = False
     wide_blocks: int | None = None
+    fewer_kv_heads: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -46,16 +48,19 @@ _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_exper
 _QWEN_EXPERTS = {**_EXPERTS, "expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"}
 _EVERY_BLOCK = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # has experts
 _OWN_HEAD = {"tie_word_embeddings": False}
+_NO_BIAS = {"attention_bias": False}  # llama.cpp loads none of the output projection
 _PLAIN_HEADS = {"head_dim": None}  # of the model's width by their number
 
 ARCHITECTURES = {
     "llama": Architecture("llama", permuted=True, rope_factors=True),
     "mistral": Architecture("llama", permuted=True, rope_factors=True, windows="context"),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma": Architecture("gemma", activation=GELU),
-    "gemma2": Architecture("gemma2", activation=GELU, windows="per layer", soft_caps=True, wide_blocks=46),
-    "gemma3_text": Architecture("gemma3", activation=GELU, windows="per layer", wide_blocks=62),
+    "qwen3": Architecture("qwen3", fixed=_NO_BIAS),
+    "gemma": Architecture("gemma", activation=GELU, fixed=_NO_BIAS),
+    "gemma2": Architecture(
+        "gemma2", activation=GELU, windows="per layer", soft_caps=True, wide_blocks=46, fixed=_NO_BIAS
+    ),
+    "gemma3_text": Architecture("gemma3", activation=GELU, windows="per layer", wide_blocks=62, fixed=_NO_BIAS),
     "mixtral": Architecture("llama", permuted=True, rope_factors=True, windows="context", settings=_EXPERTS),
     "qwen2_moe": Architecture(
         "qwen2moe",
@@ -64,12 +69,13 @@ ARCHITECTURES = {
     ),
     "qwen3_moe": Architecture(
         "qwen3moe",
-        fixed={"norm_topk_prob": True, "attention_bias": False, **_EVERY_BLOCK},
+        fixed={"norm_topk_prob": True, **_NO_BIAS, **_EVERY_BLOCK},
         settings=_QWEN_EXPERTS,
     ),
     "olmoe": Architecture(
         "olmoe",
-        fixed={"norm_topk_prob": False, "clip_qkv": None, "attention_bias": False, **_OWN_HEAD, **_PLAIN_HEADS},
+        fewer_kv_heads=False,
+        fixed={"norm_topk_prob": False, "clip_qkv": None, **_NO_BIAS, **_OWN_HEAD, **_PLAIN_HEADS},
         settings={**_EXPERTS, "expert_count": "num_experts"},
     ),
 }

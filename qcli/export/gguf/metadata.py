@@ -49,6 +49,8 @@ def architecture(config: PreTrainedConfig) -> Architecture:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != known.activation:
         raise _unsupported(f"{activation} as the MLP's activation")
+    if not known.fewer_kv_heads and config.num_key_value_heads != config.num_attention_heads:
+        raise _unsupported(f"{config.model_type} with fewer heads of keys than of queries")
     for key, value in known.fixed.items():
         if ((actual := getattr(config, key, None)) or None) != (value or None):  # [], False and None mean the same
             raise _unsupported(f"{key} {actual} of {config.model_type}")

@@ -278,6 +278,7 @@ def test_wrong_weights_do_not_pass_for_rounding(
         ("opt", {}, "opt is not among llama"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn rotary embedding"),
         ("llama", {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True of qwen3"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 24, llama.cpp takes 16"),
         ("gemma2", {"attn_logit_softcapping": None}, "gemma2 without attn_logit_softcapping"),
     ],

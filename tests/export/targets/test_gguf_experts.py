@@ -110,6 +110,7 @@ def test_dense_experts_keep_their_dtype(tmp_path: Path) -> None:
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob True of qwen2_moe"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings True of qwen2_moe"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 of olmoe"),
+        ("olmoe", {"num_key_value_heads": 2}, "olmoe with fewer heads of keys than of queries"),
         ("mixtral", {"hidden_act": "gelu"}, "gelu as the MLP's activation"),
         ("gpt_oss", {}, "gpt_oss is not among"),
     ],
