@@ -73,7 +73,12 @@ MaxMemory = Annotated[
     ),
 ]
 OptionalOut = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Output folder; must not exist, or be empty.")
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Output folder; must not exist, or be empty. Default: named after model, method and bits.",
+    ),
 ]
 Force = Annotated[
     bool,

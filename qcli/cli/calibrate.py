@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._out import model_name, out_of
 from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
-from qcli.utils.errors import UsageError
 
 SHOWN = 10  # layers in the table
 
@@ -69,14 +69,13 @@ def calibrate(
             ),
             set_ or (),
         )
-        if resolved.out is None:
-            raise UsageError("--out: required", hint="name the output folder")
         require_plot(plot)
+        out = out_of(session, resolved.out, f"{model_name(resolved.model)}-calibration")
         from qcli.quantization.calibrate import calibrate as run
         from qcli.utils.trust import Trust
 
         trust = Trust(remote_code=trust_remote_code)
-        result = run(resolved, Path(resolved.out), session.progress, hessians=hessians, trust=trust, force=force)
+        result = run(resolved, out, session.progress, hessians=hessians, trust=trust, force=force)
         if plot is not None:
             from qcli.quantization.sensitivity_plot import plot_sensitivity
 

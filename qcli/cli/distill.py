@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._out import checkpoint_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.evaluation.severity import kl_word
-from qcli.utils.errors import UsageError
 from qcli.utils.placement import Placement
 
 _MEMORY_HINT = "a smaller distill.batch_tokens needs less; --scope block keeps one block in memory"
@@ -95,11 +95,10 @@ def distill(
 
             session.result(plan_distillation(student, resolved, trust).to_json(), show_plan)
             return
-        if resolved.out is None:
-            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.distillation.distill import distill as run
 
-        result = run(student, resolved, Path(resolved.out), session.progress, trust=trust, force=force)
+        out = out_of(session, resolved.out, f"{checkpoint_name(student)}-distilled")
+        result = run(student, resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_distilled)
 
 

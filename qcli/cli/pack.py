@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._out import checkpoint_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
-from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
 
 
@@ -67,8 +67,7 @@ def pack(
             )
             session.result(plan.to_json(), show_plan)
             return
-        if out is None:
-            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
+        out = out_of(session, out, f"{checkpoint_name(run)}-{options.format}")
         result = pack_checkpoint(
             run,
             out,

@@ -8,12 +8,12 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._layers import show_layers
+from qcli.cli._out import out_of, quantized_name
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
 from qcli.evaluation.severity import with_word
 from qcli.models.facts import facts_in_words
 from qcli.recipe.yaml import scalar
-from qcli.utils.errors import UsageError
 from qcli.utils.placement import Placement
 from qcli.utils.registry import names
 from qcli.utils.text import with_wildcards
@@ -146,11 +146,10 @@ def quantize(
             session.result(planned(plan, placement), show_plan)
             placement.require(memory_hint(plan))
             return
-        if resolved.out is None:
-            raise UsageError("--out: required", hint="name the output folder, or check first with --dry-run")
         from qcli.quantization.quantize import quantize as run
 
-        result = run(resolved, resolved.out, session.progress, trust=trust, force=force)
+        out = out_of(session, resolved.out, quantized_name(resolved))
+        result = run(resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_result)
 
 

@@ -7,19 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._out import out_of, quantized_name
 from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation, show_gates
 from qcli.cli.pack import show_packed
 from qcli.cli.quantize import show_plan, show_result
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
-from qcli.utils.errors import UsageError
 
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Output folder; finished stages in it are skipped.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Output folder; finished stages in it are skipped. Default: named after model, method and bits.",
+        ),
     ] = None,
     force: Annotated[
         bool,
@@ -59,8 +63,6 @@ def run(
 
         given = flags.recipe_fields(device=device, max_memory=max_memory, deterministic=deterministic, out=out)
         resolved = load_recipe(recipe, given, set_ or ())
-        if resolved.out is None:
-            raise UsageError("--out: required", hint="name the output folder")
         from qcli.pipeline import Pipeline
         from qcli.quantization.footprint import memory_hint, planned, quantization_placement
         from qcli.utils.device import local_device
@@ -69,7 +71,7 @@ def run(
 
         pipeline = Pipeline(
             resolved,
-            Path(resolved.out),
+            out_of(session, resolved.out, f"{quantized_name(resolved)}-run"),
             cache=Cache(default_folder()),
             progress=session.progress,
             skip=lambda result: session.note(f"{result}: done already, skipped"),

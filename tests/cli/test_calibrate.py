@@ -39,9 +39,13 @@ def test_most_sensitive_layers_are_shown(invoke: Invoke, model: Path, text: Path
     assert f"written      {tmp_path / 'calibration'}" in out
 
 
-def test_out_is_required(invoke: Invoke, model: Path) -> None:
-    code, _, err = invoke("calibrate", model)
-    assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+def test_without_out_the_folder_has_the_models_name(
+    invoke: Invoke, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke("calibrate", model, "--data", text, "--samples", 2, "--seq-len", 16)
+    assert code == 0 and err.startswith("output: llama-0-calibration\n")
+    assert Path("llama-0-calibration", "calibration.json").exists()
 
 
 def test_the_sensitivity_of_layers_is_drawn(

@@ -306,5 +306,12 @@ def test_a_dry_run_of_pack_writes_nothing(invoke: Invoke, checkpoint: Path, tmp_
     assert code == 0, err
     assert json.loads(out) == {"run": str(checkpoint), "format": "qcli", "layers": 12, "rounded": 0, "notes": {}}
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    code, out, err = invoke("pack", checkpoint)
-    assert (code, out) == (2, "") and err.startswith("error: --out: required")
+
+
+def test_without_out_the_folder_has_checkpoint_and_format_in_its_name(
+    invoke: Invoke, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke("pack", checkpoint)
+    assert code == 0 and err.startswith(f"output: {checkpoint.name}-qcli\n")
+    assert Path(f"{checkpoint.name}-qcli", "config.json").exists()

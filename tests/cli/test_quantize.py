@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qcli.cli._out import checkpoint_name, quantized_name
 from qcli.data.default_text import default_text
+from qcli.recipe.load import load_recipe
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from tests.cli.conftest import Invoke
@@ -29,6 +31,39 @@ def test_flags_alone_write_a_checkpoint(invoke: Invoke, model: Path, tmp_path: P
     code, stdout, err = invoke("quantize", model, *flags)
     assert (code, stdout) == (3, "")
     assert err == f"error: {out} exists\nhint: choose another --out, or replace it: --force\n"
+
+
+def test_without_out_the_folder_is_named_after_model_method_and_bits(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, err = invoke("quantize", model, "--method", "rtn", "--bits", 3, "--group-size", 32, "--json")
+    assert code == 0 and err.startswith("output: llama-0-rtn-3bit\n")
+    assert json.loads(stdout)["out"] == "llama-0-rtn-3bit"
+    assert Path("llama-0-rtn-3bit", "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "name: gptq-like, bits: 3", "SmolLM2-135M-gptq-like-3bit"),
+        ("org/model@v1.0", "name: onebit", "model-onebit-1bit"),
+        ("org/name/model-Q8_0.gguf@main", "name: rtn", "model-Q8_0-rtn-4bit"),
+        ("/some/where/Llama-2.gguf", "name: dbllm", "Llama-2-dbllm-2bit"),
+        ("gpt2", "bits: auto, target_bpw: 3.5", "gpt2-gptq-like-3.5bpw"),
+        ("gpt2", "name: full-precision", "gpt2-full-precision"),
+    ],
+)
+def test_names_of_results(model: str, method: str, name: str) -> None:
+    assert quantized_name(load_recipe(None, {"model": model}, [f"method={{{method}}}"])) == name
+
+
+def test_what_is_made_of_a_stage_has_the_name_of_its_run(tmp_path: Path) -> None:
+    stage = tmp_path / "gpt2-3bit" / "quantized"
+    stage.mkdir(parents=True)
+    assert checkpoint_name(stage) == "quantized"
+    (stage.parent / "stages.json").touch()
+    assert checkpoint_name(stage) == "gpt2-3bit"
 
 
 def test_force_replaces_a_result_of_qclis_and_nothing_else(
@@ -146,8 +181,6 @@ def test_errors_name_flag_or_model(invoke: Invoke, model: Path, tmp_path: Path) 
     code, out, err = invoke("quantize", "m", "--method", "rnt", "--bits", 12)
     assert (code, out) == (2, "")
     assert err == "error: --method: unknown method 'rnt'; did you mean 'rtn'?\n"
-    code, _, err = invoke("quantize", "m")
-    assert (code, err.splitlines()[0]) == (2, "error: --out: required")
     code, out, err = invoke("quantize", model, "--group-size", 32, "--data", "nowhere.txt", "--dry-run")
     assert (code, out, err.splitlines()[0]) == (2, "", "error: nowhere.txt: no such file")
     code, _, err = invoke("quantize", tmp_path / "nothing", "--dry-run")

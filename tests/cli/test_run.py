@@ -356,9 +356,13 @@ def test_what_was_read_may_not_have_changed(
     assert f"{'eval.json' if changed == 'text' else 'quantized'} was made with other settings" in err
 
 
-def test_out_is_required(invoke: Invoke, recipe: Path) -> None:
-    code, _, err = invoke("run", recipe)
-    assert (code, err.splitlines()[0]) == (2, "error: --out: required")
+def test_without_out_the_folder_is_named_after_model_method_and_bits(
+    invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke("run", recipe, "--set", "eval=null", "--set", "pack=null")
+    assert code == 0 and err.startswith("output: llama-0-rtn-3bit-run\n")
+    assert Path("llama-0-rtn-3bit-run", "quantized", "config.json").exists()
 
 
 def test_a_failed_gate_fails_the_run_and_can_be_moved(invoke: Invoke, recipe: Path, tmp_path: Path) -> None:
