@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import qcli
+from qcli.cli.main import main
 from tests.quantizing import write_text
 from tests.tiny import tiny_model
 
@@ -149,6 +150,36 @@ def test_wrong_usage_and_help_of_commands_are_light_too(arguments: list[str]) ->
     ],
 )
 def test_recipe_errors_and_explanations_do_not_import_torch(arguments: list[str]) -> None:
+    after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
+    assert "pydantic" in after
+    assert not after & HEAVY
+
+
+@pytest.mark.parametrize("command", ["quantize", "dry run", "run", "bits: auto"])
+def test_what_does_not_fit_the_layers_is_refused_without_torch(command: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"model: {model}\nmethod: {{group_size: 48}}\n")
+    arguments = {
+        "quantize": ["quantize", str(model), "--group-size", "48"],
+        "dry run": ["quantize", str(model), "--set", "overrides=[{match: nothing, dense: true}]", "--dry-run"],
+        "run": ["run", str(tmp_path / "recipe.yaml")],
+        "bits: auto": ["quantize", str(model), "--bits", "auto", "--target-bpw", "1"],
+    }[command]
+    after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
+    assert "pydantic" in after
+    assert not after & HEAVY
+
+
+def test_a_finished_study_ends_without_torch(tmp_path: Path) -> None:
+    model, text = tiny_model("llama", tmp_path), write_text(tmp_path)
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"base: {{model: {model}, method: {{name: rtn, group_size: 32}}, "
+        f"eval: {{perplexity: [{text}], window: 64, max_windows: 1}}}}\ngrid: {{method.bits: [3]}}\n"
+    )
+    arguments = ["study", str(study), "--out", str(tmp_path / "out"), "-q"]
+    with pytest.raises(SystemExit):
+        main(arguments)
     after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
     assert "pydantic" in after
     assert not after & HEAVY

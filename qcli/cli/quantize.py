@@ -137,9 +137,11 @@ def quantize(
         }
         resolved = load_recipe(recipe, given, set_ or ())
         trust = Trust(remote_code=trust_remote_code)
+        from qcli.quantization.plan import make_plan, require_fit
+
+        require_fit(resolved, trust)
         if dry_run:
             from qcli.quantization.footprint import memory_hint, planned, quantization_placement
-            from qcli.quantization.plan import make_plan
 
             plan = make_plan(resolved, trust)
             placement = quantization_placement(plan)

@@ -63,11 +63,15 @@ def run(
 
         given = flags.recipe_fields(device=device, max_memory=max_memory, deterministic=deterministic, out=out)
         resolved = load_recipe(recipe, given, set_ or ())
+        from qcli.quantization.plan import require_fit
+        from qcli.utils.trust import Trust
+
+        trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
+        require_fit(resolved, trust)
         from qcli.pipeline import Pipeline
         from qcli.quantization.footprint import memory_hint, planned, quantization_placement
         from qcli.utils.device import local_device
         from qcli.utils.distributed import process_group
-        from qcli.utils.trust import Trust
 
         pipeline = Pipeline(
             resolved,
@@ -75,7 +79,7 @@ def run(
             cache=Cache(default_folder()),
             progress=session.progress,
             skip=lambda result: session.note(f"{result}: done already, skipped"),
-            trust=Trust(remote_code=trust_remote_code, tasks=trust_tasks),
+            trust=trust,
             processes=stack.enter_context(process_group(local_device(resolved.device))),
             force=force,
         )

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcli.algorithms.layer_group import CROSS, OUTPUT_GAP
 from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
-from qcli.models.families import Linear
+from qcli.models.families import Linear, has_row
 from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
 from qcli.models.open import open_source
@@ -236,6 +237,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
+    recipe, assigned = _assigned(recipe, layers)
     model = require_loadable(source)
     if recipe.all_transforms and not source.family.folds:
         raise UnsupportedError(
@@ -245,12 +247,10 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     for option in ("all_experts", "expert_tokens"):
         if getattr(recipe.calibration, option) and not _has_experts(source, layers):
             raise UsageError(f"calibration.{option}: {recipe.model} has no experts")
-    if recipe.allocation is not None:
-        recipe = uniform_recipe(recipe, layers)
     stored_weights = source.tensors()
     methods = {
         name: method and method.for_weights_of(stored_weights[f"{name}.weight"].dtype)
-        for name, method in assign(recipe, layers).items()
+        for name, method in assigned.items()
     }
     parts: list[dict[str, StoredTensor]] = [{} for _ in range(source.n_blocks)]
     quantized: set[str] = set()
@@ -282,6 +282,28 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     if plan.calibrated:
         require_text(recipe.calibration.data)
     return plan
+
+
+def require_fit(recipe: Recipe, trust: Trust = NOTHING) -> None:
+    """Refuse a recipe that does not fit the layers of its model, as `make_plan` does, but without torch: at once.
+
+    Only a folder whose model has a row among the families tells its layers without torch; any other passes.
+
+    Raises:
+        UsageError: as `make_plan`, as far as groups, overrides and bits are concerned, or the folder's files are wrong.
+    """
+    if not (Path(recipe.model).expanduser() / "config.json").is_file():
+        return
+    source = open_source(recipe.source, trust)
+    if not isinstance(source, QuantizedSource) and has_row(source.config):
+        _assigned(recipe, source.linears())
+
+
+def _assigned(recipe: Recipe, layers: list[Linear]) -> tuple[Recipe, dict[str, Method | None]]:
+    """The recipe with every width decided, and the method of every layer."""
+    if recipe.allocation is not None:
+        recipe = uniform_recipe(recipe, layers)
+    return recipe, assign(recipe, layers)
 
 
 def _require_names(source: ModelSource, parts: Iterable[Iterable[str]], formats: Mapping[str, Format | None]) -> None:

@@ -134,13 +134,13 @@ def run_study(
 
 def require_tasks(runs: Iterable[Run], trust: Trust = NOTHING, *, data: bool = False) -> None:
     """Raise UsageError unless all tasks that the recipes name exist and, with `data`, their data can be loaded."""
-    from qcli.evaluation.from_recipe import recipe_tasks  # torch
-
     distinct: dict[str, Recipe] = {}
     for run in runs:
-        if (section := run.recipe.eval) is not None:
+        if (section := run.recipe.eval) is not None and section.tasks:
             distinct[str((section.tasks, section.include_path, section.gates))] = run.recipe
     for recipe in distinct.values():
+        from qcli.evaluation.from_recipe import recipe_tasks  # torch, which a study without tasks does not need here
+
         tasks = recipe_tasks(recipe, trust)
         if data and tasks is not None:
             tasks.require_data()
@@ -148,15 +148,15 @@ def require_tasks(runs: Iterable[Run], trust: Trust = NOTHING, *, data: bool = F
 
 def _require_evaluation_texts(runs: Iterable[Run], cache: Cache, executor: Executor, trust: Trust) -> None:
     """Tokenize every evaluation text once per model and length, so that one that is too short fails before any run."""
-    from qcli.evaluation.from_recipe import require_evaluation_texts
-    from qcli.models.open import open_source
-
     distinct: dict[str, Recipe] = {}
     for run in runs:
         section = run.recipe.eval or Eval()
         windows = section.baseline, section.perplexity, section.window, section.max_windows
         distinct[str((run.recipe.model, run.recipe.device, windows))] = run.recipe
     for recipe in distinct.values():
+        from qcli.evaluation.from_recipe import require_evaluation_texts  # torch, which is not needed if no run is left
+        from qcli.models.open import open_source
+
         local = recipe if executor == "local" else recipe.model_copy(update={"device": "cpu"})  # GPUs are on the nodes
         require_evaluation_texts(local, open_source(recipe.source, trust), cache=cache, trust=trust)
 
