@@ -211,7 +211,7 @@ def test_eval(qcli: Command, made: Path) -> None:
 
 @needs_gpu
 def test_eval_of_tasks(qcli: Command, made: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install qcli[eval]")
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
     write_task(tmp_path / "tasks")
     flags = ["--tasks", "our_times", "--include-path", tmp_path / "tasks", "--no-cache", "--device"]
     cpu, gpu = (qcli("eval", made / "q", *flags, device)["tasks"] for device in ("cpu", "cuda"))
@@ -221,7 +221,7 @@ def test_eval_of_tasks(qcli: Command, made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", cases(registry.names("qcli.export.targets"), ["qcli"]))
 def test_pack(target: str, qcli: Command, made: Path, tmp_path: Path) -> None:
     if target == "gguf":
-        pytest.importorskip("gguf", reason="needs gguf: pip install qcli[gguf]")
+        pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
     flags = ["--method", "rtn", "--bits", 4, "--group-size", 32, "--symmetric", "--device", DEVICE]
     qcli("quantize", made / "model", *flags, "--out", tmp_path / "q")
     qcli("pack", tmp_path / "q", "--format", target, "--out", tmp_path / "p")

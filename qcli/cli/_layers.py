@@ -18,9 +18,9 @@ COLUMNS = {
     "zeros_plane1": "zeros in plane 1",
     "zeros_plane2": "in plane 2",
     "additions_per_weight": "additions/weight",
-    "error": "error",
-    "measure": "of",
-    "divides_tensor_parallel": "splits over",
+    "error": "relative error",
+    "measure": "measured on",
+    "divides_tensor_parallel": "tensor parallel",
     "backend": "backend",
     "why_dense": "dense because",
 }

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 import qcli
+from qcli.recipe.load import load_recipe
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
 from tests.cli.conftest import Invoke
+from tests.tiny import with_merge
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +25,9 @@ def test_recipe_quantizes(invoke: Invoke, recipe: Path, model: Path, text: Path,
     small += () if recipe.stem in ("onebit", "full-precision") else ("--group-size", 32)
     described = recipe.read_text()
     small += ("--set", "refine.steps=4") if "refine:" in described else ()
-    small += ("--set", "method.steps=4") if recipe.stem in ("teq", "lcq", "w2-distilled") else ()
+    small += ("--set", "method.steps=4") if " steps:" in described.partition("method:")[2].partition("\n")[0] else ()
     small += ("--set", "low_rank.rank=2") if "low_rank:" in described else ()
+    small += tuple(f"--set={name}.group_size=32" for name in ("lm_head", "embeddings") if f"{name}:" in described)
     code, out, err = invoke("quantize", model, "--recipe", recipe, *small, "--out", tmp_path / "out", "--json")
     assert code == 0, err
     assert len(json.loads(out)["layers"]) == 14
@@ -44,6 +47,17 @@ def test_recipe_distills(invoke: Invoke, recipe: Path, model: Path, text: Path, 
     result = json.loads(out)
     assert result["distilled"]["outcome"]["steps"] == 4
     assert result["eval"]["model"].endswith("distilled")
+
+
+@pytest.mark.parametrize("recipe", [file for file in RECIPES if "pack:" in file.read_text()], ids=lambda f: f.stem)
+def test_recipe_packs(invoke: Invoke, recipe: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    fields = {"model": with_merge(model), "calibration.data": text, "calibration.samples": 6, "calibration.seq_len": 32}
+    fields |= {"method.group_size": 32, "eval.perplexity": f"[{text}]", "eval.window": 32}
+    fields |= {f"{name}.group_size": 32 for name in ("lm_head", "embeddings") if f"{name}:" in recipe.read_text()}
+    sets = [argument for name, value in fields.items() for argument in ("--set", f"{name}={value}")]
+    code, out, err = invoke("run", recipe, *sets, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["packed"]["format"] == load_recipe(recipe, {}).pack.format
 
 
 def test_there_is_one_for_every_method() -> None:
