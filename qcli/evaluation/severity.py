@@ -1,4 +1,4 @@
-"""A KL divergence in a word. The figures behind the limits: docs/concepts.md, "What a KL means"."""
+"""A KL divergence in a word. The figures behind the limits: docs/kl.md."""
 
 from __future__ import annotations
 

@@ -68,5 +68,5 @@ def test_the_documented_table_is_that_of_the_committed_results() -> None:
             f"| {word} | {span} | {rise} | {median(rises):.1%} | {agreed[0]:.0%} to {agreed[-1]:.0%} | {len(found)} |"
         )
         low = limit
-    text = (_REPOSITORY / "docs" / "concepts.md").read_text()
+    text = (_REPOSITORY / "docs" / "kl.md").read_text()
     assert "\n".join(lines) in text, "\n".join(lines)
