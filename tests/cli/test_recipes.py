@@ -57,7 +57,8 @@ def test_recipe_packs(invoke: Invoke, recipe: Path, model: Path, text: Path, tmp
     sets = [argument for name, value in fields.items() for argument in ("--set", f"{name}={value}")]
     code, out, err = invoke("run", recipe, *sets, "--out", tmp_path / "out", "--json")
     assert code == 0, err
-    assert json.loads(out)["packed"]["format"] == load_recipe(recipe, {}).pack.format
+    pack = load_recipe(recipe, {}).pack
+    assert pack is not None and json.loads(out)["packed"]["format"] == pack.format
 
 
 def test_there_is_one_for_every_method() -> None:
