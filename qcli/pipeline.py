@@ -98,6 +98,7 @@ class Pipeline:
         self.processes, self.force = processes, force
         self.recipe, self.folder, self.progress, self.skip = recipe, folder, progress, skip
         self.cache, self.calibration_cache = cache, calibration_cache or Cache(None)
+        progress("reading the model", 0, 0)
         self.plan, self.record, self.result = (
             make_plan(recipe, trust),
             StageRecord(folder, force),

@@ -107,6 +107,7 @@ def generate(
             return result
 
         if converse:
+            session.stop_progress()
             _converse(session, history, prompts.chat, answer)
             return
         if not json:

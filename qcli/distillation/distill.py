@@ -67,6 +67,7 @@ def distill(
         VerificationError: weights of the student have changed since they were written.
         UnsupportedError: as `quantize`.
     """
+    progress("reading the models", 0, 0)
     memory = plan_distillation(student, recipe, trust).memory
     started, options = time.monotonic(), recipe.distill or Distillation()
     student_source, teacher_source = open_pair(student, recipe.source, trust)

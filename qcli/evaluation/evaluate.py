@@ -67,6 +67,7 @@ def compare(
     options = replace(options, texts=[named(text) for text in options.texts])
     _require_consistent(models, options, baseline)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
+    progress("reading the models", 0, 0)
     sources = [open_source(name, options.trust) for name in models]
     reference = None if baseline is None else open_source(baseline, options.trust)
     for folder in filter(is_folder, options.texts):

@@ -61,13 +61,16 @@ def quantize_blocks(quantizer: BlockQuantizer, parts: BlockParts, progress: Prog
     A resumed run walks the same lines: a block that was saved gets its saved weights in place of solved ones, since
     the activations that later blocks read pass through it.
     """
+    done = parts.resumed
     for index in quantizer.route(parts.unfinished()):
         block = _solved(quantizer, quantizer.load(index, parts.saved(index)))
         if block.saved is None:
             quantizer.refine(block)
             parts.commit(block)
+            done += 1
         quantizer.advance(block)
-        progress("quantize", index + 1, parts.count, _detail(parts, index))
+        detail = _detail(parts, index) if block.saved is None else f"block {index} was done before"
+        progress("quantize", done, parts.count, detail)
 
 
 def _solved(quantizer: BlockQuantizer, block: BlockState) -> BlockState:

@@ -110,6 +110,7 @@ def _calibrate(
     recipe: Recipe, out: Path, progress: Progress, hessians: bool, trust: Trust, replacing: Replacing
 ) -> Calibration:
     device, dtype = resolve_device(recipe.device), resolve_dtype(recipe.dtype)
+    progress("reading the model", 0, 0)
     source = open_source(recipe.source, trust)
     linears = source.linears()
     text = recipe.calibration

@@ -56,6 +56,7 @@ def quantize_as_written(
         existing: which results at `out` may be replaced; None: none.
     """
     started = time.monotonic()
+    progress("reading the model", 0, 0)
     plan = make_plan(recipe, trust)
     device, dtype = local_device(recipe.device), resolve_dtype(recipe.dtype)
     fast = recipe.dtype == "auto" and has_fast_matmul(device)
@@ -69,7 +70,11 @@ def quantize_as_written(
         def open_run() -> tuple[CalibrationTokens | None, dict[str, Any]]:
             run = stack.enter_context(RunFolder(Path(out), identity, recipe.resume, existing))
             opened.append(run)
+            if resumed := BlockParts(plan, run).resumed:
+                progress("quantize", resumed, len(plan.parts) - 1, f"resuming: {resumed} blocks were done before")
             require_space(Path(out), 2 * plan.bytes - run.size())
+            if plan.calibrated:
+                progress("reading the text", 0, 0)
             tokens = run_tokens(plan, run, device, cache, progress)
             if tokens is not None:
                 require_samples(plan, tokens.ids, processes)
@@ -79,7 +84,7 @@ def quantize_as_written(
         run: RunParts = opened[0] if opened else FollowedRun(partial(Path(out)), finished)
         parts = BlockParts(plan, run)
         hessian: Tensor | None = None  # of the head's inputs
-        progress("quantize", 0, parts.count, f"memory: {placement.in_words()}")
+        progress("quantize", parts.resumed, parts.count, f"memory: {placement.in_words()}")
         with matmul_precision(fast=False), torch.no_grad():
             if tokens is None:
                 quantize_blocks_apart(DataFree(plan, device), parts, processes, progress)

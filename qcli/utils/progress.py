@@ -6,7 +6,11 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called at the start of a stage (`done=0`) and after each of its `total` units."""
+    """Called at the start of a stage (`done=0`) and after each of its `total` units.
+
+    A stage that continues an interrupted run starts at the units that are done. A total of 0 is that of a step without
+    units, such as reading a model's headers; it ends with the next call.
+    """
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
 

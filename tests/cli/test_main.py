@@ -121,7 +121,7 @@ def test_signals_end_a_run_with_one_line(signum: signal.Signals, code: int) -> N
     script = (
         "import signal, sys, time, types\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell starts with &
-        "def quantize(recipe, out, progress, trust):\n"
+        "def quantize(recipe, out, progress, **_):\n"
         "    progress('quantize', 0, 30)\n"
         "    time.sleep(60)\n"
         "sys.modules['qcli.quantization.quantize'] = types.SimpleNamespace(quantize=quantize)\n"

@@ -9,20 +9,18 @@ import re
 from collections.abc import Sequence
 
 ELLIPSIS = "…"
-MARGIN = 2  # of every column, with its share of the table's edges
-_SHORTEST = 10  # of a name that was shortened, or a sentence that is wrapped
+_SHORTEST = 8  # of a name that was shortened, or a sentence that is wrapped
 _FIGURES = re.compile(r"[-+]?[\d.][\d.,%x/ e+-]*([kMG]?B)?|-|yes|no|")  # `3.25`, `1.24 GB`, `64, 64`
 
 
-def fit(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+def fit(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
     """The width of every column; None if they do not fit even so.
 
     Args:
         columns: headers, which may be wrapped between words.
         rows: cells as they are shown.
-        width: of the terminal, in characters.
+        available: characters for all columns together.
     """
-    available = width - MARGIN * len(columns)
     cells = [[row[i] for row in rows] for i in range(len(columns))]
     full = [max(map(len, (header, *values))) for header, values in zip(columns, cells, strict=True)]
     if sum(full) <= available:
@@ -33,7 +31,7 @@ def fit(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> li
         for header, values, size in zip(columns, cells, widths, strict=True)
     ]
     while sum(widths) > available:
-        widest = max(range(len(widths)), key=lambda i: widths[i] - (0 if widths[i] > least[i] else width))
+        widest = max(range(len(widths)), key=lambda i: widths[i] - (0 if widths[i] > least[i] else available))
         if widths[widest] <= least[widest]:
             return None
         widths[widest] -= 1

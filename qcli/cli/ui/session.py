@@ -122,13 +122,17 @@ class Session:
         """Print the command's result: drawn by `show`, or as one JSON object with `--json` or without `show`."""
         if not is_main_process():
             return
-        if isinstance(self.progress, Bars):
-            self.progress.stop()
+        self.stop_progress()
         if self.json or show is None:
             print(json.dumps(_finite(data), indent=2), file=self.stdout, flush=True)
         else:
             show(Tables(console(self.stdout), markdown=self.markdown), dict(data))
             self.stdout.flush()
+
+    def stop_progress(self) -> None:
+        """Draw no bar or spinner until the next step, so that something else can be written or read."""
+        if isinstance(self.progress, Bars):
+            self.progress.stop()
 
     def text(self, text: str) -> None:
         """Print a result that is text already, such as YAML."""
@@ -142,8 +146,7 @@ class Session:
         On a terminal, control characters are escaped: the text may be anyone's. So are, everywhere, characters that
         the encoding of stdout does not have.
         """
-        if isinstance(self.progress, Bars):
-            self.progress.stop()
+        self.stop_progress()
         terminal, encoding, last = self.stdout.isatty(), self.stdout.encoding or "utf-8", ""
 
         def write(piece: str) -> None:
@@ -178,6 +181,7 @@ class Session:
         if sys.stderr.isatty():
             bars = Bars()
             self._exits.callback(bars.stop)
+            bars("loading libraries", 0, 0)
             return bars
         return Lines(interval=0.0 if self.verbose else _LINE_SECONDS)
 

@@ -36,7 +36,10 @@ class Tables:
             return
         headers = [printable(column) for column in columns]
         cells = [[printable(_cell(value)) for value in row] for row in rows]
-        widths = fit(headers, cells, self.console.width)
+        for margin in (1, 0):  # on both sides of the space between two columns
+            widths = fit(headers, cells, self.console.width - (1 + margin) * len(columns) - 1 + margin)
+            if widths is not None:
+                break
         if widths is None:
             self._records(headers, cells, title)
             return
@@ -49,7 +52,7 @@ class Tables:
             title=None if title is None else Text(printable(title)),
             title_justify="left",
             pad_edge=False,
-            padding=(0, 1, 0, 0),
+            padding=(0, margin, 0, 0),
         )
         for i, (header, width) in enumerate(zip(headers, widths, strict=True)):
             numeric = bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)

@@ -75,7 +75,7 @@ def test_rows_become_pairs_where_columns_do_not_fit() -> None:
 def test_names_that_would_look_alike_are_not_shortened() -> None:
     alike = [(f"/models/{name}/SmolLM2-135M-w4", *row[1:]) for name, row in zip(("one", "two"), ROWS, strict=True)]
     assert "".join(drawn(120, COLUMNS, alike)).count("…") == 0
-    text = "\n".join(drawn(76, COLUMNS, alike))
+    text = "\n".join(drawn(72, COLUMNS, alike))
     assert "…" not in text
     assert all(row[0] in text for row in alike)
 
