@@ -142,6 +142,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": HIDDEN}
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGE = {"image_size": 28, "patch_size": 14}
+_LARGER = {"image_size": 56, "patch_size": 14}  # four patches are merged to one
 # Types that see images too, without a row: settings of their language models and of their vision towers.
 WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava": ({"model_type": "llama", **_GQA}, {"model_type": "clip_vision_model", **_VISION, **_IMAGE}),
@@ -166,6 +167,20 @@ WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 32, "deepstack_visual_indexes": [0]},
     ),
+    "idefics3": ({"model_type": "llama", **_GQA}, {**_VISION, **_LARGER}),
+    "mistral3": ({"model_type": "mistral", **_GQA, **_HEAD_DIM}, {"model_type": "pixtral", **_VISION, **_LARGER}),
+    "internvl": (
+        {"model_type": "qwen2", **_GQA},
+        {"model_type": "internvl_vision", **_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+    ),
+}
+# Where images are, and what is merged to one token of theirs.
+_PLACES: dict[str, dict[str, Any]] = {
+    "llava": {"image_token_index": 3},
+    "mllama": {"image_token_index": 3},
+    "idefics3": {"image_token_id": 3, "scale_factor": 2},
+    "mistral3": {"image_token_index": 3},
+    "internvl": {"image_token_id": 3},
 }
 # Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -204,17 +219,13 @@ def tiny_config(model_type: str, **config_overrides: Any) -> Any:
             "gemma3",
             text_config=text,
             vision_config={**_VISION, **_IMAGE},
-            mm_tokens_per_image=1,
+            mm_tokens_per_image=4,
             image_token_index=3,
             tie_word_embeddings=config_overrides.get("tie_word_embeddings", True),
         )
     if model_type in WITH_IMAGES:
         text, vision = WITH_IMAGES[model_type]
-        places = (
-            {"image_token_index": 3}
-            if model_type in ("llava", "mllama")
-            else {"image_token_id": 3, "video_token_id": 4}
-        )
+        places = _PLACES.get(model_type, {"image_token_id": 3, "video_token_id": 4})
         text = {**_COMMON, **text, **config_overrides}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **places)
     own = (CONFIGS | WITHOUT_ROW | MIXTURES)[model_type]

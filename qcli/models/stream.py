@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -27,10 +27,11 @@ from qcli.models.loadable import quantizable_skeleton, require_tensors, tied_ten
 from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
 from qcli.models.stream_proof import prove
+from qcli.models.stream_samples import Call, GivenSamples, SampleRecorder
 from qcli.utils.determinism import any_order
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
-from qcli.utils.stored_batches import StoredBatches
+from qcli.utils.stored_batches import BatchMemory, StoredBatches
 
 _DTYPES = "scalar type", "dtype"  # what torch says of tensors that do not go together
 _SMALL = 2.0**-24  # times a digit: exact in every dtype
@@ -40,14 +41,6 @@ BlockForward = Callable[[Tensor], Tensor]  # hidden states `[batch, length, hidd
 def batches(windows: Tensor) -> tuple[Tensor, ...]:
     """Split `[windows, length, ...]` into views of `BATCH_TOKENS` tokens, or of one window if that is longer."""
     return windows.split(max(1, BATCH_TOKENS // windows.shape[1])) if len(windows) else ()
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments that the model passes to a block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ class ModelStream:
             self._load(self.model)
         self._tie()
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._samples: GivenSamples | None = None
         self._passing = self.family.passing
         self._trusted = not self.family.discovered
 
@@ -151,13 +145,30 @@ class ModelStream:
         for index, block in enumerate(self._blocks):
             progress("loading the model", index, self.n_blocks)
             container[index] = self._fill(block, index, packed)
+        self._load_beside()
+        progress("loading the model", self.n_blocks, self.n_blocks)
+        return self._text
+
+    def _load_beside(self) -> None:
+        """Load what text does not pass."""
         for path, part in self._beside.items():
             self._load(part, prefix=f"{path}.")
             self.model.set_submodule(path, part)
         self._beside = {}
         self._tie()
-        progress("loading the model", self.n_blocks, self.n_blocks)
-        return self._text
+
+    @contextmanager
+    def _with_beside(self) -> Iterator[None]:
+        """Within: what text does not pass is loaded."""
+        parts = self._beside
+        self._load_beside()
+        try:
+            yield
+        finally:
+            for path, part in parts.items():
+                part.to("meta")
+                self.model.set_submodule(path, nn.Identity())
+            self._beside = parts
 
     def _tie(self) -> None:
         """Let names of one tensor share it, those of parts that are not loaded aside."""
@@ -209,6 +220,40 @@ class ModelStream:
         return self._packed(self._entered(), tokens)
 
     @torch.no_grad()
+    def embed_samples(
+        self, samples: Iterable[tuple[int, Mapping[str, Tensor]]], memory: BatchMemory
+    ) -> Iterator[Tensor]:
+        """Hidden states that enter the first block for samples of text and images, `[1, length, channels]` each.
+
+        The model's own forward pass, with all its parts, makes them and whatever else blocks are given for a sample,
+        which is kept: from now on the stream runs these samples, in any order, and no others.
+
+        Args:
+            samples: a number for each, from 0, and what the model's processor makes of it: a batch of one.
+            memory: where it waits what blocks are given.
+
+        Raises:
+            UnsupportedError: blocks of this model cannot run one by one, or not on images; the message says why.
+        """
+        if not self._trusted:
+            self._trusted = True
+            prove(self)
+        self._passing = replace(self._passing, tokens=True)  # numbers of samples, in place of tokens
+        if self._samples is None:
+            self._samples = GivenSamples(memory)
+        with self._with_beside(), SampleRecorder(self.model, self._text, self._stand_ins, self.family) as recorder:
+            for number, inputs in samples:
+                placed = {
+                    name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+                    for name, value in inputs.items()
+                }
+                with any_order():
+                    given = recorder.record(placed, self.dtype)
+                self._samples.keep(number, given)
+                numbers = torch.full(given.hidden.shape[:2], number, device=self.device)  # as hidden states may be
+                yield self._packed(given.hidden, numbers)
+
+    @torch.no_grad()
     def calls(self, batch: int, length: int) -> list[Call]:
         """The arguments of each block besides hidden states, for all token batches of this shape; cached."""
         key = batch, length
@@ -232,9 +277,17 @@ class ModelStream:
             weights: `[out, in]` by path of a linear in the block: replace the block's own, differentiably.
             biases: `[out]` by path, with `weights`: likewise.
         """
+        if self._samples is not None and len(hidden) > 1:
+            return torch.cat([self.run_block(block, index, each, weights, biases) for each in hidden.split(1)])
         passed = self._unpacked(hidden.to(self.device))
-        calls = self.calls(*hidden.shape[:2]) if passed.tokens is None else self._calls_of(input_ids=passed.tokens)
-        args, kwargs = calls[index].args, {**calls[index].kwargs}
+        if self._samples is not None and passed.tokens is not None:
+            call, added = self._samples.of_block(int(passed.tokens[0, 0]), index)
+            passed = passed if added is None else replace(passed, hidden=passed.hidden + added)
+        elif passed.tokens is None:
+            call = self.calls(*hidden.shape[:2])[index]
+        else:
+            call = self._calls_of(input_ids=passed.tokens)[index]
+        args, kwargs = call.args, {**call.kwargs}
         shared = KVSharingDict(passed.shared)
         kwargs |= {name: shared for name, value in kwargs.items() if isinstance(value, KVSharingDict)}
         if weights is None:
@@ -260,7 +313,7 @@ class ModelStream:
         if tokens is None:
             width = self.model.get_input_embeddings().embedding_dim
             inputs["inputs_embeds"] = torch.zeros(*hidden.shape[:2], width, device=self.device, dtype=self.dtype)
-        self._stand_ins[0].output = last.hidden
+        self._stand_ins[0].output = lambda _: last.hidden
         try:
             with any_order(), self._without_masks():
                 logits: Tensor = self._text(**inputs, use_cache=False).logits
@@ -542,7 +595,7 @@ class _HeadReached(Exception):
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place: records its arguments and passes the hidden states on, or `output` if that is set."""
+    """Takes a block's place: records its arguments and passes the hidden states on, or what `output` makes of them."""
 
     def __init__(self, block: nn.Module, family: Family) -> None:
         super().__init__()
@@ -550,7 +603,7 @@ class _StandIn(nn.Module):
         self._others = (None,) * (family.passing.n_outputs - 1) if family.tuple_output else None
         self.call = Call((), {})
         self.hidden: Tensor | None = None
-        self.output: Tensor | None = None
+        self.output: Callable[[Tensor], Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -560,5 +613,5 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.call = hidden, Call(args, kwargs)
-        hidden = hidden if self.output is None else self.output
+        hidden = hidden if self.output is None else self.output(hidden)
         return hidden if self._others is None else (hidden, *self._others)
