@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qcli.data.image_rows import data_content
 from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
@@ -107,7 +108,7 @@ class Pipeline:
         self.trust = trust
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
-            self.inputs["text"] = content_hash(Path(recipe.calibration.data))
+            self.inputs["text"] = data_content(recipe.calibration.data)
         self.model = folder / QUANTIZED
 
     def run(self) -> PipelineResult:

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 
 from qcli.data.default_text import AUTO
+from qcli.data.image_rows import IMAGES, has_images
 from qcli.data.named_set import NamedSet, PackagedText
 from qcli.data.text_files import HINT, read_file, require_file
 from qcli.utils import registry
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UnsupportedError, UsageError
 
 SELF = "self"  # sampled from the model
 _SETS = "qcli.data.sets"
@@ -46,15 +47,26 @@ def read_text(data: str, *, calibration: bool) -> str:
 
     Raises:
         UsageError: no such data, or it contains no text.
+        UnsupportedError: it has images, too.
     """
     if is_named(data):
         text = _read_named(data, calibration=calibration)
     else:
         _require_file(data)
+        refuse_images(data)
         text = read_file(data)
     if not text.strip():
         raise UsageError(f"{data}: contains no text", hint=HINT)
     return text
+
+
+def refuse_images(data: str) -> None:
+    """Raise UnsupportedError if `data` is a file of rows with images, of which the text alone would be read."""
+    if has_images(data):
+        raise UnsupportedError(
+            f"{data} has rows with images, which only calibration for quantize reads",
+            hint=f"use text, or a copy of the file without the column {' or '.join(IMAGES)}",
+        )
 
 
 @cache

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qcli.data.datasets import is_folder
+from qcli.data.datasets import is_folder, refuse_images
 from qcli.distillation.footprint import distillation_demand
 from qcli.models.manifest import Manifest
 from qcli.models.native import NativeSource
@@ -95,7 +95,7 @@ def require_feasible(
         Where the training keeps what it needs.
 
     Raises:
-        UsageError, ResourceError: as `plan_distillation`.
+        UsageError, ResourceError, UnsupportedError: as `plan_distillation`.
     """
     options, text, processes = recipe.distill or Distillation(), recipe.distill_text, world_size()
     vocabulary = teacher.hf_config().get_text_config().vocab_size
@@ -111,6 +111,7 @@ def require_feasible(
         )
     if options.teacher_top_k is not None and options.teacher_top_k >= vocabulary:
         raise UsageError(f"distill.teacher_top_k: {options.teacher_top_k} is not below the vocabulary of {vocabulary}")
+    refuse_images(text.data)
     if text.samples <= text.held_out and not is_folder(text.data):
         raise UsageError(
             f"{text.held_out} of {text.samples} samples are held out: none is left to train on",

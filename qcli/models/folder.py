@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ _WEIGHTS = "model.safetensors"
 _TOKENIZER = "the folder needs the model's tokenizer.json and tokenizer_config.json, or its vocabulary files"
 _UNNAMED = "unnamed method"
 _TIED = "tie_word_embeddings"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # Buffers that older checkpoints store and current models compute.
 _BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -114,6 +116,16 @@ class FolderSource(ModelSource):
                 AutoTokenizer, self.path, trust_remote_code=self.trust_remote_code
             )
         return tokenizer
+
+    def processor(self) -> Any:
+        if not any((self.path / name).is_file() for name in _PROCESSORS):
+            return super().processor()
+        from transformers import AutoProcessor
+
+        missing = None if find_spec("torchvision") else "pip install torchvision: most processors need it"
+        with reported(f"{self.path}: its processor cannot be loaded", UnsupportedError, hint=missing):
+            processor = pretrained(AutoProcessor, self.path, trust_remote_code=self.trust_remote_code)
+        return processor if hasattr(processor, "image_processor") else super().processor()
 
     def companions(self) -> Mapping[str, Path | bytes]:
         return companions(self.path, trusted=self.trust_remote_code)

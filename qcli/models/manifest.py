@@ -164,6 +164,7 @@ class Manifest(BaseModel):
         calibration_tokens_sha256: None: quantized without calibration data.
         calibration_bos: whether the calibration samples begin with a begin token; None: not recorded.
         calibration_text_identity: of the calibration text; None: the model's own text, or unknown.
+        calibration_images_sha256: SHA-256 of the SHA-256 of each image of the calibration; None: it has none.
         bits_per_weight: of the quantized layers, every stored table counted.
         model_bits_per_weight: of the whole model.
         bytes: of the weights.
@@ -191,6 +192,7 @@ class Manifest(BaseModel):
     calibration_tokens_sha256: str | None
     calibration_text_identity: str | None = None
     calibration_bos: bool | None = None
+    calibration_images_sha256: str | None = None
     seed: int
     bits_per_weight: float
     model_bits_per_weight: float

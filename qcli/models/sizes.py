@@ -21,11 +21,13 @@ class ModelSizes:
     Attributes:
         layers: the linears of the block that has the most weights.
         outside: all tensors outside of the blocks that text passes: embedding, head, final norm.
+        beside: all tensors that text does not pass, such as vision towers.
         hidden, inner: widths of the hidden states, and of the widest input or output of a linear.
     """
 
     layers: list[Linear]
     outside: int
+    beside: int
     hidden: int
     inner: int
 
@@ -35,12 +37,15 @@ class ModelSizes:
         blocks: dict[int, list[Linear]] = {}
         for linear in source.linears():
             blocks.setdefault(linear.block, []).append(linear)
-        others = tuple(f"{path}." for path in (source.family.blocks, *source.family.dense_parts))
-        outside = sum(prod(tensor.shape) for name, tensor in source.tensors().items() if not name.startswith(others))
+        parts = tuple(f"{path}." for path in source.family.dense_parts)
+        sizes = {name: prod(tensor.shape) for name, tensor in source.tensors().items()}
+        beside = sum(size for name, size in sizes.items() if name.startswith(parts))
+        blocks_at = f"{source.family.blocks}."
+        outside = sum(size for name, size in sizes.items() if not name.startswith((blocks_at, *parts)))
         layers = max(blocks.values(), key=_weights)
         inner = max(max(layer.shape) for layer in layers)
         hidden = source.family.passing.width(source.hf_config().get_text_config().hidden_size)
-        return cls(layers, outside, hidden, inner)
+        return cls(layers, outside, beside, hidden, inner)
 
     @property
     def block(self) -> int:

@@ -156,6 +156,14 @@ class ModelSource:
         """The model's tokenizer."""
         raise NotImplementedError
 
+    def processor(self) -> Any:
+        """The model's processor of text and images, a `ProcessorMixin` of transformers.
+
+        Raises:
+            UnsupportedError: it has none, or one that cannot be loaded.
+        """
+        raise UnsupportedError(f"{self.path} has no processor of images", hint="calibrate with text")
+
     def companions(self) -> Mapping[str, Path | bytes]:
         """Tokenizer, chat templates, generation config, licence and the like, by name: files to copy, or contents.
 

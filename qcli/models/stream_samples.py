@@ -21,6 +21,8 @@ from qcli.models.source import first_line
 from qcli.utils.errors import QcliError, UnsupportedError
 from qcli.utils.stored_batches import BatchMemory
 
+# Inputs that processors make of text; all others are of images.
+OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 _TOLERANCE = {torch.float32: 1e-3}  # of the largest value
 _COARSE = 3e-2  # in other dtypes
 
@@ -102,7 +104,7 @@ class SampleRecorder:
     """
 
     def __init__(self, model: Any, text: nn.Module, stand_ins: Sequence[Any], family: Family) -> None:
-        self._model = model.base_model if text is model else model
+        self._model: Any = model.base_model if text is model else model
         self._stand_ins, self._family = stand_ins, family
         self._parts = [model.get_submodule(path) for path in family.dense_parts]
         self._hooks = ExitStack()
@@ -134,7 +136,7 @@ class SampleRecorder:
             UnsupportedError: the model does not run on this, or its blocks cannot run one by one.
         """
         found = self._follow(inputs, torch.zeros_like)
-        has_images = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+        has_images = bool(inputs.keys() - OF_TEXT)
         if has_images and not self._seen:
             raise self._refused("its forward pass does not look at the images that its processor gives")
         if has_images and not self._proven:

@@ -25,7 +25,7 @@ from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.calibration import recipe_tokens
 from qcli.quantization.job import quantize_as_written, run_identity
-from qcli.quantization.plan import make_plan
+from qcli.quantization.plan import make_plan, refuse_images_for_auto
 from qcli.quantization.result import Result
 from qcli.quantization.search_space import Assignment, SearchSpace, search_space
 from qcli.quantization.sensitivity import Losses, sensitivities
@@ -64,6 +64,7 @@ def allocate(
         existing: which results at `out` may be replaced.
     """
     started = time.monotonic()
+    refuse_images_for_auto(recipe.calibration.data)
     source = open_source(recipe.source, trust)
     space = search_space(recipe, source.linears())
     held_out = _held_out_samples(recipe)

@@ -1,4 +1,5 @@
-"""The calibration tokens of a run: made once, kept in its folder and, where several runs share them, in a cache."""
+"""The calibration samples of a run. Token windows are made once, kept in its folder and, where several runs share them,
+in a cache; samples of text and images are made anew where they are needed."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from qcli.data.identity import text_identity
+from qcli.data.image_samples import ImageSamples, Samples, image_samples
 from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.models.open import ModelSource
 from qcli.quantization.plan import Plan
 from qcli.recipe.recipe import Recipe
 from qcli.utils.cache import Cache
+from qcli.utils.errors import StateError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import RunFolder
 
@@ -26,19 +28,26 @@ class CalibrationTokens:
     """What a run is calibrated on.
 
     Attributes:
-        ids: int64 `[samples, length]`; the last ones are held out where something is trained.
+        samples: the last ones are held out where something is trained.
         text_identity: what the text is known by in a manifest.
-        bos: whether samples begin with a begin token.
+        bos: whether samples begin with a begin token; None: as the model's processor has it.
     """
 
-    ids: Tensor
+    samples: Samples
     text_identity: str | None
-    bos: bool
+    bos: bool | None
 
     @property
     def sha256(self) -> str:
-        """Hash of the ids."""
-        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        """Hash of the ids, or of all that the model's processor makes of text and images."""
+        if isinstance(self.samples, ImageSamples):
+            return self.samples.sha256
+        return hashlib.sha256(self.samples.numpy().tobytes()).hexdigest()
+
+    @property
+    def images_sha256(self) -> str | None:
+        """Hash of the hashes of the images; None: there are none."""
+        return self.samples.images_sha256 if isinstance(self.samples, ImageSamples) else None
 
 
 def run_tokens(
@@ -47,6 +56,8 @@ def run_tokens(
     """The calibration tokens of a run, which keeps them for the case that it is resumed; None: it needs none."""
     if not plan.calibrated:
         return None
+    if plan.sees_images:
+        return _with_images(plan, run)
     if (file := run.done(_PART)) is None:
         tokens = recipe_tokens(plan.recipe, plan.source, device, cache, progress)
         if plan.held_out:
@@ -56,6 +67,26 @@ def run_tokens(
     else:
         ids = load_file(file)["tokens"]
     return CalibrationTokens(ids, **run.report(_PART))
+
+
+def _with_images(plan: Plan, run: RunFolder) -> CalibrationTokens:
+    """Samples of text and images, which are the same whenever a run is resumed.
+
+    Raises:
+        UsageError, UnsupportedError: as `image_samples`.
+        StateError: an interrupted run had others.
+    """
+    recipe, text = plan.recipe, plan.recipe.calibration
+    samples = image_samples(text.data, plan.source, samples=text.samples, seq_len=text.seq_len, seed=recipe.seed)
+    if run.done(_PART) is None:
+        run.commit(_PART, {}, {"text_identity": text_identity(text.data), "sha256": samples.sha256})
+    report = run.report(_PART)
+    if report["sha256"] != samples.sha256:
+        raise StateError(
+            f"{text.data}: the model's processor makes other samples of it than when the run began",
+            hint="start over with --resume never",
+        )
+    return CalibrationTokens(samples, report["text_identity"], None)
 
 
 def recipe_tokens(

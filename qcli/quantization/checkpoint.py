@@ -73,6 +73,8 @@ def publish_checkpoint(
         manifest = manifest.model_copy(update={"facts": facts})
     if result.processes > 1:
         manifest = manifest.model_copy(update={"processes": result.processes})
+    if tokens is not None and tokens.images_sha256 is not None:
+        manifest = manifest.model_copy(update={"calibration_images_sha256": tokens.images_sha256})
     write_record(manifest, folder)
     run.publish()
     progress("write", 1, 1)

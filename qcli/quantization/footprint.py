@@ -28,6 +28,8 @@ TRAINED_TOKENS = 1024  # of a training step
 _ROUNDED = 1.25  # bytes of a weight that a transform rounds: its code, and what its group has
 _TILED = 36  # bytes of a number in a tile that a transform works on
 _UNITS = 4  # bytes of a weight whose latent has a unit of its own, where grids are not uniform
+_PATCHES = 4  # of an image, merged to one token
+_MASKS = 2  # of one byte for a pair of tokens
 _ROUNDING = 10  # bytes of a weight among those that refinement rounds together
 
 
@@ -80,6 +82,10 @@ def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool, device: s
         peak.add(device=sizes.block, host=2 * part)
         return peak.demand(waiting=0)
     peak.add(device=sizes.outside * dtype.itemsize, host=outside)
+    if plan.sees_images:
+        patches = _PATCHES * plan.recipe.calibration.seq_len
+        whole = (sizes.outside + sizes.beside) * dtype.itemsize
+        peak.add(device=whole + sizes.forward(patches, dtype.itemsize), host=outside)
     _add_blocks(plan, sizes, dtype.itemsize, fast=fast, tile=tile_size_on(device), peak=peak, part=part)
     return peak.demand(waiting=_waiting(plan, sizes, dtype.itemsize, fast=fast))
 
@@ -179,4 +185,6 @@ def _waiting(plan: Plan, sizes: ModelSizes, itemsize: int, *, fast: bool) -> int
     inputs = sizes.layers[-1].shape[1] * kept
     targets = sizes.hidden * itemsize if plan.recipe.all_transforms else 0
     states = streams * sizes.hidden * (itemsize + kept)
+    if plan.sees_images:  # what blocks are given: masks, and features of images
+        states += _MASKS * text.seq_len + sizes.hidden * itemsize
     return -(-text.samples // world_size()) * text.seq_len * (states + max(inputs, targets))

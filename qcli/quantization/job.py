@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcli.data.image_rows import data_content
+from qcli.data.image_samples import Samples
 from qcli.models.manifest import LayerReport, require_own_checkpoint, versions
 from qcli.models.open import ModelSource
 from qcli.quantization.block_loop import quantize_blocks, quantize_blocks_apart
@@ -28,7 +30,7 @@ from qcli.utils.determinism import determinism
 from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import Processes, process_group, world_size
 from qcli.utils.errors import UsageError, warn
-from qcli.utils.files import content_hash, require_space
+from qcli.utils.files import require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress
@@ -77,7 +79,7 @@ def quantize_as_written(
                 progress("reading the text", 0, 0)
             tokens = run_tokens(plan, run, device, cache, progress)
             if tokens is not None:
-                require_samples(plan, tokens.ids, processes)
+                require_samples(plan, tokens.samples, processes)
             return tokens, run.finished()
 
         tokens, finished = processes.broadcast(open_run)
@@ -92,7 +94,7 @@ def quantize_as_written(
                 quantizer = Sequential(
                     plan,
                     run,
-                    tokens.ids,
+                    tokens.samples,
                     device,
                     dtype,
                     fast=fast,
@@ -133,13 +135,14 @@ def quantize_as_written(
     return result
 
 
-def require_samples(plan: Plan, tokens: Tensor, processes: Processes) -> None:
+def require_samples(plan: Plan, calibration: Samples, processes: Processes) -> None:
     """Refuse processes without a sample to calibrate on, and warn of those that steps of a training leave idle.
 
     Args:
-        tokens: int64 `[samples, length]`, held-out ones included.
+        calibration: held-out ones included.
     """
-    samples, length, count = len(tokens) - plan.held_out, tokens.shape[1], processes.world_size
+    samples, count = len(calibration) - plan.held_out, processes.world_size
+    length = calibration.shape[1] if isinstance(calibration, Tensor) else calibration.mean_length
     if samples < count:
         raise UsageError(
             f"{samples} calibration samples cannot be divided among {count} processes",
@@ -173,6 +176,6 @@ def run_identity(
             "processes": world_size() if reads_text else 1,
         },
         "source": source.state(),
-        "data": content_hash(Path(recipe.calibration.data)) if reads_text else None,
+        "data": data_content(recipe.calibration.data) if reads_text else None,
         "recipe": recipe.fingerprint_fields(),
     }

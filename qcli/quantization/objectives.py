@@ -44,8 +44,10 @@ class BlockObjective:
         self.forward, self.inputs, self.targets, self.processes = forward, inputs, targets, processes
         norms = torch.cat([token_norms(batch).flatten() for batch in targets.training])
         self.median = torch.cat(processes.exchange(norms)).median()
-        samples = int(processes.sum(sum(len(batch) for batch in inputs.training)))
-        self.sampler, self.own = sampling.sampler(samples, inputs.training[0].shape[1]), processes.share(samples)
+        shapes = [batch.shape[:2] for batch in inputs.training]
+        samples = int(processes.sum(sum(count for count, _ in shapes)))
+        tokens = int(processes.sum(sum(count * length for count, length in shapes)))
+        self.sampler, self.own = sampling.sampler(samples, tokens // samples), processes.share(samples)
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         indices = self.sampler.indices(step)
@@ -54,8 +56,12 @@ class BlockObjective:
         def loss(weights: Weights) -> Tensor:
             if not own:
                 return no_loss(weights)
-            inputs, targets = (side.training.samples(own) for side in (self.inputs, self.targets))
-            error = self._error(weights, inputs, targets).mean()
+            pairs = [side.training.picked(own) for side in (self.inputs, self.targets)]
+            if len({len(sample) for sample in pairs[0]}) == 1:
+                error = self._error(weights, *map(torch.stack, pairs)).mean()
+            else:  # samples with images
+                each = (self._error(weights, *(sample[None] for sample in pair)) for pair in zip(*pairs, strict=True))
+                error = torch.cat([errors.flatten() for errors in each]).mean()
             return error if len(own) == len(indices) else error * (len(own) / len(indices))
 
         return shared_loss(loss, weights, self.processes)

@@ -13,6 +13,7 @@ from qcli.algorithms.layer_group import CROSS, OUTPUT_GAP
 from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
+from qcli.data.image_rows import has_images
 from qcli.models.families import Linear, has_row
 from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
@@ -33,6 +34,7 @@ from qcli.utils.trust import NOTHING, Trust
 if TYPE_CHECKING:
     import torch
 
+_USE_TEXT = "use text, or a copy of the file without the images"
 TENSOR_PARALLEL = (2, 4, 8)
 VOCABULARY_SLICE = 1 << 25  # weights of embedding or head that are quantized at a time
 
@@ -146,6 +148,11 @@ class Plan:
         return [path for path in paths if path in self.methods_of(0)]
 
     @cached_property
+    def sees_images(self) -> bool:
+        """Whether calibration samples have images."""
+        return self.calibrated and has_images(self.recipe.calibration.data)
+
+    @cached_property
     def last_block(self) -> int:
         """The last block that activations have to reach: it has a layer to quantize, or the head is to be fitted."""
         if self.reads_final_norm:
@@ -237,6 +244,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
+    choosing_bits = recipe.allocation is not None
     recipe, assigned = _assigned(recipe, layers)
     model = require_loadable(source)
     if recipe.all_transforms and not source.family.folds:
@@ -281,6 +289,8 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     plan = Plan(source, recipe, layers, methods, formats, [*parts, outside], vocabulary)
     if plan.calibrated:
         require_text(recipe.calibration.data)
+        if plan.sees_images:
+            _require_sight(plan, choosing_bits=choosing_bits)
     return plan
 
 
@@ -304,6 +314,34 @@ def _assigned(recipe: Recipe, layers: list[Linear]) -> tuple[Recipe, dict[str, M
     if recipe.allocation is not None:
         recipe = uniform_recipe(recipe, layers)
     return recipe, assign(recipe, layers)
+
+
+def refuse_images_for_auto(data: str) -> None:
+    """Raise UnsupportedError if `bits: auto` is to be calibrated on images."""
+    if has_images(data):
+        raise UnsupportedError(f"{data} has rows with images: bits: auto compares models on text alone", hint=_USE_TEXT)
+
+
+def _require_sight(plan: Plan, *, choosing_bits: bool) -> None:
+    """Refuse what calibration with images cannot do.
+
+    Raises:
+        UsageError: the recipe asks for begin tokens, which the model's processor decides on.
+        UnsupportedError: the model sees no images, or the recipe has something that only text can be used for.
+    """
+    source, recipe, data = plan.source, plan.recipe, plan.recipe.calibration.data
+    if not source.family.dense_parts:
+        raise UnsupportedError(f"{data} has rows with images, which {recipe.model} does not see", hint=_USE_TEXT)
+    if choosing_bits:
+        refuse_images_for_auto(data)
+    if any(transform.whole_model for transform in recipe.all_transforms):
+        raise UnsupportedError(
+            f"{data} has rows with images: transforms of the whole model are trained on text alone",
+            hint=f"teq's loss: block, or {_USE_TEXT}",
+        )
+    if recipe.bos != "auto":
+        raise UsageError(f"bos: {str(recipe.bos).lower()}: the model's processor decides how rows with images begin")
+    source.processor()
 
 
 def _require_names(source: ModelSource, parts: Iterable[Iterable[str]], formats: Mapping[str, Format | None]) -> None:

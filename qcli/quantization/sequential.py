@@ -17,6 +17,7 @@ from qcli.algorithms.method import Solution
 from qcli.algorithms.training.batches import Sampling, Split
 from qcli.algorithms.training.loop import Weights
 from qcli.core.weight import QuantizedWeight
+from qcli.data.image_samples import Samples, processed
 from qcli.models.stream import ModelStream, batches
 from qcli.quantization.block_state import BlockGroup, BlockState, CollectedGroup, Streams
 from qcli.quantization.layer_report import layer_report
@@ -41,7 +42,7 @@ class Sequential:
 
     Args:
         run: keeps what transforms have fitted.
-        tokens: int64 `[samples, length]`; the last `plan.held_out` of them are held out.
+        samples: the last `plan.held_out` of them are held out.
         fast: whether bf16 or TF32 matrix products are allowed.
         memory: where activations wait for the next block, and targets for the reconstruction.
         processes: that share the work: each runs its own samples through the model.
@@ -51,7 +52,7 @@ class Sequential:
         self,
         plan: Plan,
         run: RunParts,
-        tokens: Tensor,
+        samples: Samples,
         device: torch.device,
         dtype: torch.dtype,
         *,
@@ -65,14 +66,16 @@ class Sequential:
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(plan.source, device=device, dtype=dtype)
         self.last = plan.last_block
-        self.tokens = Split(tokens[: len(tokens) - plan.held_out], tokens[len(tokens) - plan.held_out :])
-        own = self.tokens.map(lambda side: side[_slice(processes.share(len(side)))])
-        self.quantized = own.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
+        training = len(samples) - plan.held_out
+        self.samples: Split[Samples] = Split(samples[:training], samples[training:])
+        own = self.samples.map(lambda side: side[_slice(processes.share(len(side)))])
+        self.quantized = own.map(self._embedded)
         self.original = self.quantized.map(StoredBatches.copy) if plan.compares else None
         self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
-        self.transforms.fit_model(self.tokens)
+        if isinstance(samples, Tensor):
+            self.transforms.fit_model(Split(samples[:training], samples[training:]))
         if round_embedding(plan, self.stream):
-            self.quantized = own.map(lambda side: memory.store(map(self.stream.embed, batches(side))))
+            self.quantized = own.map(self._embedded)
         self.stream.drop_vocabulary()
 
     def route(self, unfinished: Sequence[int]) -> Sequence[int]:
@@ -216,6 +219,14 @@ class Sequential:
         with matmul_precision(fast=self.fast, device=self.stream.device):
             inputs = (self.stream.head_inputs(hidden) for hidden in self.quantized.training)
             return mean_square(inputs, self.processes)
+
+    def _embedded(self, samples: Samples) -> StoredBatches[Tensor]:
+        """What enters the first block."""
+        if isinstance(samples, Tensor):
+            return self.memory.store(map(self.stream.embed, batches(samples)))
+        if not len(samples):
+            return self.memory.store()
+        return self.memory.store(self.stream.embed_samples(processed(samples, self.plan.source), self.memory))
 
     def _twin(self, index: int, module: nn.Module) -> nn.Module:
         """A copy of an original block. Where linear layers compute in bf16 anyway, so are its weights, if nothing is

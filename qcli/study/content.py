@@ -6,12 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from qcli.data.datasets import require_text
+from qcli.data.image_rows import data_content
 from qcli.recipe.recipe import Recipe
 from qcli.study.grid import Run
-from qcli.utils.files import content_hash
 from qcli.utils.trust import NOTHING, Trust
 
 
@@ -25,7 +24,7 @@ def address_by_content(runs: Iterable[Run], trust: Trust = NOTHING) -> list[Run]
 
     def content(name: str) -> str | None:
         if name not in hashes:
-            hashes[name] = content_hash(Path(name))
+            hashes[name] = data_content(name)
         return hashes[name]
 
     addressed = []

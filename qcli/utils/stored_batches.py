@@ -122,18 +122,19 @@ class StoredBatches(Generic[T]):
         return list(self._kept)
 
     def samples(self: StoredBatches[Tensor], indices: Sequence[int]) -> Tensor:
-        """Stack samples picked from batches `[batch, ...]`, all of one batch size but the last, which may be smaller.
+        """As `picked`, stacked to `[len(indices), ...]`; all have one shape."""
+        return torch.stack(self.picked(indices))
+
+    def picked(self: StoredBatches[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """Samples of batches `[batch, ...]`, all of one batch size but the last, which may be smaller.
 
         Args:
             indices: sample numbers, counted through all batches.
-
-        Returns:
-            `[len(indices), ...]`.
         """
         size = len(self._kept[0])
         picked: list[Tensor] = [self.memory.fetch(self._kept[index // size][index % size]) for index in indices]
         self.memory.arrived()
-        return torch.stack(picked)
+        return picked
 
     def _fetch(self, number: int) -> T:
         batch: T = self.memory.fetch(self._kept[number])

@@ -18,6 +18,7 @@ from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError
+from tests.images import with_image
 from tests.quantizing import TOKENS, logits, run, streamed, write_text
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -27,20 +28,6 @@ PARTS = {
     "qwen2_5_vl": ("model.visual",),
     "qwen3_vl_moe": ("model.visual",),
 }
-
-
-def with_image(model_type: str) -> dict[str, Tensor]:
-    """Tokens with an image among them, as the model's processor makes them."""
-    drawn = torch.Generator().manual_seed(5)
-    tokens = TOKENS[:1].clone()
-    if model_type == "llava":  # a token for each of 2 x 2 patches
-        tokens[:, 5:9] = 3
-        return {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 28, 28, generator=drawn)}
-    tokens[:, 5] = 3  # 2 x 2 patches are merged to one
-    size = 3 * 2 * (14 if model_type == "qwen2_5_vl" else 16) ** 2
-    grid = torch.tensor([[1, 2, 2]])
-    pixels = {"pixel_values": torch.randn(4, size, generator=drawn), "image_grid_thw": grid}
-    return {"input_ids": tokens, **pixels, "mm_token_type_ids": (tokens == 3).int()}
 
 
 @torch.no_grad()

@@ -167,7 +167,8 @@ def test_blocks_are_calibrated_with_the_rounded_embedding(
         assert quantizer.original is not None
         if index == 0:
             entered.extend(stream.training[0].clone() for stream in (quantizer.quantized, quantizer.original))
-            entered.append(quantizer.tokens.training)
+            assert isinstance(quantizer.samples.training, Tensor)
+            entered.append(quantizer.samples.training)
         return load(quantizer, index, saved)
 
     monkeypatch.setattr(Sequential, "load", watched)

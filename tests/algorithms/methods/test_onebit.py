@@ -112,7 +112,8 @@ def test_norms_follow_only_the_layers_of_the_format(
         advance(quantizer, block)
         assert quantizer.original is not None
         hidden, original = (side.training.waiting() for side in (quantizer.quantized, quantizer.original))
-        streams.append((quantizer.tokens.training, hidden, original))
+        assert isinstance(quantizer.samples.training, torch.Tensor)
+        streams.append((quantizer.samples.training, hidden, original))
 
     monkeypatch.setattr(Sequential, "advance", advance_and_record)
     gptq = {"name": "gptq-like", "refit_target": True, "group_size": 32}
