@@ -94,10 +94,10 @@ def test_training_and_resuming(llava: Path, tmp_path: Path, monkeypatch: pytest.
     """Blocks are reconstructed on samples of several lengths; an interrupted run gives the same bytes."""
     pairs = write_pairs(tmp_path / "data")
     given: dict[str, Any] = {
-        "method__name": "lcq",
-        "grouped": False,
+        "method__name": "rtn",
         "calibration__held_out": 2,
-        "refine": {"scope": "block", "steps": 4, "batch_tokens": 64},
+        "method__bits": 2,
+        "refine": {"scope": "block", "steps": 10, "batch_tokens": 64, "train": ["tables"]},
         **LONG,
     }
     result = run(llava, tmp_path / "out", pairs, **given)

@@ -76,6 +76,21 @@ def test_block_objective_is_the_mean_relative_error_of_tokens(stream: ModelStrea
 
 
 @torch.no_grad()
+def test_samples_of_several_lengths_count_by_their_tokens(stream: ModelStream) -> None:
+    block, memory = stream.load_block(0), BatchMemory(stream.device)
+    batches = [stream.embed(TOKENS[:1]), stream.embed(TOKENS[1:2, :7])]
+    targets = [stream.run_block(block, 0, batch) for batch in batches]
+    path = stream.family.groups[0].linears[0]
+    weights = {path: 1.1 * stream.weight_of(block.get_submodule(path))}
+    inputs, outputs = memory.store(batches), memory.store(targets)
+    objective = BlockObjective(
+        partial(stream.run_block, block, 0), Split(inputs, inputs), Split(outputs, outputs), Sampling(22, "s")
+    )
+    assert sorted(objective.sampler.indices(0)) == [0, 1]
+    assert float(objective.loss(weights, 0)) == pytest.approx(objective.held_out(weights), rel=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("predictions", [False, True])
 def test_model_objective_is_the_models_own_loss(stream: ModelStream, folder: Path, predictions: bool) -> None:
     blocks = [stream.load_block(index) for index in range(stream.n_blocks)]
