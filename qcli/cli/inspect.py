@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._contents import contents_in_words
 from qcli.cli._layers import show_layers
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
@@ -57,6 +58,7 @@ def show_checkpoint(tables: Tables, report: dict[str, Any]) -> None:
             "bits per weight": bits(report),
             **facts_in_words(report["facts"]),
             "size": size(report["bytes"]),
+            **contents_in_words(report["contents"]),
             "backends on": None if runs_on is None else f"{runs_on['device']}, in {runs_on['dtype']}",
             "time": duration(report["seconds"]),
             "fallbacks": f"in {report['fallbacks']} layers" if report["fallbacks"] else "none",
@@ -74,6 +76,7 @@ def show_model(tables: Tables, report: dict[str, Any]) -> None:
             "quantized": report["quantized_as"],
             "bits per weight": bits(report),
             "size": size(report["bytes"]),
+            **contents_in_words(report["contents"]),
             "context": None if report["context_length"] is None else f"{report['context_length']} tokens",
         }
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._contents import contents_in_words, smaller_in_words
 from qcli.cli._layers import show_layers
 from qcli.cli._out import out_of, quantized_name
 from qcli.cli.ui.session import Session
@@ -157,11 +158,15 @@ def quantize(
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
     """The plan of `--dry-run`."""
-    show_layers(tables, [*plan["layers"], *plan["vocabulary"]])
+    choices = plan["choices"]
+    show_layers(tables, [*_with_choices(plan["layers"], choices), *plan["vocabulary"]])
+    exact = f"{size(plan['bytes'])} ({plan['bytes']} bytes; source {size(plan['source_bytes'])})"
     tables.pairs(
         {
-            "bits per weight": bits(plan),
-            "size": f"{size(plan['bytes'])} ({plan['bytes']} bytes; source {size(plan['source_bytes'])})",
+            **(_chosen(choices) if choices else {"bits per weight": bits(plan)}),
+            **({f"at uniform {_uniform(plan)}": f"{bits(plan)}, {exact}"} if choices else {"size": exact}),
+            **contents_in_words(plan["contents"], plan["source_contents"]),
+            **smaller_in_words(plan["smaller"]),
             "source": _source(plan["source_quantized_as"]),
             "peak memory": Placement(**plan["memory"]).in_words(),
             "calibration": "required" if plan["calibrated"] else "not needed",
@@ -172,6 +177,37 @@ def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
             "left out": _left_out(plan["left_out"]),
         }
     )
+
+
+def _with_choices(layers: Sequence[Mapping[str, Any]], choices: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The layers, with the range of what `bits: auto` chooses from in place of what the uniform recipe has."""
+    if choices is None:
+        return [*layers]
+    searched = set(choices["layers"])
+    left_open = {"bits": _range(choices["bits"]), "bits_per_weight": None, "divides_tensor_parallel": None}
+    if len(choices["group_sizes"]) > 1:
+        left_open["group_size"] = _range(choices["group_sizes"])
+    return [{**layer, **left_open} if layer["name"] in searched else layer for layer in layers]
+
+
+def _chosen(choices: Mapping[str, Any]) -> dict[str, str]:
+    sizes = choices["group_sizes"]
+    groups = f" and groups of {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+    return {
+        "bits per weight": f"at most {choices['target_bpw']:g}, the target",
+        "chosen": f"by measurement, for each of {len(choices['layers'])} layers: "
+        f"{_range(choices['bits'])} bits{groups}",
+    }
+
+
+def _uniform(plan: Mapping[str, Any]) -> str:
+    """What the allocation is compared with, in words."""
+    widths = sorted({layer["bits"] for layer in plan["layers"] if layer["name"] in set(plan["choices"]["layers"])})
+    return f"{_range(widths)} bits"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def show_result(tables: Tables, result: dict[str, Any]) -> None:
@@ -186,6 +222,8 @@ def show_result(tables: Tables, result: dict[str, Any]) -> None:
             **facts_in_words(result["facts"]),
             **_allocation(result["allocation"]),
             "size": f"{size(result['bytes'])} (was {size(result['source_bytes'])})",
+            **contents_in_words(result["contents"], result["source_contents"]),
+            **smaller_in_words(result["smaller"]),
             "source": _source(result["source_quantized_as"]),
             "time": duration(result["seconds"]),
             "peak memory": peak,

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qcli.models.contents import stored_contents
+from qcli.models.loadable import require_loadable
 from qcli.models.manifest import MANIFEST, LayerReport, Manifest
 from qcli.models.open import ModelSource, open_source
 from qcli.models.quantized import QuantizedSource
-from qcli.utils.errors import UsageError, VerificationError
+from qcli.models.vocabulary import Vocabulary
+from qcli.utils.errors import QcliError, UsageError, VerificationError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Inspection:
     Attributes:
         model: the model that was quantized.
         bytes: size of the weight files.
+        contents: these by kind, see `qcli.models.contents`; None: transformers does not build this model.
         seconds: duration of the quantization.
         versions: of qcli and its dependencies at that time.
         packed_as: the export target that `qcli pack` wrote; None: the folder is as `qcli quantize` left it.
@@ -40,6 +44,7 @@ class Inspection:
     bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
+    contents: dict[str, int] | None
     seconds: float
     versions: dict[str, str]
     packed_as: str | None
@@ -66,6 +71,7 @@ class ModelInspection:
         quantized_as: what other software stored the weights as; None: they are not quantized.
         context_length: in tokens; None: its config sets no limit.
         revision: the hub's commit; None: it is local.
+        contents: as of an `Inspection`.
         layers: a row for every linear layer of the blocks.
     """
 
@@ -77,6 +83,7 @@ class ModelInspection:
     bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
+    contents: dict[str, int] | None
     layers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +114,7 @@ def inspect_any(model: str) -> Inspection | ModelInspection:
         bits_per_weight=source.linear_bits_per_weight(),
         model_bits_per_weight=source.model_bits_per_weight(),
         bytes=source.bytes(),
+        contents=_contents(source),
         layers=[
             {
                 "name": linear.name,
@@ -142,6 +150,7 @@ def inspect(folder: Path) -> Inspection:
         bits_per_weight=source.bits_of(layer.name for layer in manifest.layers),
         model_bits_per_weight=source.model_bits_per_weight(),
         bytes=source.bytes(),
+        contents=_contents(source),
         seconds=manifest.seconds,
         versions=manifest.versions,
         packed_as=manifest.packed_as,
@@ -155,6 +164,14 @@ def inspect(folder: Path) -> Inspection:
         layers=rows,
         vocabulary=[_vocabulary_row(source, report, manifest) for report in manifest.vocabulary],
     )
+
+
+def _contents(source: ModelSource) -> dict[str, int] | None:
+    try:
+        model = require_loadable(source)
+    except QcliError:  # what is wrong with a model is not the subject here
+        return None
+    return stored_contents(source, Vocabulary.of(model, source.tensors()))
 
 
 def _rows(source: ModelSource, manifest: Manifest) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ class FolderSource(ModelSource):
             nested = {"text_config": {**text, _TIED: False}} if isinstance(text, dict) and _TIED in text else {}
             self.config = {**self.config, **nested, _TIED: False}
 
-    def _stored_bytes(self, name: str) -> int:
+    def stored_bytes(self, name: str) -> int:
         return self.derived[name].bytes if name in self.derived else self.extents[name].bytes
 
     def weight_files(self) -> list[Path]:

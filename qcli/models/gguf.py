@@ -250,7 +250,7 @@ class GGUFSource(ModelSource):
             tensors[name] = torch.from_numpy(weights).view(self._stored[name].shape)
         return tensors
 
-    def _stored_bytes(self, name: str) -> int:
+    def stored_bytes(self, name: str) -> int:
         return self._entries[name].bytes
 
     def weight_files(self) -> list[Path]:

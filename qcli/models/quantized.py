@@ -164,11 +164,11 @@ class QuantizedSource(FolderSource):
         """Whether the dense model has the weight of a quantized layer as `[in, out]`."""
         return self.family.conv1d and layer in self.quantized
 
-    def _stored_bytes(self, name: str) -> int:
+    def stored_bytes(self, name: str) -> int:
         layer = name.removesuffix(".weight")
         if layer in self.packed:
             return sum(tensor.bytes for tensor in self.packed[layer].stored(layer).values())
-        return super()._stored_bytes(name)
+        return super().stored_bytes(name)
 
     def _check(self) -> None:
         actual = super().tensors()

@@ -256,7 +256,8 @@ class ModelSource:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _stored_bytes(self, name: str) -> int:
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the files; of a quantized layer's weight, those of codes and tables."""
         raise NotImplementedError
 
     def _file_sizes(self) -> list[int]:
@@ -272,7 +273,7 @@ class ModelSource:
     def _bits(self, names: Iterable[str]) -> float:
         names, stored = list(names), self.tensors()
         weights = sum(prod(stored[name].shape) for name in names)
-        return 8 * sum(self._stored_bytes(name) for name in names) / weights if weights else 0.0
+        return 8 * sum(self.stored_bytes(name) for name in names) / weights if weights else 0.0
 
     def _shape(self, linear: str, stored: dict[str, StoredTensor]) -> tuple[int, int]:
         weight = stored.get(f"{linear}.weight")

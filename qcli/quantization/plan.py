@@ -14,6 +14,7 @@ from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.data.image_rows import has_images
+from qcli.models.contents import contents, stored_contents
 from qcli.models.families import Linear, has_row
 from qcli.models.loadable import require_loadable
 from qcli.models.native import GUARD, guard_name, with_guard
@@ -21,10 +22,11 @@ from qcli.models.open import open_source
 from qcli.models.quantized import LayerStorage, QuantizedSource
 from qcli.models.source import ModelSource
 from qcli.models.vocabulary import Vocabulary
-from qcli.quantization.search_space import uniform_recipe
+from qcli.quantization.search_space import search_space, uniform_recipe
 from qcli.quantization.solve import stored_format
 from qcli.recipe.assign import assign, vocabulary_methods
 from qcli.recipe.recipe import Recipe
+from qcli.recipe.vocabulary import VocabularyLayer
 from qcli.utils import shards
 from qcli.utils.dtypes import HALF_DTYPES, StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 _USE_TEXT = "use text, or a copy of the file without the images"
 TENSOR_PARALLEL = (2, 4, 8)
+_MANY = 1 / 3  # of the bytes: so much of them is worth a remark
 VOCABULARY_SLICE = 1 << 25  # weights of embedding or head that are quantized at a time
 
 
@@ -49,6 +52,8 @@ class Plan:
         formats: by layer name, low-rank factors included; None: the layer stays dense.
         parts: stored tensors by name: one part for each block, then one for everything outside the blocks.
         vocabulary: methods of embedding and head by module name, as far as they are quantized.
+        modules: where embedding and head are.
+        choices: what `bits: auto` chooses from, as `SearchSpace.choices`; None: the recipe leaves nothing open.
     """
 
     source: ModelSource
@@ -58,6 +63,8 @@ class Plan:
     formats: dict[str, Format | None]
     parts: list[dict[str, StoredTensor]]
     vocabulary: dict[str, Method]
+    modules: Vocabulary
+    choices: dict[str, Any] | None = None
 
     @property
     def held_out(self) -> int:
@@ -116,6 +123,33 @@ class Plan:
         parts = with_guard(self.parts, guard_name(self.formats), GUARD)
         on_disk = [{self.source.on_disk(name): tensor for name, tensor in part.items()} for part in parts]
         return shards.shard_bytes(on_disk, shards.SHARD_SIZE)
+
+    @cached_property
+    def contents(self) -> dict[str, int]:
+        """Bytes by kind, see `qcli.models.contents`."""
+        sizes = {name: tensor.bytes for part in self.parts for name, tensor in part.items()}
+        return contents(sizes, self.bytes, [layer.name for layer in self.layers], self.modules)
+
+    @cached_property
+    def smaller(self) -> dict[str, Any] | None:
+        """The settings that quantize embedding and head, if these are dense and large, and the model's bytes then."""
+        sections = {self.modules.embedding: "embeddings"}
+        if self.modules.head is not None and not self.modules.tied:
+            sections[self.modules.head] = "lm_head"
+        settings, saved, dense = [], 0, 0
+        for name, section in sections.items():
+            if (stored := self.parts[-1].get(f"{name}.weight")) is None or len(stored.shape) != 2:
+                continue
+            rows, columns = stored.shape
+            method = VocabularyLayer().as_method()
+            if method.unsupported_reason((rows, columns)) is not None:
+                continue
+            packed = sum(tensor.bytes for tensor in LayerStorage(method.format, (rows, columns)).stored(name).values())
+            if packed < stored.bytes:
+                settings.append(f"{section}.bits={VocabularyLayer().bits}")
+                saved, dense = saved + stored.bytes - packed, dense + stored.bytes
+        many = dense >= _MANY * self.bytes
+        return {"set": settings, "bytes": self.bytes - saved} if settings and many else None
 
     @property
     def bits_per_weight(self) -> float:
@@ -188,6 +222,10 @@ class Plan:
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
             "source_bytes": self.source.bytes(),
+            "contents": self.contents,
+            "source_contents": stored_contents(self.source, self.modules),
+            "smaller": self.smaller,
+            "choices": self.choices,
             "source_quantized_as": self.source.quantized_as,
             "calibrated": self.calibrated,
             "unscaled": self.unscaled,
@@ -244,8 +282,7 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         raise UnsupportedError(f"{recipe.model} is already quantized by qcli", hint="start from the unquantized model")
     source.companions()  # what cannot be copied is refused before any work
     layers = source.linears()
-    choosing_bits = recipe.allocation is not None
-    recipe, assigned = _assigned(recipe, layers)
+    recipe, assigned, choices = _assigned(recipe, layers)
     model = require_loadable(source)
     if recipe.all_transforms and not source.family.folds:
         raise UnsupportedError(
@@ -271,7 +308,8 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
             quantized.add(f"{layer.name}.weight")
             for suffix, stored in format.stored(layer.shape).items():
                 parts[layer.block][f"{layer.name}.{suffix}"] = stored
-    vocabulary = vocabulary_methods(recipe, Vocabulary.of(model, stored_weights), stored_weights)
+    modules = Vocabulary.of(model, stored_weights)
+    vocabulary = vocabulary_methods(recipe, modules, stored_weights)
     outside: dict[str, StoredTensor] = {}
     for name, method in vocabulary.items():
         rows, columns = stored_weights[f"{name}.weight"].shape
@@ -286,11 +324,11 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
         home[name] = StoredTensor(source.dense_dtype or tensor.dtype, tensor.shape)
     if source.family.discovered:
         _require_names(source, [*parts, outside], formats)
-    plan = Plan(source, recipe, layers, methods, formats, [*parts, outside], vocabulary)
+    plan = Plan(source, recipe, layers, methods, formats, [*parts, outside], vocabulary, modules, choices)
     if plan.calibrated:
         require_text(recipe.calibration.data)
         if plan.sees_images:
-            _require_sight(plan, choosing_bits=choosing_bits)
+            _require_sight(plan, choosing_bits=choices is not None)
     return plan
 
 
@@ -309,11 +347,13 @@ def require_fit(recipe: Recipe, trust: Trust = NOTHING) -> None:
         _assigned(recipe, source.linears())
 
 
-def _assigned(recipe: Recipe, layers: list[Linear]) -> tuple[Recipe, dict[str, Method | None]]:
-    """The recipe with every width decided, and the method of every layer."""
+def _assigned(recipe: Recipe, layers: list[Linear]) -> tuple[Recipe, dict[str, Method | None], dict[str, Any] | None]:
+    """The recipe with every width decided, the method of every layer, and what `bits: auto` chooses from."""
+    choices = None
     if recipe.allocation is not None:
-        recipe = uniform_recipe(recipe, layers)
-    return recipe, assign(recipe, layers)
+        space = search_space(recipe, layers)
+        recipe, choices = uniform_recipe(space), space.choices
+    return recipe, assign(recipe, layers), choices
 
 
 def refuse_images_for_auto(data: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcli.models.contents import stored_contents
 from qcli.models.facts import mean_facts
 from qcli.models.manifest import LayerReport
 from qcli.quantization.plan import Plan
@@ -63,6 +64,9 @@ class Result:
             "model_bits_per_weight": self.plan.model_bits_per_weight,
             "bytes": self.plan.bytes,
             "source_bytes": self.plan.source.bytes(),
+            "contents": self.plan.contents,
+            "source_contents": stored_contents(self.plan.source, self.plan.modules),
+            "smaller": self.plan.smaller,
             "source_quantized_as": self.plan.source.quantized_as,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,

@@ -70,6 +70,17 @@ class SearchSpace:
         groups = fused(self.layers) if _allocation(self.recipe).fused else [[layer] for layer in self.layers]
         return [[layer.name for layer in group] for group in groups]
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The target, the widths and group sizes that layers may get, and the names of the layers, as plain data."""
+        options = [candidate.model_dump() for candidate in self.candidates]
+        return {
+            "target_bpw": _allocation(self.recipe).target_bpw,
+            "bits": sorted({option["bits"] for option in options}),
+            "group_sizes": sorted({size for option in options if (size := option.get("group_size")) is not None}),
+            "layers": [layer.name for layer in self.layers],
+        }
+
     def uniform(self) -> list[int]:
         """Candidates that all layers can have within the budget, the smallest first."""
         totals = {}
@@ -149,13 +160,8 @@ def search_space(recipe: Recipe, layers: Sequence[Linear]) -> SearchSpace:
     return _near_budget(space)
 
 
-def uniform_recipe(recipe: Recipe, layers: Sequence[Linear]) -> Recipe:
-    """The recipe with the largest candidate that all layers can have within the budget, or the smallest of each.
-
-    Raises:
-        UsageError: as `search_space`.
-    """
-    space = search_space(recipe, layers)
+def uniform_recipe(space: SearchSpace) -> Recipe:
+    """The recipe with the largest candidate that all layers can have within the budget, or the smallest of each."""
     if uniform := space.uniform():
         return space.recipe_of({layer.name: uniform[-1] for layer in space.layers})
     smallest = {

@@ -76,6 +76,7 @@ class Placement:
         usable: bytes on the device that may be used; None: unknown.
         host_peak, host_usable: likewise in host memory where the device is a GPU.
         problem: why it does not fit, in words; None: it does.
+        limited: whether `usable` is what the user allows, not what is free.
     """
 
     device: str
@@ -86,6 +87,7 @@ class Placement:
     host_peak: int | None = None
     host_usable: int | None = None
     problem: str | None = None
+    limited: bool = False
 
     def require(self, hint: str) -> None:
         """Raise ResourceError if it does not fit; `hint`: what needs less."""
@@ -97,13 +99,15 @@ class Placement:
         return asdict(self)
 
     def in_words(self) -> str:
-        """Such as `about 6.3 of 22.1 GB, activations in host memory: about 21.4 of 120.0 GB`."""
-        peak = f"about {_gigabytes(self.peak, self.usable)}"
-        if self.host_peak is None or not self.waiting:
-            return peak
-        if not self.on_host:
-            return f"{peak}, activations on the GPU"
-        return f"{peak}, activations in host memory: about {_gigabytes(self.host_peak, self.host_usable)}"
+        """Such as `about 6.3 GB of GPU memory (22.1 GB usable), about 21.4 GB of host memory (120.0 GB free);
+        activations wait in host memory`."""
+        if self.host_peak is None:
+            return _of_memory(self.peak, "host", self.usable, "allowed" if self.limited else "free")
+        device = _of_memory(self.peak, "GPU", self.usable, "allowed" if self.limited else "usable")
+        words = f"{device}, {_of_memory(self.host_peak, 'host', self.host_usable, 'free')}"
+        return (
+            f"{words}; activations wait {'in host memory' if self.on_host else 'on the GPU'}" if self.waiting else words
+        )
 
 
 def place(demand: Demand, device: torch.device, limit: str | None, what: str, processes: int = 1) -> Placement:
@@ -121,7 +125,7 @@ def place(demand: Demand, device: torch.device, limit: str | None, what: str, pr
     if device.type == "cpu":
         peak = demand.together + demand.waiting
         problem = _problem(what, "memory", peak, usable, limit)
-        return Placement("cpu", False, demand.waiting, peak, usable, problem=problem)
+        return Placement("cpu", False, demand.waiting, peak, usable, problem=problem, limited=limit is not None)
     if usable is not None and limit is None:
         usable = int(_USABLE * usable)
     on_device = demand.resident + demand.waiting
@@ -131,7 +135,9 @@ def place(demand: Demand, device: torch.device, limit: str | None, what: str, pr
     host_free = None if host_free is None else host_free // processes
     problem = _problem(what, "GPU memory", peak, usable, limit)
     problem = problem or _problem(what, "host memory", host_peak, host_free, None)
-    return Placement(device.type, on_host, demand.waiting, peak, usable, host_peak, host_free, problem)
+    return Placement(
+        device.type, on_host, demand.waiting, peak, usable, host_peak, host_free, problem, limited=limit is not None
+    )
 
 
 def parse_size(text: str) -> int:
@@ -158,5 +164,10 @@ def _problem(what: str, kind: str, needed: int, usable: int | None, limit: str |
     return f"{what} needs about {_gigabytes(needed)} of {kind}, {bound}"
 
 
-def _gigabytes(size: int, of: int | None = None) -> str:
-    return f"{size / 1e9:.1f} GB" if of is None else f"{size / 1e9:.1f} of {of / 1e9:.1f} GB"
+def _of_memory(size: int, kind: str, usable: int | None, word: str) -> str:
+    bound = "" if usable is None else f" ({_gigabytes(usable)} {word})"
+    return f"about {_gigabytes(size)} of {kind} memory{bound}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

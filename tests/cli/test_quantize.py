@@ -193,11 +193,45 @@ def test_help_names_every_method(invoke: Invoke) -> None:
     assert f"{', '.join(registry.names(METHODS))}. Default: gptq-like." in shown
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bytes_are_explained_and_what_would_make_them_fewer(invoke: Invoke, tmp_path: Path, tied: bool) -> None:
+    model = tiny_model("llama", tmp_path, tie_word_embeddings=tied)
+    quantize = ("quantize", model, "--method", "rtn", "--bits", 2, "--group-size", 32, "--json")
+    code, stdout, err = invoke(*quantize, "--out", tmp_path / "out")
+    assert code == 0, err
+    result = json.loads(stdout)
+    found, before = result["contents"], result["source_contents"]
+    assert sum(found.values()) == result["bytes"] and sum(before.values()) == result["source_bytes"]
+    assert found["embedding"] == before["embedding"] > 0 and found["linears"] < before["linears"] / 4
+    assert json.loads(invoke("inspect", tmp_path / "out", "--json").out)["contents"] == found
+    assert json.loads(invoke("inspect", model, "--json").out)["contents"] == before
+    assert "of which " in invoke("inspect", tmp_path / "out").out
+
+    sections = ["embeddings", *([] if tied else ["lm_head"])]
+    assert (found["head"] == 0) == tied
+    assert result["smaller"]["set"] == [f"{section}.bits=8" for section in sections]
+    sets = [argument for setting in result["smaller"]["set"] for argument in ("--set", setting)]
+    code, shown, err = invoke(*quantize[:-1], *sets, "--out", tmp_path / "smaller")
+    assert code == 0, err
+    written = json.loads(invoke("inspect", tmp_path / "smaller", "--json").out)["bytes"]
+    assert abs(written - result["smaller"]["bytes"]) < 600, "headers alone differ"
+    assert "of which " in shown and "smaller with" not in shown
+
+
 def test_measured_allocations_are_shown(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
     auto = ("--bits", "auto", "--target-bpw", 3.8, "--group-size", 32, "--method", "rtn")
     code, out, err = invoke("quantize", model, *auto, "--dry-run", "--json")
     assert code == 0, err
-    assert {layer["bits"] for layer in json.loads(out)["layers"]} == {3}, "what they are measured against"
+    plan = json.loads(out)
+    assert {layer["bits"] for layer in plan["layers"]} == {3}, "what they are measured against"
+    assert (plan["choices"]["target_bpw"], plan["choices"]["bits"]) == (3.8, [2, 3, 4, 5])
+    shown = invoke("quantize", model, *auto, "--set", "overrides=[{match: '*.o_proj', method: {bits: 8}}]", "--dry-run")
+    rows = {line.split()[0]: line.split()[4:8] for line in shown.out.splitlines() if "_proj" in line}
+    assert rows["self_attn.q_proj"][-1] == "4" and rows["self_attn.q_proj"][:2] == ["rtn", "2"], shown.out
+    assert rows["self_attn.o_proj"][1] == "8"
+    assert "bits per weight  at most 3.8, the target" in " ".join(shown.out.split()).replace(
+        "bits per weight ", "bits per weight  "
+    )
     data = ("--data", text, "--samples", 8, "--seq-len", 32)
     code, out, err = invoke("quantize", model, *auto, *data, "--out", tmp_path / "out")
     assert code == 0, err

@@ -45,7 +45,10 @@ def test_activations_stay_on_the_gpu_while_they_fit(free: dict[str, int]) -> Non
     tight = place(DEMAND, CUDA, None, "this")
     assert (tight.on_host, tight.peak, tight.host_peak) == (True, 6 * GB, 22 * GB)
     assert tight.problem is None
-    assert "activations in host memory" in tight.in_words()
+    assert tight.in_words() == (
+        "about 6.0 GB of GPU memory (25.2 GB usable), about 22.0 GB of host memory (64.0 GB free); "
+        "activations wait in host memory"
+    )
     assert place(DEMAND, CUDA, "26GB", "this").on_host is False  # the bound itself loses nothing
     assert place(DEMAND, CUDA, "25GB", "this").on_host is True
 
@@ -75,13 +78,13 @@ def test_a_cpu_has_one_memory_and_a_limit_in_place_of_what_is_free(free: dict[st
     free["cpu"] = 26 * GB
     placed = place(DEMAND, CPU, "27GB", "this")
     assert (placed.problem, placed.peak, placed.host_peak, placed.on_host) == (None, 27 * GB, None, False)
-    assert placed.in_words() == "about 27.0 of 27.0 GB"
+    assert placed.in_words() == "about 27.0 GB of host memory (27.0 GB allowed)"
 
 
 def test_unknown_memory_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "free_memory", lambda _: None)
     placed = place(DEMAND, CPU, None, "this")
-    assert (placed.problem, placed.in_words()) == (None, "about 27.0 GB")
+    assert (placed.problem, placed.in_words()) == (None, "about 27.0 GB of host memory")
 
 
 def test_phases_that_peak_on_one_side_do_not_add_up() -> None:
