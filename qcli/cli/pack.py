@@ -1,19 +1,29 @@
 """`qcli pack`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.cli._out import checkpoint_name, out_of
+from qcli.cli._out import checkpoint_name, model_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
+from qcli.utils.errors import UsageError
 from qcli.utils.registry import names
+
+if TYPE_CHECKING:
+    from qcli.utils.trust import Trust
 
 
 def pack(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `qcli quantize` or `qcli distill`.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of `qcli quantize` or `qcli distill`; with --type, a model that is not quantized.",
+        ),
+    ],
     out: flags.OptionalOut = None,
     force: flags.Force = False,
     format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
@@ -25,6 +35,20 @@ def pack(
         typer.Option(
             metavar="TYPE",
             help="gguf: round layers that no type stores exactly to this type, such as Q8_0. Default: refuse them.",
+        ),
+    ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="gguf: quantize a model with llama.cpp's K-quants, such as Q4_K_M. Needs llama-cpp-python.",
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="--type: folder of `qcli calibrate` on the model, from which importance is taken."
         ),
     ] = None,
     allow_refused: Annotated[
@@ -56,6 +80,11 @@ def pack(
 
         given = {"format": format, "shard_size": shard_size, "requantize": requantize, "allow_refused": allow_refused}
         options, trust = from_flags(Pack, given), Trust(remote_code=trust_remote_code)
+        if type is not None or statistics is not None:
+            others = {"--requantize": requantize, "--evaluation": evaluation, "--allow-refused": allow_refused or None}
+            _require_k_quants(options.format, type, [flag for flag, value in others.items() if value is not None])
+            _k_quants(session, run, out, str(type), statistics, trust, dry_run=dry_run, force=force)
+            return
         results = None if evaluation is None else read_evaluation(evaluation, run)
         if dry_run:
             plan = plan_pack(
@@ -81,6 +110,48 @@ def pack(
             force=force,
         )
         session.result(result.to_json(), show_packed)
+
+
+def _require_k_quants(format: str, type: str | None, others: list[str]) -> None:
+    """Refuse flags that do not go together."""
+    if type is None:
+        raise UsageError("--statistics: importance is for K-quants alone", hint="add --type, such as --type Q4_K_M")
+    if format != "gguf":
+        raise UsageError(f"--type: format {format} has no K-quants", hint="add --format gguf")
+    if others:
+        raise UsageError(f"{others[0]}: not with --type", hint=f"leave out {others[0]}, or --type")
+
+
+def _k_quants(
+    session: Session,
+    model: Path,
+    out: Path | None,
+    type: str,
+    statistics: Path | None,
+    trust: "Trust",
+    *,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    from qcli.export.gguf.llama_quantize import require_type
+
+    type = require_type(type)
+    from qcli.export.k_quants import pack_k_quants, plan_k_quants
+
+    if dry_run:
+        plan = plan_k_quants(str(model), type=type, statistics=statistics, trust=trust)
+        session.result(plan.to_json(), show_plan)
+        return
+    result = pack_k_quants(
+        str(model),
+        out_of(session, out, f"{model_name(str(model))}-{type.lower()}"),
+        type=type,
+        statistics=statistics,
+        progress=session.progress,
+        trust=trust,
+        force=force,
+    )
+    session.result(result.to_json(), show_packed)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None = None,
     *,
     library: str = "transformers",
+    compared: str = "the quantized checkpoint",
 ) -> str:
     """The card as Markdown, with the front matter that the hub reads.
 
@@ -30,11 +31,12 @@ def model_card(
         recipe: the checkpoint's recipe as YAML.
         evaluation: `Evaluation.to_json` of the checkpoint.
         library: what the hub calls the software that loads it.
+        compared: with what the result was compared.
     """
     facts = {
         "layout": result.format,
         **{label: plain(note) for label, note in result.notes.items()},
-        "read back": f"logits differ from the quantized checkpoint's by at most {result.max_logit_difference:.3g} "
+        "read back": f"logits differ from {compared}'s by at most {result.max_logit_difference:.3g} "
         f"(KL {result.kl:.3g})",
         "run in": plain(result.proof.described()),
         **(_measured(evaluation) if evaluation is not None else {}),

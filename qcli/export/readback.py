@@ -42,7 +42,7 @@ def compare(source: NativeSource, written: ModelSource, target: ExportTarget, pr
             raise VerificationError(
                 f"{name} does not read back as it was", hint="this is a bug of qcli or a failing disk"
             )
-    before, after = (_logits(model, source.dtype) for model in (source, written))
+    before, after = (probed(model, source.dtype) for model in (source, written))
     progress("compare", len(names), len(names))
     maximum, kl = difference(before, after)
     if not target.rounded() and before.isfinite().all() and not kl <= _MAX_KL:
@@ -71,7 +71,8 @@ def _close(expected: torch.Tensor, actual: torch.Tensor, tolerance: float) -> bo
 
 
 @torch.no_grad()
-def _logits(model: ModelSource, dtype: torch.dtype) -> torch.Tensor:
+def probed(model: ModelSource, dtype: torch.dtype) -> torch.Tensor:
+    """Logits of the compared batch, float32 `[1, length, vocab]`, one block in memory at a time."""
     stream = ModelStream(model, device=torch.device("cpu"), dtype=dtype)
     tokens = probe(stream.model.get_input_embeddings().num_embeddings)
     with matmul_precision(fast=False):

@@ -216,6 +216,6 @@ def write_layers(
     progress("write", len(names), len(names))
 
 
-def dense_config(source: NativeSource) -> dict[str, Any]:
+def dense_config(source: ModelSource) -> dict[str, Any]:
     """The source's `config.json` without its `quantization_config`."""
     return {key: value for key, value in source.config_to_write().items() if key != "quantization_config"}

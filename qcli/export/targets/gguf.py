@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from qcli.core.formats.affine import Affine
 from qcli.export.gguf.types import BLOCK, REQUANTIZE_TYPES, BlockType
@@ -34,6 +34,12 @@ _NORM_ROUNDING = 1e-6  # of norms that are stored with the family's offset added
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+\.(?:weight|bias))")
 _ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # whose choices hang on small differences
+
+
+class Readable(Packable, Protocol):
+    """A checkpoint whose tensors can be read, or a model that is not quantized."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
 
 
 class _Entry(NamedTuple):
@@ -93,10 +99,24 @@ $ llama-cli -m DIR/{PACKED_GGUF}
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
         """Write a single file whatever `shard_size` is: llama.cpp maps it into memory."""
-        with writing(folder / PACKED_GGUF):
-            self._write(source, folder / PACKED_GGUF, progress)
+        self.write_file(source, folder / PACKED_GGUF, Manifest.read(source.path).source.model, progress)
         write_json(folder / "config.json", dense_config(source))
         source.copy_companions(folder)
+
+    def write_file(self, source: Readable, file: Path, model: str, progress: Progress) -> None:
+        """Write the file alone.
+
+        Args:
+            source: as `check` has accepted it.
+            model: name or path of the original.
+        """
+        with writing(file):
+            self._write(source, file, model, progress)
+
+    @property
+    def named(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the file's tensors, each with the tensors of the dense model that it stands for; after `check`."""
+        return self._named
 
     def proven_with(self, source: Packable) -> Sequence[str] | str:
         return "llama.cpp; its files were read back with the package gguf and transformers' converters"
@@ -137,14 +157,13 @@ $ llama-cli -m DIR/{PACKED_GGUF}
                 hint="--requantize F16 takes any number of inputs",
             )
 
-    def _write(self, source: NativeSource, file: Path, progress: Progress) -> None:
+    def _write(self, source: Readable, file: Path, model: str, progress: Progress) -> None:
         import gguf
 
         from qcli.export.gguf import metadata, vocabulary
 
         config = source.hf_config()
         known = metadata.architecture(config)
-        model = Manifest.read(source.path).source.model
         writer: Any = gguf.GGUFWriter(file, known.name)
         entries = list(self._entries(source))
         metadata.write(writer, config, Path(model).name)
@@ -185,13 +204,13 @@ $ llama-cli -m DIR/{PACKED_GGUF}
                 kind = "F32" if len(shape) == 1 or name.endswith(_ROUTERS) else stored.dtype
             yield _Entry(kind, name, shape if len(originals) == 1 else (len(originals), *shape), originals)
 
-    def _encoded(self, source: NativeSource, entry: _Entry) -> Tensor:
+    def _encoded(self, source: Readable, entry: _Entry) -> Tensor:
         """The tensor as the file stores it: uint8 of its bytes, or float32."""
         import torch
 
         return torch.cat([self._encoded_one(source, original, entry.type) for original in entry.originals])
 
-    def _encoded_one(self, source: NativeSource, original: str, type: str) -> Tensor:
+    def _encoded_one(self, source: Readable, original: str, type: str) -> Tensor:
         import torch
 
         from qcli.export.gguf import blocks
