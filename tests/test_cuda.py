@@ -44,6 +44,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"method__name": "rtn"},
     "full precision": {"method__name": "full-precision", "activations__bits": 8, "grouped": False},
+    "fp8": {"method__name": "fp8", "grouped": False},
+    "nvfp4": {"method__name": "nvfp4", "refine__steps": 10, "grouped": False},
     "gptq-like": {"method__name": "gptq-like", "method__bits": 3},
     "gptq-like, float zero points": {"method__bits": 2, "method__zero_point": "float"},
     "teq": {"method__name": "teq", "method__steps": 10},

@@ -60,6 +60,8 @@ class Refine(Options):
         """The reason why layers of `format` cannot be reconstructed; None if they can."""
         if self.scope == "linear" and format.has_output_norm:
             return "scope linear fits outputs without the norm that follows these layers: set scope to block"
+        if "weights" not in self.train and not format.trains_tables:
+            return f"the tables of {format.name} cannot be trained: set train to [tables, weights]"
         return None
 
     def bytes_per_weight(self, itemsize: int) -> int:

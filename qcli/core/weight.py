@@ -111,6 +111,11 @@ class Format(BaseModel):
         return True
 
     @property
+    def trains_tables(self) -> bool:
+        """Whether any of its tables can be trained."""
+        return True
+
+    @property
     def has_output_norm(self) -> bool:
         """Whether a LayerNorm without parameters follows the layer: weight and bias alone do not describe it then."""
         return False

@@ -102,6 +102,10 @@ def require_feasible(
     exact = next((name for name, layer in layers.items() if not layer.format.rounds), None)
     if exact is not None:
         raise UsageError(f"{exact} is in full precision: there are no codes and tables to train")
+    fixed = next((name for name, layer in layers.items() if not layer.format.trains_tables), None)
+    if fixed is not None and "weights" not in options.train:
+        reason = f"{fixed} is {layers[fixed].format.name}, whose tables cannot be trained"
+        raise UsageError(f"distill.train: {reason}", hint="--train tables,weights")
     if options.scope == "block" and processes > 1:
         raise UsageError("distill.scope: block uses a single process", hint="run without torchrun")
     if options.accumulate % processes:

@@ -173,7 +173,7 @@ class QuantizedSource(FolderSource):
     def _check(self) -> None:
         actual = super().tensors()
         for layer, storage in self.packed.items():
-            if f"{layer}.weight" in actual:
+            if f"{layer}.weight" in actual.keys() - storage.stored(layer).keys():
                 raise VerificationError(
                     f"{self.path}: {layer} has a dense weight, its config says {storage.format.name}"
                 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qcli.core.formats.affine import Affine
+from qcli.core.weight import Format
 from qcli.export.target import Packable
 from qcli.models.families import Linear, fused
 from qcli.utils.errors import UnsupportedError
@@ -19,10 +21,11 @@ def affine_formats(source: Packable, layout: str) -> dict[str, Affine]:
     Raises:
         UnsupportedError: a layer of another format, with a ragged last group, or with fractional zero points.
     """
-    return {layer: _affine(source, layer, layout) for layer in source.quantized}
+    return {layer: affine_format(source, layer, layout) for layer in source.quantized}
 
 
-def _affine(source: Packable, layer: str, layout: str) -> Affine:
+def affine_format(source: Packable, layer: str, layout: str) -> Affine:
+    """The format of one of these layers; errors as there."""
     storage = source.quantized[layer]
     format, width = storage.format, storage.shape[1]
     if not isinstance(format, Affine):
@@ -62,7 +65,7 @@ def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
     return QuantizedWeight(format, weight.shape, weight.codes, tables)
 
 
-def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layout: str) -> None:
+def refuse_mixed_fusions(layers: list[Linear], formats: Mapping[str, Format], layout: str) -> None:
     """Raise UnsupportedError where layers that engines fuse have different formats."""
     for first, *others in fused(layers):
         for other in others:
@@ -75,8 +78,8 @@ def refuse_mixed_fusions(layers: list[Linear], formats: dict[str, Affine], layou
                 )
 
 
-def _words(format: Affine | None) -> str:
-    if format is None:
-        return "dense"
+def _words(format: Format | None) -> str:
+    if not isinstance(format, Affine):
+        return "dense" if format is None else format.name
     groups = "rows" if format.group_size == -1 else f"groups of {format.group_size}"
     return f"{format.bits} bits {'symmetric' if format.zero_point == 'none' else 'asymmetric'} in {groups}"

@@ -1,9 +1,9 @@
 """Which compressed-tensors checkpoints vLLM accepts: its rules, copied, since tests here cannot run vLLM.
 
 From vllm-project/vllm, main of 2026: widths and the split of packed tensors from model_executor/layers/quantization/
-compressed_tensors/schemes/compressed_tensors_wNaM.py (at c3b9c01) and compressed_tensors_wNa16.py beside it, Marlin's
-limits from model_executor/layers/quantization/utils/marlin_utils.py, the split of fused layers and heads from
-model_executor/layers/linear.py (at 0036d38).
+compressed_tensors/schemes/compressed_tensors_wNaM.py (at c3b9c01), those of wNa16, w8a16_fp8 and
+w4a16_nvfp4 beside it, Marlin's limits from model_executor/layers/quantization/utils/marlin_utils.py, the split of fused
+layers and heads from model_executor/layers/linear.py (at 0036d38).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qcli.core.formats.affine import Affine
+from qcli.core.formats.nvfp4 import BLOCK, NVFP4
+from qcli.core.weight import Format
 from qcli.export.target import Packable, Refusal
 from qcli.models.families import Linear
 
@@ -19,15 +21,18 @@ MARLIN_BITS, MARLIN_GROUPS, MARLIN_ROWS, MARLIN_COLUMNS = (4, 8), (-1, 32, 64, 1
 RANKS = (1, 2, 4, 8)
 
 
-def refusal(source: Packable, formats: Mapping[str, Affine]) -> Refusal | None:
+def refusal(source: Packable, formats: Mapping[str, Format]) -> Refusal | None:
     """Why vLLM refuses the checkpoint even on a single device; None: by its rules it does not."""
     if (reason := _refusal(source, formats, 1)) is None:
         return None
-    asymmetric = any(format.zero_point != "none" and format.bits not in ASYMMETRIC_BITS for format in formats.values())
+    grids = [format for format in formats.values() if isinstance(format, Affine)]
+    if not grids:
+        return Refusal(reason, ())
+    asymmetric = any(format.zero_point != "none" and format.bits not in ASYMMETRIC_BITS for format in grids)
     return Refusal(reason, ("--symmetric", "--bits 4") if asymmetric else ("--symmetric",))
 
 
-def describe(source: Packable, formats: Mapping[str, Affine]) -> str:
+def describe(source: Packable, formats: Mapping[str, Format]) -> str:
     """The tensor-parallel sizes that vLLM's rules allow, and why not others: a line for a person.
 
     Args:
@@ -40,7 +45,7 @@ def describe(source: Packable, formats: Mapping[str, Affine]) -> str:
     return f"by its rules with tensor parallel {', '.join(fits)}{reason}{slower}"
 
 
-def _refusal(source: Packable, formats: Mapping[str, Affine], ranks: int) -> str | None:
+def _refusal(source: Packable, formats: Mapping[str, Format], ranks: int) -> str | None:
     """The rule that forbids this number of devices; None: no rule does."""
     heads, kv_heads = _heads(source)
     if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
@@ -54,9 +59,9 @@ def _refusal(source: Packable, formats: Mapping[str, Affine], ranks: int) -> str
     return None
 
 
-def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> str | None:
+def _misfit(layer: Linear, format: Format, splits_inputs: bool, ranks: int) -> str | None:
     """The rule that forbids splitting a layer into this many shards; None: no rule does."""
-    symmetric = format.zero_point == "none"
+    symmetric = not isinstance(format, Affine) or format.zero_point == "none"
     if format.bits not in (SYMMETRIC_BITS if symmetric else ASYMMETRIC_BITS):
         return f"{format.bits} bits {'symmetric' if symmetric else 'asymmetric'}"
     rows, columns = layer.shape
@@ -64,6 +69,10 @@ def _misfit(layer: Linear, format: Affine, splits_inputs: bool, ranks: int) -> s
         return f"{columns} inputs" if splits_inputs else f"{rows} outputs"
     if splits_inputs:
         columns //= ranks
+        if isinstance(format, NVFP4) and columns % BLOCK:
+            return f"{columns} inputs a device, blocks of {BLOCK}"
+        if not isinstance(format, Affine):
+            return None
         if format.group_size > 0 and columns % format.group_size:
             return f"{columns} inputs a device, groups of {format.group_size}"
         if ranks > 1 and columns * format.bits % 32:
@@ -78,11 +87,11 @@ def _splits_inputs(source: Packable, layer: Linear) -> bool:
     return source.family.groups_of(layer.block)[layer.group].leads_out
 
 
-def _marlin(source: Packable, formats: Mapping[str, Affine]) -> bool:
+def _marlin(source: Packable, formats: Mapping[str, Format]) -> bool:
     shapes = {layer.name: layer.shape for layer in source.linears()}
     return all(
         format.bits in MARLIN_BITS
-        and format.group_size in MARLIN_GROUPS
+        and (not isinstance(format, Affine) or format.group_size in MARLIN_GROUPS)
         and shapes[name][0] % MARLIN_ROWS == 0
         and shapes[name][1] % MARLIN_COLUMNS == 0
         for name, format in formats.items()

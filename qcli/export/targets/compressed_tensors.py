@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcli.core.formats.affine import Affine
+from qcli.core.formats.fp8 import FP8
+from qcli.core.formats.nvfp4 import DIVISOR, NVFP4, with_divisor
+from qcli.core.weight import Format, QuantizedWeight
 from qcli.export.target import (
     ExportTarget,
     Packable,
@@ -17,8 +20,8 @@ from qcli.export.target import (
     write_layers,
 )
 from qcli.export.targets import _vllm_rules
-from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
-from qcli.models.families import Family
+from qcli.export.targets._affine import affine_format, refuse_mixed_fusions, with_format
+from qcli.models.families import Family, fused
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
 from qcli.utils.errors import UnsupportedError
@@ -49,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained("DIR", dtype="float16")
 
 
 class CompressedTensors(ExportTarget):
-    """`quant_method: compressed-tensors`, format `pack-quantized`."""
+    """`quant_method: compressed-tensors`: uniform grids, fp8 and nvfp4, each layer in its own format."""
 
     name: ClassVar[str] = layout.NAME
     loading: ClassVar[str] = "\n\n".join(_LOADING.values())
@@ -62,10 +65,11 @@ class CompressedTensors(ExportTarget):
                 f"{source.family.model_type} has no nn.Linear layers, the only ones that {self.name} packs",
                 hint="pack it as qcli or dense",
             )
-        refuse_mixed_fusions(source.linears(), affine_formats(source, self.name), self.name)
+        refuse_mixed_fusions(source.linears(), _formats(source), self.name)
+        _shared_divisors(source)
 
     def refusals(self, source: Packable) -> dict[str, Refusal]:
-        formats = affine_formats(source, self.name)
+        formats = _formats(source)
         refusals = {
             _VLLM: _vllm_rules.refusal(source, formats),
             _TRANSFORMERS: _transformers_refusal(formats, source.family),
@@ -84,13 +88,18 @@ class CompressedTensors(ExportTarget):
         return "\n\n".join(loading)
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
-        formats = affine_formats(source, self.name)
+        formats, divisors = _formats(source), _shared_divisors(source)
 
         def packed(name: str) -> dict[str, Tensor]:
             layer = name.removesuffix(".weight")
             if layer not in formats:
                 return source.read([name])
-            return layout.tensors(layer, with_format(source.read_quantized(layer), formats[layer]))
+            weight, format = source.read_quantized(layer), formats[layer]
+            if isinstance(format, Affine):
+                weight = with_format(weight, format)
+            elif layer in divisors:
+                weight = _with_divisor(layer, weight, divisors[layer])
+            return layout.tensors(layer, weight)
 
         write_layers(source, folder, shard_size, progress, packed)
         layers = source.linears()
@@ -102,12 +111,62 @@ class CompressedTensors(ExportTarget):
 
     def notes(self, source: Packable) -> dict[str, str]:
         refused = {engine: f"does not load it: {why.reason}" for engine, why in self.refusals(source).items()}
-        return {_VLLM: _vllm_rules.describe(source, affine_formats(source, self.name))} | refused
+        return {_VLLM: _vllm_rules.describe(source, _formats(source))} | refused
 
 
-def _transformers_refusal(formats: Mapping[str, Affine], family: Family) -> Refusal | None:
+def _formats(source: Packable) -> dict[str, layout.Storable]:
+    """The format in which each quantized layer is stored, by name.
+
+    Raises:
+        UnsupportedError: a layer of a format that the layout does not have.
+    """
+    return {layer: _format(source, layer, storage.format) for layer, storage in source.quantized.items()}
+
+
+def _format(source: Packable, layer: str, format: Format) -> layout.Storable:
+    if isinstance(format, FP8 | NVFP4):
+        return format
+    if not isinstance(format, Affine):
+        raise UnsupportedError(
+            f"{layer} is {format.name}, {layout.NAME} stores only uniform grids, fp8 and nvfp4",
+            hint="pack it as qcli or dense",
+        )
+    return affine_format(source, layer, layout.NAME)
+
+
+def _shared_divisors(source: Packable) -> dict[str, Tensor]:
+    """The divisor of each nvfp4 layer that engines fuse with others: they compute all of them with one.
+
+    Raises:
+        UnsupportedError: a layer has scales that are too small for it.
+    """
+    divisors: dict[str, Tensor] = {}
+    for layers in fused(source.linears()):
+        names = [each.name for each in layers if isinstance(source.formats().get(each.name), NVFP4)]
+        weights = {name: source.read_quantized(name) for name in names}
+        if len(weights) > 1:
+            least = min((weight.tables[DIVISOR] for weight in weights.values()), key=float)
+            divisors |= dict.fromkeys(weights, least)
+            for name, weight in weights.items():
+                _with_divisor(name, weight, least)
+    return divisors
+
+
+def _with_divisor(layer: str, weight: QuantizedWeight, divisor: Tensor) -> QuantizedWeight:
+    moved = with_divisor(weight, divisor)
+    if moved is None:
+        raise UnsupportedError(
+            f"{layer} has scales that are too small beside those of the layers that engines fuse it with",
+            hint="pack it as qcli or dense, or leave these layers dense by an override",
+        )
+    return moved
+
+
+def _transformers_refusal(formats: Mapping[str, layout.Storable], family: Family) -> Refusal | None:
     if layout.transformers_reads(formats.values(), family):
         return None
     if family.own_linear:
         return Refusal(f"layers of several formats in a {family.model_type} model", ("one format for all layers",))
+    if any(isinstance(format, NVFP4) for format in formats.values()):
+        return Refusal("nvfp4 beside layers of another format", ("one format for all layers",))
     return Refusal("asymmetric layers beside layers of another format", ("--symmetric",))

@@ -1,17 +1,21 @@
-"""compressed-tensors `pack-quantized`, as that package writes it since 0.18: the affine format.
+"""compressed-tensors, as that package writes it since 0.18: uniform grids, fp8 and nvfp4.
 
-Codes and integer zero points are stored as in the native layout. In addition, each weight has a `weight_shape`, and the
-config has one group for each distinct scheme, which finds its layers by regular expressions.
+Codes and integer zero points of uniform grids are stored as in the native layout, and each such weight has a
+`weight_shape`. Small floats are stored as such. The config has one group for each distinct scheme, which finds its
+layers by regular expressions.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qcli.core.activations import Activations
+from qcli.core.formats import fp8, nvfp4
 from qcli.core.formats.affine import Affine
+from qcli.core.formats.fp8 import FP8
+from qcli.core.formats.nvfp4 import NVFP4
 from qcli.models.families import Family, Linear
 from qcli.models.quantized import LayerStorage, QuantizedSource, stored_tensors
 from qcli.utils.dtypes import StoredTensor
@@ -25,22 +29,39 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressedTensorsSource"]
 
-NAME, _FORMAT = "compressed-tensors", "pack-quantized"
+NAME = "compressed-tensors"
+Storable: TypeAlias = Affine | FP8 | NVFP4
+"""The formats of layers that it stores; affine without floating-point zero points."""
+
+_FORMATS: dict[type, str] = {Affine: "pack-quantized", FP8: "float-quantized", NVFP4: "nvfp4-pack-quantized"}
+_MIXED = "mixed-precision"
 
 
 def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """A layer's tensors on disk, by full name.
 
     Args:
-        weight: affine, without floating-point zero points.
+        weight: in one of the formats of `Storable`.
     """
     import torch
 
+    tables = weight.tables
+    match weight.format:
+        case FP8():
+            values = weight.codes.contiguous().view(torch.float8_e4m3fn)
+            return {f"{layer}.weight": values, f"{layer}.weight_scale": tables[fp8.SCALE]}
+        case NVFP4():
+            codes = weight.codes
+            return {
+                f"{layer}.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+                f"{layer}.weight_scale": tables[nvfp4.SCALE].contiguous().view(torch.float8_e4m3fn),
+                f"{layer}.weight_global_scale": tables[nvfp4.DIVISOR],
+            }
     return stored_tensors(layer, weight) | {f"{layer}.weight_shape": torch.tensor(weight.shape)}
 
 
 def quantization_config(
-    layers: Sequence[Linear], family: Family, formats: Mapping[str, Affine | None]
+    layers: Sequence[Linear], family: Family, formats: Mapping[str, Storable | None]
 ) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
@@ -48,7 +69,7 @@ def quantization_config(
         layers: all quantizable layers of the model.
         formats: by layer name; None: dense.
     """
-    schemes: dict[Affine | None, list[Linear]] = {}
+    schemes: dict[Storable | None, list[Linear]] = {}
     for layer in layers:
         schemes.setdefault(formats[layer.name], []).append(layer)
     dense = schemes.pop(None, [])
@@ -59,14 +80,15 @@ def quantization_config(
             "weights": _arguments(format),
             "input_activations": None,
             "output_activations": None,
-            "format": _FORMAT,
+            "format": _FORMATS[type(format)],
         }
         for number, (format, members) in enumerate(schemes.items())
         if format is not None
     }
+    kinds = {group["format"] for group in groups.values()}
     config = {
         "quant_method": NAME,
-        "format": _FORMAT,
+        "format": kinds.pop() if len(kinds) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", *(layer.name for layer in dense)],
@@ -80,7 +102,7 @@ def quantization_config(
     return config | {"dequantize": True} if decode else config
 
 
-def transformers_reads(formats: Iterable[Affine], family: Family) -> bool:
+def transformers_reads(formats: Iterable[Storable], family: Family) -> bool:
     """Whether transformers 5.23 can load a checkpoint with layers of these formats.
 
     Where it decodes layers at load time, it applies the first group's scheme to all of them.
@@ -89,10 +111,12 @@ def transformers_reads(formats: Iterable[Affine], family: Family) -> bool:
     return len(distinct) == 1 or not _transformers_decodes(distinct, family)
 
 
-def _transformers_decodes(formats: Collection[Affine], family: Family) -> bool:
+def _transformers_decodes(formats: Collection[Storable], family: Family) -> bool:
     """Whether transformers has to decode layers at load time: it keeps those packed that are nn.Linear itself, and
-    have no zero points."""
-    return family.own_linear or any(format.zero_point != "none" for format in formats)
+    have no zero points; nvfp4 it can keep in models of bfloat16 alone."""
+    return family.own_linear or any(
+        isinstance(each, NVFP4) or (isinstance(each, Affine) and each.zero_point != "none") for each in formats
+    )
 
 
 class CompressedTensorsSource(QuantizedSource):
@@ -102,11 +126,54 @@ class CompressedTensorsSource(QuantizedSource):
         return _StorageConfig(config, self.extents)
 
 
-class _LayerStorage(LayerStorage):
+class _AffineLayer(LayerStorage):
     """An affine layer with its `weight_shape`."""
 
     def stored(self, layer: str) -> dict[str, StoredTensor]:
         return super().stored(layer) | {f"{layer}.weight_shape": StoredTensor("I64", (2,))}
+
+
+class _FP8Layer(LayerStorage):
+    """A layer whose weight is one of small floats."""
+
+    def stored(self, layer: str) -> dict[str, StoredTensor]:
+        return {
+            f"{layer}.weight": StoredTensor("F8_E4M3", self.shape),
+            f"{layer}.weight_scale": StoredTensor("BF16", (self.shape[0], 1)),
+        }
+
+    def restore(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        import torch
+
+        from qcli.core.weight import QuantizedWeight
+
+        codes, tables = tensors[f"{layer}.weight"].view(torch.uint8), {fp8.SCALE: tensors[f"{layer}.weight_scale"]}
+        return QuantizedWeight(self.format, self.shape, codes, tables)
+
+
+class _NVFP4Layer(LayerStorage):
+    """Two four-bit floats a byte, the lower half first."""
+
+    def stored(self, layer: str) -> dict[str, StoredTensor]:
+        rows, columns = self.shape
+        return {
+            f"{layer}.weight_packed": StoredTensor("U8", (rows, columns // 2)),
+            f"{layer}.weight_scale": StoredTensor("F8_E4M3", (rows, columns // nvfp4.BLOCK)),
+            f"{layer}.weight_global_scale": StoredTensor("F32", (1,)),
+        }
+
+    def restore(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        import torch
+
+        from qcli.core.weight import QuantizedWeight
+
+        packed = tensors[f"{layer}.weight_packed"]
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        tables = {
+            nvfp4.SCALE: tensors[f"{layer}.weight_scale"].view(torch.uint8),
+            nvfp4.DIVISOR: tensors[f"{layer}.weight_global_scale"],
+        }
+        return QuantizedWeight(self.format, self.shape, codes, tables)
 
 
 class _StorageConfig:
@@ -123,14 +190,29 @@ class _StorageConfig:
             raise VerificationError("quantization_config is not understood") from None
 
     def layer(self, name: str) -> LayerStorage | None:
-        """How a layer is stored, by the `weight_shape` in the file; None: dense."""
-        if (shape := self._extents.get(f"{name}.weight_shape")) is None:
+        """How a layer is stored, by its tensors in the file; None: dense."""
+        if f"{name}.weight_scale" not in self._extents:
             return None
         format = next((format for pattern, format in self._schemes if pattern.fullmatch(name)), None)
-        raw = read_bytes(shape)
-        if format is None or len(raw) != 16:
-            raise VerificationError(f"quantization_config has no scheme for {name}")
-        return _LayerStorage(format, (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")))
+        match format:
+            case FP8():
+                return _FP8Layer(format, self._matrix(f"{name}.weight"))
+            case NVFP4():
+                rows, width = self._matrix(f"{name}.weight_packed")
+                return _NVFP4Layer(format, (rows, 2 * width))
+            case Affine() if (shape := self._extents.get(f"{name}.weight_shape")) is not None:
+                raw = read_bytes(shape)
+                if len(raw) == 16:
+                    rows, columns = (int.from_bytes(half, "little") for half in (raw[:8], raw[8:]))
+                    return _AffineLayer(format, (rows, columns))
+        raise VerificationError(f"quantization_config has no scheme for {name}")
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        extent = self._extents.get(name)
+        if extent is None or len(extent.stored.shape) != 2:
+            raise VerificationError(f"there is no matrix {name}", hint="copy the checkpoint again")
+        rows, columns = extent.stored.shape
+        return rows, columns
 
 
 def _patterns(members: Sequence[Linear], family: Family, count: int) -> list[str]:
@@ -152,23 +234,35 @@ def _patterns(members: Sequence[Linear], family: Family, count: int) -> list[str
     ]
 
 
-def _arguments(format: Affine) -> dict[str, Any]:
+def _arguments(format: Storable) -> dict[str, Any]:
+    common = {"num_bits": format.bits, "dynamic": False}
+    match format:
+        case FP8():
+            return common | {"type": "float", "symmetric": True, "strategy": "channel", "group_size": None}
+        case NVFP4():
+            scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+            size = {"strategy": "tensor_group", "group_size": nvfp4.BLOCK}
+            return common | {"type": "float", "symmetric": True} | size | scale
     whole_row = format.group_size == -1
-    return {
-        "num_bits": format.bits,
+    return common | {
         "type": "int",
         "symmetric": format.zero_point == "none",
         "strategy": "channel" if whole_row else "group",
         "group_size": None if whole_row else format.group_size,
-        "dynamic": False,
     }
 
 
-def _format(group: Mapping[str, Any]) -> Affine:
+def _format(group: Mapping[str, Any]) -> Storable:
     """Inverse of `_arguments`."""
     weights = group["weights"]
-    size = -1 if weights["strategy"] == "channel" else weights["group_size"]
-    format = Affine(bits=weights["num_bits"], group_size=size, zero_point="none" if weights["symmetric"] else "integer")
+    format: Storable
+    if weights["type"] == "float":
+        format = FP8() if weights["num_bits"] == 8 else NVFP4()
+    else:
+        size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+        format = Affine(
+            bits=weights["num_bits"], group_size=size, zero_point="none" if weights["symmetric"] else "integer"
+        )
     if _arguments(format) != weights:
         raise ValueError
     return format

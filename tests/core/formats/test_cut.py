@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qcli.algorithms.layer_group import LinearGroup
+from qcli.algorithms.methods.fp8 import ToFP8
+from qcli.algorithms.methods.nvfp4 import ToNVFP4
 from qcli.core import packing
 from qcli.core.formats.affine import Affine
 from qcli.core.formats.codebook import BASIS, OFFSET, SCALE, Codebook
 from qcli.core.formats.dual_binary import DualBinary
+from qcli.core.formats.fp8 import FP8
 from qcli.core.formats.full_precision import FullPrecision
 from qcli.core.formats.low_rank import LowRank
+from qcli.core.formats.nvfp4 import NVFP4
 from qcli.core.formats.row_scaled import EXPONENT, RowScaled
 from qcli.core.formats.sign import Sign
 from qcli.core.weight import Format, QuantizedWeight
@@ -33,6 +38,8 @@ FORMATS: list[Format] = [
     LowRank.around(EIGHT, 3, 16),
     RowScaled.around(EIGHT),
     FullPrecision.of("BF16"),
+    FP8(),
+    NVFP4(),
 ]
 SHAPE = (96, 160)
 PARTS = [
@@ -46,6 +53,10 @@ PARTS = [
 def weight_in(format: Format) -> QuantizedWeight:
     if isinstance(format, FullPrecision):
         return format.hold(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+    if isinstance(format, FP8 | NVFP4):
+        method = ToFP8() if isinstance(format, FP8) else ToNVFP4()
+        drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        return method.quantize(LinearGroup({"w": drawn}))["w"].weight
     if isinstance(format, RowScaled):
         return format.wrap(random_weight(format.base, SHAPE), (torch.arange(SHAPE[0]) % 9 - 4).to(torch.int8))
     return random_weight(format, SHAPE)

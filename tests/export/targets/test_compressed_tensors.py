@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qcli.core.formats.affine import Affine
@@ -20,9 +22,10 @@ from qcli.export.targets._affine import affine_formats
 from qcli.export.verify import verify
 from qcli.models.families import Linear
 from qcli.models.layouts import compressed_tensors as layout
+from qcli.models.manifest import MANIFEST
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
-from qcli.utils.errors import UnsupportedError
+from qcli.utils.errors import UnsupportedError, VerificationError
 from tests.quantizing import TOKENS, logits, run, streamed
 from tests.tiny import tiny_model
 
@@ -338,3 +341,81 @@ def test_layers_that_marlin_supports_are_not_called_slow(tmp_path: Path) -> None
     assert isinstance(source, NativeSource)
     described = _vllm_rules.describe(source, affine_formats(source, "compressed-tensors"))
     assert described == "by its rules with tensor parallel 1, 2, 4; 8 not: 4 heads, 4 of them for keys and values"
+
+
+SMALL_FLOATS: dict[str, dict[str, Any]] = {
+    "fp8": {"method__name": "fp8"},
+    "nvfp4": {"method__name": "nvfp4"},
+    "fp8 beside integers": {
+        "method__name": "fp8",
+        "overrides": [{"match": "*.mlp.*", "method": {"name": "rtn", "bits": 4, "group_size": 32, "symmetric": True}}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", SMALL_FLOATS)
+@pytest.mark.usefixtures("exact_layers")
+def test_small_floats_are_what_transformers_computes_with(name: str, llama: Path, tmp_path: Path) -> None:
+    """In float32 and in bfloat16: scales and weights are exact in both."""
+    native, out, foreign = tmp_path / "native", tmp_path / "packed", tmp_path / "foreign"
+    run(llama, native, grouped=False, **SMALL_FLOATS[name])
+    result = pack(native, out, format="compressed-tensors", shard_size=10**9)
+    assert result.proof.engine is not None and result.max_logit_difference == 0
+    model, actual = load_with_transformers(out)
+    assert torch.equal(actual, logits(native))
+    assert_same_weights(native, model, torch.float32)
+    if "integers" not in name:  # whose scales are float16
+        half = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+        half(TOKENS)
+        assert_same_weights(native, half, torch.bfloat16)
+    assert torch.equal(streamed(out), streamed(native))
+    assert verify(out).layers == 14
+    shutil.copytree(out, foreign, ignore=shutil.ignore_patterns(MANIFEST))  # as other software would leave it
+    read, source = open_source(str(foreign)), open_source(str(native))
+    for layer in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        expected = source.read([layer])[layer]
+        torch.testing.assert_close(read.read([layer])[layer].float(), expected, rtol=2**-8, atol=0)
+
+
+def test_layers_that_engines_fuse_get_one_divisor(tmp_path: Path) -> None:
+    """vLLM multiplies all of them by the largest; the weights stay as they are."""
+    model = tiny_model("llama", tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight"] *= 5
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e4
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    native, out = tmp_path / "native", tmp_path / "packed"
+    run(model, native, method__name="nvfp4", grouped=False, overrides=[{"match": "*.1.mlp.*", "dense": True}])
+    pack(native, out, format="compressed-tensors", shard_size=10**9)
+    stored = load_file(out / "model.safetensors")
+    divisors = [float(stored[f"model.layers.0.self_attn.{which}_proj.weight_global_scale"]) for which in "qkvo"]
+    assert divisors[0] == divisors[1] == divisors[2] < divisors[3]
+    run(model, tmp_path / "wide", method__name="nvfp4", grouped=False)
+    with pytest.raises(UnsupportedError, match=r"1.mlp.gate_proj has scales that are too small beside those"):
+        pack(tmp_path / "wide", tmp_path / "no", format="compressed-tensors", shard_size=10**9)
+
+
+def test_nvfp4_beside_other_formats_is_for_vllm_alone(llama: Path, tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    overrides = [{"match": "*.mlp.*", "method": {"name": "fp8"}}]
+    run(llama, native, method__name="nvfp4", grouped=False, overrides=overrides)
+    with pytest.raises(UnsupportedError, match="transformers does not load this .* nvfp4 beside layers of another"):
+        pack(native, tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    out = tmp_path / "packed"
+    pack(native, out, format="compressed-tensors", shard_size=10**9, allow_refused=True)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    groups = {group["format"]: group["weights"]["strategy"] for group in config["config_groups"].values()}
+    assert config["format"] == "mixed-precision"
+    assert groups == {"nvfp4-pack-quantized": "tensor_group", "float-quantized": "channel"}
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_global_scale"])
+def test_missing_parts_of_small_floats_are_noticed(part: str, llama: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "native", method__name="nvfp4", grouped=False)
+    pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(VerificationError, match=rf"no (tensor|matrix) model\.layers\.0\.mlp\.up_proj\.{part}"):
+        open_source(str(tmp_path / "packed"))
