@@ -10,13 +10,26 @@ from qcli.cli.ui.tables import Tables, size
 def doctor(json: flags.Json = False, quiet: flags.Quiet = False, verbose: flags.Verbose = 0) -> None:
     """Describe this machine and installation.
 
-    Versions, devices, memory, disk, missing packages, and what computes packed layers; the kernels for this CPU are
-    built if they are not yet."""
+    Versions, devices, memory, disk, what computes packed layers, and the packages and programs that qcli can use, with
+    what each is for and how to install it. The kernels for this CPU are built if they are not yet."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from qcli.inference import backend
         from qcli.utils.environment import examine
 
-        session.result({**examine(), "backends": backend.examine()}, show)
+        report = examine()
+        session.result({**report, "packages": [*report["packages"], _compiler()], "backends": backend.examine()}, show)
+
+
+def _compiler() -> dict[str, str | None]:
+    """The C++ compiler, as a package."""
+    from qcli.inference.cpu.build import find_compiler
+    from qcli.utils.errors import UnsupportedError
+
+    entry = {"name": "C++ compiler", "needed": "packed layers on a CPU", "install": "apt install g++"}
+    try:
+        return {**entry, "version": " ".join(find_compiler())}
+    except UnsupportedError:
+        return {**entry, "version": None}
 
 
 def show(tables: Tables, report: dict[str, Any]) -> None:
@@ -42,6 +55,9 @@ def show(tables: Tables, report: dict[str, Any]) -> None:
         [(b["name"], b["devices"], f"no: {b['reason']}" if b["reason"] else "yes") for b in report["backends"]],
     )
     tables.table(
-        ("package", "version", "needed"),
-        [(p["name"], p["version"] or "missing", p["needed"]) for p in report["packages"]],
+        ("package", "version", "for", "to install"),
+        [
+            (p["name"], p["version"] or "missing", p["needed"], "" if p["version"] else p["install"])
+            for p in report["packages"]
+        ],
     )

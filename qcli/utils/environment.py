@@ -24,10 +24,18 @@ REQUIRED = (
     "rich",
     "lm-eval",
 )
-OPTIONAL = {
-    "gguf": "models from .gguf files",
+OPTIONAL = {  # what each is for
+    "gguf": "models from .gguf files, `pack --format gguf`",
     "pyarrow": ".parquet text",
+    "matplotlib": "pictures: reports of studies, curves of `distill`, --plot",
+    "ray": "`study --executor ray`",
+    "triton": "packed layers and training on a CUDA GPU",
     "accelerate": "device_map in transformers",
+    "compressed-tensors": "transformers loads `pack --format compressed-tensors`",
+    "auto-round-lib": "transformers runs `pack --format gptq` on a CPU",
+    "gptqmodel": "transformers loads `pack --format awq`",
+    "vllm": "serving checkpoints and packs on a GPU",
+    "llama-cpp-python": "running `pack --format gguf`",
 }
 
 
@@ -48,9 +56,12 @@ def examine() -> dict[str, Any]:
 
 
 def packages() -> list[dict[str, str | None]]:
-    """Every package that qcli uses: name, installed version (None: missing), and what needs it."""
+    """Every package that qcli uses: name, installed version (None: missing), what needs it, how to install it."""
     needed = dict.fromkeys(REQUIRED, "always") | OPTIONAL
-    return [{"name": name, "version": _version(name), "needed": why} for name, why in needed.items()]
+    return [
+        {"name": name, "version": _version(name), "needed": why, "install": f"pip install {name}"}
+        for name, why in needed.items()
+    ]
 
 
 def versions_of(*names: str) -> dict[str, str | None]:

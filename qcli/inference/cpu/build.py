@@ -44,23 +44,27 @@ def library(target: Sequence[str] | None = None) -> ctypes.CDLL:
     if sys.platform == "win32":
         raise UnsupportedError("the CPU kernels are not built on Windows", hint="use WSL")
     flags = (*_FLAGS, *(native_flags() if target is None else target))
-    compiler = _compiler()
-    name = f"kernels-{_key(compiler, flags)}.so"
+    command = find_compiler()
+    name = f"kernels-{_key(command, flags)}.so"
     try:
         folder = subfolder("kernels")
         if not (folder / name).exists():
             with FileLock(folder / f"{name}.lock"):
                 if not (folder / name).exists():
-                    _compile(compiler, flags, folder / name)
+                    _compile(command, flags, folder / name)
         return ctypes.CDLL(str(folder / name))
     except (QcliError, OSError) as problem:
         if isinstance(problem, UnsupportedError):
             raise
-        return _temporary(compiler, flags)  # a read-only home
+        return _temporary(command, flags)  # a read-only home
 
 
-def _compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, or the first one found."""
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: `$CXX`, or the first one found.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
     named = os.environ.get("CXX", "").split()
     if named:
         if shutil.which(named[0]) is None:
