@@ -5,9 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from qcli.cli._complete import one_of
 from qcli.data.datasets import set_names
 from qcli.data.default_text import DEFAULT
 from qcli.data.text_files import FILES
+
+_DEVICES = one_of(("auto", "cpu", "cuda"))
+_DTYPES = one_of(("auto", "float32", "bfloat16", "float16"))
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or .gguf file.")]
 OptionalModel = Annotated[
@@ -26,6 +30,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
+        autocompletion=one_of((*set_names(), "self")),
         help=f"Calibration text: {', '.join(set_names())}, self (sampled from the model), a {FILES} file, "
         f"or a folder written by `qcli calibrate`. Default: {DEFAULT}.",
     ),
@@ -51,11 +56,16 @@ Bos = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Random seed. Default: 0.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N. Default: auto.")
+    str | None,
+    typer.Option(
+        metavar="DEV", autocompletion=_DEVICES, help="Compute device: auto, cpu, cuda or cuda:N. Default: auto."
+    ),
 ]
 DType = Annotated[
     str | None,
-    typer.Option(metavar="TYPE", help="Compute dtype: auto, float32, bfloat16 or float16. Default: auto."),
+    typer.Option(
+        metavar="TYPE", autocompletion=_DTYPES, help="Compute dtype: auto, float32, bfloat16 or float16. Default: auto."
+    ),
 ]
 Deterministic = Annotated[
     bool | None,
@@ -88,6 +98,7 @@ Resume = Annotated[
     str | None,
     typer.Option(
         metavar="WHEN",
+        autocompletion=one_of(("auto", "required", "never")),
         help="An interrupted run: auto (resume it if there is one), required (fail without one) or never (start "
         "over). Default: auto.",
     ),
@@ -99,11 +110,14 @@ TrustRemoteCode = Annotated[
 TrustTasks = Annotated[
     bool, typer.Option("--trust-tasks", help="Run code and unrestricted templates in task files of your own.")
 ]
-RunDevice = Annotated[str, typer.Option(metavar="DEV", help="Compute device: auto, cpu, cuda or cuda:N.")]
+RunDevice = Annotated[
+    str, typer.Option(metavar="DEV", autocompletion=_DEVICES, help="Compute device: auto, cpu, cuda or cuda:N.")
+]
 RunDType = Annotated[
     str,
     typer.Option(
         metavar="TYPE",
+        autocompletion=_DTYPES,
         help="Compute dtype: auto (the model's, where the device is fast in it), float32, bfloat16 or float16.",
     ),
 ]

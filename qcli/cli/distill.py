@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._complete import one_of, several_of
 from qcli.cli._out import checkpoint_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
@@ -20,14 +21,27 @@ def distill(
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The model it was made from: hub id, folder or .gguf file.")
     ] = None,
-    loss: Annotated[str | None, typer.Option(metavar="LOSS", help="kl, onebit or dad. Default: kl.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOSS", autocompletion=one_of(("kl", "onebit", "dad")), help="kl, onebit or dad. Default: kl."
+        ),
+    ] = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="tables (scales, offsets, codebooks) or tables,weights. Default: tables."),
+        typer.Option(
+            metavar="WHAT",
+            autocompletion=several_of(("tables", "weights")),
+            help="tables (scales, offsets, codebooks) or tables,weights. Default: tables.",
+        ),
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(metavar="SCOPE", help="model (all blocks together) or block (one at a time). Default: model."),
+        typer.Option(
+            metavar="SCOPE",
+            autocompletion=one_of(("model", "block")),
+            help="model (all blocks together) or block (one at a time). Default: model.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps. Default: 1000.")] = None,
     data: Annotated[

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._complete import one_of
 from qcli.cli._out import checkpoint_name, model_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
@@ -14,6 +15,8 @@ from qcli.utils.registry import names
 
 if TYPE_CHECKING:
     from qcli.utils.trust import Trust
+
+FORMATS = names("qcli.export.targets")
 
 
 def pack(
@@ -26,7 +29,9 @@ def pack(
     ],
     out: flags.OptionalOut = None,
     force: flags.Force = False,
-    format: Annotated[str, typer.Option(metavar="F", help=f"{', '.join(names('qcli.export.targets'))}.")] = "qcli",
+    format: Annotated[
+        str, typer.Option(metavar="F", autocompletion=one_of(FORMATS), help=f"{', '.join(FORMATS)}.")
+    ] = "qcli",
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest size of a weight file, such as 500MB or 5GB.")
     ] = "5GB",

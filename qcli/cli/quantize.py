@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._complete import one_of
 from qcli.cli._contents import contents_in_words, smaller_in_words
 from qcli.cli._layers import show_layers
 from qcli.cli._out import out_of, quantized_name
@@ -19,6 +20,7 @@ from qcli.utils.placement import Placement
 from qcli.utils.registry import names
 from qcli.utils.text import with_wildcards
 
+METHODS = names("qcli.algorithms.methods")
 _SHOWN = 3  # fallbacks that differ only in numbers
 
 
@@ -31,7 +33,11 @@ def quantize(
     model: flags.OptionalModel = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"One of {', '.join(names('qcli.algorithms.methods'))}. Default: gptq-like."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=one_of(METHODS),
+            help=f"One of {', '.join(METHODS)}. Default: gptq-like.",
+        ),
     ] = None,
     bits: Annotated[
         str | None,
@@ -68,6 +74,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="HOW",
+            autocompletion=one_of(("error", "ragged")),
             help="Where the group size does not divide a row: error, or ragged (a shorter last group). Default: error.",
         ),
     ] = None,

@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from qcli.cli import _flags as flags
 from qcli.cli._command import Command
+from qcli.cli._complete import one_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
 from qcli.utils.errors import UsageError
@@ -24,11 +25,20 @@ class RunOrReport(TyperGroup):
         return super().resolve_command(ctx, args if known else ["run", *args])
 
 
-app = typer.Typer(
-    cls=RunOrReport,
-    no_args_is_help=True,
-    help="Run grids of recipes and report on them.",
-)
+app = typer.Typer(cls=RunOrReport)
+
+
+@app.callback(invoke_without_command=True, short_help="Run grids of recipes and report on them.")
+def study(context: typer.Context) -> None:
+    """Run grids of recipes and report on them.
+
+    \b
+    qcli study STUDY.yaml --dry-run    show the runs and their cost
+    qcli study STUDY.yaml --out DIR    run whatever is missing; in full: qcli study run STUDY.yaml
+    qcli study report DIR              write tables, plots and recommended recipes
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command("run", cls=Command)
@@ -46,7 +56,12 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Folder of the rows; an existing one is continued.")
     ] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="Number of parallel runs.")] = 1,
-    executor: Annotated[str, typer.Option(metavar="WHERE", help="Where runs execute: local or ray.")] = "local",
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="WHERE", autocompletion=one_of(("local", "ray")), help="Where runs execute: local or ray."
+        ),
+    ] = "local",
     address: Annotated[
         str | None, typer.Option(metavar="ADDR", help="Address of a Ray cluster. Default: start one on this machine.")
     ] = None,

@@ -50,10 +50,24 @@ def test_help_of_groups_is_not_cut(invoke: Invoke, group: str) -> None:
     assert "..." not in invoke(group, "--help").out.partition("Commands:\n")[2]
 
 
-def test_recipe_alone_shows_its_help(invoke: Invoke) -> None:
-    code, out, err = invoke("recipe")
+@pytest.mark.parametrize(("group", "named"), [("recipe", "validate"), ("study", "report")])
+def test_a_group_alone_shows_its_help(invoke: Invoke, group: str, named: str) -> None:
+    code, out, err = invoke(group)
     assert (code, err) == (0, "")
-    assert "validate" in out
+    assert named in out
+    assert invoke(group, "--help") == (0, out, "")
+
+
+def test_help_of_study_shows_all_ways_and_they_exist(invoke: Invoke) -> None:
+    out = invoke("study", "--help").out
+    ways = [line.split("  ")[1].split()[1:] for line in out.splitlines() if line.startswith("  qcli study ")]
+    assert ways == [
+        ["study", "STUDY.yaml", "--dry-run"],
+        ["study", "STUDY.yaml", "--out", "DIR"],
+        ["study", "report", "DIR"],
+    ]
+    for way in ways:
+        assert invoke(*way).code in (2, 3), "parsed: what is missing are the files"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qcli.cli.ui.streams import tell
+from qcli.cli.ui.streams import label, tell
 from qcli.utils.errors import OutOfMemoryError, expected
 from qcli.utils.text import printable
 
@@ -48,6 +48,6 @@ def describe(error: BaseException, *, resumable: bool = False, memory_hint: str 
 def show_error(message: str, hint: str | None = None) -> None:
     """Print an `error:` line for each line of `message`, then the hint, to stderr."""
     for line in message.split("\n") if message else ():
-        tell(f"error: {printable(line)}")
+        tell(f"{label('error')} {printable(line)}")
     if hint:
-        tell(f"hint: {printable(hint)}")
+        tell(f"{label('hint')} {printable(hint)}")

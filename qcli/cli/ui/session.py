@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qcli.cli.ui.errors import INTERRUPTED, TERMINATED, USAGE, describe, show_error
 from qcli.cli.ui.progress import Bars, Lines
 from qcli.cli.ui.signals import raised_signals
-from qcli.cli.ui.streams import abandon_stdout, tell
+from qcli.cli.ui.streams import abandon_stdout, label, tell
 from qcli.cli.ui.tables import Tables, console
 from qcli.utils.distributed import fails_first, is_main_process, world_size
 from qcli.utils.errors import QcliWarning
@@ -169,7 +169,8 @@ class Session:
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, QcliWarning):
-                self.note(f"warning: {message}")
+                if not self.quiet:
+                    tell(f"{label('warning')} {printable(str(message))}")
             else:
                 show_others(message, category, *place)
 

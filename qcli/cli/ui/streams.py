@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 
+_COLOURS = {"error": "1;31", "warning": "33", "hint": "36"}  # bold red, yellow, cyan
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
@@ -37,6 +38,17 @@ def tell(text: str) -> None:
     """Print a line to stderr; nobody may be reading."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def label(word: str) -> str:
+    """`error:`, `hint:` or `warning:` as a line of stderr begins with it: coloured on a terminal.
+
+    `NO_COLOR` is honoured (no-color.org), and terminals that are `dumb` get plain text.
+    """
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
+    if plain or sys.stderr is None or not sys.stderr.isatty():
+        return f"{word}:"
+    return f"\x1b[{_COLOURS[word]}m{word}:\x1b[0m"
 
 
 def _is_closed(descriptor: int) -> bool:

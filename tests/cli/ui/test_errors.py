@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
 
 import pytest
 
-from qcli.cli.ui.errors import Terminated, describe
-from qcli.utils.errors import PATH_ERRNOS, RESOURCE_ERRNOS, StateError, UnsupportedError, UsageError
+from qcli.cli.ui.errors import Terminated, describe, show_error
+from qcli.cli.ui.session import Session
+from qcli.utils.errors import PATH_ERRNOS, RESOURCE_ERRNOS, StateError, UnsupportedError, UsageError, warn
 
 SOME = "a file cannot be read or written"
 
@@ -54,3 +57,41 @@ def test_space_is_asked_for_only_where_it_is_missing() -> None:
     hints = {number: describe(OSError(number, "", "x")).hint for number in (*RESOURCE_ERRNOS, *PATH_ERRNOS)}
     assert {number for number, hint in hints.items() if hint and "space" in hint} == {errno.ENOSPC, errno.EDQUOT}
     assert hints[errno.EMFILE] == "allow this process more open files: `ulimit -n`"
+
+
+class Stream(io.StringIO):
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "coloured"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, True),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"TERM": "xterm"}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_want_it(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, environment: dict[str, str], coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = Stream(terminal=terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    show_error("it is\x1b[2J wrong", hint="mend it")
+    with Session():
+        warn("take care")
+    plain = ["error: it is\\x1b[2J wrong", "hint: mend it", "warning: take care"]
+    colours = ("\x1b[1;31m", "\x1b[36m", "\x1b[33m")
+    expected = [
+        f"{c}{w}:\x1b[0m{rest}" for c, (w, _, rest) in zip(colours, (t.partition(":") for t in plain), strict=True)
+    ]
+    assert stream.getvalue().splitlines() == (expected if coloured else plain)
