@@ -18,7 +18,6 @@ from ruamel.yaml import YAML
 from typer.core import TyperGroup
 
 from qcli.cli.main import app
-from qcli.models.families import FAMILIES
 from qcli.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -87,13 +86,6 @@ def test_recipes_are_valid(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.yaml"
         file.write_text(text)
         load_recipe(file, {})
-
-
-def test_the_readme_names_every_family_that_teq_takes() -> None:
-    """`Gemma 3` stands for `gemma3` and `gemma3_text`."""
-    section = (ROOT / "README.md").read_text().partition("known to be scalable:")[2].partition(".")[0]
-    listed = {re.sub(r"[\s-]", "", name).lower() for name in section.split(",")}
-    assert listed == {name.removesuffix("_text").replace("_", "") for name in FAMILIES}
 
 
 def test_the_recipe_reference_is_that_of_the_code() -> None:

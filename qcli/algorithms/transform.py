@@ -72,9 +72,10 @@ class ChannelScale:
         producer: path in the block of a norm or linear.
         readers: paths of all linears that read the producer's outputs.
         outputs: int64 `[producer's outputs]`: index of the alpha of each output channel; -1: it has none.
-        inputs: int64 `[readers' inputs]`: index of the alpha of each input column.
+        inputs: int64 `[readers' inputs]`: index of the alpha of each input column; -1: it has none.
         size: number of alphas.
         norm_offset: what a norm as the producer adds to its weight (Gemma: 1).
+        dense: names in the block of matrices `[out, in]` that read the outputs too and are never quantized: a router's.
     """
 
     producer: str
@@ -83,18 +84,24 @@ class ChannelScale:
     inputs: Tensor
     size: int
     norm_offset: float = 0.0
+    dense: tuple[str, ...] = ()
 
     def within(self, prefix: str) -> ChannelScale:
         """The same scale with `prefix` before every path."""
-        readers = tuple(prefix + reader for reader in self.readers)
-        return replace(self, producer=prefix + self.producer, readers=readers)
+        readers, dense = (tuple(prefix + each for each in names) for names in (self.readers, self.dense))
+        return replace(self, producer=prefix + self.producer, readers=readers, dense=dense)
 
     def per_output(self, alpha: Tensor, default: float = 1.0) -> Tensor:
         """Spread `alpha` `[size]` over the producer's outputs, with `default` where there is none."""
-        import torch
-
-        return torch.cat([alpha, alpha.new_full((1,), default)])[self.outputs]
+        return _spread(alpha, self.outputs, default)
 
     def per_input(self, alpha: Tensor) -> Tensor:
-        """Spread `alpha` `[size]` over the readers' inputs."""
-        return alpha[self.inputs]
+        """Spread `alpha` `[size]` over the readers' inputs, with 1 where there is none."""
+        return _spread(alpha, self.inputs, 1.0)
+
+
+def _spread(alpha: Tensor, places: Tensor, default: float) -> Tensor:
+    """`alpha` at these places; `default` at -1."""
+    import torch
+
+    return torch.cat([alpha, alpha.new_full((1,), default)])[places]

@@ -55,8 +55,9 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
     flow, text = _followed(model, model_type, *lists[0])
     path, blocks = max(lists, key=lambda item: sum(block in flow.passed for block in item[1]))
     if path != lists[0][0]:
-        flow = _run(text, Flow(model, blocks, _shared_linears(model, path, blocks)))
+        flow = _run(text, _flow(model, path, blocks))
     found = [flow.groups(index) for index in range(len(blocks))]
+    folds = [flow.folds(index, groups) for index, groups in enumerate(found)]
     if not any(found):
         raise UnsupportedError(f"model type {model_type!r} has no linear layers in {path}")
     kinds = {type(linear) for linear in flow.linears()}
@@ -73,6 +74,8 @@ def discover(model: PreTrainedModel, model_type: str) -> Family:
         own_linear=any(kind not in (nn.Linear, Conv1D) for kind in kinds),
         dense_parts=tuple(_dense_parts(model, path, flow.passed)),
         groups_by_block=tuple(found),
+        folds_by_block=tuple(each for each, _ in folds),
+        unfolded={norm: reason for _, reasons in reversed(folds) for norm, reason in reasons.items()},
         embedding_path=_path_of(model, text.get_input_embeddings()),
         text_path="" if text is model else _path_of(model, text),
         discovered=True,
@@ -103,15 +106,14 @@ def _followed(
 ) -> tuple[Flow, PreTrainedModel]:
     """The flow of text through a model, and what runs on text alone: the model, or the language model inside of one
     that insists on images."""
-    shared = _shared_linears(model, path, blocks)
     try:
-        return _run(model, Flow(model, blocks, shared)), model
+        return _run(model, _flow(model, path, blocks)), model
     except UnsupportedError:
         raise
     except Exception as error:  # of whatever type the model's code raises
         for part in _language_models(model, path):
             with suppress(Exception):
-                return _run(part, Flow(model, blocks, shared)), part
+                return _run(part, _flow(model, path, blocks)), part
         raise UnsupportedError(
             f"model type {model_type!r}: its forward pass cannot be followed on text alone ({with_type(error)})"
         ) from error
@@ -146,16 +148,20 @@ def _dense_parts(model: PreTrainedModel, blocks: str, passed: Set[nn.Module]) ->
                 yield f"{owner}.{name}".strip(".")
 
 
-def _shared_linears(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> frozenset[tuple[int, str]]:
-    """Linears that several blocks have in common, by block and path: one block after the other, they cannot be
-    quantized for all."""
+def _flow(model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> Flow:
+    """A flow through these blocks. Linears that several blocks have in common stay dense: one block after the other,
+    they cannot be quantized for all."""
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    return frozenset(
-        (index, name)
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    tied = tied.union(*(owners for owners in names.values() if len(owners) > 1))
+    shared = [
+        {name for name, _ in block.named_parameters() if f"{path}.{index}.{name}" in tied}
         for index, block in enumerate(blocks)
-        for name, _ in block.named_modules()
-        if f"{path}.{index}.{name}.weight" in tied
-    )
+    ]
+    dense = {(i, name.removesuffix(".weight")) for i, names in enumerate(shared) for name in names}
+    return Flow(model, blocks, dense, shared)
 
 
 def _path_of(model: nn.Module, part: nn.Module) -> str:

@@ -7,7 +7,7 @@ each row on a tiny model of its class: the streamed forward pass must equal the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
@@ -49,6 +49,19 @@ of a fused attention projection, which stacks all queries, keys and values, or i
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the channels of a discovered fold are.
+
+    Attributes:
+        outputs: the channel of each output of the producer; -1: it is none of them.
+        inputs: the same of each input of the readers.
+    """
+
+    outputs: Sequence[int]
+    inputs: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Fold:
     """Channels that can be divided by positive factors in one module and multiplied by them in the next.
 
@@ -61,12 +74,18 @@ class Fold:
         readers: all linears that read these channels.
         rows: which outputs of the producer they are.
         when: settings of the config that the equivalence requires.
+        norm_offset: number that a norm as the producer adds to its weight before it multiplies by it.
+        dense: names of matrices `[out, in]` that read these channels too and stay dense, such as a router's.
+        places: of a discovered fold, in place of `rows`.
     """
 
     producer: str
     readers: tuple[str, ...]
     rows: Rows = "all"
     when: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    dense: tuple[str, ...] = ()
+    places: Places | None = None
 
 
 TOKEN_CHANNELS = 3
@@ -121,7 +140,7 @@ class Family:
         blocks: path of the list of blocks in the causal LM.
         groups: all 2-D weights of a block, in order of computation.
         folds: channels that can be scaled; inputs of linears that no fold lists as readers cannot.
-        norm_offset: number that the family's norms add to their weight before they multiply by it.
+        norm_offset: of a row: number that the family's norms add to their weight before they multiply by it.
         tuple_output: whether blocks return a tuple, whose first element is the hidden states.
         conv1d: whether weights are stored `[in, out]`.
         variants: other groups and folds, by settings of the config; the first match applies.
@@ -133,6 +152,8 @@ class Family:
         own_linear: whether linear layers are a class of the family's own, which reads the weight itself.
         dense_parts: paths of modules that text does not pass, such as vision towers: their layers stay dense.
         groups_by_block: of a discovered model: the groups of each block; a row has the same `groups` for all.
+        folds_by_block: of a discovered model: the folds of each block; a row has the same `folds` for all.
+        unfolded: of a discovered model: by path in a block why a norm's channels cannot be scaled.
         embedding_path: of a discovered model: path of the token embedding.
         text_path: path of the module that runs on text alone, with its head; empty: the model itself.
         discovered: whether this is no row, but was found in the model itself.
@@ -154,6 +175,8 @@ class Family:
     own_linear: bool = False
     dense_parts: tuple[str, ...] = ()
     groups_by_block: tuple[tuple[Group, ...], ...] = ()
+    folds_by_block: tuple[tuple[Fold, ...], ...] = ()
+    unfolded: Mapping[str, str] = field(default_factory=dict)
     embedding_path: str = ""
     text_path: str = ""
     discovered: bool = False
@@ -177,14 +200,21 @@ class Family:
         """The groups of a block, in order of computation."""
         return self.groups_by_block[block] if self.groups_by_block else self.groups
 
-    def unscaled(self, has_weight: Callable[[str], bool]) -> list[str]:
-        """Paths of linears whose inputs cannot be scaled, in order of computation.
+    def folds_of(self, block: int) -> tuple[Fold, ...]:
+        """The folds of a block."""
+        if self.discovered:
+            return self.folds_by_block[block]
+        return tuple(replace(fold, norm_offset=self.norm_offset) for fold in self.folds)
+
+    def unscaled(self, block: int, has_weight: Callable[[str], bool]) -> list[str]:
+        """Paths of a block's linears whose inputs cannot be scaled, in order of computation.
 
         Args:
             has_weight: whether the module at a path has a weight; factors cannot be folded into a norm without one.
         """
-        scaled = {reader for fold in self.folds if has_weight(fold.producer) for reader in fold.readers}
-        return [path for path in self.paths_of(0) if path not in scaled]
+        folds = self.folds_of(block)
+        scaled = {reader for fold in folds if has_weight(fold.producer) for reader in fold.readers}
+        return [path for path in self.paths_of(block) if path not in scaled]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import KVSharingDict
 from transformers.pytorch_utils import Conv1D
 
-from qcli.models.families import Group, Passing
+from qcli.models.channels import Channels, Operation
+from qcli.models.families import Fold, Group, Passing
 from qcli.models.listed_experts import ListedExperts
 
 BATCH, LENGTH = 2, 32  # of the tokens that are followed: numbers that tell the two apart
@@ -34,6 +35,8 @@ class _Traced:
         readers: by tensor, the first module without parts that reads it.
         leaves: linears whose outputs reach the block's output, likewise.
         stores: whether it leaves keys and values for later blocks: no part of it can be skipped.
+        operations: all that it computes, in order.
+        given_away: tensors that others may read.
     """
 
     called: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
@@ -42,6 +45,8 @@ class _Traced:
     readers: dict[int, str] = field(default_factory=dict)
     leaves: frozenset[str] = frozenset()
     stores: bool = False
+    operations: list[Operation] = field(default_factory=list)
+    given_away: list[Tensor] = field(default_factory=list)
 
 
 class Flow(TorchDispatchMode):
@@ -53,17 +58,26 @@ class Flow(TorchDispatchMode):
         model: the model.
         blocks: of the model.
         dense: number of the block and path of linears that stay dense.
+        shared: of each block: names of parameters that another module has, too.
 
     Attributes:
         passed: the modules of the model that ran.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, dense: Set[tuple[int, str]] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        dense: Set[tuple[int, str]] = frozenset(),
+        shared: Sequence[Iterable[str]] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.blocks, self.dense = list(blocks), dense
         self.passed: set[nn.Module] = set()
         self._model = model
         self.traced = [_Traced() for _ in self.blocks]
+        self._shared_names = shared or [()] * len(blocks)
+        self._folds: dict[Hashable, tuple[tuple[Fold, ...], dict[str, str]]] = {}  # of blocks that compute the same
         self.outputs: list[Any] = []
         self._kept: list[Tensor] = []  # all tensors seen: a freed storage's number would be given to another
         self._taint: dict[int, frozenset[str]] = {}
@@ -112,6 +126,7 @@ class Flow(TorchDispatchMode):
             self._pass_on(inputs, out)
         if self._inside < 0:
             return out
+        self.traced[self._inside].operations.append(Operation(func, args, kwargs or {}, out))
         if name in ("add", "add_") and len(args) > 1 and isinstance(args[1], Tensor):
             self._add(args[0], args[1], out)
         taint = frozenset[str]().union(*(self._taint.get(key, frozenset()) for key in inputs))
@@ -180,6 +195,19 @@ class Flow(TorchDispatchMode):
             )
         return tuple(reversed(groups))
 
+    def folds(self, index: int, groups: Iterable[Group]) -> tuple[tuple[Fold, ...], dict[str, str]]:
+        """The folds of a block with these groups, and what keeps other norms from having one, by path."""
+        traced, shared = self.traced[index], tuple(self._shared_names[index])
+        linears = tuple(path for group in groups for path in group.linears)
+        channels = Channels(self.blocks[index], shared)
+        key = channels.signature(traced.operations, traced.given_away), shared, linears
+        if key not in self._folds:
+            for operation in traced.operations:
+                channels.follow(operation)
+            channels.end(traced.given_away, "what comes after the block")
+            self._folds[key] = channels.folds(linears)
+        return self._folds[key]
+
     def linears(self) -> Iterator[nn.Module]:
         """All linears that were called."""
         for block, traced in zip(self.blocks, self.traced, strict=True):
@@ -241,6 +269,7 @@ class Flow(TorchDispatchMode):
             self.traced[index].leaves = frozenset() if key is None else self._taint.get(key, frozenset())
             self.outputs.append(output)
             self._hidden, self._inside = hidden, -1
+            self.traced[index].given_away = list(_tensors((output, kwargs)))
             for given in kwargs.values():
                 if isinstance(given, KVSharingDict):
                     self._shared |= given

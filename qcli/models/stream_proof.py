@@ -57,13 +57,7 @@ def prove(stream: BlockStream) -> None:
             f"model type {stream.family.model_type!r}: keys and values that blocks share are too small for float16",
             hint="use --dtype bfloat16 or float32",
         )
-    rows = stream.model.get_input_embeddings().num_embeddings
-    drawn = torch.randint(rows, (2, 1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(stream.device)
-    first, second = drawn
-    entering = [stream.embed(first), stream.embed(second)]
-    for hidden in entering:
-        shared = hidden[..., stream.shared_channels]
-        shared.copy_(torch.rand(shared.shape, generator=torch.Generator().manual_seed(1)) / 2**24)
+    (first, second), entering = probes(stream)
     kinds: set[str] = set()
     for index in range(stream.n_blocks):
         kind = stream.kind_of(index)
@@ -87,6 +81,18 @@ def prove(stream: BlockStream) -> None:
         for path, (experts, args, kwargs) in given.experts.items():
             with any_order():
                 _compare(stream, f"block {index}: {path}", experts.fused()(*args, **kwargs), experts(*args, **kwargs))
+
+
+def probes(stream: BlockStream) -> tuple[Tensor, list[Tensor]]:
+    """Two batches of random tokens, int64 `[2, 1, length]`, and the hidden states that enter the first block for each,
+    with numbers in place of keys and values that blocks share."""
+    rows = stream.model.get_input_embeddings().num_embeddings
+    drawn = torch.randint(rows, (2, 1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(stream.device)
+    entering = [stream.embed(tokens) for tokens in drawn]
+    for hidden in entering:
+        shared = hidden[..., stream.shared_channels]
+        shared.copy_(torch.rand(shared.shape, generator=torch.Generator().manual_seed(1)) / 2**24)
+    return drawn, entering
 
 
 class _Given:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from qcli.algorithms.transform import ChannelScale
-from qcli.models.families import Family, Fold, Rows
+from qcli.models.families import Fold, Rows
 from qcli.models.stream import ModelStream
 
 
-def channel_scales(block: nn.Module, family: Family, config: PreTrainedConfig) -> list[ChannelScale]:
-    """The family's folds as index maps on this block's rows and columns.
+def channel_scales(block: nn.Module, folds: Iterable[Fold], config: PreTrainedConfig) -> list[ChannelScale]:
+    """Folds as index maps on this block's rows and columns.
 
     A fold into a norm without a weight is left out.
 
     Args:
         block: as `ModelStream.load_block` gives it.
-        family: the model's family.
+        folds: of the block.
         config: of the model; only the number of attention heads is read, all else follows from shapes.
     """
-    folds = [fold for fold in family.folds if _weight(block, fold.producer) is not None]
-    heads = config.get_text_config().num_attention_heads if folds else 0
-    return [_channel_scale(block, fold, heads, family.norm_offset) for fold in folds]
+    return [_channel_scale(block, fold, config) for fold in folds if _weight(block, fold.producer) is not None]
 
 
 @torch.no_grad()
@@ -44,7 +42,7 @@ def fold(
     Args:
         scales: of this block.
         alphas: positive, `[size]` each.
-        dtypes: of stored norm weights and biases, by name in the block; others are not rounded.
+        dtypes: of stored norm weights, biases and dense readers, by name in the block; others are not rounded.
 
     Returns:
         Names of all tensors that changed, the linears' weights included.
@@ -52,8 +50,10 @@ def fold(
     stored, changed = dtypes or {}, dict[str, None]()
     for scale, factors in zip(scales, alphas, strict=True):
         producer, alpha, name = block.get_submodule(scale.producer), factors.float(), f"{scale.producer}.weight"
-        if producer.get_parameter("weight").ndim == 1:
-            alpha = _divide_norm(producer.get_parameter("weight"), alpha, scale.norm_offset, stored.get(name))
+        if (own := producer.get_parameter("weight")).ndim == 1:
+            divisors = _divide_norm(own, scale.per_output(alpha), scale.norm_offset, stored.get(name))
+            folded = scale.outputs >= 0
+            alpha = torch.ones_like(alpha).index_copy(0, scale.outputs[folded], divisors[folded])
         else:
             weight = ModelStream.weight_of(producer)
             weight.copy_(weight / scale.per_output(alpha)[:, None])
@@ -67,6 +67,10 @@ def fold(
             weight = ModelStream.weight_of(block.get_submodule(reader))
             weight.copy_(weight * scale.per_input(alpha))
             changed[f"{reader}.weight"] = None
+        for name in scale.dense:
+            matrix = block.get_parameter(name)
+            matrix.copy_(_rounded(matrix * scale.per_input(alpha), stored.get(name)))
+            changed[name] = None
     return list(changed)
 
 
@@ -84,15 +88,22 @@ def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:
     return values if dtype is None else values.to(dtype)
 
 
-def _channel_scale(block: nn.Module, fold: Fold, heads: int, norm_offset: float) -> ChannelScale:
+def _channel_scale(block: nn.Module, fold: Fold, config: PreTrainedConfig) -> ChannelScale:
     weight = _weight(block, fold.producer)
     assert weight is not None
     outputs, inputs = len(weight), ModelStream.weight_of(block.get_submodule(fold.readers[0])).shape[1]
-    rows = _rows(fold.rows, outputs, inputs, heads).to(weight.device)
-    of_outputs = torch.full((outputs,), -1, dtype=torch.int64, device=weight.device)
-    of_outputs[rows] = torch.arange(len(rows), device=weight.device)
-    of_inputs = _channel_of_inputs(len(rows), inputs, heads).to(weight.device)
-    return ChannelScale(fold.producer, fold.readers, of_outputs, of_inputs, len(rows), norm_offset)
+    if fold.places is None:
+        heads = config.get_text_config().num_attention_heads
+        rows = _rows(fold.rows, outputs, inputs, heads)
+        size = len(rows)
+        of_outputs = torch.full((outputs,), -1, dtype=torch.int64)
+        of_outputs[rows] = torch.arange(size)
+        of_inputs = _channel_of_inputs(size, inputs, heads)
+    else:
+        of_outputs, of_inputs = torch.tensor(fold.places.outputs), torch.tensor(fold.places.inputs)
+        size = int(of_outputs.max()) + 1
+    maps = of_outputs.to(weight.device), of_inputs.to(weight.device)
+    return ChannelScale(fold.producer, fold.readers, *maps, size, fold.norm_offset, fold.dense)
 
 
 def _rows(rows: Rows, outputs: int, inputs: int, heads: int) -> Tensor:

@@ -174,12 +174,19 @@ class Plan:
 
     @property
     def unscaled(self) -> list[str]:
-        """Paths in a block of quantized layers whose inputs the recipe's transforms cannot scale."""
+        """Paths in a block of quantized layers whose inputs no transform can scale; experts by pattern."""
         if not self.recipe.all_transforms:
             return []
-        names, prefix = self.source.tensors(), f"{self.source.family.blocks}.0."
-        paths = self.source.family.unscaled(lambda path: f"{prefix}{path}.weight" in names)
-        return [path for path in paths if path in self.methods_of(0)]
+        names, found = self.source.tensors(), dict[str, None]()
+        for block in range(self.source.n_blocks) if self.source.family.discovered else (0,):
+            prefix, chosen = self.prefix(block), self.methods_of(block)
+
+            def has_weight(path: str, prefix: str = prefix) -> bool:
+                return f"{prefix}{path}.weight" in names
+
+            paths = self.source.family.unscaled(block, has_weight)
+            found |= {with_wildcards(path): None for path in paths if path in chosen}
+        return [*found]
 
     @cached_property
     def sees_images(self) -> bool:
@@ -206,12 +213,12 @@ class Plan:
         }
 
     def stored_dtypes(self, block: int) -> dict[str, torch.dtype]:
-        """Half-precision dtypes of a block's vectors (norm weights, biases), by name in the block."""
+        """Half-precision dtypes of a block's tensors that stay dense, by name in the block."""
         prefix = self.prefix(block)
         return {
             name.removeprefix(prefix): tensor.torch_dtype
             for name, tensor in self.parts[block].items()
-            if len(tensor.shape) == 1 and tensor.dtype in HALF_DTYPES
+            if tensor.dtype in HALF_DTYPES
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -284,11 +291,8 @@ def make_plan(recipe: Recipe, trust: Trust = NOTHING) -> Plan:
     layers = source.linears()
     recipe, assigned, choices = _assigned(recipe, layers)
     model = require_loadable(source)
-    if recipe.all_transforms and not source.family.folds:
-        raise UnsupportedError(
-            f"{recipe.all_transforms[0].name} scales channels, and qcli knows of none in {source.family.model_type}",
-            hint="methods without transforms take any model, such as gptq-like",
-        )
+    if recipe.all_transforms:
+        _require_folds(recipe.all_transforms[0].name, source)
     for option in ("all_experts", "expert_tokens"):
         if getattr(recipe.calibration, option) and not _has_experts(source, layers):
             raise UsageError(f"calibration.{option}: {recipe.model} has no experts")
@@ -382,6 +386,18 @@ def _require_sight(plan: Plan, *, choosing_bits: bool) -> None:
     if recipe.bos != "auto":
         raise UsageError(f"bos: {str(recipe.bos).lower()}: the model's processor decides how rows with images begin")
     source.processor()
+
+
+def _require_folds(transform: str, source: ModelSource) -> None:
+    """Refuse a model in which no channels can be scaled."""
+    family = source.family
+    if not any(map(family.folds_of, range(source.n_blocks))):
+        norm, reason = next(iter(family.unfolded.items()), ("", ""))
+        because = f" ({norm}: {reason})" if norm else ""
+        raise UnsupportedError(
+            f"{transform} scales channels, and none of {family.model_type} can be shown to allow it{because}",
+            hint="methods without transforms take any model, such as gptq-like",
+        )
 
 
 def _require_names(source: ModelSource, parts: Iterable[Iterable[str]], formats: Mapping[str, Format | None]) -> None:

@@ -18,6 +18,7 @@ from qcli.algorithms.training.outcome import Outcome
 from qcli.algorithms.transform import ChannelScale
 from qcli.core.weight import Format
 from qcli.models.stream import ModelStream
+from qcli.quantization.fold_proof import prove_folds
 from qcli.quantization.folding import channel_scales, fold
 from qcli.quantization.objectives import ModelObjective
 from qcli.quantization.plan import Plan
@@ -51,6 +52,8 @@ class BlockTransforms:
         self.plan, self.run, self.stream, self.fast, self.progress = plan, run, stream, fast, progress
         self.processes, self.dtype = processes, linear_dtype(fast=fast)
         self.transforms = plan.recipe.all_transforms
+        if self.transforms and stream.family.discovered:
+            prove_folds(stream)
 
     def fit_model(self, tokens: Split[Tensor]) -> None:
         """Fit the transforms that look at the whole model, which is held in memory meanwhile.
@@ -75,7 +78,7 @@ class BlockTransforms:
         Returns:
             The tensors of `module` that changed, by path.
         """
-        scales = channel_scales(module, self.stream.family, self.stream.config)
+        scales = self._scales(block, module)
         stored = self.plan.stored_dtypes(block)
         changed: dict[str, None] = {}
         for number in range(len(self.transforms)):
@@ -91,6 +94,9 @@ class BlockTransforms:
         """How the fits that this block was folded with went, by name of the transform."""
         reports = [self.run.report(self._part(number, block)) for number in range(len(self.transforms))]
         return {what: Outcome.from_json(outcome) for report in reports for what, outcome in report.items()}
+
+    def _scales(self, block: int, module: nn.Module) -> list[ChannelScale]:
+        return channel_scales(module, self.stream.family.folds_of(block), self.stream.config)
 
     def _part(self, number: int, block: int) -> str:
         """Where the run keeps what a transform has found for a block."""
@@ -125,7 +131,7 @@ class BlockTransforms:
         scales: dict[str, ChannelScale] = {}
         quantized: list[nn.Module] = []
         for block, module in enumerate(blocks):
-            own = channel_scales(module, self.stream.family, self.stream.config)
+            own = self._scales(block, module)
             for earlier in range(number):
                 fold(module, own, self._fitted(earlier, block, len(own)), self.plan.stored_dtypes(block))
             methods = self.plan.methods_of(block)

@@ -9,6 +9,7 @@ import pytest
 
 from qcli.cli._out import checkpoint_name, quantized_name
 from qcli.data.default_text import default_text
+from qcli.models.families import Family
 from qcli.recipe.load import load_recipe
 from qcli.recipe.plugins import METHODS
 from qcli.utils import registry
@@ -264,11 +265,14 @@ def test_the_plan_lists_what_stays_as_it_is(invoke: Invoke, tmp_path: Path) -> N
     assert rows["mlp.experts.*.down_proj"] == "8"
 
 
-def test_transforms_that_can_scale_nothing_are_refused(invoke: Invoke, tmp_path: Path) -> None:
+def test_transforms_that_can_scale_nothing_are_refused(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("granite", tmp_path)
+    monkeypatch.setattr(Family, "folds_of", lambda *_: ())
     code, _, err = invoke("quantize", model, "--method", "teq", "--group-size", 32, "--dry-run")
     assert code == 6
-    assert "teq scales channels, and qcli knows of none in granite" in err
+    assert "teq scales channels, and none of granite can be shown to allow it" in err
 
 
 def test_the_text_that_stood_for_the_default_is_recorded(

@@ -17,6 +17,7 @@ from qcli.models.listed_experts import ListedExperts, list_experts
 from qcli.models.loadable import quantizable_skeleton, skeleton
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
+from qcli.quantization.folding import channel_scales
 from qcli.utils.errors import UnsupportedError
 from tests.tiny import CONFIGS, VARIANTS, WITHOUT_ROW, tiny_config, tiny_model
 
@@ -40,6 +41,29 @@ def test_discovery_finds_what_every_row_says(model_type: str, overrides: dict[st
         residuals = {"self_attention.dense": "self_attention.query_key_value", "mlp.dense_4h_to_h": "mlp.dense_h_to_4h"}
         groups = tuple(replace(group, residual=residuals.get(group.linears[0])) for group in groups)
     assert found.groups_by_block == (groups,) * config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [*((name, {}) for name in (*CONFIGS, "gemma3")), *VARIANTS], ids=str
+)
+def test_discovery_finds_the_folds_of_every_row(model_type: str, overrides: dict[str, Any]) -> None:
+    """Producers, readers, channels and offsets of norms. Only Falcon's values are not found: its code chooses them by a
+    list of indices, which has no values on the meta device."""
+    config = tiny_config(model_type, **overrides)
+    row, found = families.family(config.to_dict()), discovered(config)
+    skipped = {"self_attention.query_key_value"} if model_type == "falcon" else set()
+    for index, block in enumerate(skeleton(config, trust_remote_code=False).get_submodule(row.blocks)):
+        expected, scales = (
+            {scale.producer: scale for scale in channel_scales(block.to_empty(device="cpu"), folds, config)}
+            for folds in (row.folds_of(index), found.folds_of(index))
+        )
+        assert scales.keys() == expected.keys() - skipped
+        for producer, scale in scales.items():
+            other = expected[producer]
+            assert set(scale.readers) == set(other.readers) and scale.size == other.size and not scale.dense
+            assert torch.equal(scale.outputs, other.outputs) and torch.equal(scale.inputs, other.inputs)
+            if block.get_parameter(f"{producer}.weight").ndim == 1:
+                assert scale.norm_offset == other.norm_offset
 
 
 def test_a_scaled_output_joins_no_stream() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from qcli.algorithms.transform import ChannelScale
-from qcli.models.families import FAMILIES, Family, Fold, Rows
+from qcli.models.families import FAMILIES, Fold, Rows
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.folding import channel_scales, fold
@@ -57,7 +57,7 @@ class Case:
         self.hidden = self.stream.embed(TOKENS)
         self._block = self.stream.load_block(0)
         self.before = self.output(self._block)
-        self.scales = channel_scales(self._block, self.stream.family, self.stream.config)
+        self.scales = channel_scales(self._block, self.stream.family.folds_of(0), self.stream.config)
 
     def block(self) -> nn.Module:
         return copy.deepcopy(self._block)
@@ -105,7 +105,7 @@ def test_logits_stay_as_they_are(case: Case) -> None:
     before = case.logits(blocks)
     for index, (block, dtype) in enumerate(zip(blocks, (torch.float32, torch.bfloat16), strict=True)):
         original = {name: value.clone() for name, value in block.state_dict().items()}
-        scales = channel_scales(block, case.stream.family, case.stream.config)
+        scales = channel_scales(block, case.stream.family.folds_of(0), case.stream.config)
         dtypes = dense_dtypes(block, dtype, "weight")
         changed = fold(block, scales, random_alphas(scales, seed=index), dtypes)
         now = block.state_dict()
@@ -144,7 +144,7 @@ def test_each_fold_changes_its_modules_and_no_other(case: Case) -> None:
 
 def test_what_cannot_be_scaled_is_listed(case: Case) -> None:
     expected = next((UNSCALED[name] for name in case.names if name in UNSCALED), [])
-    assert case.stream.family.unscaled(case.has_weight) == expected
+    assert case.stream.family.unscaled(0, case.has_weight) == expected
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
@@ -182,9 +182,8 @@ def test_values_find_the_heads_that_read_them(rows: Rows, kv_heads: int) -> None
         layout += [channel[head, part] for part in range(HEAD_DIM)]
     columns = [channel[head // shared, part] for head in range(HEADS) for part in range(HEAD_DIM)]
 
-    family = Family("test", "", (), (Fold("values", ("out",), rows),))
     config = LlamaConfig(num_attention_heads=HEADS)
-    (scale,) = channel_scales(attention(len(layout)), family, config)
+    (scale,) = channel_scales(attention(len(layout)), [Fold("values", ("out",), rows)], config)
     assert scale.outputs.tolist() == layout
     assert scale.inputs.tolist() == columns
     assert scale.size == kv_heads * HEAD_DIM
@@ -216,4 +215,4 @@ def test_channels_whose_norm_weight_has_no_quotient_are_left_alone(offset: float
 def test_norms_without_weights_have_no_scale(tmp_path: Path) -> None:
     case = Case("opt", {"layer_norm_elementwise_affine": False}, tmp_path)
     assert [scale.producer for scale in case.scales] == ["self_attn.v_proj", "fc1"]
-    assert case.stream.family.unscaled(case.has_weight) == [*QKV, "fc1"]
+    assert case.stream.family.unscaled(0, case.has_weight) == [*QKV, "fc1"]

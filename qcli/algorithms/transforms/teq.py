@@ -175,9 +175,9 @@ class _Together:
         as_rows = [grids[path].values_as_rows(weight) for path, weight in weights.items()]
         weight = torch.cat(as_rows) if len(as_rows) > 1 else as_rows[0]
         inputs, places, outputs = [], [], []  # of thetas: for each input of a linear; of those, and of outputs, by row
-        seen = 0
+        seen, indices = 0, _ThetaIndices(scales)
         for path, (rows, columns) in self.shapes.items():
-            of_inputs, of_outputs = _theta_indices(path, (rows, columns), scales, weight.device)
+            of_inputs, of_outputs = indices.of(path, (rows, columns), weight.device)
             inputs.append(grids[path].values_as_rows(of_inputs[None]))
             groups = len(inputs[-1])
             places.append(torch.arange(seen, seen + groups, device=weight.device).repeat(rows))
@@ -204,23 +204,30 @@ class _Together:
         }
 
 
-def _theta_indices(
-    path: str, shape: tuple[int, int], scales: Sequence[ChannelScale], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Which of all thetas, in turn, is the `log(alpha)` of each input and of each output of a linear; the one after the
-    last where there is none. int64 `[in]` and `[out]`."""
-    import torch
+class _ThetaIndices:
+    """Which of all thetas, in turn, is the `log(alpha)` of each input and of each output of a linear."""
 
-    none = sum(scale.size for scale in scales)
-    inputs, outputs = (torch.full((size,), none, device=device) for size in reversed(shape))
-    first = 0
-    for scale in scales:
-        if path in scale.readers:
-            inputs = scale.inputs + first
-        if path == scale.producer:
-            outputs = torch.where(scale.outputs < 0, none, scale.outputs + first)
-        first += scale.size
-    return inputs, outputs
+    def __init__(self, scales: Sequence[ChannelScale]) -> None:
+        self.read: dict[str, list[tuple[ChannelScale, int]]] = {}  # by reader: scales, and where their thetas start
+        self.produced: dict[str, tuple[ChannelScale, int]] = {}
+        self.none = 0  # the one after the last
+        for scale in scales:
+            for reader in scale.readers:
+                self.read.setdefault(reader, []).append((scale, self.none))
+            self.produced[scale.producer] = scale, self.none
+            self.none += scale.size
+
+    def of(self, path: str, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """int64 `[in]` and `[out]`; the one after the last theta where there is none."""
+        import torch
+
+        outputs, inputs = (torch.full((size,), self.none, device=device) for size in shape)
+        for scale, first in self.read.get(path, ()):
+            inputs = torch.where(scale.inputs < 0, inputs, scale.inputs + first)
+        if path in self.produced:
+            scale, first = self.produced[path]
+            outputs = torch.where(scale.outputs < 0, outputs, scale.outputs + first)
+        return inputs, outputs
 
 
 def _uniform(format: Format) -> Affine | None:
