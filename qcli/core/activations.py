@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
+_LARGEST_E4M3 = 448.0
+
+
 class Activations(Options):
     """The grid that inputs of quantized layers are rounded to while the model runs.
 
@@ -25,6 +28,9 @@ class Activations(Options):
     range is restricted as in the paper: then it has as many levels below 0 as above.
     """
 
+    type: Literal["int", "float"] = Field(
+        default="int", description="integers, or 8-bit floats (E4M3) with a scale per token, as engines compute fp8"
+    )
     bits: int = Field(default=8, ge=4, le=8, description="bits of an activation's code")
     granularity: Literal["token", "block"] = Field(
         default="token", description="one range per token, or per block of a token's channels"
@@ -42,12 +48,16 @@ class Activations(Options):
             raise ValueError("symmetric_range restricted needs symmetric: true")
         return self
 
+    @model_validator(mode="after")
+    def _floats_are_of_tokens(self) -> Self:
+        if self.type == "float" and (self.bits != 8 or self.granularity != "token" or self.symmetric):
+            raise ValueError("type float has 8 bits, granularity token, and no symmetric grid")
+        return self
+
     def spec(self) -> dict[str, Any]:
-        """Fields for a checkpoint's config; a full range is left out: it means the same in every version."""
-        fields = self.model_dump()
-        return (
-            fields if self.symmetric_range == "restricted" else {k: fields[k] for k in fields if k != "symmetric_range"}
-        )
+        """Fields for a checkpoint's config; later ones only where they differ from what earlier versions did."""
+        added = {"type": "int", "symmetric_range": "full"}
+        return {key: value for key, value in self.model_dump().items() if added.get(key) != value}
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Round x to its own grids: `[..., features]`, in x's dtype, computed in float32.
@@ -56,6 +66,9 @@ class Activations(Options):
         """
         import torch
 
+        if self.type == "float":
+            rounded = _to_fp8(x.detach().float()).to(x.dtype)
+            return x + (rounded - x).detach() if x.requires_grad else rounded
         blocks = self._blocks(x.detach().float())
         low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
         codes = 1 << self.bits
@@ -90,3 +103,12 @@ class Activations(Options):
         width = x.shape[-1] if self.granularity == "token" else min(self.block_size, x.shape[-1])
         padded = F.pad(x, (0, -x.shape[-1] % width))
         return padded.reshape(*x.shape[:-1], -1, width)
+
+
+def _to_fp8(x: Tensor) -> Tensor:
+    """The nearest E4M3 to each value, `[..., features]`, at a scale that covers its token's range."""
+    import torch
+
+    scale = x.abs().amax(-1, keepdim=True) / _LARGEST_E4M3
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x / scale).clamp_(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn).float() * scale

@@ -167,7 +167,8 @@ def refuse_extra_computation(source: Packable, layout: str) -> None:
     if source.activations is not None:
         raise UnsupportedError(
             f"{source.path} quantizes activations to {source.activations.bits} bits, which {layout} cannot store",
-            hint="pack it as qcli, or quantize without activations",
+            hint="pack it as qcli, or quantize without activations; compressed-tensors stores method fp8 with "
+            "activations of type float",
         )
     normed = [layer for layer, format in source.formats().items() if format.has_output_norm]
     if normed:

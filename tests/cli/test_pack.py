@@ -149,6 +149,7 @@ def test_inspect_tells_what_computes_the_layers_here_and_why_nothing_faster(
 STORED = {
     "qcli": (None, 4 + 16 / 32),
     "compressed-tensors": (None, 4 + 16 / 32 + 128 / 64**2),  # weight_shape
+    "awq": (None, 4 + (16 + 4) / 32),
     "gptq": (None, 4 + (16 + 4) / 32 + 32 / 64),  # zero points, and g_idx for each input
     "gguf": ("Q4_0", 4 + 16 / 32),
     "dense": ("F32", 32),

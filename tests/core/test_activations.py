@@ -170,3 +170,20 @@ def test_a_spec_of_a_full_range_is_that_of_earlier_versions() -> None:
 def test_invalid_options_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Activations.model_validate(options)
+
+
+def test_floats_are_the_nearest_at_the_scale_of_a_token() -> None:
+    """448 and its multiples stay as they are; between 256 and 448 the values are 32 apart."""
+    x = torch.tensor([[448.0, 300.0, -17.5, 0.01, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [-0.5, 0.25, 0.1, 0.2, 0.3]])
+    activations = Activations(type="float")
+    rounded = activations.fake_quantize(x)
+    assert rounded[0].tolist() == [448.0, 288.0, -18.0, 0.009765625, 0.0]
+    assert not rounded[1].any()
+    torch.testing.assert_close(rounded[2], x[2], rtol=2**-4, atol=0)
+    x.requires_grad_()
+    activations.fake_quantize(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert activations.spec()["type"] == "float" and "type" not in Activations().spec()
+    for fields in ({"bits": 4}, {"granularity": "block"}, {"symmetric": True}):
+        with pytest.raises(ValidationError, match="type float has 8 bits, granularity token"):
+            Activations.model_validate({"type": "float", **fields})

@@ -58,7 +58,8 @@ class CompressedTensors(ExportTarget):
     loading: ClassVar[str] = "\n\n".join(_LOADING.values())
 
     def check(self, source: Packable) -> None:
-        refuse_extra_computation(source, self.name)
+        if not _is_fp8_dynamic(source):
+            refuse_extra_computation(source, self.name)
         refuse_vocabulary(source, self.name)
         if source.family.conv1d:
             raise UnsupportedError(
@@ -103,15 +104,20 @@ class CompressedTensors(ExportTarget):
 
         write_layers(source, folder, shard_size, progress, packed)
         layers = source.linears()
-        quantization = layout.quantization_config(
-            layers, source.family, {layer.name: formats.get(layer.name) for layer in layers}
-        )
+        by_name = {layer.name: formats.get(layer.name) for layer in layers}
+        quantization = layout.quantization_config(layers, source.family, by_name, fp8_inputs=_is_fp8_dynamic(source))
         write_json(folder / "config.json", dense_config(source) | {"quantization_config": quantization})
         source.copy_companions(folder)
 
     def notes(self, source: Packable) -> dict[str, str]:
         refused = {engine: f"does not load it: {why.reason}" for engine, why in self.refusals(source).items()}
         return {_VLLM: _vllm_rules.describe(source, _formats(source))} | refused
+
+
+def _is_fp8_dynamic(source: Packable) -> bool:
+    """Whether weights and inputs of all quantized layers are fp8: the one quantization of inputs that engines share."""
+    of_floats = source.activations is not None and source.activations.type == "float"
+    return of_floats and all(isinstance(format, FP8) for format in source.formats().values())
 
 
 def _formats(source: Packable) -> dict[str, layout.Storable]:

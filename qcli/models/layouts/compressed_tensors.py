@@ -35,6 +35,10 @@ Storable: TypeAlias = Affine | FP8 | NVFP4
 
 _FORMATS: dict[type, str] = {Affine: "pack-quantized", FP8: "float-quantized", NVFP4: "nvfp4-pack-quantized"}
 _MIXED = "mixed-precision"
+_FP8_INPUTS = {
+    **{"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    "group_size": None,
+}
 
 
 def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -61,13 +65,18 @@ def tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def quantization_config(
-    layers: Sequence[Linear], family: Family, formats: Mapping[str, Storable | None]
+    layers: Sequence[Linear],
+    family: Family,
+    formats: Mapping[str, Storable | None],
+    *,
+    fp8_inputs: bool = False,
 ) -> dict[str, Any]:
     """The checkpoint's `quantization_config`.
 
     Args:
         layers: all quantizable layers of the model.
         formats: by layer name; None: dense.
+        fp8_inputs: whether engines round the inputs of quantized layers to fp8, too.
     """
     schemes: dict[Storable | None, list[Linear]] = {}
     for layer in layers:
@@ -78,7 +87,7 @@ def quantization_config(
         f"group_{number}": {
             "targets": _patterns(members, family, count),
             "weights": _arguments(format),
-            "input_activations": None,
+            "input_activations": _FP8_INPUTS if fp8_inputs else None,
             "output_activations": None,
             "format": _FORMATS[type(format)],
         }
@@ -179,14 +188,16 @@ class _NVFP4Layer(LayerStorage):
 class _StorageConfig:
     """The parsed `quantization_config`."""
 
-    activations: Activations | None = None
-
     def __init__(self, config: Mapping[str, Any], extents: Mapping[str, Extent]) -> None:
         self._extents = extents
         try:
             groups = list(config["config_groups"].values())
+            inputs = [group["input_activations"] for group in groups]
+            if inputs.count(inputs[0]) < len(inputs) or inputs[0] not in (None, _FP8_INPUTS):
+                raise ValueError
+            self.activations = None if inputs[0] is None else Activations(type="float")
             self._schemes = [(re.compile(t.removeprefix("re:")), _format(g)) for g in groups for t in g["targets"]]
-        except (AttributeError, KeyError, TypeError, ValueError, re.error):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error):
             raise VerificationError("quantization_config is not understood") from None
 
     def layer(self, name: str) -> LayerStorage | None:

@@ -345,6 +345,7 @@ def test_layers_that_marlin_supports_are_not_called_slow(tmp_path: Path) -> None
 
 SMALL_FLOATS: dict[str, dict[str, Any]] = {
     "fp8": {"method__name": "fp8"},
+    "fp8, inputs too": {"method__name": "fp8", "activations__type": "float"},
     "nvfp4": {"method__name": "nvfp4"},
     "fp8 beside integers": {
         "method__name": "fp8",
@@ -393,6 +394,25 @@ def test_layers_that_engines_fuse_get_one_divisor(tmp_path: Path) -> None:
     run(model, tmp_path / "wide", method__name="nvfp4", grouped=False)
     with pytest.raises(UnsupportedError, match=r"1.mlp.gate_proj has scales that are too small beside those"):
         pack(tmp_path / "wide", tmp_path / "no", format="compressed-tensors", shard_size=10**9)
+
+
+def test_inputs_are_fp8_where_all_weights_are(llama: Path, tmp_path: Path) -> None:
+    grid = {"match": "*.mlp.*", "method": {"name": "rtn", "bits": 4, "group_size": 32}}
+    run(llama, tmp_path / "mixed", method__name="fp8", grouped=False, activations__type="float", overrides=[grid])
+    with pytest.raises(UnsupportedError, match="quantizes activations to 8 bits") as raised:
+        pack(tmp_path / "mixed", tmp_path / "no", format="compressed-tensors", shard_size=10**9)
+    assert "method fp8 with activations of type float" in str(raised.value.hint)
+    run(llama, tmp_path / "native", method__name="fp8", grouped=False, activations__type="float")
+    out = tmp_path / "packed"
+    pack(tmp_path / "native", out, format="compressed-tensors", shard_size=10**9)
+    config = json.loads((out / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    inputs = group["input_activations"]
+    assert (inputs["strategy"], inputs["dynamic"], inputs["num_bits"], inputs["type"]) == ("token", True, 8, "float")
+    group["input_activations"] = inputs | {"dynamic": False}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match="quantization_config is not understood"):
+        open_source(str(out))
 
 
 def test_nvfp4_beside_other_formats_is_for_vllm_alone(llama: Path, tmp_path: Path) -> None:
