@@ -135,7 +135,10 @@ WITHOUT_ROW |= {
     },
 }
 # Mixtures of experts that llama.cpp computes, besides those above.
+_SHARED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True}
 MIXTURES: dict[str, dict[str, Any]] = {
+    "glm4_moe": {**_EXPERTS, **_HEAD_DIM, **_SHARED, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    "dots1": {**_EXPERTS, **_HEAD_DIM, **_SHARED, "routed_scaling_factor": 1.5, "num_key_value_heads": 4},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
     "olmoe": {**_EXPERTS, "num_key_value_heads": 4},
 }
@@ -280,5 +283,8 @@ def _write(model_type: str, folder: Path, config_overrides: dict[str, Any]) -> N
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):  # of experts' scores
+                    buffer += 0.1 * torch.randn_like(buffer)
     tiny_tokenizer().save_pretrained(folder)
     model.save_pretrained(folder)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
@@ -29,13 +29,14 @@ from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from qcli.models.names import Names
 
 
 _OTHER_FILES = "use the model's safetensors folder"
+_CORRECTION = "e_score_correction_bias"
 _EMBEDDING = "token_embd.weight"
 _TEMPLATE = "tokenizer.chat_template"
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -277,6 +278,30 @@ class GGUFSource(ModelSource):
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error.message}", hint=error.hint) from None
 
+    def _names_in_model(self, model: PreTrainedModel) -> dict[str, str]:
+        """The name in the causal LM of every tensor of the file, but of experts.
+
+        transformers' map takes time quadratic in depth, so it is made for one block of each kind; others are named
+        alike. It has no correction of experts' scores.
+        """
+        from torch import nn
+        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+        path = self.family.blocks
+        first, like = _alike(model.get_submodule(path).children())
+        model.set_submodule(path, nn.ModuleList(first))
+        mapped = get_gguf_hf_weights_map(model, self._processor, self._architecture)
+        for name in model.state_dict():
+            if name.startswith(f"{path}.") and name.endswith(_CORRECTION):
+                mapped[f"blk.{name.removeprefix(f'{path}.').split('.')[0]}.exp_probs_b.bias"] = name
+        names = {in_file: name for in_file, name in mapped.items() if not in_file.startswith("blk.")}
+        for index, kind in enumerate(like):
+            for in_file, name in mapped.items():
+                if in_file.startswith(f"blk.{kind}."):
+                    own = in_file.replace(f"blk.{kind}.", f"blk.{index}.", 1)
+                    names[own] = name.replace(f"{path}.{kind}.", f"{path}.{index}.", 1)
+        return names
+
     @cached_property
     def _processor(self) -> Any:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
@@ -286,8 +311,6 @@ class GGUFSource(ModelSource):
 
     def _mapped(self) -> tuple[dict[str, StoredTensor], dict[str, _Entry]]:
         """Dtypes and shapes of the file's tensors, and where they are, by their names in the causal LM."""
-        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
-
         from qcli.models.loadable import skeleton
 
         with reported(f"{self.path}: transformers cannot build this model", UnsupportedError, hint=_OTHER_FILES):
@@ -304,15 +327,7 @@ class GGUFSource(ModelSource):
                 stacks.setdefault(in_file, []).append(name)
                 rows, columns = experts.sizes[projection]
                 shapes[name] = (rows, columns) if part == "weight" else (rows,)
-        # The name map takes time quadratic in depth, so it is made for one block; the others are named alike.
-        blocks, first = self.family.blocks, "blk.0."
-        count = len(model.get_submodule(blocks))
-        del model.get_submodule(blocks)[1:]
-        names = {}
-        for in_file, name in get_gguf_hf_weights_map(model, self._processor, self._architecture).items():
-            for index in range(count) if in_file.startswith(first) else (0,):
-                full = name.replace(f"{blocks}.0.", f"{blocks}.{index}.", 1)
-                names[in_file.replace(first, f"blk.{index}.", 1)] = full
+        names = self._names_in_model(model)
         entries: dict[str, _Entry] = {}
         unmapped = []
         for entry in self._in_file:
@@ -334,6 +349,20 @@ class GGUFSource(ModelSource):
                     hint="the file is damaged: download it again",
                 )
         return {name: StoredTensor("F32", shapes[name]) for name in entries}, entries
+
+
+def _alike(blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], list[int]]:
+    """One block for each set of tensors that blocks have; and for every block, which of these it is like."""
+    found: dict[tuple[str, ...], int] = {}
+    first: list[nn.Module] = []
+    like: list[int] = []
+    for block in blocks:
+        kind = tuple(block.state_dict())
+        if kind not in found:
+            found[kind] = len(first)
+            first.append(block)
+        like.append(found[kind])
+    return first, like
 
 
 def _apart(entry: _Entry, count: int) -> list[_Entry]:

@@ -36,7 +36,7 @@ def architecture(config: PreTrainedConfig) -> Architecture:
             raise _unsupported(f"llama3 rotary embedding of {config.model_type}")
         if kind == "sliding_attention" and rope["rope_type"] != "default":
             raise _unsupported(f"{rope['rope_type']} rotary embedding of sliding layers")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not known.partial_rotary:
             raise _unsupported("rotary embedding of part of a head")
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None and scalar != _attention_scalar(config, known):
@@ -74,11 +74,11 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    writer.add_rope_dimension_count(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     rope = ropes(config)
     main = rope.get("full_attention") or next(iter(rope.values()))
+    writer.add_rope_dimension_count(int(head_size(config) * main.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(main["rope_theta"])
     if main["rope_type"] == "linear":
         from gguf import RopeScalingType
@@ -94,6 +94,10 @@ def write(writer: Any, config: PreTrainedConfig, name: str) -> None:
             getattr(writer, f"add_{key}")(cap)
     for key, setting in known.settings.items():
         getattr(writer, f"add_{key}")(getattr(config, setting))
+    if known.sigmoid:
+        from gguf import ExpertGatingFuncType
+
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor | None:

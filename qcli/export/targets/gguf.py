@@ -243,6 +243,7 @@ def _named(source: Packable, architecture: str) -> dict[str, tuple[str, ...]]:
     for original in source.tensors():
         of_expert = _EXPERT.fullmatch(original)
         merged = original if of_expert is None else f"{of_expert[1]}.{of_expert[3]}"
+        merged = merged.replace("e_score_correction_bias", "e_score_correction.bias")
         name = table.get_name(merged, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UnsupportedError(

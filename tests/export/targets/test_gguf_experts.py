@@ -20,6 +20,8 @@ from tests.tiny import tiny_config, tiny_model, with_merge
 
 # As llama.cpp routes, and with the sizes that transformers expects of a file, which it does not read there.
 AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "dots1": {},
+    "glm4_moe": {},
     "mixtral": {},
     "olmoe": {},
     "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
@@ -109,6 +111,13 @@ def test_dense_experts_keep_their_dtype(tmp_path: Path) -> None:
         ("qwen3_moe", {**SMALL, "attention_bias": True}, "attention_bias True of qwen3_moe"),
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob True of qwen2_moe"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings True of qwen2_moe"),
+        ("glm4_moe", {"n_group": 2}, "n_group 2 of glm4_moe"),
+        ("dots1", {"num_key_value_heads": 2}, "dots1 with fewer heads of keys than of queries"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "part",
+        ),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 of olmoe"),
         ("olmoe", {"num_key_value_heads": 2}, "olmoe with fewer heads of keys than of queries"),
         ("mixtral", {"hidden_act": "gelu"}, "gelu as the MLP's activation"),

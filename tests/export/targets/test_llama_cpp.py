@@ -18,6 +18,8 @@ llama_cpp: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is no
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma3_text": {},
+    "dots1": {},
+    "glm4_moe": {},
     "mixtral": {},
     "olmoe": {},
     "qwen2_moe": {},
