@@ -36,6 +36,9 @@ def refused(name: str, overload: str, args: tuple[Any, ...], kwargs: dict[str, A
     return name in _REFUSED
 
 
+_REFUSING = 2  # mode of torch in which it does; in mode 1, it warns
+
+
 class Watching(TorchDispatchMode):
     """Collects, while deterministic algorithms are asked for, the operations that a GPU would refuse."""
 
@@ -45,7 +48,7 @@ class Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, overload = func.overloadpacket.__name__, func._overloadname
-        if torch.get_deterministic_debug_mode() and refused(name, overload, args, kwargs or {}):
+        if torch.get_deterministic_debug_mode() == _REFUSING and refused(name, overload, args, kwargs or {}):
             self.found.add(name)
         return func(*args, **kwargs or {})
 

@@ -85,6 +85,17 @@ WITHOUT_ROW: dict[str, dict[str, Any]] = {
     "cohere2": {**_GQA, **_SLIDING},
     "ministral3": {**_GQA, **_HEAD_DIM},
     "phi": {"intermediate_size": 128},
+    "nemotron": _GQA,
+    "nemotron_h": {
+        **_GQA,
+        **_HEAD_DIM,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
     "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_5_text": {**_GQA, **_HEAD_DIM, **_DELTA},
     "mixtral": _EXPERTS,
@@ -99,6 +110,15 @@ WITHOUT_ROW: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
+}
+WITHOUT_ROW["longcat_flash"] = {  # experts without weights behind the others
+    **_MLA,
+    "ffn_hidden_size": 128,
+    "expert_ffn_hidden_size": 64,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+    "num_hidden_layers": 4,
 }
 # Of blocks that are given more than hidden states, or share parts.
 WITHOUT_ROW |= {

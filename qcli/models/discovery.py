@@ -114,9 +114,10 @@ def _followed(
         for part in _language_models(model, path):
             with suppress(Exception):
                 return _run(part, _flow(model, path, blocks)), part
-        raise UnsupportedError(
-            f"model type {model_type!r}: its forward pass cannot be followed on text alone ({with_type(error)})"
-        ) from error
+        reason = f"cannot be followed on text alone ({with_type(error)})"
+        if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+            reason = "depends on values that are only known when it runs, such as the number of tokens of an expert"
+        raise UnsupportedError(f"model type {model_type!r}: its forward pass {reason}") from error
 
 
 def _language_models(model: PreTrainedModel, blocks: str) -> Iterator[PreTrainedModel]:

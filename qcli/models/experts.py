@@ -48,6 +48,7 @@ class Experts:
         transposed: whether parameters are `[experts, in, out]`.
         interleaved: whether outputs of gate and up alternate in their common parameter; else gate comes first.
         has_bias: whether projections have biases.
+        unused: further experts, behind these, that have weights in one parameter alone and compute nothing with them.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Experts:
     transposed: bool
     interleaved: bool
     has_bias: bool
+    unused: int = 0
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
@@ -91,7 +93,7 @@ def _experts(path: str, module: nn.Module) -> Experts | None:
     if first is None or down is None or first.ndim != 3 or down.ndim != 3 or GATE in own:
         return None
     gated = GATE_UP in own
-    count, rows, columns = first.shape
+    rows, columns = first.shape[1:]
     # Classes without transformers' decorator do not say how they are laid out, but shapes do.
     transposed = bool(getattr(module, "is_transposed", gated and rows == down.shape[2]))
     if transposed:
@@ -100,9 +102,10 @@ def _experts(path: str, module: nn.Module) -> Experts | None:
     out, inputs = down.shape[:0:-1] if transposed else down.shape[1:]
     return Experts(
         path,
-        count,
+        len(down),
         sizes | {DOWN: (out, inputs)},
         transposed,
         interleaved=gated and not getattr(module, "is_concatenated", True),
         has_bias=f"{DOWN}{_BIAS}" in own,
+        unused=len(first) - len(down),
     )

@@ -9,7 +9,7 @@ from qcli.models.families import text_config
 from qcli.models.pretrained import pretrained
 from qcli.models.source import ModelSource, reported
 from qcli.utils.dtypes import StoredTensor
-from qcli.utils.errors import UsageError
+from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.lean import without_compiler
 
 if TYPE_CHECKING:
@@ -56,11 +56,37 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: An
 
     Args:
         options: as in `from_config`.
+
+    Raises:
+        UnsupportedError: transformers has no class that loads such a model by its config, or one that classifies.
     """
     import torch
 
+    auto, kind = auto_class(config), config.model_type
+    own = not getattr(config, "auto_map", None) and type(config).__module__.startswith("transformers.")
+    if own and type(config) not in auto._model_mapping:
+        raise UnsupportedError(
+            f"model type {kind!r}: {auto.__name__} of transformers does not load it",
+            hint="language models that are part of another, such as one that sees images, are read with it",
+        )
+    if classifier := _classifier(config):
+        raise UnsupportedError(
+            f"model type {kind!r}: {classifier} has no head that predicts tokens",
+            hint="quantize the language model that it was made of",
+        )
     with torch.device("meta"), without_compiler():  # with which torch computes there
-        return pretrained(auto_class(config), config, trust_remote_code=trust_remote_code, **options)
+        return pretrained(auto, config, trust_remote_code=trust_remote_code, **options)
+
+
+def _classifier(config: PreTrainedConfig) -> str | None:
+    """The class of a model that classifies; None: it does not."""
+    from transformers.models.auto import modeling_auto
+
+    if config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        images: Any = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        if config.model_type in images:  # all that it is made for
+            return str(images[config.model_type])
+    return next((name for name in config.architectures or () if "Classification" in name), None)
 
 
 def quantizable_skeleton(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> Any:

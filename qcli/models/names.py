@@ -36,8 +36,8 @@ class Names:
 
     Attributes:
         experts: modules of the model that hold several experts.
-        ignored: stored tensors that transformers does not load, such as heads that predict several tokens; filled by
-            `in_model`.
+        ignored: stored tensors that transformers does not load, such as heads that predict several tokens, or does
+            not use; filled by `in_model`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -78,7 +78,9 @@ class Names:
         targets = {name: self._target(name) for name in sorted(stored, key=dot_natural_key)}
         for name, tensor in stored.items():
             target, pattern = targets[name]
-            if target not in self._known and any(known.search(target) for known in self._unexpected):
+            if target not in self._known and (
+                target in self._unused or any(known.search(target) for known in self._unexpected)
+            ):
                 self.ignored.append(name)
             elif pattern is None:
                 _join(found, self._apart(target, tensor))
@@ -146,6 +148,16 @@ class Names:
             for name, part in experts.pieces()
             if f"{experts.path}.{name.rsplit('.', 2)[1]}" not in self._module_lists
         }
+
+    @cached_property
+    def _unused(self) -> frozenset[str]:
+        """Weights of experts that compute nothing with them."""
+        return frozenset(
+            f"{experts.path}.{experts.count + number}.{projection}.weight"
+            for experts in self.experts
+            for number in range(experts.unused)
+            for projection in experts.sizes
+        )
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The name in the model of a stored tensor, and the pattern by which a converter takes it."""

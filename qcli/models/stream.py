@@ -28,7 +28,7 @@ from qcli.models.sizes import BATCH_TOKENS
 from qcli.models.source import ModelSource, reported
 from qcli.models.stream_proof import prove
 from qcli.models.stream_samples import Call, GivenSamples, SampleRecorder
-from qcli.utils.determinism import any_order
+from qcli.utils.determinism import any_order, order_where_known
 from qcli.utils.errors import UnsupportedError
 from qcli.utils.progress import Progress, silent
 from qcli.utils.stored_batches import BatchMemory, StoredBatches
@@ -247,7 +247,7 @@ class ModelStream:
                     name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
                     for name, value in inputs.items()
                 }
-                with any_order():
+                with order_where_known():
                     given = recorder.record(placed, self.dtype)
                 self._samples.keep(number, given)
                 numbers = torch.full(given.hidden.shape[:2], number, device=self.device)  # as hidden states may be

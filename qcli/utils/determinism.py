@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -76,6 +77,15 @@ def any_order() -> Iterator[None]:
     """While open, operations without a deterministic algorithm are allowed: for those whose results do not depend on
     the order of their sums, such as positions that a model counts in floating point."""
     with _mode("default"):
+        yield
+
+
+@contextmanager
+def order_where_known() -> Iterator[None]:
+    """While open, operations without a deterministic algorithm are allowed, and all others stay deterministic: for what
+    a model's own code computes beside the blocks, of which nothing is known."""
+    with warnings.catch_warnings(), _mode("warn" if torch.are_deterministic_algorithms_enabled() else "default"):
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from qcli.models import families
 from qcli.models.discovery import discover
@@ -112,6 +113,27 @@ def test_a_type_that_transformers_does_not_know_names_the_version_that_does(tmp_
     assert raised.value.hint is not None and "9.1.0" in raised.value.hint
 
 
+def test_what_is_no_language_model_by_itself_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = tiny_model("granite", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GraniteForSequenceClassification"]}))
+    with pytest.raises(UnsupportedError, match="GraniteForSequenceClassification has no head that predicts tokens"):
+        open_source(str(folder))
+    for model_type, message in {
+        "mllama_text_model": "AutoModelForCausalLM of transformers does not load it",
+        "shieldgemma2": "ShieldGemma2ForImageClassification has no head that predicts tokens",
+    }.items():
+        with pytest.raises(UnsupportedError, match=f"{model_type!r}: {message}"):
+            skeleton(AutoConfig.for_model(model_type), trust_remote_code=False)
+
+
+def test_a_forward_pass_that_needs_values_is_refused() -> None:
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "kv_channels": 16, "intermediate_size": 64, "vocab_size": 320}
+    config = AutoConfig.for_model("jetmoe", **small, num_key_value_heads=2)
+    with pytest.raises(UnsupportedError, match="'jetmoe': its forward pass depends on values"):
+        discover(quantizable_skeleton(config, trust_remote_code=False).eval(), "jetmoe")
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     class NoBlocks(nn.Module):
         _no_split_modules = None
@@ -165,3 +187,11 @@ def test_linears_that_blocks_share_stay_dense(tmp_path: Path) -> None:
     paths = {linear.path for linear in found.linears()}
     assert "mamba_decoder.mamba.in_proj" in paths
     assert not any(path.startswith("shared_transf") for path in paths)
+
+
+def test_experts_without_weights(tmp_path: Path) -> None:
+    """A router may choose them; they give what they get, and the weights that files have for them are not used."""
+    source = open_source(str(tiny_model("longcat_flash", tmp_path)))
+    experts = {linear.name.split(".")[5] for linear in source.linears() if ".experts." in linear.name}
+    assert experts == {"0", "1", "2", "3"}
+    assert "model.layers.0.mlp.experts.5.gate_proj.weight" in source.left_out

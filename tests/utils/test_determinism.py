@@ -18,7 +18,7 @@ from qcli.data.draws import draw
 from qcli.models.open import open_source
 from qcli.quantization.job import run_identity
 from qcli.recipe.load import load_recipe
-from qcli.utils.determinism import WORKSPACE, any_order, determinism, deterministic
+from qcli.utils.determinism import WORKSPACE, any_order, determinism, deterministic, order_where_known
 from qcli.utils.errors import UnsupportedError, UsageError
 from qcli.utils.run_folder import differences
 from tests.determinism import as_on_a_gpu
@@ -45,6 +45,8 @@ def test_settings_are_those_of_a_gpu_run_and_restored() -> None:
         assert settings() == [2, ":4096:8", "1", True, False, False]
         with deterministic(GPU), any_order():
             assert torch.get_deterministic_debug_mode() == 0
+        with deterministic(GPU), order_where_known():
+            assert torch.get_deterministic_debug_mode() == 1
         assert settings() == [2, ":4096:8", "1", True, False, False]
     assert settings() == before
     with pytest.raises(ZeroDivisionError), deterministic(GPU):
@@ -144,8 +146,9 @@ def test_the_watch_lets_pass_what_a_gpu_has_an_algorithm_for() -> None:
         torch.ones(3).median()
         torch.ones(3, dtype=torch.int64).cumsum(0)
         torch.zeros(2).scatter_add(0, torch.tensor([0, 0]), torch.ones(2))
-        with any_order():
-            torch.ones(3).cumsum(0)
+        for allowed in (any_order, order_where_known):
+            with allowed():
+                torch.ones(3).cumsum(0)
 
 
 def test_kernels_add_nothing_atomically() -> None:
