@@ -23,7 +23,7 @@ from qcli.evaluation.options import EvalOptions
 from qcli.quantization.quantize import quantize
 from qcli.recipe.load import load_recipe
 from qcli.utils.cache import Cache
-from qcli.utils.memory import return_large_blocks
+from qcli.utils.memory import return_large_blocks, use_huge_pages
 
 Row = tuple[str, int, dict[str, Any]]  # name, calibration samples (0: none), options of the method and around it
 
@@ -232,6 +232,7 @@ def _fresh(flags: dict[str, Any], out: str) -> dict[str, Any]:
 
 def _quantized(flags: dict[str, Any], out: str) -> dict[str, Any]:
     return_large_blocks()  # as the command does
+    use_huge_pages()
     recipe = load_recipe(None, flags)
     result = quantize(recipe, out)
     return {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from qcli.utils.causal_attention import CausalAttention
 from qcli.utils.distributed import local_rank, world_size
 from qcli.utils.dtypes import COMPUTE_DTYPES, torch_dtype
 from qcli.utils.errors import ResourceError, UsageError
@@ -100,9 +101,10 @@ def matmul_precision(*, fast: bool, device: torch.device | None = None) -> Itera
     """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if fast else "highest")
-    kind = "cpu" if device is None else device.type
+    kind, lower = "cpu" if device is None else device.type, fast and device is not None
+    attention = CausalAttention() if lower and kind == "cpu" else nullcontext()
     try:
-        with torch.autocast(kind, torch.bfloat16, enabled=fast and device is not None, cache_enabled=False):
+        with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=False), attention:
             yield
     finally:
         torch.set_float32_matmul_precision(previous)

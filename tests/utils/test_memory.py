@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,14 @@ for _ in range(12):
 kept = [small for _, small in kept]
 del large
 print(resident() - before)
+"""
+HUGE = """
+from qcli.cli.ui.session import Session
+with Session() as session:
+    import torch
+    large = torch.ones(64 << 20, dtype=torch.uint8)
+    line = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages"))
+    print(line.split()[1], file=session.stdout)
 """
 PARENT = f"""
 import subprocess, sys
@@ -57,3 +66,11 @@ def test_freed_blocks_return_to_the_system() -> None:
         for how in ("default", "fixed threshold")
     }
     assert kept["fixed threshold"] < 20_000 < kept["default"], kept
+
+
+def test_commands_have_large_tensors_on_huge_pages() -> None:
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[madvise]" not in modes.read_text():
+        pytest.skip("this system gives huge pages to all programs, or to none")
+    done = subprocess.run([sys.executable, "-c", HUGE], stdout=subprocess.PIPE, text=True, check=True)
+    assert int(done.stdout) > 32 << 10

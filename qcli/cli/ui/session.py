@@ -24,7 +24,7 @@ from qcli.cli.ui.streams import abandon_stdout, label, tell
 from qcli.cli.ui.tables import Tables, console
 from qcli.utils.distributed import fails_first, is_main_process, world_size
 from qcli.utils.errors import QcliWarning
-from qcli.utils.memory import return_large_blocks
+from qcli.utils.memory import return_large_blocks, use_huge_pages
 from qcli.utils.progress import silent
 from qcli.utils.text import printable, without_controls
 
@@ -83,6 +83,7 @@ class Session:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self._exits.enter_context(raised_signals())
         return_large_blocks()
+        use_huge_pages()
         self.progress = self._progress()
         if world_size() > 1 and not self.distributed:
             self._exits.close()
