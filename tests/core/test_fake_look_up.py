@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcli.core import look_up_in_tiles
 from qcli.core.formats.codebook import Codebook
 from qcli.core.formats.dual_binary import DualBinary
 from qcli.core.formats.sign import Sign
@@ -63,6 +64,26 @@ def test_the_kernel_computes_what_the_format_does(
 def test_large_codebooks_are_left_to_torch(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "DEVICES", {DEVICE})
     assert "FakeLookUp" not in _names(made(format, torch.float32)[0])
+
+
+@pytest.mark.parametrize(
+    "format",
+    [each for each in FORMATS if isinstance(each, Codebook)] + [Codebook(bits=3, group_size=64, rank=1, table_bits=8)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_compute_what_encoding_and_decoding_do(
+    format: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernels, "DEVICES", set())
+    monkeypatch.setattr(look_up_in_tiles, "_TILE", {"cpu": 1000, "cuda": 1000})
+    found = made(format, dtype)
+    monkeypatch.setattr(Codebook, "fake_quantize", Format.fake_quantize)
+    expected = made(format, dtype)
+    assert "LookUpInTiles" in _names(found[0])
+    assert "LookUpInTiles" not in _names(expected[0])
+    for own, wanted in zip(found, expected, strict=True):
+        assert torch.equal(own, wanted)
 
 
 def _names(value: Tensor) -> str:

@@ -29,7 +29,6 @@ __all__ = ["Codebook"]
 TableBits = Literal[8, 16]
 BASIS, SCALE, OFFSET = "codebook_basis", "codebook_scale", "codebook_offset"
 SCALE_BLOCK = 256  # neighbouring 8-bit entries that share a float16 scale
-_MAX_COUNTED = 16  # boundaries below which counting is faster than binary search
 _TILE = 1 << 20  # weights encoded at a time
 
 
@@ -202,6 +201,8 @@ class Codebook(NonUniform):
     def rounder(self, tables: Mapping[str, Tensor], columns: Tensor) -> Rounder:
         import torch
 
+        from qcli.core.look_up_in_tiles import boundaries
+
         groups, floats = self.groups_of(columns), self.float_tables(tables)
         own = {BASIS: floats[BASIS], SCALE: floats[SCALE][:, groups], OFFSET: floats[OFFSET][:, groups]}
         entries = self.entries(own).transpose(0, 1).sort(dim=-1).values.contiguous()
@@ -210,7 +211,7 @@ class Codebook(NonUniform):
             places = torch.searchsorted(boundaries, values[:, None])
             torch.sub(values, entries.gather(1, places)[:, 0], out=result)
 
-        return Rounder(error, (entries, _boundaries(entries)), rule="table")
+        return Rounder(error, (entries, boundaries(entries)), rule="table")
 
     def round_table(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Quantize S `[out, groups, rank]` or beta `[out, groups]` to 8 bits: float values -> stored tables."""
@@ -264,24 +265,21 @@ class _Boundaries:
     """
 
     def __init__(self, entries: Tensor) -> None:
+        from qcli.core.look_up_in_tiles import boundaries
+
         ordered, self.order = entries, None
         if bool((entries.diff(dim=-1) < 0).any()):
             ordered, self.order = entries.sort(dim=-1, stable=True)
-        self.between = _boundaries(ordered)
+        self.between = boundaries(ordered)
 
     def codes(self, values: Tensor) -> Tensor:
         """`[..., n]` -> uint8 `[..., n]`."""
         import torch
 
-        if self.between.shape[-1] < _MAX_COUNTED:
-            codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-            for boundary in self.between.unbind(-1):
-                codes += values > boundary[..., None]
+        from qcli.core.look_up_in_tiles import MOST_ENTRIES, count_boundaries
+
+        if self.between.shape[-1] < MOST_ENTRIES:
+            codes = count_boundaries(values, self.between)
         else:
             codes = torch.searchsorted(self.between, values.contiguous()).to(torch.uint8)
         return codes if self.order is None else self.order.gather(-1, codes.long()).to(torch.uint8)
-
-
-def _boundaries(ordered: Tensor) -> Tensor:
-    """Midway between the entries of ascending codebooks: `[..., K]` -> `[..., K - 1]`."""
-    return ((ordered[..., 1:] + ordered[..., :-1]) / 2).contiguous()
