@@ -115,23 +115,18 @@ class NonUniform(Grouped):
     def fake_quantize(
         self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """As for all formats; in few passes over the weight where levels are few."""
-        from qcli.core.look_up_in_tiles import MOST_ENTRIES, fake_look_up_in_tiles
+        """As for all formats; on a GPU in two passes over the weight where the kernels take it."""
         from qcli.utils import triton_kernels
 
         assert units is not None
-        rule, found = self.look_up_tables(tables)
-        grouped = self.grouped(latents), self.grouped(units)
-        if triton_kernels.serve(latents.device):
-            from qcli.core.fake_look_up import fake_look_up, holds
-
-            if not holds(self.group_width(latents.shape[1]), 1 << self.bits):
-                return super().fake_quantize(latents, units, tables, dtype)
-            value = fake_look_up(*grouped, found, rule, dtype)
-        elif rule == "table" and found.shape[-1] <= MOST_ENTRIES:
-            value = fake_look_up_in_tiles(*grouped, found, dtype)
-        else:
+        if not triton_kernels.serve(latents.device):
             return super().fake_quantize(latents, units, tables, dtype)
+        from qcli.core.fake_look_up import fake_look_up, holds
+
+        if not holds(self.group_width(latents.shape[1]), 1 << self.bits):
+            return super().fake_quantize(latents, units, tables, dtype)
+        rule, found = self.look_up_tables(tables)
+        value = fake_look_up(self.grouped(latents), self.grouped(units), found, rule, dtype)
         return value.view(latents.shape[0], -1)[:, : latents.shape[1]]
 
 

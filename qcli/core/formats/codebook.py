@@ -20,6 +20,7 @@ from qcli.utils.dtypes import StoredTensor
 from qcli.utils.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qcli.core.weight import QuantizedWeight
@@ -111,6 +112,20 @@ class Codebook(NonUniform):
 
         weight = look_up(self.entries(tables), self.grouped(codes))
         return weight.view(codes.shape[0], -1)[:, : codes.shape[1]]
+
+    def fake_quantize(
+        self, latents: Tensor, units: Tensor | None, tables: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """As for all formats; without kernels in tiles where levels are few."""
+        from qcli.core.look_up_in_tiles import MOST_ENTRIES, fake_look_up_in_tiles
+        from qcli.utils import triton_kernels
+
+        if triton_kernels.serve(latents.device) or 1 << self.bits > MOST_ENTRIES:
+            return super().fake_quantize(latents, units, tables, dtype)
+        assert units is not None
+        _, levels = self.look_up_tables(tables)
+        value = fake_look_up_in_tiles(self.grouped(latents), self.grouped(units), levels, dtype)
+        return value.view(latents.shape[0], -1)[:, : latents.shape[1]]
 
     def float_tables(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._value(name, tables) for name in (BASIS, SCALE, OFFSET)}
