@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._next import after_calibration
 from qcli.cli._out import model_name, out_of
 from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
@@ -82,6 +83,7 @@ def calibrate(
             record = result.to_json()
             write_plot(plot, session, partial(plot_sensitivity, record["layers"], record["model"]))
         session.result(result.to_json(), show_calibration)
+        session.suggest(lambda: after_calibration(out, resolved.model, resolved.revision, trust))
 
 
 def show_calibration(tables: Tables, result: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._complete import one_of, several_of
+from qcli.cli._next import after_checkpoint
 from qcli.cli._out import checkpoint_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
@@ -114,6 +115,7 @@ def distill(
         out = out_of(session, resolved.out, f"{checkpoint_name(student)}-distilled")
         result = run(student, resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_distilled)
+        session.suggest(lambda: after_checkpoint(out, resolved.source, trust))
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

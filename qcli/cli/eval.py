@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._next import after_evaluation
 from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
@@ -165,6 +166,8 @@ def evaluate(
         else:
             session.result({"models": results}, show_comparison)
         require(gates, results)
+        if len(results) == 1:
+            session.suggest(lambda: after_evaluation(Path(models[0]), trust))
 
 
 def _gates(

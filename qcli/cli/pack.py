@@ -7,6 +7,7 @@ import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._complete import one_of
+from qcli.cli._next import after_packing
 from qcli.cli._out import checkpoint_name, model_name, out_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, size
@@ -115,6 +116,7 @@ def pack(
             force=force,
         )
         session.result(result.to_json(), show_packed)
+        session.suggest(lambda: after_packing(out, result.loading, trust))
 
 
 def _require_k_quants(format: str, type: str | None, others: list[str]) -> None:

@@ -10,6 +10,7 @@ from qcli.cli import _flags as flags
 from qcli.cli._complete import one_of
 from qcli.cli._contents import contents_in_words, smaller_in_words
 from qcli.cli._layers import show_layers
+from qcli.cli._next import after_checkpoint
 from qcli.cli._out import out_of, quantized_name
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, duration, size
@@ -161,6 +162,7 @@ def quantize(
         out = out_of(session, resolved.out, quantized_name(resolved))
         result = run(resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_result)
+        session.suggest(lambda: after_checkpoint(out, resolved.source, trust))
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli import _flags as flags
+from qcli.cli._next import after_checkpoint, after_packing
 from qcli.cli._out import out_of, quantized_name
 from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation, show_gates
@@ -97,6 +98,11 @@ def run(
         session.result(report, show)
         if result.evaluation is not None:
             require(gates, [result.evaluation])
+        if (packed := result.packed) is not None:
+            session.suggest(lambda: after_packing(packed.out, packed.loading, trust))
+        else:
+            baseline = resolved.source if resolved.eval is None else None
+            session.suggest(lambda: after_checkpoint(pipeline.model, baseline, trust))
 
 
 def show(tables: Tables, results: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """`qcli study`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +112,7 @@ def run(
         )
         session.result(result.to_json(), show_result)
         result.require_success(strict=strict)
+        session.suggest(lambda: [shlex.join(["qcli", "study", "report", str(out)])])
 
 
 @app.command("report", cls=Command)

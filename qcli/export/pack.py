@@ -125,6 +125,7 @@ def _write(
     written = target.open(folder, trust)
     difference = compare(source, written, target, progress)
     proof = prove(source, folder, target, trust, progress)
+    loading = loading_code(target.loading_in(target.refusals(source)), source.config)
     result = PackResult(
         out=out,
         format=target.name,
@@ -137,6 +138,7 @@ def _write(
         kl=difference.kl,
         notes=target.notes(source),
         proof=proof,
+        loading=loading,
     )
     changed: dict[str, Any] = {
         "bits_per_weight": result.bits_per_weight,
@@ -152,7 +154,6 @@ def _write(
     manifest = portable_manifest(manifest.model_copy(update=changed))
     recipe = recipe_yaml(manifest)
     write_bytes(folder / RECIPE, recipe.encode())
-    loading = loading_code(target.loading_in(target.refusals(source)), source.config)
     described = model_card(manifest, result, loading, recipe, evaluation, library=target.hub_library)
     write_bytes(folder / CARD, described.encode())
     manifest.write(folder)

@@ -69,6 +69,7 @@ class PackResult:
         kl: KL divergence of the same logits, nats per token.
         notes: remarks of the target, by label.
         proof: what the software that the layout is made for made of it.
+        loading: how to load it, as Markdown; `DIR` stands for the folder.
     """
 
     out: Path
@@ -82,6 +83,7 @@ class PackResult:
     kl: float
     notes: dict[str, str]
     proof: Proof
+    loading: str
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,6 +118,13 @@ class Session:
         """Print a remark that is not part of the result."""
         if not self.quiet:
             tell(printable(text))
+
+    def suggest(self, commands: Callable[[], Iterable[str]]) -> None:
+        """Print what may be done next, a command a line, which `commands` gives; with `--json` nothing."""
+        if not self.quiet and not self.json:
+            self.stop_progress()
+            for command in commands():
+                tell(f"next: {printable(command)}")
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print the command's result: drawn by `show`, or as one JSON object with `--json` or without `show`."""
