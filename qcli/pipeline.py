@@ -244,11 +244,10 @@ class Pipeline:
         """The results that are there and not to be replaced.
 
         Raises:
+            StateError: one was made with other settings, and nobody asked to replace it.
             QcliError: one is to be replaced, and is not as qcli wrote it; see `require_own_checkpoint`.
         """
         present = [name for name in (QUANTIZED, DISTILLED, EVALUATION, PACKED) if (self.folder / name).exists()]
-        if not self.force:
-            return set(present)
         recipe, made_from = self.recipe, {QUANTIZED: self.inputs}
         model = self.inputs if recipe.distill is None else self._distilled_from()
         if recipe.distill is not None:
@@ -265,6 +264,18 @@ class Pipeline:
             else:
                 stays.add(name)
         return stays
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """What would become of each result that the recipe names, in words; errors as of `check`."""
+        recipe, stays = self.recipe, self._staying()
+        named = {QUANTIZED: True, DISTILLED: recipe.distill, EVALUATION: recipe.eval, PACKED: recipe.pack}
+        otherwise = {True: "to be replaced", False: "to be made"}
+        return {
+            name: "done already" if name in stays else otherwise[(self.folder / name).exists()]
+            for name, section in named.items()
+            if section is not None
+        }
 
     def _check_layout(self, stays: Container[str]) -> None:
         """Refuse what `pack` would refuse; where bits have been chosen already, it knows better."""

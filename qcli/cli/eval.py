@@ -19,7 +19,7 @@ from qcli.data.text_files import FILES
 from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
 from qcli.utils.paths import portable_name
-from qcli.utils.placement import SIZE
+from qcli.utils.placement import SIZE, Placement
 
 if TYPE_CHECKING:
     from qcli.recipe.gates import Gates
@@ -83,6 +83,9 @@ def evaluate(
     max_task_drop: Annotated[
         float | None, typer.Option(metavar="X", help="Gate: fail if any task scores more than X below the baseline.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check models, texts and tasks, and show what would be measured.")
+    ] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Do not cache the baseline's results, nor use cached ones.")
     ] = False,
@@ -130,7 +133,7 @@ def evaluate(
         bos = "auto" if bos is None else bos
         if bos not in ("auto", True, False):
             raise UsageError(f"--bos must be auto, true or false, not {bos!r}")
-        from qcli.evaluation.evaluate import compare
+        from qcli.evaluation.evaluate import compare, plan_evaluation
         from qcli.evaluation.options import EvalOptions
         from qcli.models.open import open_source
         from qcli.recipe.gates import require
@@ -150,6 +153,10 @@ def evaluate(
             lm_eval.require_data()
         options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust, bos)
         cache = Cache(None if no_cache else default_folder())
+        if dry_run:
+            plan = plan_evaluation(models, options, baseline=baseline, cache=cache, progress=session.progress)
+            session.result(plan, show_plan)
+            return
         evaluations = compare(models, options, baseline=baseline, cache=cache, progress=session.progress)
         results = [evaluation.to_json() for evaluation in evaluations]
         if plot is not None and (blocks := results[0]["blocks"]):
@@ -204,6 +211,29 @@ def _least(bound: str) -> tuple[str, float]:
         raise UsageError(
             f"--min-task: {bound!r} is not TASK=NUMBER", hint="for example --min-task arc_easy=0.40"
         ) from None
+
+
+def show_plan(tables: Tables, plan: dict[str, Any]) -> None:
+    """What `--dry-run` reports: the models, the baseline last; windows of each text; memory."""
+    tables.table(
+        ("model", "bits/weight", "whole model", "size", "baseline"),
+        [
+            (
+                *(model["model"], model["bits_per_weight"], model["model_bits_per_weight"]),
+                *(size(model["bytes"]), model["baseline"]),
+            )
+            for model in plan["models"]
+        ],
+    )
+    for text in plan["texts"]:
+        windows = f"{text['windows']} windows of {text['window']} tokens" if text["windows"] else "sampled as it runs"
+        tables.line(f"{text['text']}: {windows}")
+    tables.pairs(
+        {
+            "tasks": ", ".join(plan["tasks"]) or None,
+            "peak memory": None if plan["memory"] is None else Placement(**plan["memory"]).in_words(),
+        }
+    )
 
 
 def show_comparison(tables: Tables, result: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def run(
     deterministic: flags.Deterministic = None,
     set_: flags.Sets = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every stage, and show what would be quantized.")
+        bool, typer.Option("--dry-run", help="Check every stage, and show what would be quantized and made.")
     ] = False,
     trust_remote_code: flags.TrustRemoteCode = False,
     trust_tasks: flags.TrustTasks = False,
@@ -87,7 +87,7 @@ def run(
         if dry_run:
             pipeline.check()
             placement = quantization_placement(pipeline.plan)
-            session.result(planned(pipeline.plan, placement), show_plan)
+            session.result(planned(pipeline.plan, placement) | {"stages": pipeline.stages}, show_run)
             placement.require(memory_hint(pipeline.plan))
             return
         result = pipeline.run()
@@ -103,6 +103,12 @@ def run(
         else:
             baseline = resolved.source if resolved.eval is None else None
             session.suggest(lambda: after_checkpoint(pipeline.model, baseline, trust))
+
+
+def show_run(tables: Tables, plan: dict[str, Any]) -> None:
+    """What `--dry-run` reports: the plan of the quantization, and what would become of every result."""
+    show_plan(tables, plan)
+    tables.pairs({f"result {name}": what for name, what in plan["stages"].items()})
 
 
 def show(tables: Tables, results: dict[str, Any]) -> None:

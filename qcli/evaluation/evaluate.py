@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -65,21 +66,12 @@ def compare(
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
     options = replace(options, texts=[named(text) for text in options.texts])
-    _require_consistent(models, options, baseline)
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
-    progress("reading the models", 0, 0)
-    sources = [open_source(name, options.trust) for name in models]
-    reference = None if baseline is None else open_source(baseline, options.trust)
-    for folder in filter(is_folder, options.texts):
-        for source in sources:
-            require_unseen(folder, source)
-    if options.layers and reference is not None:
-        _require_same_layers(sources, reference)
+    nothing, kept = Cache(None), cache or Cache(None)
+    sources, reference = _opened(models, options, baseline, progress)
     # A named set has a part for calibration and another for evaluation: it is never seen.
     identities = {name: None if is_named(name) else text_identity(name) for name in options.texts}
-    nothing, kept = Cache(None), cache or Cache(None)
-    everything = [*sources, reference] if reference is not None else sources
-    windows = evaluation_windows(options, everything, kept, progress)
+    windows = evaluation_windows(options, [*sources, *([reference] if reference is not None else [])], kept, progress)
     require_memory(windows, sources, reference, dtype, options)
     run = _Evaluator(options, windows, device, dtype, progress)
     evaluations = []
@@ -107,6 +99,66 @@ def compare(
             blocks = run.layer_errors(source, reference) if options.layers and reference is not None else None
             evaluations.append(replace(evaluation, tasks=run.tasks(name, source, nothing), blocks=blocks))
     return evaluations
+
+
+def plan_evaluation(
+    models: Sequence[str],
+    options: EvalOptions,
+    *,
+    baseline: str | None = None,
+    cache: Cache | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Check what `compare` checks before it runs a model, and tell what it would do, as plain data.
+
+    A text that is sampled from a model is not known before it runs: its `windows` are None.
+
+    Raises:
+        QcliError: as `compare`.
+    """
+    options = replace(options, texts=[named(text) for text in options.texts])
+    sources, reference = _opened(models, options, baseline, progress)
+    everything = [*sources, *([reference] if reference is not None else [])]
+    read = replace(options, texts=[text for text in options.texts if text != SELF])
+    windows = evaluation_windows(read, everything, cache or Cache(None), progress)
+    placement = require_memory(windows, sources, reference, resolve_dtype(options.dtype), options)
+    shapes = {tokens.data: tokens.ids.shape for tokens in windows}
+    return {
+        "models": [
+            {
+                "model": name,
+                "baseline": source is reference,
+                "bits_per_weight": source.bits_per_weight(),
+                "model_bits_per_weight": source.model_bits_per_weight(),
+                "bytes": source.bytes(),
+            }
+            for name, source in zip([*models, *([baseline] if baseline is not None else [])], everything, strict=True)
+        ],
+        "texts": [
+            {"text": text, "windows": shapes[text][0], "window": shapes[text][1]}
+            if text in shapes
+            else {"text": text, "windows": None, "window": None}
+            for text in dict.fromkeys(options.texts)
+        ],
+        "tasks": [] if options.tasks is None else list(options.tasks.names),
+        "memory": None if placement is None else placement.to_json(),
+    }
+
+
+def _opened(
+    models: Sequence[str], options: EvalOptions, baseline: str | None, progress: Progress
+) -> tuple[list[ModelSource], ModelSource | None]:
+    """The models and the baseline, which can be compared on the texts."""
+    _require_consistent(models, options, baseline)
+    progress("reading the models", 0, 0)
+    sources = [open_source(name, options.trust) for name in models]
+    reference = None if baseline is None else open_source(baseline, options.trust)
+    for folder in filter(is_folder, options.texts):
+        for source in sources:
+            require_unseen(folder, source)
+    if options.layers and reference is not None:
+        _require_same_layers(sources, reference)
+    return sources, reference
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qcli.utils.cache import Cache
 from qcli.utils.device import resolve_device
 from qcli.utils.errors import ResourceError, UsageError
 from qcli.utils.memory import free_memory
-from qcli.utils.placement import RUNTIME, Peak, limit_memory, place
+from qcli.utils.placement import RUNTIME, Peak, Placement, limit_memory, place
 from qcli.utils.progress import Progress
 
 
@@ -73,15 +73,15 @@ def require_memory(
     baseline: ModelSource | None,
     dtype: torch.dtype,
     options: EvalOptions,
-) -> None:
+) -> Placement | None:
     """Check that the final hidden states of all windows fit in memory, those of one model and of the baseline, and what
-    computes them on the device.
+    computes them on the device; returns where. None: there are no windows.
 
     Raises:
         ResourceError: they do not.
     """
     if not windows:
-        return
+        return None
     positions = sum(tokens.ids.numel() for tokens in windows)
     width = max(_hidden_size(source) for source in sources) + (0 if baseline is None else _hidden_size(baseline))
     needed, free = positions * width * dtype.itemsize, free_memory(torch.device("cpu"))
@@ -99,10 +99,10 @@ def require_memory(
     work = max(size.forward(tokens, dtype.itemsize) for size in [*sizes, *reference])
     peak = Peak(RUNTIME)
     peak.add(device=dtype.itemsize * (outside + block) + work, host=needed)
-    place(peak.demand(waiting=0), device, options.max_memory, "evaluating these models").require(
-        "a shorter --window, --dtype bfloat16, --device cpu, or another --max-memory"
-    )
+    placement = place(peak.demand(waiting=0), device, options.max_memory, "evaluating these models")
+    placement.require("a shorter --window, --dtype bfloat16, --device cpu, or another --max-memory")
     limit_memory(device, options.max_memory)
+    return placement
 
 
 def _hidden_size(source: ModelSource) -> int:

@@ -39,6 +39,29 @@ def test_json_holds_the_protocol_and_the_losses(invoke: Invoke, model: Path, tex
     assert result["bytes"] == sum(file.stat().st_size for file in small.glob("*.safetensors"))
 
 
+def test_a_dry_run_checks_and_runs_no_model(
+    invoke: Invoke, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a model is run")
+
+    monkeypatch.setattr("qcli.models.stream.ModelStream.__init__", fail)
+    flags = ("--window", 64, "--max-windows", 2, "--dry-run")
+    code, out, err = invoke("eval", model, "--baseline", model, "--data", text, "--data", "self", *flags, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert [(row["model"], row["baseline"]) for row in plan["models"]] == [(str(model), False), (str(model), True)]
+    assert plan["texts"] == [
+        {"text": str(text), "windows": 2, "window": 64},
+        {"text": "self", "windows": None, "window": None},
+    ]
+    assert plan["memory"]["peak"] > 0
+    shown = invoke("eval", model, "--data", text, *flags).out
+    assert "2 windows of 64 tokens" in shown and re.search(r"^peak memory +about ", shown, re.MULTILINE)
+    code, out, err = invoke("eval", model, "--data", "nowhere.txt", "--dry-run")
+    assert (code, out) == (2, "") and "nowhere.txt: no such file" in err
+
+
 def test_begin_tokens_follow_the_tokenizer_and_the_flag(
     invoke: Invoke, model: Path, text: Path, tmp_path: Path
 ) -> None:

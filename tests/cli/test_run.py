@@ -209,6 +209,12 @@ def test_other_settings_conflict_with_what_is_there(
     code, _, err = invoke("run", recipe, "--out", out, "--set", change, "--force")
     assert (code, err.splitlines()[0]) == (3, f"error: {out}/packed contains thesis, which qcli did not write")
     (out / "packed" / "thesis").unlink()
+    code, _, err = invoke("run", recipe, "--out", out, "--set", change, "--dry-run")
+    assert code == 3 and f"error: {out / result} was made with other settings: {difference}" in err
+    plan = json.loads(invoke("run", recipe, "--out", out, "--set", change, "--force", "--dry-run", "--json").out)
+    assert {name for name, what in plan["stages"].items() if what == "to be replaced"} == {
+        *stale.get(result, (result,))
+    }
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before, "all is checked first"
 
     code, stdout, err = invoke("run", recipe, "--out", out, "--set", change, "--force", "--json")
@@ -298,6 +304,7 @@ def test_a_dry_run_checks_what_the_run_would(invoke: Invoke, recipe: Path, tmp_p
     code, out, err = invoke("run", recipe, *flags, "--set", "pack.allow_refused=true", "--dry-run", "--json")
     assert code == 0, err
     assert len(json.loads(out)["layers"]) == 14
+    assert json.loads(out)["stages"] == dict.fromkeys(("quantized", "eval.json", "packed"), "to be made")
     assert not (tmp_path / "out").exists()
     code, _, err = invoke("run", recipe, *flags, "--set", "pack.allow_refused=true")
     assert code == 0, err
