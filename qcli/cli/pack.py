@@ -159,6 +159,7 @@ def _k_quants(
         force=force,
     )
     session.result(result.to_json(), show_packed)
+    session.suggest(lambda: after_packing(result.out, result.loading, trust))
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

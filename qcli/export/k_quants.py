@@ -228,6 +228,7 @@ def _result(
         kl=kl,
         notes=notes,
         proof=Proof(None, "llama.cpp wrote it; it was read back with the package gguf and transformers' converters"),
+        loading=GGUF.loading,
     )
 
 
