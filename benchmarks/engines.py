@@ -1,13 +1,13 @@
-"""What packed checkpoints compute in other engines: python -m benchmarks.engines families stories smollm2
+"""What packed checkpoints compute in other engines: python -m benchmarks.engines families mixtures stories smollm2
 
     [--llama-cpp PYTHON] [--auto-round PYTHON] [--formats F ...] [--bits N ...]
 
-`families`: tiny random models of every family, in every layout that has an engine here; `stories`: stories260k, whose
-vocabulary is SentencePiece's, with dense down_proj (172 inputs); `smollm2`: the real one. The latter two get the first
-windows of 512 tokens of the WikiText-2 test set. Every engine gets the same token ids; those that llama.cpp itself cuts
-another text into are compared besides (`same_tokens`). `PYTHON` are interpreters with llama-cpp-python (any version of
-it that its own processor runs) and with auto-round, whose CPU layer decodes the `gptq` layout; without them those rows
-are left out, as are those that `pack` refuses.
+`families`: tiny random models of every family, in every layout that has an engine here; `mixtures`: those of experts;
+`stories`: stories260k, whose vocabulary is SentencePiece's, with dense down_proj (172 inputs); `smollm2`: the real one.
+The latter two get the first windows of 512 tokens of the WikiText-2 test set. Every engine gets the same token ids;
+those that llama.cpp itself cuts another text into are compared besides (`same_tokens`). `PYTHON` are interpreters with
+llama-cpp-python (any version of it that its own processor runs) and with auto-round, whose CPU layer decodes the `gptq`
+layout; without them those rows are left out, as are those that `pack` refuses.
 """
 
 from __future__ import annotations
@@ -85,6 +85,14 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"rope_scaling": LLAMA_3}),
     *((family, {}) for family in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")),
+]
+MIXTURES: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {}),
+    ("qwen2_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": True}),
+    ("olmoe", {}),
+    ("glm4_moe", {}),
+    ("dots1", {}),
 ]
 TEXT = "It's 1984, or 2024; they're naïve: 北京, Ünïcode\t\ttabs,  two...\n\n  def f(x):\n    return x**2  # ok\n"
 SCHEMES = ((4, True), (4, False), (3, False), (8, True))
@@ -219,7 +227,7 @@ def wikitext(model: str) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="+", choices=["families", "stories", "smollm2"])
+    parser.add_argument("suites", nargs="+", choices=["families", "mixtures", "stories", "smollm2"])
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     parser.add_argument("--auto-round", metavar="PYTHON")
     parser.add_argument("--formats", nargs="+", metavar="F", help="only these layouts")
@@ -244,6 +252,10 @@ def main() -> None:
                 tokens = random_tokens.view(-1, 8) if family == "mistral" else random_tokens
                 label = f"tiny {family}" + (", Llama 3's rotary scaling" if config else "")
                 models.append((label, {"model": str(with_merge(tiny_model(family, work, **config)))}, tokens))
+        if "mixtures" in given.suites:
+            for family, config in MIXTURES:
+                model = str(with_merge(tiny_model(family, work, **config)))
+                models.append((f"tiny {family}", {"model": model}, random_tokens))
         if "stories" in given.suites:
             stories = str(common.assets() / "models" / "stories260k")
             dense = {"overrides": [{"match": "*.down_proj", "dense": True}]}  # 172 inputs are no whole groups
