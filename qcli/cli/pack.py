@@ -1,5 +1,6 @@
 """`qcli pack`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -189,5 +190,6 @@ def show_packed(tables: Tables, packed: dict[str, Any]) -> None:
             f"KL {packed['kl']:.3g}",
             "run in": Proof(**packed["proof"]).described(),
             **packed["notes"],
+            "upload": shlex.join(["hf", "upload", f"YOUR-NAME/{Path(packed['out']).resolve().name}", packed["out"]]),
         }
     )

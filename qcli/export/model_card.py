@@ -41,7 +41,7 @@ def model_card(
         "run in": plain(result.proof.described()),
         **(_measured(evaluation) if evaluation is not None else {}),
     }
-    return card(manifest, facts, loading=loading, recipe=recipe, library=library)
+    return card(manifest, facts, loading=loading, recipe=recipe, library=library, layout=result.format)
 
 
 def _measured(evaluation: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,9 @@ CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: str, library: str) -> str:
+def card(
+    manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: str, library: str, layout: str = "qcli"
+) -> str:
     """The card as Markdown, with the front matter that the hub reads.
 
     Args:
@@ -23,9 +26,12 @@ def card(manifest: Manifest, facts: Mapping[str, str], *, loading: str, recipe: 
         loading: how to load it, as Markdown.
         recipe: YAML.
         library: what the hub calls the software that loads it.
+        layout: of the checkpoint, a tag.
     """
     model = manifest.source.model
-    front = [f"library_name: {library}", "tags: [quantized, qcli]"]
+    tags = dict.fromkeys(("quantized", "qcli", layout))
+    front = [f"library_name: {library}", f"tags: [{', '.join(tags)}]"]
+    front += [f"{key}: {json.dumps(value)}" for key, value in (manifest.source.license or {}).items()]
     if _HUB_ID.fullmatch(model) is not None and not model.endswith(".gguf"):
         front = [f"base_model: {model}", "base_model_relation: quantized", *front]
     rows = {

@@ -63,12 +63,14 @@ class OriginalModel:
     Attributes:
         revision: the hub's commit that it is from; None: it was local.
         quantized_as: what its weights were stored as, if other software had quantized them already.
+        license: as `license_of` returns it.
     """
 
     model: str
     fingerprint: str
     quantized_as: str | None = None
     revision: str | None = None
+    license: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)

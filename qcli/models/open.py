@@ -32,7 +32,7 @@ _SHOWN = 12  # files that a message names
 _HUB_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _HUB_FILES = [
     *("*.json", "*.model*", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
-    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*"),
+    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "USE_POLICY*", "README.md"),
 ]
 _HUB_CODE = ["*.py"]
 

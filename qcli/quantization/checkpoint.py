@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qcli.algorithms.training.outcome import Outcome
+from qcli.models.license import license_of
 from qcli.models.manifest import Manifest, OriginalModel, recipe_sha256, versions
 from qcli.models.native import guard_extent, guard_name, quantization_config, with_guard
 from qcli.quantization.block_parts import BlockParts
@@ -51,6 +52,7 @@ def publish_checkpoint(
             fingerprint=plan.source.fingerprint(),
             quantized_as=plan.source.quantized_as,
             revision=None if hub is None else hub.commit,
+            license=license_of(plan.source.path),
         ),
         calibration_tokens_sha256=result.tokens_sha256,
         calibration_text_identity=None if tokens is None else tokens.text_identity,

@@ -47,6 +47,9 @@ def test_packed_checkpoint_verifies(invoke: Invoke, checkpoint: Path, tmp_path: 
     assert str(packed) in out
     code, _, err = invoke("pack", checkpoint, "--out", packed)
     assert code == 3
+    spaced = tmp_path / "with blank"
+    shown = invoke("pack", checkpoint, "--out", spaced).out
+    assert f"hf upload 'YOUR-NAME/with blank' '{spaced}'" in " ".join(shown.split())
 
 
 def test_card_takes_only_an_evaluation_of_this_checkpoint(
