@@ -39,9 +39,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recipe reference, from the JSON schema of recipes.
+# The recipe reference, from the JSON schema of recipes, and the page of errors, from the source.
 reference: setup
 	$(BIN)/python docs/reference.py > docs/recipes.md
+	$(BIN)/python docs/errors.py > docs/errors.md
 
 # Speed, start-up time and memory. Quality needs the texts that benchmarks/README.md names.
 bench: setup

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AWQ"]
 
-_HINT = "pack it as compressed-tensors, qcli or dense"
+_HINT = "pack it as qcli or dense"
 _VLLM, _TRANSFORMERS = "vLLM", "transformers"
 _GROUPS = (32, 64, 128, -1)  # MARLIN_SUPPORTED_GROUP_SIZES of vLLM's marlin_utils.py
 # Models in which transformers (integrations/awq.py) multiplies activations by scales that only AutoAWQ makes.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GPTQ"]
 
 _BITS = (4, 8)
-_HINT = "pack it as compressed-tensors, qcli or dense"
+_HINT = "pack it as qcli or dense"
 
 
 class GPTQ(ExportTarget):
@@ -51,7 +51,7 @@ $ vllm serve DIR --dtype float16
         if source.family.dense_parts:
             raise UnsupportedError(
                 f"{self.name} cannot say that {source.family.dense_parts[0]} is dense",
-                hint="pack it as compressed-tensors, qcli or dense",
+                hint=_HINT,
             )
         _format(source)
 
