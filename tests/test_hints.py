@@ -44,9 +44,9 @@ def test_that_test_exists(place: str) -> None:
     assert f"def {name}(" in (ROOT / file).read_text()
 
 
-def commands(command: Any = None) -> dict[str, Any]:
+def commands() -> dict[str, Any]:
     """All commands by name; those of groups by both words."""
-    group = command or typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     found: dict[str, Any] = {}
     for name, inner in group.commands.items():
         found[name] = inner

@@ -142,6 +142,13 @@ QUANTIZED = {
 }
 
 
+def ended(*arguments: object) -> object:
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model, its quantized and packed versions, texts, recipes and studies."""
@@ -172,19 +179,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     named["empty"] = folder / "failed"
     (folder / "latin.txt").write_bytes(b"caf\xe9 " * 99)
     named["latin"] = folder / "latin.txt"
-    for arguments in (
-        *(("quantize", model, *flags.split(), "--out", named[name], "-q") for name, flags in QUANTIZED.items()),
-        ("pack", named["q"], "--format", "dense", "--out", named["packed"], "-q"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-        assert ended.value.code == 0
-    with pytest.raises(SystemExit):  # a study whose run fails
-        main(["study", str(folder / "empty.yaml"), "--out", str(named["empty"]), "-q"])
+    evaluation = ("eval", model, "--data", named["text"], "--window", 16, "--max-windows", 2, "--json")
     named["evaluation"] = folder / "evaluation.json"
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch, named["evaluation"].open("w") as file:
-        patch.setattr("sys.stdout", file)
-        main(["eval", str(model), "--data", str(folder / "text.txt"), "--window", "16", "--max-windows", "2", "--json"])
+    with pytest.MonkeyPatch.context() as patch, named["evaluation"].open("w") as output:
+        patch.setenv("QCLI_CACHE", str(folder / "cache"))
+        for name, flags in QUANTIZED.items():
+            assert ended("quantize", model, *flags.split(), "--out", named[name], "-q") == 0
+        assert ended("pack", named["q"], "--format", "dense", "--out", named["packed"], "-q") == 0
+        assert ended("study", folder / "empty.yaml", "--out", named["empty"], "-q") == 2
+        patch.setattr("sys.stdout", output)
+        assert ended(*evaluation) == 0
     return named
 
 
