@@ -171,6 +171,8 @@ REASONS: dict[str, list[str]] = {
         "use transformers",
     ],
     "it takes another model, text or folder; tests that have one do as it says all along": [
+        "language models that are part of another, such as one that sees images, are read with it",
+        "quantize the language model that it was made of",
         "`qcli quantize` writes one",
         "a shorter --context",
         "bos: auto does as the tokenizer does",

@@ -106,7 +106,8 @@ CASES = [
         "pack {q} --format compressed-tensors --dry-run",
     ),
     Case(
-        "pack it as qcli, or quantize without activations",
+        "pack it as qcli, or quantize without activations; compressed-tensors stores method fp8 with activations of "
+        "type float",
         "pack {activations} --format dense --dry-run",
         "pack {activations} --dry-run",
     ),
