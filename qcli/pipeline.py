@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qcli.data.image_rows import data_content
+from qcli.data.datasets import is_sampled
+from qcli.data.identity import content_of
+from qcli.data.source import label
 from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
@@ -21,7 +23,7 @@ from qcli.recipe.sections import Eval, Pack
 from qcli.utils import sealed
 from qcli.utils.cache import Cache
 from qcli.utils.errors import StateError, UsageError
-from qcli.utils.files import content_hash, json_bytes, parse_json, reading, sha256, write_bytes, writing
+from qcli.utils.files import json_bytes, parse_json, reading, sha256, write_bytes, writing
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import differences, remove_remainder
 from qcli.utils.trust import NOTHING, Trust
@@ -108,7 +110,7 @@ class Pipeline:
         self.trust = trust
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
-            self.inputs["text"] = data_content(recipe.calibration.data)
+            self.inputs["text"] = content_of(recipe.calibration.data)
         self.model = folder / QUANTIZED
 
     def run(self) -> PipelineResult:
@@ -224,7 +226,7 @@ class Pipeline:
     def _distilled_from(self) -> dict[str, Any]:
         """What the distilled model is made from, and with it what comes after."""
         assert self.recipe.distill is not None
-        text = content_hash(Path(self.recipe.distill_text.data))
+        text = content_of(self.recipe.distill_text.data)
         return self.inputs | {"distill": self.recipe.distill.model_dump(mode="json"), "distill text": text}
 
     def _evaluated_from(self, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +236,7 @@ class Pipeline:
         inputs = {
             **model,
             "eval": options.model_dump(exclude={"gates"}),
-            "eval files": {name: content_hash(Path(name)) for name in texts},
+            "eval files": {label(name): content_of(name) for name in texts},
         }
         if options.baseline is not None:
             inputs["baseline"] = open_source(options.baseline, self.trust).state()
@@ -294,14 +296,13 @@ class Pipeline:
     def _check_distillation(self) -> None:
         if self.recipe.distill is None:
             return
-        from qcli.data.datasets import SELF
         from qcli.distillation.distill import distillation_tokens
         from qcli.distillation.plan import require_feasible
         from qcli.export.packable import PlannedCheckpoint
 
         student = PlannedCheckpoint(self.plan, self.folder).quantized
         require_feasible(self.recipe, student, self.plan.source, shared=True)
-        if self.recipe.distill_text.data != SELF:
+        if not is_sampled(self.recipe.distill_text.data):
             distillation_tokens(self.recipe, self.plan.source)
 
 

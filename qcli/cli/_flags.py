@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from qcli.cli._complete import one_of
-from qcli.data.datasets import set_names
 from qcli.data.default_text import DEFAULT
-from qcli.data.text_files import FILES
+from qcli.data.names import FILES, set_names
 
 _DEVICES = one_of(("auto", "cpu", "cuda"))
 _DTYPES = one_of(("auto", "float32", "bfloat16", "float16"))

@@ -13,9 +13,8 @@ from qcli.cli._next import after_evaluation
 from qcli.cli._plot import require_plot, write_plot
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, bits, size
-from qcli.data.datasets import set_names
 from qcli.data.default_text import AUTO, DEFAULT
-from qcli.data.text_files import FILES
+from qcli.data.names import FILES, set_names
 from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
 from qcli.utils.paths import portable_name
@@ -137,6 +136,7 @@ def evaluate(
         from qcli.evaluation.options import EvalOptions
         from qcli.models.open import open_source
         from qcli.recipe.gates import require
+        from qcli.recipe.texts import text_of_flag
         from qcli.utils.cache import Cache, default_folder
         from qcli.utils.trust import Trust
 
@@ -151,7 +151,8 @@ def evaluate(
             for name in filter(None, [*models, baseline]):
                 open_source(name, trust)  # a wrong name fails before any data is loaded
             lm_eval.require_data()
-        options = EvalOptions(texts, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust, bos)
+        sources = list(map(text_of_flag, texts))
+        options = EvalOptions(sources, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust, bos)
         cache = Cache(None if no_cache else default_folder())
         if dry_run:
             plan = plan_evaluation(models, options, baseline=baseline, cache=cache, progress=session.progress)

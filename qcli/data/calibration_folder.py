@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qcli.data.names import HINT
 from qcli.data.stored_windows import TOKENS
-from qcli.data.text_files import HINT
 from qcli.utils.errors import StateError, UsageError
 from qcli.utils.files import files_below, parse_json, reading, write_json
 from qcli.utils.safetensors import read_header, read_tensors

@@ -1,4 +1,4 @@
-"""What a text may be named by: a data set of `sets/`, a file, a calibration folder, `self`, or `auto`. No torch."""
+"""What a text may be: a data set of `sets/`, a file, a data set on the hub, a calibration folder, `self`, or `auto`."""
 
 from __future__ import annotations
 
@@ -6,65 +6,77 @@ import hashlib
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 from qcli.data.default_text import AUTO
 from qcli.data.image_rows import IMAGES, has_images
 from qcli.data.named_set import NamedSet, PackagedText
-from qcli.data.text_files import HINT, read_file, require_file
+from qcli.data.names import HINT, SELF, SETS, is_named, set_names
+from qcli.data.row_texts import Render, without_template
+from qcli.data.source import Data, TextSource, is_hub, label, parts
+from qcli.data.text_files import read_file, require_file
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
 
-SELF = "self"  # sampled from the model
-_SETS = "qcli.data.sets"
 
-
-def set_names() -> list[str]:
-    """Names of the data sets in `sets/`; imports none of them."""
-    return registry.names(_SETS)
-
-
-def is_named(data: str) -> bool:
-    """Whether `data` is the name of a data set in `sets/`."""
-    return data in set_names()
-
-
-def is_folder(data: str) -> bool:
+def is_folder(data: Data) -> TypeGuard[str]:
     """Whether `data` is a folder, which must be one that `qcli calibrate` wrote."""
-    return not is_named(data) and data not in (AUTO, SELF) and Path(data).is_dir()
+    return isinstance(data, str) and not is_named(data) and data not in (AUTO, SELF) and Path(data).is_dir()
 
 
-def require_text(data: str) -> None:
-    """Raise UsageError unless `data` names a data set, `self`, `auto`, a folder or a file of text; nothing is read."""
-    if not is_named(data) and data not in (AUTO, SELF) and not is_folder(data):
-        _require_file(data)
+def has_parts(data: str | TextSource) -> bool:
+    """Whether a text has a part for calibration and another for evaluation."""
+    (part,) = parts(data)
+    return is_named(part.path) or (is_hub(part.path) and part.split is None)
 
 
-def read_text(data: str, *, calibration: bool) -> str:
+def is_sampled(data: Data) -> bool:
+    """Whether any part of `data` is sampled from the model."""
+    return any(part.path == SELF for part in parts(data))
+
+
+def require_text(data: Data) -> None:
+    """Raise UsageError unless `data` is a folder, or each part of it names a data set, `self`, `auto`, or a file of
+    text; nothing is read."""
+    for part in parts(data) if not is_folder(data) else ():
+        if part.path in (AUTO, SELF) or is_named(part.path):
+            if part.path == AUTO and not isinstance(data, str):
+                raise UsageError("auto is no part of a mixture, and has no columns", hint="name a data set or a file")
+            if (part.column or part.template) is not None:
+                raise UsageError(f"{part.path} has no columns to choose from", hint="leave column and template out")
+        elif not is_hub(part.path):
+            _require_file(part.path)
+
+
+def read_text(data: str | TextSource, render: Render = without_template, *, calibration: bool) -> str:
     """The text of a data set or a file, its rows or documents joined.
 
     Args:
+        data: no folder, and neither `self` nor `auto`.
+        render: makes text of chats.
         calibration: whether to read a data set's part for calibration or the one for evaluation.
 
     Raises:
-        UsageError: no such data, or it contains no text.
+        UsageError: no such data, a row without text, or no text at all.
         UnsupportedError: it has images, too.
     """
-    if is_named(data):
-        text = _read_named(data, calibration=calibration)
+    require_text(data)
+    (part,) = parts(data)
+    if is_named(part.path):
+        text = _read_named(part.path, calibration=calibration)
     else:
-        _require_file(data)
-        refuse_images(data)
-        text = read_file(data)
+        refuse_images(part.path)
+        text = read_file(part, render, calibration=calibration)
     if not text.strip():
-        raise UsageError(f"{data}: contains no text", hint=HINT)
+        raise UsageError(f"{part.path}: contains no text", hint=HINT)
     return text
 
 
-def refuse_images(data: str) -> None:
+def refuse_images(data: Data) -> None:
     """Raise UnsupportedError if `data` is a file of rows with images, of which the text alone would be read."""
     if has_images(data):
         raise UnsupportedError(
-            f"{data} has rows with images, which only calibration for quantize reads",
+            f"{label(data)} has rows with images, which only calibration for quantize reads",
             hint=f"use text, or a copy of the file without the column {' or '.join(IMAGES)}",
         )
 
@@ -81,7 +93,7 @@ def named_sha256(name: str, *, calibration: bool) -> str:
 
 def _require_file(data: str) -> None:
     """The same as `require_file`; a bare word is reported as the name of an unknown data set."""
-    if Path(data).is_file() or Path(data).suffix or Path(data).name != data:
+    if Path(data).exists() or Path(data).suffix or Path(data).name != data:
         require_file(data)
         return
     known = [*set_names(), SELF]
@@ -91,8 +103,8 @@ def _require_file(data: str) -> None:
 
 
 def _read_named(name: str, *, calibration: bool) -> str:
-    found: NamedSet | PackagedText = registry.load(_SETS, name)
+    found: NamedSet | PackagedText = registry.load(SETS, name)
     try:
         return found.read(calibration=calibration)
     except UsageError as error:
-        raise UsageError(f"data set {name!r} {error.message}", hint=f"`builtin` needs no network; or {HINT}") from error
+        raise UsageError(f"data set {name!r} {error.message}", hint=HINT) from error

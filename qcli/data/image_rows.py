@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli.data.rows import Row, RowFile, is_known, open_rows
+from qcli.data.source import Data, text_paths
 from qcli.utils.errors import UsageError
 from qcli.utils.files import content_hash, reading
 
@@ -47,17 +48,14 @@ class ImageRow:
     images: tuple[bytes, ...]
 
 
-def has_images(data: str) -> bool:
-    """Whether a file has rows with images.
+def has_images(data: Data) -> bool:
+    """Whether a file, or any of several, has rows with images.
 
     Raises:
         UsageError: the file is damaged.
     """
-    path = Path(data)
-    if not (path.is_file() and is_known(path)):
-        return False
-    stat = path.stat()
-    return _has_images(path, stat.st_mtime_ns, stat.st_size)
+    files = [path for path in map(Path, text_paths(data)) if path.is_file() and is_known(path)]
+    return any(_has_images(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
 
 
 def data_content(data: str) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from qcli.data.begin import Bos, begin_tokens
 from qcli.data.calibration_folder import read_folder
-from qcli.data.datasets import SELF, is_folder, read_text
+from qcli.data.chats import chat_render
+from qcli.data.datasets import is_folder, is_sampled, read_text
 from qcli.data.default_text import named
 from qcli.data.identity import content_key
+from qcli.data.names import SELF
+from qcli.data.source import Data, TextSource, WeightedText, is_hub, label, parts
 from qcli.models.manifest import versions
 from qcli.models.source import reported
 from qcli.utils.cache import Cache
@@ -45,8 +48,13 @@ class Tokens:
     """
 
     ids: Tensor
-    data: str
+    data: Data
     begin: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the text is called in results."""
+        return label(self.data)
 
     @property
     def bos(self) -> bool:
@@ -69,9 +77,9 @@ class TokenRequest:
     """Windows to draw at random from a text.
 
     Attributes:
-        data: a set of `sets/` (training part), or `auto` (see `default_text`); a file (`rows.kinds`); `self`, sampled
-            from the model; or a folder written by `qcli calibrate`, whose windows are used as they are, whatever else
-            is here.
+        data: a set of `sets/` or on the hub (training part), or `auto` (see `default_text`); a file (`rows.kinds`);
+            `self`, sampled from the model; several of them, which share the windows by weight; or a folder written by
+            `qcli calibrate`, whose windows are used as they are, whatever else is here.
         samples, seq_len: number of windows, and tokens in each.
         seed: the same request gives the same windows.
         held_out: of `samples`, the last ones, which share no token with those before.
@@ -79,10 +87,10 @@ class TokenRequest:
         bos: whether windows begin with a begin token; one that a folder's windows do not is refused.
     """
 
-    data: str
+    data: Data
     samples: int
     seq_len: int
-    seed: int
+    seed: int | str
     held_out: int = 0
     validation: int = 0
     bos: Bos = "auto"
@@ -108,7 +116,8 @@ def calibration_tokens(
             the tokenizer or the folder.
         ResourceError: not enough memory to sample from the model.
     """
-    request = replace(request, data=named(request.data))
+    if isinstance(request.data, str):
+        request = replace(request, data=named(request.data))
     if is_folder(request.data):
         return _from_folder(request.data, source, request.bos)
     begin = _begin(source, request.bos, request.seq_len)
@@ -125,7 +134,7 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    data: str,
+    data: str | TextSource,
     source: ModelSource,
     *,
     window: int,
@@ -138,9 +147,9 @@ def evaluation_tokens(
     """Consecutive windows that do not overlap, from the start of a text; a shorter rest is left out.
 
     Args:
-        data: a set of `sets/` (test or validation part), or `auto` (see `default_text`); a file (`rows.kinds`);
-            `self`, sampled from `source` independently of any calibration, 32 windows unless `max_windows` is given;
-            or a folder written by `qcli calibrate`, whose windows are truncated to `window`.
+        data: a set of `sets/` or on the hub (test or validation part), or `auto` (see `default_text`); a file
+            (`rows.kinds`); `self`, sampled from `source` independently of any calibration, 32 windows unless
+            `max_windows` is given; or a folder written by `qcli calibrate`, whose windows are truncated to `window`.
         window: tokens per window, at least 2, a begin token included; at most those of the calibration folder.
         max_windows: use only the first ones.
         bos, device, cache: as for `calibration_tokens`.
@@ -151,7 +160,7 @@ def evaluation_tokens(
     """
     if window < 2:
         raise UsageError(f"a window of {window} leaves no token to predict", hint="a window has at least 2 tokens")
-    data = named(data)
+    data = named(data) if isinstance(data, str) else data
     if is_folder(data):
         whole = _from_folder(data, source, bos)
         if window > (length := whole.ids.shape[1]):
@@ -176,7 +185,7 @@ def require_training_samples(tokens: Tokens, held_out: int) -> None:
     """Raise UsageError unless there are more samples than are held out."""
     if len(tokens.ids) <= held_out:
         raise UsageError(
-            f"{tokens.data} has {len(tokens.ids)} samples and {held_out} are held out: none is left to train on",
+            f"{tokens.name} has {len(tokens.ids)} samples and {held_out} are held out: none is left to train on",
             hint="use more text, or more --samples",
         )
 
@@ -224,7 +233,7 @@ def _begin(source: ModelSource, bos: Bos, length: int) -> list[int]:
 
 
 def _cached(
-    data: str,
+    data: Data,
     source: ModelSource,
     settings: dict[str, Any],
     begin: list[int],
@@ -232,10 +241,10 @@ def _cached(
     cache: Cache | None,
     make: Callable[[], Tensor],
 ) -> Tokens:
-    if cache is None or cache.folder is None:
+    if cache is None or cache.folder is None or any(is_hub(part.path) for part in parts(data)):  # it may change there
         return Tokens(make(), data, len(begin))
     key = {**settings, "begin": begin, **content_key(data, source, calibration="calibration" in settings), **versions()}
-    if data == SELF:
+    if is_sampled(data):
         key["computed"] = hardware(device)
     ids = cache.tensors(key, lambda: {"ids": make()}, _is_tokens)["ids"]
     require_known_ids(source, int(ids.max()))  # they may be those of a model with the same tokenizer and more rows
@@ -249,21 +258,66 @@ def _is_tokens(tensors: dict[str, Tensor]) -> bool:
 def _draw(
     request: TokenRequest, source: ModelSource, begin: list[int], device: torch.device | str, progress: Progress
 ) -> Tensor:
-    data, seq_len = request.data, request.seq_len
-    _require_context(seq_len, source)
-    if data == SELF:
+    _require_context(request.seq_len, source)
+    texts = parts(request.data)
+    if not isinstance(request.data, tuple):
+        return _draw_of(texts[0], request, source, begin, device, progress)
+    drawn = request.samples + request.validation
+    owners = _shares(texts, request.samples) + _shares(texts, request.validation)
+    ids = torch.empty(drawn, request.seq_len, dtype=torch.int64)
+    held_out = range(request.samples - request.held_out, request.samples) if request.held_out else range(0)
+    for number, text in enumerate(texts):
+        own = [sample for sample in range(drawn) if owners[sample] == number]
+        if not any(sample < request.samples for sample in own):
+            raise UsageError(
+                f"{text}: its weight of {text.weight:g} gives it none of {request.samples} samples",
+                hint="raise its weight, or the number of samples",
+            )
+        share = replace(
+            request,
+            samples=sum(sample < request.samples for sample in own),
+            held_out=sum(sample in held_out for sample in own),
+            validation=sum(sample >= request.samples for sample in own),
+            seed=f"{request.seed}:{number}",
+        )
+        ids[own] = _draw_of(text, share, source, begin, device, progress)
+    return ids
+
+
+def _shares(texts: Sequence[WeightedText], samples: int) -> list[int]:
+    """Which text each sample is of: always the one that is furthest behind its share."""
+    total, counts = sum(text.weight for text in texts), [0] * len(texts)
+    owners = []
+    for sample in range(1, samples + 1):
+        missing = [text.weight / total * sample - count for text, count in zip(texts, counts, strict=True)]
+        owners.append(missing.index(max(missing)))
+        counts[owners[-1]] += 1
+    return owners
+
+
+def _draw_of(
+    text: WeightedText,
+    request: TokenRequest,
+    source: ModelSource,
+    begin: list[int],
+    device: torch.device | str,
+    progress: Progress,
+) -> Tensor:
+    """The windows of a request, of one text."""
+    if text.path == SELF:
         from qcli.data.generated import sample
 
         windows, seed = request.samples + request.validation, f"calibration:{request.seed}"
-        return sample(source, windows, seq_len, seed, begin, device, progress)
-    ids = _encode(source, read_text(data, calibration=True))
-    span = seq_len - len(begin)
+        return sample(source, windows, request.seq_len, seed, begin, device, progress)
+    ids = _encode(source, read_text(text, chat_render(source), calibration=True))
+    span = request.seq_len - len(begin)
     if len(ids) <= span:
         raise UsageError(
-            f"{data}: too short for calibration: {len(ids)} tokens, but a window of {seq_len} needs {span + 1}",
+            f"{text.path}: too short for calibration: {len(ids)} tokens, but a window of {request.seq_len} needs "
+            f"{span + 1}",
             hint="use more text, or a smaller --seq-len",
         )
-    offsets = _offsets(request, span, len(ids))
+    offsets = _offsets(request, text.path, span, len(ids))
     return _after(begin, torch.stack([ids[offset : offset + span] for offset in offsets]))
 
 
@@ -272,11 +326,11 @@ def _after(begin: list[int], ids: Tensor) -> Tensor:
     return torch.cat([torch.tensor(begin, dtype=ids.dtype).expand(len(ids), -1), ids], 1) if begin else ids
 
 
-def _offsets(request: TokenRequest, span: int, length: int) -> list[int]:
+def _offsets(request: TokenRequest, data: str, span: int, length: int) -> list[int]:
     """Where the windows of a request, `span` tokens of text each, start in a text of `length` tokens."""
     generator, last = random.Random(request.seed), length - span
     offsets = [generator.randrange(0, last) for _ in range(request.samples)]
-    free = _FreeOffsets(length, span, request.data)
+    free = _FreeOffsets(length, span, data)
     if 0 < request.held_out < request.samples:
         held_out = offsets[-request.held_out :]
         for offset in held_out:
@@ -329,7 +383,7 @@ class _FreeOffsets:
 
 
 def _consecutive(
-    data: str,
+    data: str | TextSource,
     source: ModelSource,
     window: int,
     max_windows: int | None,
@@ -338,16 +392,16 @@ def _consecutive(
     progress: Progress,
 ) -> Tensor:
     _require_context(window, source)
-    if data == SELF:
+    if label(data) == SELF:
         from qcli.data.generated import sample
 
         return sample(source, max_windows or _SELF_WINDOWS, window, "evaluation", begin, device, progress)
-    ids = _encode(source, read_text(data, calibration=False))
+    ids = _encode(source, read_text(data, chat_render(source), calibration=False))
     span = window - len(begin)
     windows = len(ids) // span
     if windows == 0:
         raise UsageError(
-            f"{data}: too short for evaluation: {len(ids)} tokens, but one window needs {span}",
+            f"{label(data)}: too short for evaluation: {len(ids)} tokens, but one window needs {span}",
             hint="use more text, or a smaller --window",
         )
     return _after(begin, ids[: windows * span].view(windows, span)[:max_windows].clone())

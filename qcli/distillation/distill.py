@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qcli.algorithms.training.outcome import Outcome
-from qcli.data.identity import text_identity
+from qcli.data.identity import content_of, text_identity
+from qcli.data.source import text_paths
 from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.distillation.blockwise import distill_blocks
 from qcli.distillation.checkpoint import publish_checkpoint
@@ -35,7 +36,6 @@ from qcli.utils.determinism import determinism, deterministic
 from qcli.utils.device import has_fast_matmul, local_device, matmul_precision, resolve_dtype
 from qcli.utils.distributed import process_group, world_size
 from qcli.utils.environment import can_plot
-from qcli.utils.files import content_hash
 from qcli.utils.memory import peak_memory
 from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress, silent
@@ -87,7 +87,7 @@ def distill(
         "student": {name: asdict(file) for name, file in manifest.files.items()},
         "teacher": teacher_source.state(),
         "text": recipe.distill_text.model_dump(mode="json"),
-        "data": content_hash(Path(recipe.distill_text.data)),
+        "data": content_of(recipe.distill_text.data),
         "distill": options.model_dump(mode="json"),
         "bos": recipe.bos,
         "seed": recipe.seed,
@@ -102,7 +102,8 @@ def distill(
         runs: list[RunFolder] = []  # one, in the main process alone
 
         def open_run() -> Tensor:
-            existing = Replacing(require_own_checkpoint, force, (str(student), recipe.model, recipe.distill_text.data))
+            text = recipe.distill_text.data
+            existing = Replacing(require_own_checkpoint, force, (str(student), recipe.model, *text_paths(text)))
             runs.append(stack.enter_context(RunFolder(out, identity, recipe.resume, existing)))
             return _tokens(recipe, teacher_source, runs[0], device, progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qcli.data.identity import JOINED
 from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import ModelSource
@@ -37,7 +38,8 @@ def seen_texts(source: ModelSource, identities: Mapping[str, str | None]) -> lis
     """
     if (manifest := _manifest(source)) is None:
         return []
-    seen = {manifest.calibration_text_identity, *(report.text_identity for report in manifest.distilled)}
+    used = [manifest.calibration_text_identity, *(report.text_identity for report in manifest.distilled)]
+    seen = {identity for joined in used if joined is not None for identity in joined.split(JOINED)}
     return [data for data, identity in identities.items() if identity is not None and identity in seen]
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from qcli.data.datasets import SELF, is_folder, is_named
+from qcli.data.datasets import has_parts, is_folder
 from qcli.data.default_text import named
 from qcli.data.identity import text_identity
+from qcli.data.names import SELF
+from qcli.data.source import label
 from qcli.data.tokens import Tokens
 from qcli.evaluation.contamination import require_unseen, seen_texts
 from qcli.evaluation.final_states import FinalStates, final_states, model_key
@@ -65,12 +67,12 @@ def compare(
         ResourceError: the hidden states of all windows, or a block, do not fit in memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
-    options = replace(options, texts=[named(text) for text in options.texts])
+    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     nothing, kept = Cache(None), cache or Cache(None)
     sources, reference = _opened(models, options, baseline, progress)
-    # A named set has a part for calibration and another for evaluation: it is never seen.
-    identities = {name: None if is_named(name) else text_identity(name) for name in options.texts}
+    # A public set has a part for calibration and another for evaluation: it is never seen.
+    identities = {label(text): None if has_parts(text) else text_identity(text) for text in options.texts}
     windows = evaluation_windows(options, [*sources, *([reference] if reference is not None else [])], kept, progress)
     require_memory(windows, sources, reference, dtype, options)
     run = _Evaluator(options, windows, device, dtype, progress)
@@ -83,7 +85,7 @@ def compare(
             evaluation = Evaluation(
                 model=name,
                 baseline=baseline,
-                scores={tokens.data: score(tokens, states, expected, progress) for tokens in windows},
+                scores={tokens.name: score(tokens, states, expected, progress) for tokens in windows},
                 tasks={},
                 baseline_tasks=baseline_tasks,
                 blocks=None,
@@ -116,13 +118,13 @@ def plan_evaluation(
     Raises:
         QcliError: as `compare`.
     """
-    options = replace(options, texts=[named(text) for text in options.texts])
+    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     sources, reference = _opened(models, options, baseline, progress)
     everything = [*sources, *([reference] if reference is not None else [])]
     read = replace(options, texts=[text for text in options.texts if text != SELF])
     windows = evaluation_windows(read, everything, cache or Cache(None), progress)
     placement = require_memory(windows, sources, reference, resolve_dtype(options.dtype), options)
-    shapes = {tokens.data: tokens.ids.shape for tokens in windows}
+    shapes = {tokens.name: tokens.ids.shape for tokens in windows}
     return {
         "models": [
             {
@@ -138,7 +140,7 @@ def plan_evaluation(
             {"text": text, "windows": shapes[text][0], "window": shapes[text][1]}
             if text in shapes
             else {"text": text, "windows": None, "window": None}
-            for text in dict.fromkeys(options.texts)
+            for text in dict.fromkeys(map(label, options.texts))
         ],
         "tasks": [] if options.tasks is None else list(options.tasks.names),
         "memory": None if placement is None else placement.to_json(),

@@ -54,7 +54,7 @@ def final_states(
         lambda tensors: {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes,
     )
     hidden = {
-        tokens.data: [stored[f"{number}.{batch}"] for batch in range(len(batches(tokens.ids)))]
+        tokens.name: [stored[f"{number}.{batch}"] for batch in range(len(batches(tokens.ids)))]
         for number, tokens in enumerate(windows)
     }
     return FinalStates(name, stream, hidden)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qcli.data.datasets import SELF
+from qcli.data.names import SELF
+from qcli.data.source import TextSource
 from qcli.evaluation.evaluate import evaluate
 from qcli.evaluation.options import EvalOptions
 from qcli.evaluation.results import Evaluation
@@ -76,7 +77,7 @@ def evaluate_recipe(
     return evaluate(str(model), options, baseline=baseline, cache=cache, progress=progress)
 
 
-def _options(recipe: Recipe, texts: list[str], tasks: Tasks | None, trust: Trust) -> EvalOptions:
+def _options(recipe: Recipe, texts: list[str | TextSource], tasks: Tasks | None, trust: Trust) -> EvalOptions:
     section = recipe.eval or Eval()
     return EvalOptions(
         texts,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcli.data.begin import Bos
+from qcli.data.source import TextSource
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class EvalOptions:
         trust: whether Python files of the models may run.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[str | TextSource]
     window: int | None = None
     max_windows: int | None = None
     tasks: Tasks | None = None

@@ -26,8 +26,8 @@ def score(tokens: Tokens, model: FinalStates, baseline: FinalStates | None, prog
     windows, window = tokens.ids.shape
     first = max(0, tokens.begin - 1)  # the position from which text is predicted
     positions = _LOGITS // model.stream.config.get_text_config().vocab_size
-    hidden = model.windows(tokens.data)
-    baseline_hidden = [] if baseline is None else baseline.windows(tokens.data)
+    hidden = model.windows(tokens.name)
+    baseline_hidden = [] if baseline is None else baseline.windows(tokens.name)
     nll = baseline_nll = agreements = 0.0
     kl = [0.0] * windows
     for row in range(windows):
@@ -46,7 +46,7 @@ def score(tokens: Tokens, model: FinalStates, baseline: FinalStates | None, prog
                 baseline_nll += _nll(reference, targets)
                 agreements += (log.argmax(-1) == reference.argmax(-1)).sum().item()
                 kl[row] += F.kl_div(log, reference, reduction="none", log_target=True).sum(-1).double().sum().item()
-        progress(f"scoring {tokens.data}", row + 1, windows)
+        progress(f"scoring {tokens.name}", row + 1, windows)
     predicted = window - 1 - first
     count = windows * predicted
     worst = max(range(windows), key=kl.__getitem__)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from qcli.data.datasets import SELF, is_folder
+from qcli.data.datasets import is_folder
 from qcli.data.default_text import named
+from qcli.data.names import SELF
+from qcli.data.source import TextSource
 from qcli.data.stored_windows import stored_windows
 from qcli.data.tokens import Tokens, evaluation_tokens
 from qcli.evaluation.options import DEFAULT_WINDOW, EvalOptions
@@ -37,14 +39,19 @@ def evaluation_windows(
     if length is None:
         length = min([DEFAULT_WINDOW, *(source.context_length or DEFAULT_WINDOW for source in sources)])
     windows = []
-    for data in dict.fromkeys(map(named, options.texts)):
-        own = stored_windows(Path(data)) if options.window is None and is_folder(data) else None
+    for data in dict.fromkeys(named(text) if isinstance(text, str) else text for text in options.texts):
+        own = stored_windows(Path(data)) if is_folder(data) and options.window is None else None
         windows.append(_windows(data, min(length, own[1]) if own else length, options, sources, cache, progress))
     return windows
 
 
 def _windows(
-    data: str, length: int, options: EvalOptions, sources: Sequence[ModelSource], cache: Cache, progress: Progress
+    data: str | TextSource,
+    length: int,
+    options: EvalOptions,
+    sources: Sequence[ModelSource],
+    cache: Cache,
+    progress: Progress,
 ) -> Tokens:
     tokens = [
         evaluation_tokens(

@@ -19,6 +19,7 @@ from qcli.algorithms.layer_group import LinearGroup
 from qcli.algorithms.methods.rtn import RTN
 from qcli.data.calibration_folder import require_own_folder, write_record
 from qcli.data.identity import text_identity
+from qcli.data.source import text_paths
 from qcli.data.stored_windows import TOKENS
 from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.families import Linear
@@ -100,7 +101,7 @@ def calibrate(
         ResourceError: no space, or too little memory.
         UnsupportedError: as `quantize`.
     """
-    replacing = Replacing(require_own_folder, force, (recipe.model, recipe.calibration.data))
+    replacing = Replacing(require_own_folder, force, (recipe.model, *text_paths(recipe.calibration.data)))
     refuse_existing(out, replacing)
     with deterministic(resolve_device(recipe.device), wanted=recipe.deterministic):
         return _calibrate(recipe, out, progress, hessians, trust, replacing)
@@ -126,7 +127,7 @@ def _calibrate(
         "qcli": __version__,
         "model": recipe.model,
         "source_fingerprint": source.fingerprint(),
-        "data": tokens.data,
+        "data": tokens.name,
         "samples": tokens.ids.shape[0],
         "seq_len": tokens.ids.shape[1],
         "seed": recipe.seed,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from qcli.data.identity import text_identity
 from qcli.data.image_samples import ImageSamples, Samples, image_samples
+from qcli.data.source import label
 from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.models.open import ModelSource
 from qcli.quantization.plan import Plan
@@ -77,7 +78,7 @@ def _with_images(plan: Plan, run: RunFolder) -> CalibrationTokens:
         StateError: an interrupted run had others.
     """
     recipe, text = plan.recipe, plan.recipe.calibration
-    samples = image_samples(text.data, plan.source, samples=text.samples, seq_len=text.seq_len, seed=recipe.seed)
+    samples = image_samples(label(text.data), plan.source, samples=text.samples, seq_len=text.seq_len, seed=recipe.seed)
     if run.done(_PART) is None:
         run.commit(_PART, {}, {"text_identity": text_identity(text.data), "sha256": samples.sha256})
     report = run.report(_PART)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcli.data.image_rows import data_content
+from qcli.data.identity import content_of
 from qcli.data.image_samples import Samples
+from qcli.data.source import text_paths
 from qcli.models.manifest import LayerReport, require_own_checkpoint, versions
 from qcli.models.open import ModelSource
 from qcli.quantization.block_loop import quantize_blocks, quantize_blocks_apart
@@ -41,7 +42,7 @@ from qcli.utils.trust import NOTHING, Trust
 
 def replacing(recipe: Recipe, force: bool) -> Replacing:
     """Which results a quantization may replace."""
-    return Replacing(require_own_checkpoint, force, (recipe.model, recipe.calibration.data))
+    return Replacing(require_own_checkpoint, force, (recipe.model, *text_paths(recipe.calibration.data)))
 
 
 def quantize_as_written(
@@ -176,6 +177,6 @@ def run_identity(
             "processes": world_size() if reads_text else 1,
         },
         "source": source.state(),
-        "data": data_content(recipe.calibration.data) if reads_text else None,
+        "data": content_of(recipe.calibration.data) if reads_text else None,
         "recipe": recipe.fingerprint_fields(),
     }

@@ -14,6 +14,7 @@ from qcli.algorithms.method import Method
 from qcli.core.weight import Format
 from qcli.data.datasets import require_text
 from qcli.data.image_rows import has_images
+from qcli.data.source import Data, label
 from qcli.models.contents import contents, stored_contents
 from qcli.models.families import Linear, has_row
 from qcli.models.loadable import require_loadable
@@ -190,8 +191,9 @@ class Plan:
 
     @cached_property
     def sees_images(self) -> bool:
-        """Whether calibration samples have images."""
-        return self.calibrated and has_images(self.recipe.calibration.data)
+        """Whether calibration samples have images; texts that are more than a file are read as text alone."""
+        data = self.recipe.calibration.data
+        return self.calibrated and isinstance(data, str) and has_images(data)
 
     @cached_property
     def last_block(self) -> int:
@@ -360,10 +362,12 @@ def _assigned(recipe: Recipe, layers: list[Linear]) -> tuple[Recipe, dict[str, M
     return recipe, assign(recipe, layers), choices
 
 
-def refuse_images_for_auto(data: str) -> None:
+def refuse_images_for_auto(data: Data) -> None:
     """Raise UnsupportedError if `bits: auto` is to be calibrated on images."""
     if has_images(data):
-        raise UnsupportedError(f"{data} has rows with images: bits: auto compares models on text alone", hint=_USE_TEXT)
+        raise UnsupportedError(
+            f"{label(data)} has rows with images: bits: auto compares models on text alone", hint=_USE_TEXT
+        )
 
 
 def _require_sight(plan: Plan, *, choosing_bits: bool) -> None:

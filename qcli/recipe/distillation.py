@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qcli.utils.options import Options, Place
+from qcli.recipe.texts import AnyText
+from qcli.utils.options import Options
 
 
 class Distillation(Options):
@@ -16,9 +17,8 @@ class Distillation(Options):
     2402.11295); `dad` weights ambiguous tokens more, as DB-LLM does (arXiv 2402.11960; the formula is ours).
     """
 
-    data: Place | None = Field(
+    data: AnyText | None = Field(
         default=None,
-        min_length=1,
         description="training text, named as in calibration.data; default: the calibration text",
     )
     samples: int | None = Field(default=None, ge=1, description="number of sequences; default: as for calibration")

@@ -61,20 +61,26 @@ class Draft:
         if not key or not equals:
             self.lines.append(f"--set {text}: must be key=value, as in method.bits=3")
             return
-        try:
-            document = read_yaml(value, f"--set {text}")
-        except UsageError as error:
-            self.lines.append(error.message)
-            return
-        self.lines += [f"--set {text}: {problem.message}" for problem in document.problems]
-        self.put(key.split("."), document.data, f"--set {text}")
+        self._add_yaml(key, value, f"--set {text}")
 
     def add_flag(self, path: str, value: Any) -> None:
         """The value of the flag that sets the dotted `path`."""
         if isinstance(value, str) and not is_text(value):
             self.lines.append(f"{flag_name(path)}: {HALF_A_CHARACTER}: rename it in UTF-8")
             return
+        if path.endswith(".data") and isinstance(value, str) and value.startswith(("{", "[")):
+            self._add_yaml(path, value, flag_name(path))  # a text that needs more than a name
+            return
         self.put(path.split("."), value, flag_name(path))
+
+    def _add_yaml(self, path: str, value: str, origin: str) -> None:
+        try:
+            document = read_yaml(value, origin)
+        except UsageError as error:
+            self.lines.append(error.message)
+            return
+        self.lines += [f"{origin}: {problem.message}" for problem in document.problems]
+        self.put(path.split("."), document.data, origin)
 
     def put(self, parts: Sequence[str], value: Any, origin: str) -> None:
         """Set the value at a path and create the mappings around it; items of a list have their index as name."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -29,6 +28,7 @@ from qcli.algorithms.refine import Refine
 from qcli.algorithms.transform import Transform
 from qcli.core.activations import Activations
 from qcli.data.begin import Bos
+from qcli.data.datasets import is_folder
 from qcli.recipe.allocation import Allocation, allocation_of
 from qcli.recipe.distillation import Distillation
 from qcli.recipe.dump import to_yaml
@@ -164,7 +164,7 @@ class Recipe(Options):
         if self.distill is not None:
             texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
         for section, text in texts.items():
-            if text.samples <= text.held_out and not Path(text.data).is_dir():  # a folder has as many as it has
+            if text.samples <= text.held_out and not is_folder(text.data):  # a folder has as many as it has
                 message = f"training holds out {text.held_out} of {text.samples} samples: none is left"
                 yield Issue((section, "samples"), message)
 

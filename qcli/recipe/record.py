@@ -102,5 +102,11 @@ def _renamed(fields: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
         return dict(fields)
     if inner:
         return {**fields, str(key): _renamed(value, tuple(inner))}
-    renamed = [portable_name(name) for name in value] if isinstance(value, list) else portable_name(value)
-    return {**fields, str(key): renamed}
+    return {**fields, str(key): _portable(value)}
+
+
+def _portable(value: Any) -> Any:
+    """The portable name of a model or a text, which may be a mapping, or a list of them."""
+    if isinstance(value, list | tuple):
+        return [_portable(each) for each in value]
+    return {**value, "path": portable_name(value["path"])} if isinstance(value, Mapping) else portable_name(value)

@@ -33,6 +33,8 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["$defs"]["Override"]["properties"]["method"] = partial
     _name_exports(schema["$defs"]["Pack"]["properties"])
+    for section in ("Calibration", "Distillation"):
+        _offer_names(schema["$defs"][section]["properties"]["data"])
     return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qcli recipe"}
 
 
@@ -43,6 +45,12 @@ def _offer_auto(options: dict[str, Any]) -> None:
             options[name] = {"anyOf": [options[name], {"const": AUTO}], "description": options[name]["description"]}
         own = Allocation.model_json_schema()["properties"]
         options |= {name: own[name] for name in OWN}
+
+
+def _offer_names(data: dict[str, Any]) -> None:
+    """Texts of a mixture may be names, too."""
+    mixture = next(part for part in data["anyOf"] if part.get("type") == "array")
+    mixture["items"] = {"anyOf": [{"type": "string"}, mixture["items"]]}
 
 
 def _name_exports(options: dict[str, Any]) -> None:

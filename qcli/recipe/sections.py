@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from qcli.data.datasets import set_names
 from qcli.data.default_text import AUTO, DEFAULT
-from qcli.data.text_files import FILES
+from qcli.data.names import FILES, set_names
 from qcli.recipe.errors import unknown
 from qcli.recipe.gates import Gates
 from qcli.recipe.plugins import EXPORTS
+from qcli.recipe.texts import AnyText, SingleText
 from qcli.utils import registry
 from qcli.utils.options import Options, Place
 
@@ -17,11 +17,11 @@ from qcli.utils.options import Options, Place
 class Text(Options):
     """Text to fit something to."""
 
-    data: Place = Field(
+    data: AnyText = Field(
         default=AUTO,
-        min_length=1,
-        description=f"{', '.join(set_names())}, self (sampled from the model), a {FILES} file, a folder written by "
-        f"`qcli calibrate`, or auto: {DEFAULT}",
+        description=f"{', '.join(set_names())}, `org/name` of a data set on the hub, self (sampled from the model), a "
+        f"{FILES} file, a folder written by `qcli calibrate`, or auto: {DEFAULT}; or a mapping that says more of a "
+        "text; or a list of such, which share the samples by weight",
     )
     samples: int = Field(default=128, ge=1, description="number of sequences")
     seq_len: int = Field(default=2048, ge=2, description="tokens per sequence")
@@ -103,7 +103,9 @@ class Pack(Options):
 class Eval(Options):
     """The evaluation of `qcli run`."""
 
-    perplexity: list[Place] = Field(default=[AUTO], min_length=1, description="texts, named as in calibration.data")
+    perplexity: list[SingleText] = Field(
+        default=[AUTO], min_length=1, description="texts, named as in calibration.data, each scored on its own"
+    )
     window: int | None = Field(
         default=None, ge=2, description="tokens per window; default: the model's context length, up to 2048"
     )

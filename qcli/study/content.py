@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from qcli.data.datasets import require_text
 from qcli.data.image_rows import data_content
+from qcli.data.source import Data, text_paths
 from qcli.recipe.recipe import Recipe
 from qcli.study.grid import Run
 from qcli.utils.trust import NOTHING, Trust
@@ -43,12 +44,12 @@ def require_texts(runs: Iterable[Run]) -> None:
 
 def _names(recipe: Recipe) -> Iterable[str]:
     yield recipe.source
-    yield from _texts(recipe)
+    yield from (path for text in _texts(recipe) for path in text_paths(text))
     if recipe.eval is not None:
         yield from (path for path in (recipe.eval.baseline, recipe.eval.include_path) if path is not None)
 
 
-def _texts(recipe: Recipe) -> Iterable[str]:
+def _texts(recipe: Recipe) -> Iterable[Data]:
     yield recipe.calibration.data
     if recipe.distill is not None:
         yield recipe.distill_text.data

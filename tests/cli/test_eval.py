@@ -229,3 +229,14 @@ def test_a_quiet_run_of_tasks_prints_the_result_alone(model: Path, tmp_path: Pat
     done = subprocess.run([sys.executable, "-m", "qcli", *command], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["tasks"].keys() == set(names.split(","))
+
+
+def test_a_text_may_be_a_mapping(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("title,body\n" + "one,two times two is four and so on and on\n" * 9)
+    flags = ("eval", model, "--window", 32, "--max-windows", 2, "--json", "--data")
+    code, _, err = invoke(*flags, tmp_path / "a.csv")
+    assert code == 2 and "it is unclear which column is the text; its columns: title, body" in err
+    result = invoke(*flags, f"{{path: {tmp_path / 'a.csv'}, column: body}}")
+    assert list(json.loads(result.out)["perplexity"]) == [f"{tmp_path / 'a.csv'}, column body"], result.err
+    code, _, err = invoke(*flags, "{path: a.csv, colum: body}")
+    assert (code, err.splitlines()[0]) == (2, "error: --data: colum: unknown key; did you mean 'column'?")

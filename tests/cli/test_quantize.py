@@ -316,3 +316,18 @@ def test_a_run_keeps_the_text_that_it_began_with(
     code, _, err = invoke(*flags, "--out", resumed, "--resume", "required")
     assert code == 0, err
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_texts_of_several_kinds_calibrate_together(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Two and two is four."}]}
+    (tmp_path / "chats.json").write_text(json.dumps([chat] * 9))
+    mixture = f"[{text}, {{path: {tmp_path / 'chats.json'}, weight: 0.5}}]"
+    flags = ("--bits", 3, "--group-size", 32, "--samples", 6, "--seq-len", 32)
+    code, _, err = invoke("quantize", model, *flags, "--data", mixture, "--out", tmp_path / "out")
+    assert code == 0, err
+    recorded = (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "path: text.txt" in recorded and "path: chats.json" in recorded and str(tmp_path) not in recorded
+    identity = json.loads((tmp_path / "out" / "qcli.manifest.json").read_text())["calibration_text_identity"]
+    assert [len(each) for each in identity.split(" + ")] == [64, 64]
+    evaluated = invoke("eval", tmp_path / "out", "--data", text, "--window", 32, "--max-windows", 2, "--json")
+    assert json.loads(evaluated.out)["fitted_to"] == [str(text)], "also one of several texts has been seen"

@@ -9,12 +9,18 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
+from qcli.data.row_texts import without_template
 from qcli.data.rows import kinds, open_rows
+from qcli.data.source import TextSource
 from qcli.data.text_files import read_file
 from qcli.utils.errors import UsageError
 
 ROWS = [{"text": 'one, "two"\n\u2028three', "id": "1"}, {"text": "four \u00e9", "id": "2"}]
 CSV = 'text,id\r\n"one, ""two""\n\u2028three",1\r\n\r\nfour \u00e9,2\r\n'
+
+
+def text_of(path: Path) -> str:
+    return read_file(TextSource(path=str(path)), without_template, calibration=True)
 
 
 def written(folder: Path, name: str) -> Path:
@@ -38,7 +44,7 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
     assert file.columns == ("text", "id")
     for _ in range(2):
         assert [row.values for row in file.read(("text", "id"))] == ROWS
-    assert read_file(str(file.path)) == "\n\n".join(row["text"] for row in ROWS)
+    assert text_of(file.path) == "\n\n".join(row["text"] for row in ROWS)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
@@ -47,7 +53,7 @@ def test_a_mark_at_the_start_of_a_file_is_no_text(name: str, tmp_path: Path) -> 
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [row.values for row in open_rows(path).read(("text",))] == ROWS
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfabc")
-    assert read_file(str(tmp_path / "a.TXT")) == "abc"
+    assert text_of(tmp_path / "a.TXT") == "abc"
 
 
 def test_json_may_have_an_object_a_line(tmp_path: Path) -> None:
@@ -87,21 +93,21 @@ def test_places_are_the_lines_where_rows_start(tmp_path: Path) -> None:
         ("a.csv", 'text\n"a\n', ":2: not CSV: unexpected end of data"),
         ("a.csv", "text,id,text\na,1,b\n", ":1: the header names 'text' twice"),
         ("a.csv", "text,id\n,1\n", ":2: 'text' is empty"),
-        ("a.csv", "body,id\na,1\n", ": no column 'text'"),
+        ("a.csv", "body,id\na,1\n", ": it is unclear which column is the text; its columns: body, id"),
         ("a.json", '[{"text": "a"}, {"body": "a"}]', ":1: no 'text'"),
     ],
 )
 def test_what_is_wrong_has_its_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        read_file(str(tmp_path / name))
+        text_of(tmp_path / name)
     assert caught.value.message == f"{tmp_path / name}{message}"
     assert caught.value.hint
 
 
 def test_a_long_field_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
-    assert read_file(str(tmp_path / "a.csv")) == "x" * 200_000
+    assert text_of(tmp_path / "a.csv") == "x" * 200_000
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -112,4 +118,4 @@ def test_files_of_every_kind_may_be_empty(kind: str, tmp_path: Path) -> None:
         )
     else:
         (tmp_path / f"a{kind}").write_text("text\n" if kind == ".csv" else "[ ]" if kind == ".json" else " \n")
-    assert read_file(str(tmp_path / f"a{kind}")) == ""
+    assert text_of(tmp_path / f"a{kind}") == ""

@@ -241,7 +241,7 @@ def test_bad_files(tmp_path: Path, file: Callable[[str, str], str]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "none.parquet")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     expected = {
-        str(tmp_path / "body.parquet"): "no column 'text'",
+        str(tmp_path / "body.parquet"): "it is unclear which column is the text; its columns: body, n",
         str(tmp_path / "none.parquet"): "row 1: 'text' is no text",
         file("text.parquet", "no parquet"): "not a readable parquet file",
         str(tmp_path / "latin.txt"): "not UTF-8 text (byte 3)",

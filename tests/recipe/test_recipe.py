@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from qcli.recipe.errors import issues
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.yaml import dotted, read_yaml
+from qcli.utils.errors import UsageError
 
 
 def refusals(data: Any) -> list[str]:
@@ -165,3 +168,55 @@ def test_recipes_are_frozen() -> None:
     recipe = load_recipe(None, {"model": "m"})
     with pytest.raises(ValidationError):
         recipe.seed = 1
+
+
+def test_texts_are_names_mappings_or_lists_of_them() -> None:
+    source = {"path": "a.csv", "column": "body"}
+    mixture = ["c4", {"path": "b.json", "template": "{q} {a}", "weight": 2.0}]
+    fields = {
+        "model": "m",
+        "calibration": {"data": mixture},
+        "distill": {"data": source},
+        "eval": {"perplexity": ["c4", {"path": "org/name", "split": "test[:9]"}]},
+    }
+    recipe = Recipe.model_validate(fields)
+    again = Recipe.model_validate(recipe.to_dict())
+    assert again == recipe and again.to_dict() == recipe.to_dict()
+    assert recipe.to_dict()["calibration"]["data"] == [{"path": "c4", "weight": 1.0}, mixture[1]]
+    assert recipe.to_dict()["distill"]["data"] == source
+    assert str(recipe.distill_text.data) == "a.csv, column body"
+
+
+@pytest.mark.parametrize(
+    ("data", "problems"),
+    [
+        ({"path": "a.csv", "colum": "x"}, ["calibration.data.colum: unknown key; did you mean 'column'?"]),
+        ({"column": "x"}, ["calibration.data.path: required"]),
+        ({"path": "a.csv", "weight": 2}, ["calibration.data.weight: unknown key"]),
+        ([], ["calibration.data: must not be empty"]),
+        ("", ["calibration.data: must not be empty"]),
+        (["c4", 3], ["calibration.data[1]: must be a name or a path, or a mapping as {path: a.csv, column: body}"]),
+        (
+            ["", {"path": "a.csv", "weight": 0.0}],
+            [
+                "calibration.data[0].path: must not be empty",
+                "calibration.data[1].weight: must be more than 0.0, not 0.0",
+            ],
+        ),
+        (
+            {"path": "a.csv", "column": "x", "template": "{x}"},
+            ["calibration.data: column and template are two ways to make text of a row: choose one"],
+        ),
+        ({"path": "a.csv", "template": "x"}, ["calibration.data: template names no column"]),
+        ({"path": "a.csv", "split": "train"}, ["calibration.data: config and split are of data sets on the hub"]),
+        (7, ["calibration.data: must be a name or a path, or a mapping as {path: a.csv, column: body}"]),
+    ],
+)
+def test_wrong_texts_have_their_place(data: object, problems: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"model: m\ncalibration: {{data: {json.dumps(data)}}}")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(tmp_path / "a.yaml", {})
+    found = caught.value.message.splitlines()
+    assert len(found) == len(problems)
+    for line, expected in zip(found, problems, strict=True):
+        assert line.startswith(f"{tmp_path / 'a.yaml'}:2:") and expected in line

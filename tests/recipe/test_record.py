@@ -126,3 +126,13 @@ def test_paths_of_older_manifests_are_left_out(tmp_path: Path) -> None:
         update={"recipe": manifest.recipe | {"model": "/home/me/x", "out": "/o", "resume": "auto"}}
     )
     assert portable_manifest(old).recipe == manifest.recipe | {"model": "x"}
+
+
+def test_paths_in_mappings_and_lists_are_portable() -> None:
+    recipe = {
+        "calibration": {"data": [{"path": "/t/a.csv", "column": "body"}, {"path": "c4"}]},
+        "eval": {"perplexity": ["/t/c.txt", {"path": "/t/d.json", "template": "{a}"}]},
+    }
+    fields = portable(recipe)
+    assert fields["calibration"]["data"] == [{"path": "a.csv", "column": "body"}, {"path": "c4"}]
+    assert fields["eval"]["perplexity"] == ["c.txt", {"path": "d.json", "template": "{a}"}]

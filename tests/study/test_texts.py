@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def named(runs: list[Run], known: set[str]) -> list[Run]:
     return with_texts(runs, lambda each: each, known)
 
 
-def texts_of(runs: list[Run]) -> list[tuple[str, list[str]]]:
+def texts_of(runs: list[Run]) -> list[tuple[Any, list[Any]]]:
     return [
         (run.recipe.calibration.data, run.recipe.eval.perplexity if run.recipe.eval is not None else []) for run in runs
     ]
