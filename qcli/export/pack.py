@@ -107,7 +107,10 @@ def _open_native(run: Path, trust: Trust) -> NativeSource:
         raise UsageError(
             f"{run} is already packed as {target}", hint="pack the folder of `qcli quantize` that it was made from"
         )
-    raise UsageError(f"{run} is not a qcli checkpoint", hint="quantize the model first")
+    raise UsageError(
+        f"{run} is not a qcli checkpoint",
+        hint="quantize the model first; `--format gguf --type Q4_K_M` has llama.cpp quantize it",
+    )
 
 
 def _write(

@@ -35,7 +35,7 @@ OPTIONAL = {  # what each is for
     "auto-round-lib": "transformers runs `pack --format gptq` on a CPU",
     "gptqmodel": "transformers loads `pack --format awq`",
     "vllm": "serving checkpoints and packs on a GPU",
-    "llama-cpp-python": "running `pack --format gguf`",
+    "llama-cpp-python": "`pack --format gguf --type`, and running the files",
 }
 
 

@@ -233,11 +233,15 @@ def _named(source: Packable, architecture: str) -> dict[str, tuple[str, ...]]:
     """The names in llama.cpp of all tensors of the dense model, each with the tensors that it stands for.
 
     Raises:
-        UnsupportedError: llama.cpp has none for a tensor.
+        UnsupportedError: llama.cpp has none for a tensor, or the package gguf is too old to know.
     """
     import gguf
 
     names = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in names:
+        raise UnsupportedError(
+            f"gguf: the installed package gguf does not know llama.cpp's {architecture}", hint="pip install -U gguf"
+        )
     table = gguf.get_tensor_name_map(names[architecture], source.hf_config().num_hidden_layers)
     named: dict[str, dict[int, str]] = {}
     for original in source.tensors():

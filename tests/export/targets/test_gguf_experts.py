@@ -129,6 +129,15 @@ def test_what_llama_cpp_does_not_compute_is_refused(model_type: str, config: dic
         metadata.architecture(tiny_config(model_type, **config))
 
 
+def test_a_package_that_does_not_know_the_architecture_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {key: name for key, name in gguf.MODEL_ARCH_NAMES.items() if name != "qwen3moe"}
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", names)
+    with pytest.raises(UnsupportedError, match="the installed package gguf does not know llama.cpp's qwen3moe"):
+        packed(tmp_path, tiny_model("qwen3_moe", tmp_path, **SMALL))
+
+
 def test_mixtrals_window_limits_the_context() -> None:
     config = tiny_config("mixtral", sliding_window=48)
     assert metadata._context(config, metadata.architecture(config)) == 48
