@@ -111,6 +111,7 @@ WITHOUT_ROW: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
 }
+WITHOUT_ROW["olmo_hybrid"] = {**_GQA, **_HEAD_DIM, **_DELTA}  # tensors that transformers joins
 WITHOUT_ROW["longcat_flash"] = {  # experts without weights behind the others
     **_MLA,
     "ffn_hidden_size": 128,

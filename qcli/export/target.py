@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -208,13 +209,25 @@ def write_layers(
     names, parts = list(source.tensors()), []
     for number, name in enumerate(names):
         progress("write", number, len(names))
-        if stored := {source.on_disk(own): value for own, value in tensors(name).items()}:
+        if stored := _as_on_disk(source, tensors(name)):
             parts.append(folder / f"part-{number:06d}.safetensors")
             shards.write_tensors(parts[-1], stored)
     shards.join([read_header(part) for part in parts], folder, shard_size)
     for part in parts:
         part.unlink()
     progress("write", len(names), len(names))
+
+
+def _as_on_disk(source: NativeSource, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By their names on disk."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        found |= source.as_on_disk(name, value, partial(_rows, value))
+    return found
+
+
+def _rows(whole: Tensor, start: int, stop: int) -> Tensor:
+    return whole[start:stop]
 
 
 def dense_config(source: ModelSource) -> dict[str, Any]:

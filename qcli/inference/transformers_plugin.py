@@ -158,10 +158,16 @@ def _check_files(
     files: list[str], names: Names, model: Any, replaced: dict[str, QuantLinear | QuantEmbedding], guard: str | None
 ) -> None:
     """Raise VerificationError unless the files hold exactly the tensors that the model needs, and the guard."""
-    headers = {name: extent.stored for file in files for name, extent in read_header(Path(file)).items()}
-    on_disk = {names.name_in_model(name): stored for name, stored in headers.items()}
-    if len(on_disk) < len(headers):
+    parts: dict[str, list[StoredTensor]] = {}
+    for file in files:
+        for name, extent in read_header(Path(file)).items():
+            parts.setdefault(names.name_in_model(name), []).append(extent.stored)
+    if any(len(stored) > 1 and not names.joins(name) for name, stored in parts.items()):
         raise VerificationError("the checkpoint has tensors twice, under an old and a new name", hint="copy it again")
+    on_disk = {
+        name: stored[0] if len(stored) == 1 else stored[0].rows(0, sum(part.shape[0] for part in stored))
+        for name, stored in parts.items()
+    }
     if guard is not None:
         known_as = (guard, guard.removeprefix(f"{model.base_model_prefix}."), names.name_in_model(guard))
         if on_disk.pop(next((name for name in known_as if name in on_disk), guard), None) != GUARD:

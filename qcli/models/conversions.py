@@ -64,7 +64,15 @@ class Conversion:
             shape = shapes.get(name, first.stored.shape)  # of a tensor that the model lacks, it will be refused
             yield (
                 name,
-                _Converted(name, converter, self.target, self.model, sources, StoredTensor(first.stored.dtype, shape)),
+                _Converted(
+                    name,
+                    converter,
+                    self.target,
+                    self.model,
+                    sources,
+                    StoredTensor(first.stored.dtype, shape),
+                    names={pattern: tuple(sorted(own, key=dot_natural_key)) for pattern, own in self.sources.items()},
+                ),
             )
 
 
@@ -74,6 +82,7 @@ class _Converted(Derived):
 
     Attributes:
         stacked: whether sources are single tensors of stacks, as is the result.
+        names: of the stored tensors, as `sources` has them.
     """
 
     name: str
@@ -83,6 +92,18 @@ class _Converted(Derived):
     sources: Mapping[str, tuple[SourceTensor, ...]]
     stored: StoredTensor
     stacked: bool = False
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def joined(self) -> tuple[tuple[str, SourceTensor], ...]:
+        from transformers.core_model_loading import Concatenate
+
+        match self.converter.operations:
+            case [Concatenate(dim=0)] if not self.stacked:
+                known = [pattern for pattern in self.converter.source_patterns if pattern in self.names]
+                pairs = (zip(self.names[pattern], self.sources[pattern], strict=True) for pattern in known)
+                return tuple(pair for group in pairs for pair in group)
+        return ()
 
     @property
     def origins(self) -> tuple[Extent, ...]:

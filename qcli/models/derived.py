@@ -27,6 +27,11 @@ class Derived(ABC):
     stored: StoredTensor
 
     @property
+    def joined(self) -> tuple[tuple[str, SourceTensor], ...]:
+        """The stored tensors by name, if it is no more than these, one after the other along the first dimension."""
+        return ()
+
+    @property
     @abstractmethod
     def origins(self) -> tuple[Extent, ...]:
         """The stored tensors, as far as they are read."""

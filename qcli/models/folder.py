@@ -94,6 +94,11 @@ class FolderSource(ModelSource):
     def name_in_model(self, stored: str) -> str:
         return self.names.name_in_model(stored)
 
+    def _joined(self, name: str) -> list[tuple[str, int]]:
+        if name not in self.derived:
+            return []
+        return [(stored, tensor.stored.shape[0]) for stored, tensor in self.derived[name].joined]
+
     @property
     def left_out(self) -> list[str]:
         return self.names.ignored if self.family.renames is None else []

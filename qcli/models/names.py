@@ -114,6 +114,16 @@ class Names:
             stored = apply_renamings(self._in_module_list(whole), self._backwards)
         return stored if whole == name else _with_part(stored, part)
 
+    def joins(self, name: str) -> bool:
+        """Whether transformers joins a tensor of the causal LM from several, one after the other."""
+        from transformers.core_model_loading import Concatenate
+
+        for converter in self._converters:
+            match converter.operations:
+                case [Concatenate(dim=0)] if name.endswith(converter.target_patterns[0]):
+                    return True
+        return False
+
     def stack_of(self, name: str) -> str | None:
         """The tensor in the causal LM, with those of all experts, that checkpoints on the hub store in place of an
         expert's own tensor of this name; None: they store a tensor of this name."""

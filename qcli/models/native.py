@@ -130,8 +130,16 @@ class NativeSource(QuantizedSource):
         Args:
             changed: tensors that replace the checkpoint's.
         """
-        parts = [{self.on_disk(name): (changed or {}).get(name, extent)} for name, extent in self.extents.items()]
-        return with_guard(parts, self.on_disk(self._guard), guard_extent(self.weight_files()[0]))
+        changed = changed or {}
+        own: list[Mapping[str, Extent]] = []
+        for name, stored in (self.extents | self.derived).items():
+            extent = changed.get(name, stored)
+            if isinstance(extent, Extent):
+                own.append(self.as_on_disk(name, extent, extent.rows))
+            else:
+                own.append({part: piece for part, piece in extent.joined if isinstance(piece, Extent)})
+                assert own[-1], f"{name} is no stored tensor, and not joined from such"
+        return with_guard(own, self.on_disk(self._guard), guard_extent(self.weight_files()[0]))
 
     @property
     def vocabulary(self) -> Mapping[str, LayerStorage]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qcli.core.weight import Format
 from qcli.models import families
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from qcli.core.activations import Activations
+
+T = TypeVar("T")
 
 # Fields of config.json that choose a tokenizer's class.
 _TOKENIZER_FIELDS = ("model_type", "tokenizer_class", "auto_map")
@@ -130,6 +132,24 @@ class ModelSource:
     def name_in_model(self, stored: str) -> str:
         """The opposite of `on_disk`."""
         raise NotImplementedError
+
+    def as_on_disk(self, name: str, whole: T, rows: Callable[[int, int], T]) -> dict[str, T]:
+        """A tensor, or what stands for it, by name on disk: one, or several where this model stores it so.
+
+        Args:
+            name: as `on_disk` takes it.
+            whole: the tensor.
+            rows: a part of it, from one row up to another.
+        """
+        parts, start, found = self._joined(name), 0, dict[str, T]()
+        for stored, count in parts:
+            found[stored] = rows(start, start + count)
+            start += count
+        return found if parts else {self.on_disk(name): whole}
+
+    def _joined(self, name: str) -> list[tuple[str, int]]:
+        """Names on disk, and rows, of the stored tensors that a tensor is, one after the other; none: it is one."""
+        return []
 
     def formats(self) -> Mapping[str, Format]:
         """The formats of the quantized layers, by name."""

@@ -27,7 +27,11 @@ def publish_checkpoint(
     folder = run.result()
     progress("write", 0, 1)
     stored: list[Mapping[str, Extent]] = [
-        {plan.source.on_disk(name): extent for name, extent in read_header(run.file(part)).items()}
+        {
+            stored: own
+            for name, extent in read_header(run.file(part)).items()
+            for stored, own in plan.source.as_on_disk(name, extent, extent.rows).items()
+        }
         for part in parts.names()
     ]
     guard = guard_extent(run.file(parts.names()[-1]))

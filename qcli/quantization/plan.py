@@ -122,7 +122,14 @@ class Plan:
     def bytes(self) -> int:
         """Size of the safetensors files, to the byte."""
         parts = with_guard(self.parts, guard_name(self.formats), GUARD)
-        on_disk = [{self.source.on_disk(name): tensor for name, tensor in part.items()} for part in parts]
+        on_disk = [
+            {
+                stored: own
+                for name, tensor in part.items()
+                for stored, own in self.source.as_on_disk(name, tensor, tensor.rows).items()
+            }
+            for part in parts
+        ]
         return shards.shard_bytes(on_disk, shards.SHARD_SIZE)
 
     @cached_property

@@ -50,6 +50,10 @@ class StoredTensor(NamedTuple):
         """Size on disk."""
         return DTYPES[self.dtype].bytes * prod(self.shape)
 
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """Consecutive indices along the first dimension."""
+        return StoredTensor(self.dtype, (stop - start, *self.shape[1:]))
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype."""

@@ -47,9 +47,8 @@ class Extent:
 
     def rows(self, start: int, stop: int) -> Extent:
         """Consecutive indices along the first dimension, whose bytes are together in the file."""
-        shape = (stop - start, *self.stored.shape[1:])
         row = self.bytes // self.stored.shape[0]
-        return Extent(self.file, StoredTensor(self.stored.dtype, shape), self.start + start * row, shape[0] * row)
+        return Extent(self.file, self.stored.rows(start, stop), self.start + start * row, (stop - start) * row)
 
 
 def read_header(file: Path) -> dict[str, Extent]:

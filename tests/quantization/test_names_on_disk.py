@@ -48,6 +48,23 @@ def test_names_are_those_of_the_hub_and_every_loader_finds_them(model_type: str,
     torch.testing.assert_close(logits(tmp_path / "q"), streamed(tmp_path / "q"), rtol=1e-4, atol=1e-4)
 
 
+def test_what_transformers_joins_is_apart_again(tmp_path: Path) -> None:
+    """Kernels of queries, keys and values, which it loads as one."""
+    model = tiny_model("olmo_hybrid", tmp_path)
+    kernels = {name for name in on_disk(model) if "conv1d" in name}
+    assert len(kernels) == 3
+    result = run(model, tmp_path / "q", method__name="rtn")
+    assert (tmp_path / "q" / "model.safetensors").stat().st_size == result.plan.bytes
+    for format in ("qcli", "dense"):
+        pack(tmp_path / "q", tmp_path / format, format=format, shard_size=10**9)
+    before = load_file(model / "model.safetensors")
+    for folder in ("q", "qcli", "dense"):
+        after = load_file(tmp_path / folder / "model.safetensors")
+        assert {name for name in after if "conv1d" in name} == kernels
+        assert all(torch.equal(after[name], before[name]) for name in kernels)
+        torch.testing.assert_close(logits(tmp_path / folder), streamed(tmp_path / "q"), rtol=1e-4, atol=1e-4)
+
+
 def test_dense_experts_are_stacks_again_where_the_hub_has_stacks(tmp_path: Path) -> None:
     random_model("gpt_oss", vocab_size=320).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
