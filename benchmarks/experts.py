@@ -1,12 +1,15 @@
-"""What calibrates the experts of a mixture best: python -m benchmarks.experts.
+"""What quantizes and calibrates the experts of a mixture best: python -m benchmarks.experts [ARM...].
 
 No small mixture of experts with real weights is at hand, so one is made of a real model: stories260k, whose every MLP
 becomes eight experts, copies with independent noise, behind a random router. Its text is real, and so are the inputs
 of its experts, of which each sees a part. KL is against the mixture itself, on a text that nothing was fitted to.
+
+With names of arms, their rows replace those in the table.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +28,8 @@ EXPERTS, CHOSEN, NOISE = 8, 2, 0.3
 SAMPLES, LENGTH = 32, 256
 ARMS: dict[str, dict[str, Any]] = {
     "rtn": {"method.name": "rtn"},
+    "teq": {"method.name": "teq", "method.steps": 100},
+    "teq, loss kl": {"method.name": "teq", "method.steps": 100, "method.loss": "kl"},
     "gptq-like, own tokens alone": {"calibration.expert_tokens": 1},
     "gptq-like": {},
     "gptq-like, at least 4 times the inputs": {"calibration.expert_tokens": 256},
@@ -61,7 +66,10 @@ def mixture(folder: Path) -> str:
 
 
 def main() -> None:
-    """Quantize and evaluate every arm; print and keep the table."""
+    """Quantize and evaluate the arms; print and keep the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of: {'; '.join(ARMS)}")
+    arms = parser.parse_args().arms or [*ARMS]
     texts = common.assets() / "text"
     shared = {"calibration.data": str(texts / "gutenberg-1342.txt"), "calibration.samples": SAMPLES}
     shared |= {
@@ -70,11 +78,12 @@ def main() -> None:
         "method.group_size": 32,
         "method.group_tail": "ragged",
     }
-    rows: list[dict[str, Any]] = []
+    rows = [row for row in common.kept("experts").get("rows", []) if row["arm"] not in arms]
     with tempfile.TemporaryDirectory() as root:
         model = mixture(Path(root) / "mixture")
         for bits in (4, 3, 2):
-            for arm, options in ARMS.items():
+            for arm in arms:
+                options = ARMS[arm]
                 out, started = Path(root) / "out" / f"{bits}-{arm}", time.perf_counter()
                 recipe = load_recipe(None, {"model": model, "method.bits": bits} | shared | options)
                 result = quantize(recipe, out)
@@ -89,6 +98,7 @@ def main() -> None:
                 }
                 rows.append(row | {"kl": found.kl})
                 print(rows[-1], flush=True)
+    rows.sort(key=lambda row: (-row["bits"], [*ARMS].index(row["arm"])))
     common.save("experts", {"experts": EXPERTS, "chosen": CHOSEN, "noise": NOISE, "samples": SAMPLES, "rows": rows})
 
 

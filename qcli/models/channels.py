@@ -363,7 +363,7 @@ class Channels:
         path = weight.name.rpartition(".")[0]
         conv = isinstance(self._block.get_submodule(path), Conv1D)
         fitting = weight.turned != conv and not weight.offset
-        if not fitting or (bias is not None and (own is None or own.name != f"{path}.bias")):
+        if not fitting or (bias is not None and (own is None or own.name != f"{path}.bias" or own.offset)):
             return False
         rows: _Maps = {}
         for producer, channels in maps.items():
@@ -385,13 +385,13 @@ class Channels:
         """A norm that is one operation."""
         at, bias_at = _NORMS[func.overloadpacket.__name__]
         weight = self._weights.get(id(args[at])) if len(args) > at else None
-        if weight is None or args[at].ndim != 1 or weight.offset:
+        if weight is None or args[at].ndim != 1:
             return False
         first = next(_tensors(out))
         self.end([args[0]], func.overloadpacket.__name__)
         if bias_at is not None and isinstance(args[bias_at], Tensor):
             bias = self._weights.get(id(args[bias_at]))
-            if bias is None or bias.name != f"{weight.name.rpartition('.')[0]}.bias":
+            if bias is None or bias.name != f"{weight.name.rpartition('.')[0]}.bias" or bias.offset:
                 return False
         return self._produces(weight, first)
 

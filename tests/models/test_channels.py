@@ -82,6 +82,10 @@ def layer_norm_and_view(block: Any, x: Tensor) -> Any:
     return block.up(y)
 
 
+def shifted_layer_norm(block: Any, x: Tensor) -> Any:
+    return block.up(F.layer_norm(x, (SIZE,), block.shifted.weight + 1))
+
+
 def routed(block: Any, x: Tensor) -> Any:
     y = block.norm(x)
     return block.up(y) * F.linear(y.double(), block.router.double()).softmax(-1)[..., :1].float()
@@ -100,6 +104,7 @@ def attention(block: Any, x: Tensor) -> Any:
         (gated, {"norm": ("gate", "up"), "up": ("down",)}),
         (two_factors, {"norm": ("gate", "up"), "up": ("down",)}),
         (layer_norm_and_view, {"layer_norm": ("up",)}),
+        (shifted_layer_norm, {"shifted": ("up",)}),
         (routed, {"norm": ("up",)}),
         (attention, {"shifted": ("up",), "up": ("down",)}),
     ],
@@ -111,6 +116,7 @@ def test_folds_are_found(forward: Forward, expected: dict[str, tuple[str, ...]])
 
 def test_routers_offsets_and_heads_are_part_of_folds() -> None:
     assert folds(routed)[0]["norm"].dense == ("router",)
+    assert folds(shifted_layer_norm)[0]["shifted"].norm_offset == 1.0
     found, _ = folds(attention)
     assert found["shifted"].norm_offset == 1.0
     places = found["up"].places
