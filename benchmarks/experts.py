@@ -1,10 +1,10 @@
-"""What quantizes and calibrates the experts of a mixture best: python -m benchmarks.experts [ARM...].
+"""What quantizes and calibrates the experts of a mixture best: python -m benchmarks.experts [--bits N]... [ARM...].
 
 No small mixture of experts with real weights is at hand, so one is made of a real model: stories260k, whose every MLP
 becomes eight experts, copies with independent noise, behind a random router. Its text is real, and so are the inputs
 of its experts, of which each sees a part. KL is against the mixture itself, on a text that nothing was fitted to.
 
-With names of arms, their rows replace those in the table.
+Rows replace those of the same width and arm in the table, as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main() -> None:
     """Quantize and evaluate the arms; print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of: {'; '.join(ARMS)}")
-    arms = parser.parse_args().arms or [*ARMS]
+    parser.add_argument("--bits", type=int, action="append", help="default: 4, 3 and 2")
+    given = parser.parse_args()
     texts = common.assets() / "text"
     shared = {"calibration.data": str(texts / "gutenberg-1342.txt"), "calibration.samples": SAMPLES}
     shared |= {
@@ -78,11 +79,13 @@ def main() -> None:
         "method.group_size": 32,
         "method.group_tail": "ragged",
     }
-    rows = [row for row in common.kept("experts").get("rows", []) if row["arm"] not in arms]
+    rows: dict[tuple[int, str], dict[str, Any]] = {
+        (row["bits"], row["arm"]): row for row in common.kept("experts").get("rows", [])
+    }
     with tempfile.TemporaryDirectory() as root:
         model = mixture(Path(root) / "mixture")
-        for bits in (4, 3, 2):
-            for arm in arms:
+        for bits in given.bits or (4, 3, 2):
+            for arm in given.arms or ARMS:
                 options = ARMS[arm]
                 out, started = Path(root) / "out" / f"{bits}-{arm}", time.perf_counter()
                 recipe = load_recipe(None, {"model": model, "method.bits": bits} | shared | options)
@@ -96,10 +99,11 @@ def main() -> None:
                     "bits_per_weight": result.plan.bits_per_weight,
                     "seconds": seconds,
                 }
-                rows.append(row | {"kl": found.kl})
-                print(rows[-1], flush=True)
-    rows.sort(key=lambda row: (-row["bits"], [*ARMS].index(row["arm"])))
-    common.save("experts", {"experts": EXPERTS, "chosen": CHOSEN, "noise": NOISE, "samples": SAMPLES, "rows": rows})
+                rows[bits, arm] = row | {"kl": found.kl}
+                print(rows[bits, arm], flush=True)
+                order = sorted(rows, key=lambda key: (-key[0], [*ARMS].index(key[1])))
+                settings = {"experts": EXPERTS, "chosen": CHOSEN, "noise": NOISE, "samples": SAMPLES}
+                common.save("experts", settings | {"rows": [rows[key] for key in order]})
 
 
 if __name__ == "__main__":

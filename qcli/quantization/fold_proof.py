@@ -14,7 +14,8 @@ from qcli.utils.errors import UnsupportedError
 from qcli.utils.text import with_wildcards
 
 _TOLERANCE = 1e-4  # of a token's norm
-_COARSE = 3e-2  # the same for norms with an offset, whose weights are rounded, in half precision
+_HALF = 1e-3  # the same in half precision, of which float16 rounds the smallest numbers
+_COARSE = 3e-2  # the same for norms with an offset, whose weights are rounded
 
 
 @torch.no_grad()
@@ -42,14 +43,15 @@ def prove_folds(stream: ModelStream) -> None:
         for producer, scales in alike.items():
             exponents = [torch.randint(-1, 2, (scale.size,), generator=generator) for scale in scales]
             fold(block, scales, [torch.exp2(each.float()).to(stream.device) for each in exponents])
-            difference = _difference(stream.run_block(block, index, hidden), before, scales[0], stream.dtype)
-            if difference:
+            found = stream.run_block(block, index, hidden)
+            if difference := _difference(found, before, scales[0], stream.dtype):
                 readers = ", ".join(dict.fromkeys(with_wildcards(path) for path in scales[0].readers))
                 raise UnsupportedError(
                     f"model type {stream.family.model_type!r}: block {index} computes something else when factors are "
                     f"folded into {producer} and {readers} (outputs differ by {difference:.1%})",
                     hint="methods without transforms take any model, such as gptq-like",
                 )
+            before = found
 
 
 def _difference(found: Tensor, expected: Tensor, scale: ChannelScale, dtype: torch.dtype) -> float:
@@ -59,4 +61,5 @@ def _difference(found: Tensor, expected: Tensor, scale: ChannelScale, dtype: tor
     errors = (found.double() - expected.double()).norm(dim=-1) / size
     rounded = scale.norm_offset != 0
     difference = float(errors.median() if rounded else errors.max())
-    return 0.0 if difference <= (_COARSE if rounded and dtype != torch.float32 else _TOLERANCE) else difference
+    half = _COARSE if rounded else _HALF
+    return 0.0 if difference <= (_TOLERANCE if dtype == torch.float32 else half) else difference

@@ -134,6 +134,12 @@ def test_a_router_is_rounded_to_what_is_stored(tmp_path: Path) -> None:
     assert torch.equal(block.router, (before * alpha).bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_moe"])
+def test_folds_are_proven_in_half_precision(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    prove_folds(ModelStream(open_source(str(tiny_model(model_type, tmp_path))), device=CPU, dtype=dtype))
+
+
 def test_a_fold_that_changes_the_function_is_refused(tmp_path: Path) -> None:
     stream = stream_of("granite", tmp_path)
     prove_folds(stream)
