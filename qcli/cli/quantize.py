@@ -1,8 +1,8 @@
 """`qcli quantize`."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from qcli.recipe.yaml import scalar
 from qcli.utils.placement import Placement
 from qcli.utils.registry import names
 from qcli.utils.text import with_wildcards
+
+if TYPE_CHECKING:
+    from qcli.quantization.plan import Plan
 
 METHODS = names("qcli.algorithms.methods")
 _SHOWN = 3  # fallbacks that differ only in numbers
@@ -150,12 +153,7 @@ def quantize(
 
         require_fit(resolved, trust)
         if dry_run:
-            from qcli.quantization.footprint import memory_hint, planned, quantization_placement
-
-            plan = make_plan(resolved, trust)
-            placement = quantization_placement(plan)
-            session.result(planned(plan, placement), show_plan)
-            placement.require(memory_hint(plan))
+            report_plan(session, make_plan(resolved, trust), show_plan)
             return
         from qcli.quantization.quantize import quantize as run
 
@@ -163,6 +161,34 @@ def quantize(
         result = run(resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_result)
         session.suggest(lambda: after_checkpoint(out, resolved.source, trust))
+
+
+def report_plan(session: Session, plan: "Plan", show: Callable[[Tables, dict[str, Any]], None], **more: Any) -> None:
+    """Print a plan at once, then how long it would take, which takes a probe of this machine.
+
+    Args:
+        more: further fields of the result.
+
+    Raises:
+        ResourceError: what it needs does not fit; the plan is printed before.
+    """
+    from qcli.quantization.estimate import estimated_seconds
+    from qcli.quantization.footprint import memory_hint, planned, quantization_placement
+
+    placement = quantization_placement(plan)
+    result = planned(plan, placement) | more
+    if session.json:  # one object
+        result["seconds_estimate"] = estimated_seconds(plan) if placement.problem is None else None
+    session.result(result, show)
+    placement.require(memory_hint(plan))
+    if not session.json and (seconds := estimated_seconds(plan)) is not None:
+        session.result({"seconds_estimate": seconds}, show_time)
+
+
+def show_time(tables: Tables, estimate: dict[str, Any]) -> None:
+    """How long a plan would take."""
+    about = duration(estimate["seconds_estimate"])
+    tables.pairs({"time": f"about {about}, an estimate from a short probe of this machine"})
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from qcli.cli._out import out_of, quantized_name
 from qcli.cli.distill import show_distilled
 from qcli.cli.eval import show_evaluation, show_gates
 from qcli.cli.pack import show_packed
-from qcli.cli.quantize import show_plan, show_result
+from qcli.cli.quantize import report_plan, show_plan, show_result
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables
 
@@ -70,7 +70,6 @@ def run(
         trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         require_fit(resolved, trust)
         from qcli.pipeline import Pipeline
-        from qcli.quantization.footprint import memory_hint, planned, quantization_placement
         from qcli.utils.device import local_device
         from qcli.utils.distributed import process_group
 
@@ -86,9 +85,7 @@ def run(
         )
         if dry_run:
             pipeline.check()
-            placement = quantization_placement(pipeline.plan)
-            session.result(planned(pipeline.plan, placement) | {"stages": pipeline.stages}, show_run)
-            placement.require(memory_hint(pipeline.plan))
+            report_plan(session, pipeline.plan, show_run, stages=pipeline.stages)
             return
         result = pipeline.run()
         gates = None if resolved.eval is None else resolved.eval.gates
