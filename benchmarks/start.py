@@ -2,7 +2,9 @@
 
 CPU seconds of a process of `qcli quantize` on a model of two blocks until the first block is loaded, beyond those of
 `import torch`, and the modules that it has imported by then: with the short imports of `qcli.utils.lean`, and without
-them, as it was before. And wall and CPU time of `qcli --help` and `qcli recipe validate`. Medians of rounds in turn.
+them, as it was before. And wall and CPU time of commands that need no torch: `qcli --help`, `qcli recipe validate`,
+`qcli quantize` with a group size that does not fit, and `qcli study` where every run has its row. Medians of rounds in
+turn.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 from benchmarks import common
+from qcli.utils.errors import UsageError
 from tests.quantizing import write_text
 from tests.tiny import tiny_model
 
@@ -55,9 +58,11 @@ def first_block(arguments: list[str], *, whole: bool) -> dict[str, float]:
 
 
 def times(arguments: list[str]) -> tuple[float, float]:
-    """Wall and CPU milliseconds of one process of `qcli`, bytecode cached, as it is after the first start."""
+    """Wall and CPU milliseconds of one process of `qcli`, bytecode cached, as it is after the first start; it may be
+    one that refuses its arguments."""
     started, before = time.perf_counter(), getrusage(RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "qcli", *arguments], capture_output=True, check=True)
+    run = subprocess.run([sys.executable, "-m", "qcli", *arguments], capture_output=True, check=False)
+    assert run.returncode in (0, UsageError.exit_code), run.stderr.decode()
     after = getrusage(RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return 1000 * (time.perf_counter() - started), 1000 * cpu
@@ -72,6 +77,13 @@ def main() -> None:
         commands["qcli recipe validate"] = ["recipe", "validate", str(recipe)]
         model, text = tiny_model("llama", folder), write_text(folder)
         quantize = ["quantize", str(model), "--data", str(text), "--samples", "2", "--seq-len", "16", "--quiet"]
+        commands["qcli quantize, a wrong group size"] = [*quantize, "--group-size", "48"]
+        study = folder / "study.yaml"
+        study.write_text(
+            f"base: {{model: {model}, method: {{name: rtn, group_size: 32}}, "
+            f"eval: {{perplexity: [{text}], window: 64, max_windows: 1}}}}\ngrid: {{method.bits: [3, 4]}}\n"
+        )
+        commands["qcli study, nothing to do"] = ["study", str(study), "--out", str(folder / "study")]
         quantize += ["--device", "cpu", "--group-size", "32"]
         blocks: dict[str, list[dict[str, float]]] = {"short imports": [], "all imports": []}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}

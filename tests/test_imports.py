@@ -130,7 +130,7 @@ def test_importing_qcli_is_light() -> None:
 def test_help_imports_neither_torch_nor_pydantic_nor_rich(arguments: list[str]) -> None:
     after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
     assert "typer" in after
-    assert not after & (HEAVY | {"pydantic", "rich", "ruamel", "numpy"})
+    assert not after & (HEAVY | {"pydantic", "rich", "ruamel", "numpy", "socket", "ssl", "urllib.request"})
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["quantize", "--help"], ["quantize", "--nope"], ["recipe"]])
@@ -145,6 +145,7 @@ def test_wrong_usage_and_help_of_commands_are_light_too(arguments: list[str]) ->
         ["quantize", "m", "--method", "rtm", "--out", "x"],
         ["quantize", "m", "--bits", "99", "--dry-run"],
         ["recipe", "schema"],
+        ["recipe", "validate", "recipes/w3-quality.yaml"],
         ["recipe", "show", "--set", "model=m"],
         ["run", "no-such-recipe.yaml"],
     ],
@@ -153,6 +154,12 @@ def test_recipe_errors_and_explanations_do_not_import_torch(arguments: list[str]
     after = modules_after(f"from qcli.cli.main import main; main({arguments!r})")
     assert "pydantic" in after
     assert not after & HEAVY
+
+
+def test_validating_recipes_does_not_import_rich() -> None:
+    assert "rich" not in modules_after(
+        "from qcli.cli.main import main; main(['recipe', 'validate', 'recipes/rtn.yaml'])"
+    )
 
 
 @pytest.mark.parametrize("command", ["quantize", "dry run", "run", "bits: auto"])

@@ -1,14 +1,14 @@
 """`qcli recipe validate|show|schema`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qcli.cli import _flags as flags
 from qcli.cli._command import Command
 from qcli.cli.ui.session import Session
-from qcli.cli.ui.tables import Tables
+from qcli.utils.text import printable
 
 app = typer.Typer()
 
@@ -41,13 +41,10 @@ def validate(
                 hints += [error.hint] if error.hint else []
         if errors:
             raise UsageError(*errors, hint="; ".join(dict.fromkeys(hints)) or None)
-        session.result({"valid": [str(recipe) for recipe in recipes]}, show_valid)
-
-
-def show_valid(tables: Tables, result: dict[str, Any]) -> None:
-    """One line per file."""
-    for file in result["valid"]:
-        tables.line(f"{file}: valid")
+        if json:
+            session.result({"valid": [str(recipe) for recipe in recipes]})
+        else:  # without rich, a fifth of the start
+            session.text("".join(f"{printable(str(recipe))}: valid\n" for recipe in recipes))
 
 
 @app.command(cls=Command)

@@ -5,10 +5,7 @@ A text that is named never falls back to another.
 
 from __future__ import annotations
 
-import socket
 from functools import cache
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from qcli.utils.errors import warn
 
@@ -36,6 +33,10 @@ def default_text() -> str:
 
 def _unreachable() -> str | None:
     """Why no hub can be reached; None: it can, or a proxy decides."""
+    import socket  # late, with the others: a fifth of the start of the command line
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -96,7 +96,7 @@ def test_the_hub_is_asked_for_by_a_connection(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.test")
-    monkeypatch.setattr(default_text, "getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", connect)
     assert default_text.default_text() == default_text.default_text() == "wikitext2"
     default_text.default_text.cache_clear()
@@ -104,7 +104,7 @@ def test_the_hub_is_asked_for_by_a_connection(monkeypatch: pytest.MonkeyPatch) -
         assert default_text.default_text() == "builtin"
     assert asked == [("hub.test", 443)] * 2
     default_text.default_text.cache_clear()
-    monkeypatch.setattr(default_text, "getproxies", lambda: {"https": "proxy.test"})
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "proxy.test"})
     assert default_text.default_text() == "wikitext2"
     assert len(asked) == 2
 
