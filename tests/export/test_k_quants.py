@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -101,6 +102,14 @@ def test_another_model_in_the_file_is_an_error(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight does not read back"):
         pack_k_quants(str(model), tmp_path / "out", type="Q4_K_M")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
+
+
+def test_when_llama_cpp_fails_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_quantize, "require", lambda: "0.0")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp .* does not quantize .* to Q4_K_M: it ended with 1"):
+        pack_k_quants(str(with_merge(tiny_model("llama", tmp_path))), tmp_path / "out", type="Q4_K_M")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_without_the_package_it_is_refused(
