@@ -74,7 +74,8 @@ def quantize_as_written(
             run = stack.enter_context(RunFolder(Path(out), identity, recipe.resume, existing))
             opened.append(run)
             if resumed := BlockParts(plan, run).resumed:
-                progress("quantize", resumed, len(plan.parts) - 1, f"resuming: {resumed} blocks were done before")
+                count = len(plan.parts) - 1
+                progress("quantize", resumed, count, f"resuming: {resumed} of {count} blocks done before")
             require_space(Path(out), 2 * plan.bytes - run.size())
             if plan.calibrated:
                 progress("reading the text", 0, 0)

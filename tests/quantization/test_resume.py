@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from qcli.export.pack import pack
+from qcli.quantization.quantize import quantize
+from qcli.recipe.load import load_recipe
 from qcli.utils import run_folder, shards
 from qcli.utils.errors import ResourceError, StateError, UsageError
 from tests.quantizing import run, weights, write_text
@@ -94,6 +96,35 @@ def test_killed_process_resumes(tmp_path: Path, text: Path) -> None:
     assert json.loads(done.stdout)["resumed_blocks"] >= 3
     subprocess.run([*command, "--out", str(tmp_path / "straight")], capture_output=True, check=True)
     assert weights(out) == weights(tmp_path / "straight")
+
+
+def test_a_resumed_run_says_so_first_and_counts_what_is_left(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tiny_model("llama", tmp_path, num_hidden_layers=3), tmp_path / "out"
+    flags = {
+        "calibration.data": str(text),
+        "calibration.samples": 6,
+        "calibration.seq_len": 32,
+        "method.group_size": 32,
+    }
+    recipe = load_recipe(None, {"model": str(model), **flags})
+    commit = run_folder.RunFolder.commit
+
+    def dying(self: run_folder.RunFolder, part: str, *arguments: Any) -> None:
+        commit(self, part, *arguments)
+        if part.endswith("00001"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.RunFolder, "commit", dying)
+        quantize(recipe, out)
+    steps: list[tuple[str, int, int, str]] = []
+    quantize(recipe, out, lambda stage, done, total, detail="": steps.append((stage, done, total, detail)))
+    found = [step for step in steps if step[0] == "quantize"]
+    assert found[0] == ("quantize", 2, 3, "resuming: 2 of 3 blocks done before")
+    assert [detail for _, done, _, detail in found[2:] if done == 2] == [f"block {i} was done before" for i in range(2)]
+    assert [done for _, done, _, _ in found[-2:]] == [3, 3]
 
 
 def test_resume_refuses_other_settings(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
