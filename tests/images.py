@@ -21,6 +21,7 @@ _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "idefics3": {"pixel_values": (1, 1, 3, 56, 56)},
     "mistral3": {"pixel_values": (1, 3, 56, 56)},
     "internvl": {"pixel_values": (1, 3, 56, 56)},
+    "gemma4": {"pixel_values": (1, 16, 48)},
 }
 
 
@@ -33,6 +34,9 @@ def with_image(model_type: str, length: int = TOKENS.shape[1]) -> dict[str, Tens
         pixels = {name: torch.randn(shape, generator=drawn) for name, shape in _SHAPES[model_type].items()}
         if model_type == "mistral3":
             pixels["image_sizes"] = torch.tensor([[56, 56]])
+        if model_type == "gemma4":
+            places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+            pixels |= {"image_position_ids": places[None], "mm_token_type_ids": (tokens == 3).int()}
         types = {"token_type_ids": (tokens == 3).long()} if model_type == "gemma3" else {}
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **pixels, **types}
     tokens[:, 5] = 3  # 2 x 2 patches are merged to one

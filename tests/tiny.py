@@ -193,6 +193,11 @@ WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "idefics3": ({"model_type": "llama", **_GQA}, {**_VISION, **_LARGER}),
     "mistral3": ({"model_type": "mistral", **_GQA, **_HEAD_DIM}, {"model_type": "pixtral", **_VISION, **_LARGER}),
+    "gemma4": (
+        WITHOUT_ROW["gemma4_text"],
+        {**_VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+        | {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64, "default_output_length": 4},
+    ),
     "internvl": (
         {"model_type": "qwen2", **_GQA},
         {"model_type": "internvl_vision", **_VISION, "image_size": [56, 56], "patch_size": [14, 14]},
@@ -205,6 +210,13 @@ _PLACES: dict[str, dict[str, Any]] = {
     "idefics3": {"image_token_id": 3, "scale_factor": 2},
     "mistral3": {"image_token_index": 3},
     "internvl": {"image_token_id": 3},
+    "gemma4": {
+        "image_token_id": 3,
+        "video_token_id": 4,
+        "audio_token_id": 5,
+        "boi_token_id": 6,
+        "eoi_token_id": 7,
+    },
 }
 # Settings that change the structure of a family's blocks.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -19,7 +19,7 @@ from tests.quantizing import TOKENS
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
-TYPES = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "gemma3", "idefics3", "mistral3", "internvl")
+TYPES = ("llava", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "gemma3", "gemma4", "idefics3", "mistral3", "internvl")
 
 
 def samples(model_type: str) -> list[dict[str, Tensor]]:
