@@ -82,12 +82,7 @@ def main() -> None:
     text = str(common.assets() / "text" / "wikitext2.valid.detok.txt")
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
-        gguf = Path(common.smollm2())
-        script = str(common.assets() / "scripts" / "gguf_to_hf.py")
-        model = f"{folder}/model"
-        subprocess.run([sys.executable, script, str(gguf.parent), gguf.name, model], check=True)
-        if arguments.blocks is not None:
-            _cut(Path(model), arguments.blocks)
+        model = bf16_folder(Path(folder), arguments.blocks)
         for turn in range(arguments.rounds):
             row = {
                 "gptq-like": run(sys.executable, OURS, model, text, f"{folder}/ours-{turn}", "{}"),
@@ -102,6 +97,16 @@ def main() -> None:
             if arguments.blocks is None:
                 common.save("versus-llm-compressor", {"what": __doc__, "rounds": rounds, "ratios": _ratios(rounds)})
         print(json.dumps(_ratios(rounds), indent=1))
+
+
+def bf16_folder(folder: Path, blocks: int | None) -> str:
+    """SmolLM2-135M-Instruct as a bf16 checkpoint in `folder`, all or its first blocks; its path."""
+    gguf, model = Path(common.smollm2()), folder / "model"
+    script = str(common.assets() / "scripts" / "gguf_to_hf.py")
+    subprocess.run([sys.executable, script, str(gguf.parent), gguf.name, str(model)], check=True, stdout=sys.stderr)
+    if blocks is not None:
+        _cut(model, blocks)
+    return str(model)
 
 
 def _ratios(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, float]:

@@ -59,8 +59,9 @@ def distillation_demand(
     table = vocabulary * sizes.hidden  # the embedding, or the head
     outside, peak = itemsize * (sizes.outside - table) + kept * table, Peak(RUNTIME)
     logits = kept * tokens * vocabulary
-    # of both models, and the gradient, which deviation awareness needs twice
-    loss = (4 if options.loss == "dad" else 3) * logits + _PART * min(tokens * vocabulary, LOGITS_AT_ONCE[device])
+    # of both models, and the gradient, which deviation awareness needs twice; for bf16 products a CPU lays it out anew
+    copies = (4 if options.loss == "dad" else 3) + (fast and device == "cpu")
+    loss = copies * logits + _PART * min(tokens * vocabulary, LOGITS_AT_ONCE[device])
     joint = max(size for _, size in sizes.joined)
     computing = (_STEPS + 2 * kept) * sizes.block + max(_ROUNDING * joint, 2 * sizes.forward(tokens, kept))
     host = 4 * weights // processes if trained else 0  # the best step's latents

@@ -6,7 +6,7 @@ float32 whatever the dtype of the inputs; the caller averages over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -58,9 +58,7 @@ class _Divergence(torch.autograd.Function):
     def forward(context: Any, teacher: Tensor, student: Tensor, temperature: float, relative: bool) -> Tensor:
         result = torch.empty(len(student), device=student.device)
         gradient = torch.empty_like(student) if context.needs_input_grad[1] else None
-        tokens = max(1, LOGITS_AT_ONCE[student.device.type] // student.shape[1])
-        for first in range(0, len(student), tokens):
-            part = slice(first, first + tokens)
+        for part in _parts(student):
             target, own = (_log_probs(logits[part], temperature) for logits in (teacher, student))
             probabilities = target.exp()
             terms = target.sub_(own) if relative else -own
@@ -74,7 +72,16 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
         (own,), (of_loss,) = context.saved_tensors, gradients
-        return None, torch.mul(own, of_loss[:, None] * context.temperature, out=torch.empty_like(own)), None, None
+        factor = of_loss[:, None] * context.temperature
+        for part in _parts(own):  # a CPU makes float32 copies of both sides of a product of two dtypes
+            own[part] *= factor[part]  # in place: torch would refuse a second backward pass
+        return None, own, None, None
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Tokens of `[tokens, vocabulary]`, some at a time."""
+    step = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[1])
+    return (slice(first, first + step) for first in range(0, len(logits), step))
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
