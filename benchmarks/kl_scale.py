@@ -61,7 +61,13 @@ def main() -> None:
             "group_size": group_size,
             "windows": score.windows,
             "questions": given.questions,
-            **{key: value for key, value in found.to_json().items() if key not in ("model", "machine")},
+            "bits_per_weight": found.bits_per_weight,
+            "kl": found.kl,
+            "perplexity": score.perplexity,
+            "baseline_perplexity": score.baseline_perplexity,
+            "top1_agreement": found.top1_agreement,
+            "tasks": {task: result["score"] for task, result in found.to_json()["tasks"].items()},
+            "baseline_tasks": {task: result["baseline"] for task, result in found.to_json()["tasks"].items()},
         }
         print(name, bits, group_size, found.kl, found.top1_agreement, flush=True)
         common.save_row("kl_scale", ("method", "bits", "group_size"), row, __doc__)
