@@ -94,6 +94,8 @@ $ llama-cli -m DIR/{PACKED_GGUF}
             layers = [original.removesuffix(".weight") for original in originals]
             if any(layer in source.quantized or layer in source.vocabulary for layer in layers):
                 self._types |= dict.fromkeys(layers, _exact_type(source, layers))
+        computed = [layer for layer in (*source.quantized, *source.vocabulary) if layer in self._types]
+        self._types = {layer: self._types[layer] for layer in computed} | self._types  # messages name the first
         if self.rounded():
             self._require_roundable(source)
 
