@@ -5,6 +5,7 @@ They are computed only where they are shown, and one that would be refused is no
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -106,7 +107,7 @@ def _in_python(loading: str, folder: Path) -> Iterator[str]:
     """An interpreter that has run the code of a Markdown text."""
     for code in _PYTHON.findall(loading):
         lines = (line.partition("#")[0].strip() for line in code.splitlines())
-        script = "; ".join(filter(None, lines)).replace('"DIR"', repr(str(folder)))
+        script = "; ".join(filter(None, lines)).replace('"DIR"', json.dumps(str(folder)))
         yield shlex.join(["python", "-i", "-c", script])
 
 
