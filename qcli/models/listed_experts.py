@@ -76,8 +76,11 @@ class ListedExperts(nn.Module):
             parts = hidden.view(self.n_experts, -1, hidden.shape[-1])
             return torch.cat([self.expert(index, part) for index, part in enumerate(parts)])
         result = torch.zeros_like(hidden)
+        identity = hasattr(self._fused[0], "identity_expert")
         if hidden.is_meta:
-            return result + self.expert(0, hidden) * top_k_weights.sum(1, keepdim=True).to(hidden.dtype)
+            weights = top_k_weights.sum(1, keepdim=True).to(hidden.dtype)
+            result = result + self.expert(0, hidden) * weights
+            return result + hidden * weights if identity else result
         # All tokens of all experts at once: a GPU is waited for twice, whatever the number of experts.
         chosen_by = (top_k_index.unsqueeze(-1) == torch.arange(self.n_experts, device=hidden.device)).any(1)
         counts, tokens_of_all = chosen_by.sum(0).tolist(), chosen_by.T.nonzero()[:, 1]
@@ -86,7 +89,7 @@ class ListedExperts(nn.Module):
                 weights = (top_k_weights[tokens] * (top_k_index[tokens] == index)).sum(1, keepdim=True)
                 output = self._of_tokens(index, hidden, tokens)
                 result[tokens] += (output * weights).to(result.dtype)  # every token once: the same sums in any order
-        if hasattr(self._fused[0], "identity_expert"):
+        if identity:
             weights = (top_k_weights * (top_k_index >= self.n_experts)).sum(1, keepdim=True)
             result += (hidden * weights).to(result.dtype)
         return result

@@ -25,10 +25,15 @@ QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 # Of the last block; experts by the first.
 UNSCALED: dict[str, list[str]] = {
     "olmo3": [*QKV, "mlp.gate_proj", "mlp.up_proj"],  # norms come after
+    "olmo_hybrid": [*QKV, "mlp.gate_proj", "mlp.up_proj"],
     "phi": ["mlp.fc2"],  # behind a GELU
+    "nemotron": ["mlp.down_proj"],  # behind the square of a ReLU
     "gpt_oss": ["mlp.experts.0.down_proj"],  # up is clamped, and 1 added
     "gemma4_text": ["self_attn.o_proj", "per_layer_input_gate", "per_layer_projection"],  # values are normalized
     "zamba": ["linear", "mamba_decoder.mamba.out_proj"],
+    "longcat_flash": [  # some experts are the identity, which reads what the others do
+        *(f"{owner}.0.{name}_proj" for owner in ("mlp.experts", "mlps") for name in ("gate", "up")),
+    ],
     "deepseek_v4": ["self_attn.o_b_proj", "mlp.experts.0.down_proj", "mlp.shared_experts.down_proj"],
 }
 ROUTERS = {
