@@ -322,14 +322,27 @@ class Flow(TorchDispatchMode):
 
 def _by_experts(block: nn.Module, paths: list[str]) -> list[tuple[str, ...]]:
     """Linears that are worth quantizing among those that read one tensor; those of experts by themselves."""
-    gates = {module.n_experts for module in block.modules() if isinstance(module, ListedExperts)}
+    routers = {*_routers(block)}
     parts: dict[str | None, list[str]] = {}
     for path in paths:
         shape = block.get_submodule(path).get_parameter("weight").shape
         owner = _experts_around(block, path)
-        if min(shape) >= _SMALLEST and (owner is not None or shape[0] not in gates):
+        if min(shape) >= _SMALLEST and path not in routers:
             parts.setdefault(owner, []).append(path)
     return [tuple(part) for part in parts.values()]
+
+
+def _routers(block: nn.Module) -> Iterator[str]:
+    """Paths of linears with an output for each expert that stand by themselves beside the experts, at any depth."""
+    for beside, experts in block.named_modules():
+        while beside and isinstance(experts, ListedExperts):
+            beside, _, inner = beside.rpartition(".")
+            for name, child in block.get_submodule(beside).named_children():
+                linears = [path for path, module in child.named_modules() if isinstance(module, nn.Linear)]
+                if name != inner and len(linears) == 1:
+                    path = ".".join(filter(None, (beside, name, *linears)))
+                    if block.get_submodule(path).out_features == experts.n_experts:
+                        yield path
 
 
 def _experts_around(block: nn.Module, path: str) -> str | None:

@@ -87,6 +87,12 @@ def test_experts_have_sets_of_their_own_and_routers_stay_dense() -> None:
     assert not any("gate.weight" in path for path in discovered(tiny_config("qwen3_moe")).paths_of(1))
 
 
+def test_a_linear_with_as_many_outputs_as_there_are_experts_is_no_router() -> None:
+    config = tiny_config("mixtral", num_local_experts=32, num_key_value_heads=2, head_dim=16)
+    beside = [path for path in discovered(config).paths_of(1) if ".experts." not in path]
+    assert beside == [f"self_attn.{name}_proj" for name in "qkvo"]
+
+
 def test_a_chain_of_projections_is_read_up_to_the_one_that_leads_out() -> None:
     groups = discovered(tiny_config("deepseek_v3")).groups_of(0)
     number = {path: at for at, group in enumerate(groups) for path in group.linears}
