@@ -11,13 +11,24 @@ if TYPE_CHECKING:
     from qcli.models.source import ModelSource
 
 _DEFAULT = "default"  # of several templates
+_TODAY = "strftime_now"
+# In place of the function of transformers, without a change of the white space that comes after.
+_ONE_DAY = "{%- macro " + _TODAY + "(format) -%}26 Jul 2024{%- endmacro +%}"
 
 
 def chat_template(source: ModelSource) -> str | None:
-    """The chat template of a model's tokenizer, its default one if there are several."""
-    templates: Any = getattr(source.tokenizer(), "chat_template", None)
+    """The chat template of a model's tokenizer; see `template_of`."""
+    return template_of(source.tokenizer())
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer or a processor, its default one if there are several.
+
+    Where it writes today's date, it writes that of one day: the same rows are the same text tomorrow.
+    """
+    templates: Any = getattr(tokenizer, "chat_template", None)
     template = templates.get(_DEFAULT) if isinstance(templates, dict) else templates
-    return template or None
+    return f"{_ONE_DAY}{template}" if template and _TODAY in template else template or None
 
 
 def chat_render(source: ModelSource) -> Render:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
+from qcli.data.chats import template_of
 from qcli.data.image_rows import ImageRow, draw_rows
 from qcli.models.source import first_line
 from qcli.models.stream_samples import OF_TEXT
@@ -130,9 +131,9 @@ class _Processor:
     def _process(self, row: ImageRow, images: list[Any]) -> Mapping[str, Any]:
         processor = self._made
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-        text, messages = row.text, row.messages
+        text, messages, template = row.text, row.messages, template_of(processor)
         if text is not None and images and not (isinstance(token, str) and token in text):
-            if processor.chat_template:
+            if template:
                 shown = [{"type": "image"}] * len(images)
                 text, messages = None, ({"role": "user", "content": [*shown, {"type": "text", "text": text}]},)
             elif isinstance(token, str):
@@ -144,7 +145,7 @@ class _Processor:
                 )
         if text is not None:
             return dict(processor(text=[text], images=[images] if images else None, return_tensors="pt"))
-        if not processor.chat_template:
+        if not template:
             raise UnsupportedError(
                 f"{row.place}: 'messages' need a chat template, and the model has none", hint="use 'text'"
             )
@@ -152,7 +153,10 @@ class _Processor:
         chat = [
             {**message, "content": [_with_image(part, left) for part in message["content"]]} for message in messages
         ]
-        return dict(processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt"))
+        made = processor.apply_chat_template(
+            chat, chat_template=template, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return dict(made)
 
 
 def _with_image(part: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:

@@ -171,6 +171,14 @@ def test_another_chat_template_is_another_cache_entry(write: Write, tmp_path: Pa
     assert before.sha256 != after.sha256
 
 
+def test_a_template_that_writes_the_date_makes_the_same_text_every_day(write: Write, tmp_path: Path) -> None:
+    data, model = write("a.jsonl", [{"messages": MESSAGES}]), tiny_model("llama", tmp_path)
+    dated = "\n{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}never{% endif %}\n"
+    (model / "chat_template.jinja").write_text(dated + "{{ messages[0]['content'] }}")
+    text = read_text(data, chat_render(open_source(str(model))), calibration=True)
+    assert text == f"\n26 Jul 2024{ASKED}"
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Parts of the data set org/name; what is not there fails as `datasets` does."""
