@@ -142,6 +142,7 @@ class Pipeline:
             if EVALUATION not in stays:
                 require_evaluation_texts(self.recipe, self.plan.source, self.progress, trust=self.trust)
                 if tasks is not None:
+                    tasks.require_chat(self.plan.source)
                     tasks.require_data()
 
     def quantize(self) -> None:

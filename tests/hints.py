@@ -8,6 +8,7 @@ source. Hints of `CASES` in tests/cli/test_hints_help.py are executed there.
 from __future__ import annotations
 
 TESTS = {
+    "leave out --apply-chat-template": "tests/evaluation/test_tasks.py::test_questions_are_put_into_the_chat_template",
     "`qcli run … --dry-run` checks it": "tests/cli/test_hints.py::test_a_study_and_a_recipe_are_told_apart",
     "`qcli study … --dry-run` checks it": "tests/cli/test_hints.py::test_a_study_and_a_recipe_are_told_apart",
     "copy model.safetensors.index.json into it, which lies beside them where they come from": "tests/cli/test_hints.py::test_shards_without_their_index",

@@ -61,6 +61,13 @@ def evaluate(
     fewshot: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Few-shot examples per question. Default: the task's.")
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Put the questions of tasks into the model's chat template."),
+    ] = False,
+    task_batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Questions of tasks that run together. Default: 8.")
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Also report the error of every layer and block against the baseline.")
     ] = False,
@@ -111,7 +118,14 @@ def evaluate(
     """
     with Session(json=json, quiet=quiet, verbose=verbose, markdown=markdown) as session:
         names = list(dict.fromkeys(name.strip() for given in tasks or [] for name in given.split(",")))
-        for flag, value in {"limit": limit, "fewshot": fewshot, "include-path": include_path}.items():
+        of_tasks = {
+            "limit": limit,
+            "fewshot": fewshot,
+            "include-path": include_path,
+            "apply-chat-template": apply_chat_template or None,
+            "task-batch-size": task_batch_size,
+        }
+        for flag, value in of_tasks.items():
             if value is not None and not names:
                 raise UsageError(f"--{flag} needs --tasks")
         if trust_tasks and include_path is None:
@@ -143,13 +157,22 @@ def evaluate(
         trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         lm_eval = None
         if names:
+            from qcli.evaluation.task_model import BATCH_SIZE
             from qcli.evaluation.tasks import Tasks
 
             folder = None if include_path is None else str(include_path)
-            lm_eval = Tasks(names, folder, limit, fewshot, trusted=trust_tasks)
+            lm_eval = Tasks(
+                names,
+                folder,
+                limit,
+                fewshot,
+                chat=apply_chat_template,
+                batch_size=task_batch_size or BATCH_SIZE,
+                trusted=trust_tasks,
+            )
             lm_eval.require_scores(gates.min_task if gates is not None else ())
             for name in filter(None, [*models, baseline]):
-                open_source(name, trust)  # a wrong name fails before any data is loaded
+                lm_eval.require_chat(open_source(name, trust))  # a wrong name fails before any data is loaded
             lm_eval.require_data()
         sources = list(map(text_of_flag, texts))
         options = EvalOptions(sources, window, max_windows, lm_eval, layers, device, dtype, max_memory, trust, bos)

@@ -28,7 +28,15 @@ def recipe_tasks(recipe: Recipe, trust: Trust = NOTHING) -> Tasks | None:
     section = recipe.eval
     if section is None or not section.tasks:
         return None
-    tasks = Tasks(section.tasks, section.include_path, section.limit, section.fewshot, trusted=trust.tasks)
+    tasks = Tasks(
+        section.tasks,
+        section.include_path,
+        section.limit,
+        section.fewshot,
+        chat=section.apply_chat_template,
+        batch_size=section.task_batch_size,
+        trusted=trust.tasks,
+    )
     tasks.require_scores(section.gates.min_task if section.gates is not None else ())
     return tasks
 

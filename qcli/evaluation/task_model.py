@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
     from qcli.models.source import ModelSource
 
+BATCH_SIZE = 8  # questions that run together
+
 _BARS = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")  # modules that draw them
 
 
-def wrapped(loaded: Any, source: ModelSource, bos: Bos = "auto") -> Any:
+def wrapped(loaded: Any, source: ModelSource, bos: Bos = "auto", batch_size: int = BATCH_SIZE) -> Any:
     """The model for `simple_evaluate`.
 
     Args:
         bos: whether prompts begin with a begin token.
+        batch_size: prompts that run together.
 
     Raises:
         UnsupportedError: the tokenizer adds no begin token and cannot be made to.
@@ -53,7 +56,8 @@ def wrapped(loaded: Any, source: ModelSource, bos: Bos = "auto") -> Any:
     _require_padding(source, tokenizer)
     if bos is True:
         _require_begin(source, tokenizer)
-    return Checked(pretrained=loaded, tokenizer=tokenizer, batch_size=8, add_bos_token=None if bos == "auto" else bos)
+    begin = None if bos == "auto" else bos
+    return Checked(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=begin)
 
 
 def _require_begin(source: ModelSource, tokenizer: Any) -> None:

@@ -25,6 +25,7 @@ class TaskResult:
         version: of the task's definition.
         higher_is_better: false for metrics such as perplexity.
         bos: whether prompts begin with a begin token.
+        chat: whether questions were put into the model's chat template.
     """
 
     metric: str
@@ -35,15 +36,16 @@ class TaskResult:
     version: str
     higher_is_better: bool
     bos: bool
+    chat: bool
 
 
-def task_results(output: Mapping[str, Any], *, bos: bool) -> dict[str, TaskResult]:
+def task_results(output: Mapping[str, Any], *, bos: bool, chat: bool) -> dict[str, TaskResult]:
     """By task or group, all that have a score in lm-eval's output.
 
     Raises:
         UsageError: a task gives no number.
     """
-    return {task: _result(task, output, bos=bos) for task in output["results"] if _has_score(task, output)}
+    return {task: _result(task, output, bos=bos, chat=chat) for task in output["results"] if _has_score(task, output)}
 
 
 def _has_score(task: str, output: Mapping[str, Any]) -> bool:
@@ -51,7 +53,7 @@ def _has_score(task: str, output: Mapping[str, Any]) -> bool:
     return bool(output["n-samples"].get(task)) or any("," in key for key in output["results"][task])
 
 
-def _result(task: str, output: Mapping[str, Any], *, bos: bool) -> TaskResult:
+def _result(task: str, output: Mapping[str, Any], *, bos: bool, chat: bool) -> TaskResult:
     """From lm-eval's `{"acc,none": .., "acc_stderr,none": ..}`, where a filter follows the comma."""
     values = {tuple(key.split(",", 1)): value for key, value in output["results"][task].items() if "," in key}
     scores = {
@@ -75,6 +77,7 @@ def _result(task: str, output: Mapping[str, Any], *, bos: bool) -> TaskResult:
         version=str(output["versions"].get(task)),
         higher_is_better=False not in directions,
         bos=bos,
+        chat=chat,
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from qcli.data.begin import Bos, begin_tokens
+from qcli.data.chats import chat_template
 from qcli.evaluation.task_files import code_files, definition, is_own, members, task_manager
-from qcli.evaluation.task_model import hushed, wrapped
+from qcli.evaluation.task_model import BATCH_SIZE, hushed, wrapped
 from qcli.evaluation.task_results import TaskResult, task_results
 from qcli.evaluation.task_sandbox import TRUST, sandboxed
 from qcli.models.loadable import auto_class
@@ -35,6 +36,8 @@ class Tasks:
         include_path: folder of more task files.
         limit: use only the first questions of each task.
         fewshot: examples before each question; None: the task's default.
+        chat: put questions into the model's chat template.
+        batch_size: questions that run together.
         trusted: whether code in task files of `include_path` may run.
 
     Raises:
@@ -48,9 +51,12 @@ class Tasks:
         limit: int | None = None,
         fewshot: int | None = None,
         *,
+        chat: bool = False,
+        batch_size: int = BATCH_SIZE,
         trusted: bool = False,
     ) -> None:
         self.names, self.limit, self.fewshot, self.trusted = list(names), limit, fewshot, trusted
+        self.chat, self.batch_size = chat, batch_size
         if include_path is not None and not Path(include_path).is_dir():
             raise UsageError(f"include_path: {include_path} is not a folder")
         if "" in self.names:
@@ -80,6 +86,17 @@ class Tasks:
                     hint="list its tasks instead, both as tasks and as gates",
                 )
 
+    def require_chat(self, source: ModelSource) -> None:
+        """Check, before anything runs, that a model has a chat template where questions are put into it.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if self.chat and chat_template(source) is None:
+            raise UsageError(
+                f"{source.path} has no chat template to put questions into", hint="leave out --apply-chat-template"
+            )
+
     def require_data(self) -> None:
         """Load the tasks' data before anything runs.
 
@@ -106,6 +123,7 @@ class Tasks:
             "tasks": definition(self._manager.task_index, self.names),
             "limit": self.limit,
             "fewshot": self.fewshot,
+            "chat": self.chat,
             "lm_eval": version("lm_eval"),
         }
 
@@ -125,15 +143,16 @@ class Tasks:
 
         Raises:
             UsageError: a task's data cannot be loaded, its templates or its code fail on it, or it gives no number; the
-                tokenizer has no begin token, and `bos` is true.
+                tokenizer has no begin token, and `bos` is true; the model has no chat template, and `chat` is true.
         """
         from lm_eval import simple_evaluate
 
+        self.require_chat(source)
         tasks, stage = list(dict.fromkeys(self.names)), f"tasks of {name}"
         progress(stage, 0, len(tasks))
         with reported(f"{source.path}: transformers cannot load this model"):
             loaded = _load(source, device, dtype)
-            model = wrapped(loaded, source, bos)
+            model = wrapped(loaded, source, bos, self.batch_size)
         results: dict[str, TaskResult] = {}
         for done, task in enumerate(tasks, start=1):  # one by one: lm-eval's errors do not name the task
             with self._errors(task), self._restrictions(task), hushed(bars=progress is not silent):
@@ -142,12 +161,13 @@ class Tasks:
                     tasks=[task],
                     num_fewshot=self.fewshot,
                     limit=self.limit,
+                    apply_chat_template=self.chat,
                     task_manager=self._manager,
                     bootstrap_iters=100,
                     log_samples=False,
                 )
             assert output is not None
-            results |= task_results(output, bos=bool(begin_tokens(source, bos)))
+            results |= task_results(output, bos=bool(begin_tokens(source, bos)), chat=self.chat)
             progress(stage, done, len(tasks))
         return results
 

@@ -115,6 +115,10 @@ class Eval(Options):
     include_path: Place | None = Field(default=None, description="folder with additional task files")
     limit: int | None = Field(default=None, ge=1, description="questions per task; default: all")
     fewshot: int | None = Field(default=None, ge=0, description="few-shot examples per question; default: the task's")
+    apply_chat_template: bool = Field(
+        default=False, description="put the questions of tasks into the model's chat template"
+    )
+    task_batch_size: int = Field(default=8, ge=1, description="questions of tasks that run together")
     gates: Gates | None = Field(default=None, description="bounds that fail the run with exit code 4")
 
     @model_validator(mode="after")

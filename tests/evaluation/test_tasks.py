@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcli.data.begin import Bos
 from qcli.evaluation.evaluate import compare
@@ -64,6 +65,31 @@ def test_scores_are_those_of_the_loaded_models(folder: Path, tmp_path: Path) -> 
     assert result["baseline"] == pytest.approx(accuracy(model, 10))
     assert result["stderr"] > 0 or result["score"] in (0, 1)
     assert output["kl"] is None and output["perplexity"] == {}
+
+
+def test_questions_are_put_into_the_chat_template(folder: Path, tmp_path: Path) -> None:
+    """The likeliest answer after the template's own prompt; a model without one is refused before it is loaded."""
+    model = tiny_model("llama", tmp_path)
+    tasks = Tasks(["our_times"], str(folder), limit=10, chat=True, batch_size=3)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    right = 0
+    for entry in QUESTIONS[:10]:
+        chat = [{"role": "user", "content": entry["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        scores = []
+        for choice in entry["choices"]:  # type: ignore[attr-defined]
+            before, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + choice))
+            log = loaded(torch.tensor([whole])).logits[0].detach().log_softmax(-1)
+            scores.append(sum(float(log[i - 1, whole[i]]) for i in range(len(before), len(whole))))
+        right += scores.index(max(scores)) == entry["label"]
+    result = measure(tasks, model)["our_times"]
+    assert result.chat and result.score == pytest.approx(right / 10)
+    assert tasks.key != Tasks(["our_times"], str(folder), limit=10).key
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match="has no chat template"):
+        measure(tasks, model)
+    assert not measure(Tasks(["our_times"], str(folder), limit=1), model)["our_times"].chat
 
 
 def test_prompts_begin_as_bos_says(folder: Path, tmp_path: Path) -> None:
@@ -310,7 +336,7 @@ def test_the_first_filter_counts_and_directions_are_kept() -> None:
         "higher_is_better": {"sums": {"exact_match": True}, "prose": {"word_perplexity": False}},
         "group_subtasks": {},
     }
-    results = task_results(output, bos=False)
+    results = task_results(output, bos=False, chat=False)
     sums, prose = results["sums"], results["prose"]
     assert (sums.metric, sums.score, sums.stderr) == ("exact_match (strict-match)", 0.62, 0.02)
     assert sums.metrics == {"exact_match (strict-match)": 0.62, "exact_match (flexible-extract)": 0.31}
