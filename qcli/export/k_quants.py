@@ -22,6 +22,7 @@ from qcli.export.result import PackPlan, PackResult, Proof
 from qcli.export.target import dense_config
 from qcli.export.targets.gguf import GGUF
 from qcli.models.card import CARD
+from qcli.models.license import license_of
 from qcli.models.loadable import loading_code
 from qcli.models.manifest import LayerReport, Manifest, OriginalModel, recipe_sha256, require_own_checkpoint, versions
 from qcli.models.native import NativeSource
@@ -113,7 +114,7 @@ def pack_k_quants(
     Raises:
         UsageError: `model` is a checkpoint of qcli, or `statistics` are no statistics of it.
         UnsupportedError: a package is missing, or llama.cpp does not compute the model.
-        StateError: `out` exists.
+        StateError: `out` exists, or an interrupted run of it has finished parts.
         VerificationError: what was written is another model.
     """
     began = time.monotonic()
@@ -121,6 +122,7 @@ def pack_k_quants(
     reads = (model,) if statistics is None else (model, str(statistics))
     existing = Replacing(require_own_checkpoint, force, reads)
     run_folder.refuse_existing(out, existing)
+    run_folder.refuse_interrupted(out)
     with RunFolder(out, {"pack": type}, "never", existing) as run:
         try:
             folder = run.result()
@@ -257,6 +259,7 @@ def _record(
             source.fingerprint(),
             quantized_as=source.quantized_as,
             revision=None if hub is None else hub.commit,
+            license=license_of(source.path),
         ),
         calibration_tokens_sha256=record.get("tokens_sha256"),
         calibration_text_identity=record.get("text_identity"),

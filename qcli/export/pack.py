@@ -19,7 +19,7 @@ from qcli.models.native import NativeSource
 from qcli.models.open import open_source
 from qcli.recipe.record import portable_manifest, recipe_yaml
 from qcli.utils import run_folder
-from qcli.utils.errors import StateError, UsageError
+from qcli.utils.errors import UsageError
 from qcli.utils.files import write_bytes
 from qcli.utils.progress import Progress, silent
 from qcli.utils.run_folder import Replacing, RunFolder
@@ -66,10 +66,7 @@ def pack(
     source = _open_native(run, trust)
     existing = Replacing(require_own_checkpoint, force, (str(run),))
     run_folder.refuse_existing(out, existing)
-    if run_folder.has_parts(out):
-        raise StateError(
-            f"{run_folder.partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
-        )
+    run_folder.refuse_interrupted(out)
     _require_packable(source, target, allow_refused)
     Manifest.read(run).require_weights(run)
     with RunFolder(out, {"pack": format}, "never", existing) as folder:

@@ -151,9 +151,8 @@ class RunFolder:
 
     def _restore(self) -> None:
         """Put a result that was to be replaced back, unless the new one is in its place."""
-        if os.path.lexists(self._replaced) and not os.path.lexists(self.out):
-            with writing(self.out):
-                self._replaced.rename(self.out)
+        if os.path.lexists(self._replaced) and (not os.path.lexists(self.out) or is_empty_folder(self.out)):
+            publish(self._replaced, self.out)
 
     def size(self) -> int:
         """Bytes of the finished parts."""
@@ -306,6 +305,17 @@ def remove_remainder(out: Path) -> None:
 def has_parts(out: Path) -> bool:
     """Whether an interrupted run of `out` has finished parts."""
     return (partial(out) / _JOURNAL).exists()
+
+
+def refuse_interrupted(out: Path) -> None:
+    """Refuse, before any work, to write over an interrupted run of another command.
+
+    Raises:
+        StateError: it has finished parts.
+    """
+    if has_parts(out):
+        hint = "finish it, remove it, or choose another --out"
+        raise StateError(f"{partial(out)} holds an interrupted run", hint=hint)
 
 
 def part_file(folder: Path, part: str) -> Path:

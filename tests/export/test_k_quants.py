@@ -25,7 +25,8 @@ from qcli.models.manifest import Manifest
 from qcli.models.open import open_source
 from qcli.quantization.calibrate import calibrate
 from qcli.recipe.load import load_recipe
-from qcli.utils.errors import UnsupportedError, UsageError, VerificationError
+from qcli.utils.errors import StateError, UnsupportedError, UsageError, VerificationError
+from qcli.utils.run_folder import RunFolder
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model, with_merge
 
@@ -75,6 +76,7 @@ def test_experts_have_importance_of_their_own(tmp_path: Path, monkeypatch: pytes
 
 def test_the_result_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_merge(tiny_model("llama", tmp_path))
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     llama = Copying(monkeypatch)
     pack_k_quants(str(model), tmp_path / "out", type="Q4_K_M")
     assert (llama.type, llama.importance) == ("Q4_K_M", {})
@@ -88,6 +90,16 @@ def test_the_result_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert manifest.layers[0].fallbacks == ["64 inputs are no multiple of 256: F32"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "logits differ from the model's by at most 0" in card and "type: Q4_K_M" in card
+    assert manifest.source.license == {"license": "apache-2.0"} and 'license: "apache-2.0"' in card
+
+
+def test_an_interrupted_run_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Copying(monkeypatch)
+    with RunFolder(tmp_path / "out", {}, "auto") as interrupted:
+        interrupted.commit("00000", {"x": torch.ones(3)})
+    with pytest.raises(StateError, match=r"out\.partial holds an interrupted run"):
+        pack_k_quants(str(with_merge(tiny_model("llama", tmp_path))), tmp_path / "out", type="Q4_K_M")
+    assert interrupted.file("00000").exists()
 
 
 def test_another_model_in_the_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

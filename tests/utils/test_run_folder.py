@@ -249,12 +249,15 @@ def test_a_failure_while_replacing_leaves_the_old_result(
     assert contents(out) == {"config.json": b"old"}
 
 
+@pytest.mark.parametrize("made_again", [False, True], ids=["missing", "empty"])
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_kill_between_the_renames_loses_no_result(tmp_path: Path, resume: Resume) -> None:
+def test_a_kill_between_the_renames_loses_no_result(tmp_path: Path, resume: Resume, made_again: bool) -> None:
     out = result(tmp_path / "out", "old")
     with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
         result(run.result())
     out.rename(tmp_path / "out.partial" / "replaced")  # and no further
+    if made_again:
+        out.mkdir()  # as scripts do before they start a command
     with pytest.raises(StateError, match="out exists"):
         RunFolder(out, {}, resume)
     assert contents(out) == {"config.json": b"old"}
