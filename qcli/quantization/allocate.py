@@ -23,7 +23,7 @@ from qcli.evaluation.options import EvalOptions
 from qcli.models.manifest import AllocationReport, Manifest, TrialReport, recipe_sha256
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
-from qcli.quantization.calibration import recipe_tokens
+from qcli.quantization.calibration import recipe_tokens, require_same
 from qcli.quantization.job import quantize_as_written, run_identity
 from qcli.quantization.plan import make_plan, refuse_images_for_auto
 from qcli.quantization.result import Result
@@ -77,7 +77,9 @@ def allocate(
         def measure_sensitivities() -> tuple[Tensor, Losses]:
             opened.append(stack.enter_context(RunFolder(Path(out), identity, recipe.resume, existing)))
             shorter = recipe.model_copy(update={"calibration": calibration})
-            tokens = recipe_tokens(shorter, source, device, cache, progress, validation=held_out).ids
+            found = recipe_tokens(shorter, source, device, cache, progress, validation=held_out)
+            require_same(opened[0], calibration.data, found.sha256)
+            tokens = found.ids
             samples = max(1, min(calibration.samples, _SENSITIVITY_TOKENS // tokens.shape[1]))
             with matmul_precision(fast=False):
                 stream = ModelStream(source, device=device, dtype=dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from qcli.data.identity import text_identity
 from qcli.data.image_samples import ImageSamples, Samples, image_samples
-from qcli.data.source import label
+from qcli.data.source import Data, label
 from qcli.data.tokens import TokenRequest, Tokens, calibration_tokens, require_training_samples
 from qcli.models.open import ModelSource
 from qcli.quantization.plan import Plan
@@ -79,15 +80,31 @@ def _with_images(plan: Plan, run: RunFolder) -> CalibrationTokens:
     """
     recipe, text = plan.recipe, plan.recipe.calibration
     samples = image_samples(label(text.data), plan.source, samples=text.samples, seq_len=text.seq_len, seed=recipe.seed)
-    if run.done(_PART) is None:
-        run.commit(_PART, {}, {"text_identity": text_identity(text.data), "sha256": samples.sha256})
-    report = run.report(_PART)
-    if report["sha256"] != samples.sha256:
-        raise StateError(
-            f"{text.data}: the model's processor makes other samples of it than when the run began",
-            hint="start over with --resume never",
-        )
+    report = require_same(run, text.data, samples.sha256, {"text_identity": text_identity(text.data)})
     return CalibrationTokens(samples, report["text_identity"], None)
+
+
+def require_same(run: RunFolder, data: Data, sha256: str, report: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Note what a run is calibrated on where the samples themselves are not kept.
+
+    Args:
+        sha256: of the samples.
+        report: more to note.
+
+    Returns:
+        What was noted when the run began.
+
+    Raises:
+        StateError: the samples were others then.
+    """
+    if run.done(_PART) is None:
+        run.commit(_PART, {}, {**(report or {}), "sha256": sha256})
+    noted: dict[str, Any] = run.report(_PART)
+    if noted["sha256"] != sha256:
+        raise StateError(
+            f"{label(data)} gives other samples than when the run began", hint="start over with --resume never"
+        )
+    return noted
 
 
 def recipe_tokens(

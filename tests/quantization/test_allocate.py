@@ -25,7 +25,7 @@ from qcli.quantization.sensitivity import sensitivities
 from qcli.recipe.assign import assign
 from qcli.recipe.load import load_recipe
 from qcli.recipe.recipe import Recipe
-from qcli.utils.errors import QcliError, UsageError
+from qcli.utils.errors import QcliError, StateError, UsageError
 from tests.determinism import as_on_a_gpu
 from tests.tiny import tiny_model
 
@@ -136,6 +136,22 @@ def test_the_better_trial_is_shipped_and_its_recipe_repeats_it(
     monkeypatch.undo()
     monkeypatch.setattr("qcli.quantization.sensitivity._predicted", _stop)
     assert bytes_of(quantize(automatic, tmp_path / "resumed").out) == bytes_of(result.out)
+
+
+def test_a_run_does_not_go_on_with_another_text(
+    ready: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no text is named, and the hub was reached when the run began."""
+    first, second = ready.pop("calibration.data"), tmp_path / "second.txt"
+    second.write_text(Path(first).read_text().upper())
+    monkeypatch.setattr("qcli.data.tokens.named", lambda _: first)
+    monkeypatch.setattr("qcli.quantization.allocate.sensitivities", _stop)
+    for _ in range(2):
+        with pytest.raises(QcliError, match="stopped"):
+            quantize(recipe(**ready), tmp_path / "out")
+    monkeypatch.setattr("qcli.data.tokens.named", lambda _: str(second))
+    with pytest.raises(StateError, match="auto gives other samples than when the run began"):
+        quantize(recipe(**ready), tmp_path / "out")
 
 
 def bytes_of(folder: Path) -> bytes:
