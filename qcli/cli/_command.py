@@ -15,5 +15,5 @@ class Command(TyperCommand):
         for parameter, times in Counter(given).items():
             if isinstance(parameter, TyperOption) and times > 1 and not (parameter.multiple or parameter.count):
                 names = "/".join([parameter.opts[0], *parameter.secondary_opts[:1]])
-                ctx.fail(f"{names} is given {times} times, but only once has an effect")
+                ctx.fail(f"{names} is given {times} times; give it once")
         return super().parse_args(ctx, args)

@@ -353,7 +353,7 @@ def _worst(evaluation: dict[str, Any]) -> str | None:
     if evaluation["worst_window_kl"] is None:
         return None
     data, score = max(evaluation["perplexity"].items(), key=lambda item: item[1]["worst_window_kl"])
-    return f"{score['worst_window_kl']:.4g} (window {score['worst_window']} of {data})"
+    return f"{score['worst_window_kl']:.3g} (window {score['worst_window']} of {data})"
 
 
 def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:

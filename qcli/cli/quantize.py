@@ -188,7 +188,8 @@ def report_plan(session: Session, plan: "Plan", show: Callable[[Tables, dict[str
 def show_time(tables: Tables, estimate: dict[str, Any]) -> None:
     """How long a plan would take."""
     about = duration(estimate["seconds_estimate"])
-    tables.pairs({"time": f"about {about}, an estimate from a short probe of this machine"})
+    line_up = len("bits per weight")  # of the plan's lines above
+    tables.pairs({"time": f"about {about}, an estimate from a short probe of this machine"}, least=line_up)
 
 
 def show_plan(tables: Tables, plan: dict[str, Any]) -> None:

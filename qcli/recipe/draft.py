@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Draft:
                 text = file.read(MAX_BYTES + 1).decode()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(f"recipe {name}: {reason}") from None
+            raise UsageError(f"recipe {name}: {reason}", hint=_near_file(path)) from None
         document = read_yaml(text, name)
         if not isinstance(document.data, dict):
             raise UsageError(f"{name}:1:1: a recipe is a mapping of keys to values", hint="model: ...")
@@ -105,6 +106,14 @@ class Draft:
     def was_refused(self, path: KeyPath) -> bool:
         """Whether the value at `path`, or a mapping around it, has an error among `lines` already."""
         return any(path[:length] in self._refused for length in range(1, len(path) + 1))
+
+
+def _near_file(path: Path) -> str | None:
+    """The recipe beside a missing one whose name is nearest."""
+    if path.exists() or not path.parent.is_dir():
+        return None
+    near = get_close_matches(path.name, sorted(file.name for file in path.parent.glob("*.y*ml")), n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else None
 
 
 def flag_name(path: str) -> str:

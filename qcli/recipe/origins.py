@@ -54,5 +54,8 @@ class Origins:
     def line(self, problem: Issue) -> str:
         """`recipe.yaml:6:10: method.bitz: unknown key`, or `--bits: must be at least 2, not 1`."""
         origin = self.near(problem.path)
-        is_flag = origin is not None and origin.startswith("-") and problem.path in self.by_path  # which names the key
-        return ": ".join(filter(None, (origin, None if is_flag else dotted(problem.path), problem.message)))
+        path = problem.path
+        if origin is not None and origin.startswith("-") and path in self.by_path:  # a flag names what it sets,
+            whole = next(n for n in range(1, len(path) + 1) if self.by_path.get(path[:n]) == origin)
+            path = path[whole:]  # but not a key inside of it
+        return ": ".join(filter(None, (origin, dotted(path), problem.message)))

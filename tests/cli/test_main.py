@@ -103,7 +103,7 @@ def test_wrong_usage_is_one_line_and_a_hint(invoke: Invoke, arguments: list[str]
 def test_a_flag_with_one_value_is_given_once(invoke: Invoke, arguments: list[str], names: str) -> None:
     code, out, err = invoke(*arguments)
     assert (code, out) == (2, "")
-    assert f"{names} is given 2 times" in err.splitlines()[0]
+    assert f"{names} is given 2 times; give it once" in err.splitlines()[0]
 
 
 def test_repeatable_flags_may_be_repeated(invoke: Invoke) -> None:

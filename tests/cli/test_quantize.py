@@ -141,7 +141,9 @@ def test_dry_run_writes_nothing_and_refuses_a_model_that_does_not_load(
 def test_a_dry_run_of_a_calibrated_method_estimates_the_time_after_the_plan(invoke: Invoke, model: Path) -> None:
     code, out, err = invoke("quantize", model, "--dry-run")
     assert code == 0, err
-    assert re.fullmatch(r"time +about [0-9.]+ s, an estimate from a short probe of this machine", out.splitlines()[-1])
+    assert re.fullmatch(
+        r"time {13}about [0-9.]+ s, an estimate from a short probe of this machine", out.splitlines()[-1]
+    )
     assert json.loads(invoke("quantize", model, "--dry-run", "--json").out)["seconds_estimate"] > 0
     assert not re.search("^time", invoke("quantize", model, "--method", "rtn", "--dry-run").out, re.MULTILINE)
     data_free = json.loads(invoke("quantize", model, "--method", "rtn", "--dry-run", "--json").out)

@@ -146,6 +146,22 @@ def test_text_that_utf8_cannot_hold_is_refused_with_its_place(tmp_path: Path) ->
     )
 
 
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "vllm-w4.yaml").write_text("model: m")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(tmp_path / "vllm-w5.yaml", {})
+    assert caught.value.hint == f"did you mean {tmp_path / 'vllm-w4.yaml'}?"
+
+
+def test_key_inside_the_value_of_a_flag_is_named() -> None:
+    assert problems(None, {"model": "m", "calibration.data": "{path: a.csv, colum: body}"}) == [
+        "--data: colum: unknown key; did you mean 'column'?"
+    ]
+    assert problems(None, {"model": "m"}, ("method={bitz: 3}",)) == [
+        "--set method={bitz: 3}: bitz: unknown key; did you mean 'bits'?"
+    ]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert problems(tmp_path / "none.yaml") == [f"recipe {tmp_path / 'none.yaml'}: No such file or directory"]
 

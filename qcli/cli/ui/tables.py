@@ -61,10 +61,10 @@ class Tables:
             table.add_row(*(Text(shortened(cell, width)) for cell, width in zip(row, widths, strict=True)))
         self.console.print(table)
 
-    def pairs(self, pairs: Mapping[str, Any]) -> None:
-        """Draw a name and its value on each line; None is left out."""
+    def pairs(self, pairs: Mapping[str, Any], *, least: int = 0) -> None:
+        """Draw a name, `least` characters wide at least, and its value on each line; None is left out."""
         shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
-        width = max(map(len, shown), default=0)
+        width = max([least, *map(len, shown)])
         for name, value in shown.items():
             self._print(f"- {plain(name)}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
 
