@@ -314,8 +314,9 @@ def refuse_interrupted(out: Path) -> None:
         StateError: it has finished parts.
     """
     if has_parts(out):
-        hint = "finish it, remove it, or choose another --out"
-        raise StateError(f"{partial(out)} holds an interrupted run", hint=hint)
+        raise StateError(
+            f"{partial(out)} holds an interrupted run", hint="finish it, remove it, or choose another --out"
+        )
 
 
 def part_file(folder: Path, part: str) -> Path:

@@ -85,7 +85,10 @@ class CompressedTensors(ExportTarget):
         loading = [text for engine, text in _LOADING.items() if engine not in refused]
         if refused:
             loading.append(f"Does not load in {' and '.join(refused)}, for the reason in the table above.")
-        loading.append("Scales are float16; in `bfloat16` an engine rounds them to 8 bits of precision.")
+        loading.append(
+            "Scales of uniform grids are float16; in `bfloat16` an engine rounds them to 8 bits of precision. Those of "
+            "fp8 and nvfp4 are exact in it."
+        )
         return "\n\n".join(loading)
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
