@@ -80,6 +80,7 @@ class RunFolder:
             self._folder.release()
             raise
         self._intact: dict[str, bool] = {}
+        self._published = False
 
     def __enter__(self) -> RunFolder:
         return self
@@ -135,15 +136,21 @@ class RunFolder:
                     with writing(self.out):
                         self.out.rename(self._replaced)
             publish(self.path / _RESULT, self.out)
+            self._published = True
         except BaseException:
             self._restore()
             raise
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder, and with it a result that was not published."""
+        """Remove the folder, and with it a result that was not published; a result that was to be replaced stays, back
+        in its place, or in the folder if something else has taken that."""
         self._restore()
-        self._folder.remove()
+        if os.path.lexists(self._replaced) and not self._published:
+            warn(f"{self.path} has what was in {self.out}: move {self.out} away, and run the command again")
+            self._folder.release()
+        else:
+            self._folder.remove()
 
     @property
     def _replaced(self) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from qcli.utils import run_folder
 from qcli.utils.errors import QcliError, QcliWarning, StateError, UsageError
+from qcli.utils.files import publish
 from qcli.utils.run_folder import Replacing, Resume, RunFolder
 
 
@@ -246,6 +247,30 @@ def test_a_failure_while_replacing_leaves_the_old_result(
             run.publish()
         monkeypatch.undo()
         run.remove()
+    assert contents(out) == {"config.json": b"old"}
+
+
+def test_a_result_whose_place_is_taken_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = result(tmp_path / "out", "old")
+
+    def taken(partial: Path, out: Path) -> None:
+        if not out.exists():
+            out.mkdir()
+            (out / "thesis").touch()
+        publish(partial, out)
+
+    with RunFolder(out, {}, "auto", Replacing(own, force=True)) as run:
+        result(run.result())
+        monkeypatch.setattr("qcli.utils.run_folder.publish", taken)
+        with pytest.raises(StateError, match="created by something else"):
+            run.publish()
+        monkeypatch.undo()
+        with pytest.warns(QcliWarning, match="has what was in"):
+            run.remove()
+    assert sorted(contents(out)) == ["thesis"]
+    out.rename(tmp_path / "thesis")
+    with pytest.raises(StateError, match="out exists"):
+        RunFolder(out, {}, "auto")
     assert contents(out) == {"config.json": b"old"}
 
 
