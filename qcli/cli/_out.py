@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qcli.recipe.recipe import Recipe
 
 _RECORD = "stages.json"  # beside a stage of `qcli run`, whose folder says more than its own name
+_STAGES = ("quantized", "distilled", "packed")
 
 
 def out_of(session: Session, given: str | Path | None, default: str) -> Path:
@@ -43,4 +44,5 @@ def model_name(model: str) -> str:
 def checkpoint_name(folder: Path) -> str:
     """The name of a checkpoint's folder; of a stage of `qcli run`, that of the run."""
     folder = folder.absolute()
-    return (folder.parent if (folder.parent / _RECORD).exists() else folder).name or "model"
+    staged = folder.name in _STAGES and (folder.parent / _RECORD).exists()
+    return (folder.parent if staged else folder).name or "model"

@@ -66,6 +66,8 @@ def test_what_is_made_of_a_stage_has_the_name_of_its_run(tmp_path: Path) -> None
     assert checkpoint_name(stage) == "quantized"
     (stage.parent / "stages.json").touch()
     assert checkpoint_name(stage) == "gpt2-3bit"
+    beside = stage.parent / "other"  # a folder beside the stages is none of them
+    assert checkpoint_name(beside) == "other"
 
 
 def test_force_replaces_a_result_of_qclis_and_nothing_else(
