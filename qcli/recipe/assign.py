@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qcli.utils.dtypes import StoredTensor
 
 GROUP_SIZE = "group_size"
+_SMALLEST_GROUP = 16  # that a hint proposes: the tables of smaller ones take more than a bit per weight
 
 
 def assign(recipe: Recipe, layers: Sequence[Linear]) -> dict[str, Method | None]:
@@ -163,9 +164,13 @@ def _hint(recipe: Recipe, layers: Sequence[Linear], problems: Sequence[Issue]) -
     if paths:
         flags = all(recipe.origin(path).startswith("--group") for path in paths) or not recipe.has_file
         tail = "--group-tail ragged" if flags else "`group_tail: ragged`"
+        ragged = f"{tail} allows a shorter last group"
         divisor = gcd(*(layer.shape[1] for layer in layers))
-        fitting = f"--group-size {divisor & -divisor}" if flags else f"`group_size: {divisor & -divisor}`"
-        return f"{fitting} divides every row; {tail} allows a shorter last group"
+        size = divisor & -divisor
+        if size < _SMALLEST_GROUP:
+            return ragged
+        fitting = f"--group-size {size}" if flags else f"`group_size: {size}`"
+        return f"{fitting} divides every row; {ragged}"
     if layers and any(problem.path[0] == "overrides" for problem in problems):
         return f"layers have names like {layers[0].name}"
     return None

@@ -341,10 +341,10 @@ def test_gguf_stores_them_in_its_own_types(tied: bool, tmp_path: Path) -> None:
     ("tied", "fields", "message"),
     [
         (True, BOTH, r"--embeddings: the head shares the weights of model.embed_tokens, which `lm_head` gives another"),
-        (False, {"lm_head": {"group_size": 48}}, "--lm-head: groups of 48 do not divide its 64 inputs"),
-        (False, {"embeddings": {"group_size": 0}}, "--embeddings: must be positive, or -1 for whole rows"),
-        (False, {"lm_head": {"bits": 5}}, "--lm-head: must be 8, 6 or 4, not 5"),
-        (False, {"embeddings": {"method": "rtn"}}, "--embeddings: unknown key; known: bits, group_size"),
+        (False, {"lm_head": {"group_size": 48}}, "--lm-head: group_size: groups of 48 do not divide its 64 inputs"),
+        (False, {"embeddings": {"group_size": 0}}, "--embeddings: group_size: must be positive, or -1 for whole rows"),
+        (False, {"lm_head": {"bits": 5}}, "--lm-head: bits: must be 8, 6 or 4, not 5"),
+        (False, {"embeddings": {"method": "rtn"}}, "--embeddings: method: unknown key; known: bits, group_size"),
     ],
 )
 def test_what_does_not_fit_is_named(tied: bool, fields: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_everything_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     assert caught.value.hint == "`group_size: 32` divides every row; `group_tail: ragged` allows a shorter last group"
 
 
+def test_no_hint_proposes_tiny_groups() -> None:
+    with pytest.raises(UsageError, match="groups of 64 do not divide its 172 inputs") as caught:
+        assign(load_recipe(None, {"model": "m"}), [Linear("down_proj", 0, 0, (64, 172))])
+    assert caught.value.hint == "--group-tail ragged allows a shorter last group"
+
+
 def test_a_recipe_that_quantizes_nothing_is_refused() -> None:
     recipe = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
     with pytest.raises(UsageError, match="nothing to quantize"):
