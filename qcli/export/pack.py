@@ -125,7 +125,7 @@ def _write(
     written = target.open(folder, trust)
     difference = compare(source, written, target, progress)
     proof = prove(source, folder, target, trust, progress)
-    loading = loading_code(target.loading_in(target.refusals(source)), source.config)
+    loading = loading_code(target.loading_of(source), source.config)
     result = PackResult(
         out=out,
         format=target.name,

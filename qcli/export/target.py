@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -99,8 +99,8 @@ class ExportTarget:
         """Packages with which transformers loads the result, itself among them, to prove that it runs; or why none."""
         return ["transformers"]
 
-    def loading_in(self, refused: Collection[str]) -> str:
-        """`loading` without the engines that refuse this checkpoint."""
+    def loading_of(self, source: Packable) -> str:
+        """`loading` as it is for this checkpoint, without the engines that refuse it."""
         return self.loading
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:

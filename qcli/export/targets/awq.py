@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -83,7 +83,8 @@ class AWQ(ExportTarget):
     def proven_with(self, source: Packable) -> Sequence[str] | str:
         return "engines of this layout need kernels of their own; its files were read back by qcli"
 
-    def loading_in(self, refused: Collection[str]) -> str:
+    def loading_of(self, source: Packable) -> str:
+        refused = self.refusals(source)
         return "\n\n".join(text for engine, text in _LOADING.items() if engine not in refused)
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,18 +35,19 @@ __all__ = ["CompressedTensors"]
 
 
 _VLLM, _TRANSFORMERS = "vLLM", "transformers"
+_HALF = "float16"
 _LOADING = {
     _VLLM: """Loads in vLLM, by its rules.
 
 ```console
 $ vllm serve DIR
 ```""",
-    _TRANSFORMERS: """Loads in transformers with the package `compressed-tensors` (0.18 or later).
+    _TRANSFORMERS: f"""Loads in transformers with the package `compressed-tensors` (0.18 or later).
 
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("DIR", dtype="float16")
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="{_HALF}")
 ```""",
 }
 
@@ -81,8 +82,12 @@ class CompressedTensors(ExportTarget):
         refusal = self.refusals(source).get(_TRANSFORMERS)
         return ["transformers", "compressed-tensors"] if refusal is None else "transformers does not load it"
 
-    def loading_in(self, refused: Collection[str]) -> str:
-        loading = [text for engine, text in _LOADING.items() if engine not in refused]
+    def loading_of(self, source: Packable) -> str:
+        refused = self.refusals(source)
+        # Scales of fp8 are bfloat16 and may be beyond float16's range; those of grids are float16.
+        grids = all(isinstance(format, Affine) for format in _formats(source).values())
+        texts = {engine: text if grids else text.replace(_HALF, "bfloat16") for engine, text in _LOADING.items()}
+        loading = [text for engine, text in texts.items() if engine not in refused]
         if refused:
             loading.append(f"Does not load in {' and '.join(refused)}, for the reason in the table above.")
         loading.append(

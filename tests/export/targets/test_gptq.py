@@ -85,6 +85,7 @@ def test_other_zero_points_and_column_orders_are_refused(name: str, message: str
         ({"method__symmetric": False}, "4 bits asymmetric"),
         ({"overrides": [{"match": "*.down_proj", "method": {"bits": 8}}]}, "another format than"),
         ({"overrides": [{"match": "*.down_proj", "dense": True}]}, "down_proj is dense"),
+        ({"overrides": [{"match": "*.q_proj", "dense": True}]}, "q_proj is dense"),  # engines fuse it with k_proj
         ({"low_rank__rank": 2}, "is low-rank"),
     ],
 )
