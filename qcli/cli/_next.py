@@ -1,6 +1,6 @@
 """What may be done after a command: commands to copy, whatever they need included.
 
-They are computed only where they are shown, and one that would be refused is not shown.
+They are computed only where they are shown, without reading weights, and one that might be refused is not shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qcli.utils.trust import Trust
 
 _PROMPT = "Once upon a time"
-_FORMATS = ("compressed-tensors", "gguf", "gptq", "awq")  # the first that can hold a checkpoint is proposed
+_FORMATS = ("compressed-tensors", "gguf", "gptq", "awq")  # the first that surely holds a checkpoint is proposed
 _PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _SHELL = re.compile(r"^\$ (.+)$", re.MULTILINE)
 
@@ -74,15 +74,10 @@ def after_packing(folder: Path, loading: str, trust: Trust) -> Iterator[str]:
 
 
 def _pack(folder: Path, trust: Trust) -> Iterator[str]:
-    from qcli.export.pack import plan_pack
+    from qcli.export.packable import surely_packable
 
-    for format in _FORMATS:
-        try:
-            plan_pack(folder, format=format, trust=trust)
-        except QcliError:
-            continue
+    if (format := surely_packable(folder, _FORMATS, trust)) is not None:
         yield _qcli(trust, "pack", folder, "--format", format)
-        return
 
 
 def _generate(folder: Path, trust: Trust) -> Iterator[str]:

@@ -1,19 +1,24 @@
-"""Whether an export target can store the checkpoint of a plan: checked before anything is quantized."""
+"""Whether an export target can store a checkpoint, by its formats alone: before it is made, or without reading it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcli.core.activations import Activations
+from qcli.core.formats.affine import Affine
 from qcli.core.weight import Format
 from qcli.export.target import load_target, require_engines
 from qcli.models.families import Family, Linear
+from qcli.models.native import NativeSource
+from qcli.models.open import open_source
 from qcli.models.quantized import LayerStorage
 from qcli.quantization.plan import Plan
 from qcli.utils.dtypes import StoredTensor
+from qcli.utils.errors import QcliError, UnsupportedError
+from qcli.utils.trust import Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -36,6 +41,51 @@ def require_packable(
     target.check(planned)
     if not allow_refused:
         require_engines(target, planned)
+
+
+def surely_packable(run: Path, formats: Sequence[str], trust: Trust) -> str | None:
+    """The first of these export targets that stores the finished checkpoint in `run` whatever its values; None: none is
+    certain to. No weight is read, so that the answer takes as long for a large model as for a small one."""
+    source = open_source(str(run), trust)
+    if not isinstance(source, NativeSource):
+        return None
+    unread = _Unread(source.path, source.config, trust_remote_code=trust.remote_code)
+    for format in formats:
+        target = load_target(format, None)
+        try:
+            unread.companions()
+            target.check(unread)
+            require_engines(target, unread)
+        except QcliError:
+            continue
+        return format
+    return None
+
+
+class _Unread(NativeSource):
+    """A finished checkpoint that gives, in place of a weight, the hardest of its format to store."""
+
+    def read_quantized(self, layer: str) -> QuantizedWeight:
+        """Two rows with the lowest and the highest code, at the lowest and at the highest zero point; the scale, like
+        real ones, has inexact products.
+
+        Raises:
+            UnsupportedError: the format has no weight that is as hard to store as any other.
+        """
+        import torch
+
+        from qcli.core.weight import QuantizedWeight
+
+        storage = self.packed[layer]
+        format, columns = storage.format, storage.shape[1]
+        if not isinstance(format, Affine) or format.zero_point == "float":
+            raise UnsupportedError(f"whether {layer} can be stored depends on its weights")
+        ends, groups = torch.tensor([format.lowest, format.highest], dtype=torch.uint8), format.groups(columns)
+        codes = ends[torch.arange(columns) % 2].expand(2, columns)
+        tables = {"weight_scale": torch.full((2, groups), 0.3, dtype=torch.float16)}
+        if format.zero_point == "integer":
+            tables["weight_zero_point"] = ends[:, None].expand(2, groups)
+        return QuantizedWeight(format, (2, columns), codes, tables)
 
 
 class PlannedCheckpoint:

@@ -87,3 +87,18 @@ def test_a_run_proposes_what_its_last_stage_does(invoke: Invoke, model: Path, tm
     assert after[0] == ["qcli", "eval", str(tmp_path / "out" / "quantized"), "--baseline", str(model)]
     after = proposed(invoke("run", recipe, "--out", tmp_path / "out", "--set", "pack.format=dense"))
     assert [command[:2] for command in after] == [["python", "-i"], ["qcli", "generate"]]
+
+
+@pytest.mark.parametrize(("verbose", "told"), [(0, ""), (1, "no further suggestions: RuntimeError: out of ideas")])
+def test_a_suggestion_that_fails_does_not_fail_the_run(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verbose: int, told: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of ideas")
+
+    monkeypatch.setattr("qcli.export.packable.surely_packable", fails)
+    outcome = invoke(
+        "quantize", model, "--method", "rtn", "--group-size", 32, "--out", tmp_path / "o", *["-v"] * verbose
+    )
+    assert outcome.code == 0 and NEXT in outcome.err
+    assert told in outcome.err and ("out of ideas" in outcome.err) == bool(told)

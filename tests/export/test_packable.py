@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from qcli.export.packable import PlannedCheckpoint, require_packable
+from qcli.export.pack import plan_pack
+from qcli.export.packable import PlannedCheckpoint, require_packable, surely_packable
 from qcli.export.target import Packable, load_target
 from qcli.models.native import NativeSource
 from qcli.models.open import open_source
+from qcli.models.quantized import QuantizedSource
 from qcli.quantization.plan import make_plan
 from qcli.recipe.load import load_recipe
 from qcli.utils.errors import UnsupportedError
+from qcli.utils.trust import NOTHING
 from tests.quantizing import run, write_text
 from tests.tiny import tiny_model, with_merge
 
@@ -79,3 +82,27 @@ def test_a_tokenizer_that_llama_cpp_does_not_load_is_refused(tmp_path: Path) -> 
     recipe = load_recipe(None, {"model": str(tiny_model("llama", tmp_path)), "method.name": "rtn"})
     with pytest.raises(UnsupportedError, match="has no merges"):
         require_packable(make_plan(recipe), tmp_path / "out", "gguf", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("rtn", {"bits": 4, "symmetric": True}, "compressed-tensors"),
+        ("rtn", {"bits": 3}, "gguf"),
+        ("rtn", {"bits": 6}, "gguf"),  # Q8_0, whatever the zero points
+        ("rtn", {"bits": 3, "zero_point": "float"}, None),
+        ("fp8", {}, "compressed-tensors"),
+        ("nvfp4", {}, None),  # whose divisors have to be shared
+        ("onebit", {"paper": True}, None),
+    ],
+)
+def test_what_surely_packs_is_known_without_a_weight(
+    name: str, fields: dict[str, Any], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = with_merge(tiny_model("llama", tmp_path)), tmp_path / "out"
+    run(model, out, grouped=name == "rtn", method__name=name, **{f"method__{key}": fields[key] for key in fields})
+    with monkeypatch.context() as unread:
+        unread.setattr(QuantizedSource, "read_quantized", lambda *_: pytest.fail("a weight was read"))
+        assert surely_packable(out, ("compressed-tensors", "gguf", "gptq"), NOTHING) == expected
+    if expected is not None:
+        plan_pack(out, format=expected)

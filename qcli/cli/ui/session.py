@@ -120,11 +120,21 @@ class Session:
             tell(printable(text))
 
     def suggest(self, commands: Callable[[], Iterable[str]]) -> None:
-        """Print what may be done next, a command a line, which `commands` gives; with `--json` nothing."""
-        if not self.quiet and not self.json:
-            self.stop_progress()
+        """Print what may be done next, a command a line, which `commands` gives; with `--json` nothing.
+
+        The command has done its work: whatever goes wrong in here is told with `-v` and changes no exit code.
+        """
+        if self.quiet or self.json:
+            return
+        self.stop_progress()
+        try:
             for command in commands():
                 tell(f"next: {printable(command)}")
+        except Exception as error:
+            if self.verbose >= 2:
+                traceback.print_exception(error)
+            elif self.verbose:
+                self.note(f"no further suggestions: {type(error).__name__}: {error}")
 
     def result(self, data: Mapping[str, Any], show: Callable[[Tables, dict[str, Any]], None] | None = None) -> None:
         """Print the command's result: drawn by `show`, or as one JSON object with `--json` or without `show`."""
