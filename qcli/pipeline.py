@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcli.data.datasets import is_sampled
+from qcli.data.default_text import AUTO, ON_HUB, WITHOUT_HUB, default_text
 from qcli.data.identity import content_of
 from qcli.data.source import label
 from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
+from qcli.recipe.auto_text import says_auto, with_text
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval, Pack
 from qcli.utils import sealed
@@ -108,6 +110,10 @@ class Pipeline:
             PipelineResult(folder),
         )
         self.trust = trust
+        self.named = recipe  # what the stages do; what they are recorded to be made from is as it was written
+        if says_auto(recipe, calibrated=self.plan.calibrated or recipe.allocation is not None):
+            self.record.text = self._in_main(lambda: self.record.text or self._text_before() or default_text())
+            self.named = with_text(recipe, self.record.text)
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
             self.inputs["text"] = content_of(recipe.calibration.data)
@@ -140,7 +146,7 @@ class Pipeline:
 
             tasks = self.tasks
             if EVALUATION not in stays:
-                require_evaluation_texts(self.recipe, self.plan.source, self.progress, trust=self.trust)
+                require_evaluation_texts(self.named, self.plan.source, self.progress, trust=self.trust)
                 if tasks is not None:
                     tasks.require_chat(self.plan.source)
                     tasks.require_data()
@@ -151,7 +157,7 @@ class Pipeline:
             from qcli.quantization.quantize import quantize
 
             self.result.quantized = quantize(
-                self.recipe, self.model, self.progress, self.calibration_cache, trust=self.trust, force=self.force
+                self.named, self.model, self.progress, self.calibration_cache, trust=self.trust, force=self.force
             )
             self._in_main(lambda: self.record.finish(QUANTIZED))
 
@@ -165,7 +171,7 @@ class Pipeline:
             from qcli.distillation.distill import distill
 
             self.result.distilled = distill(
-                student, self.recipe, self.model, self.progress, trust=self.trust, force=self.force
+                student, self.named, self.model, self.progress, trust=self.trust, force=self.force
             )
             self._in_main(lambda: self.record.finish(DISTILLED))
 
@@ -176,7 +182,7 @@ class Pipeline:
             from qcli.evaluation.results import portable
 
             evaluation = evaluate_recipe(
-                self.recipe, self.model, self.tasks, self.cache, self.progress, trust=self.trust
+                self.named, self.model, self.tasks, self.cache, self.progress, trust=self.trust
             )
             self.record.write(EVALUATION, json_bytes(portable(evaluation.to_json())))
         self.result.evaluation = parse_json(self.record.read(EVALUATION))
@@ -223,6 +229,31 @@ class Pipeline:
         self.result.skipped.append(name)
         self.skip(self.folder / name)
         return False
+
+    def _text_before(self) -> str | None:
+        """What stood for `auto` in a folder whose record does not say so, as those of earlier versions: its results do.
+
+        Raises:
+            StateError: it was not the same for all of them.
+            QcliError: a result is damaged.
+        """
+        made = {name: inputs for name, inputs in self.record.stages.items() if (self.folder / name).exists()}
+        texts = set[str | None]()
+        if (quantized := made.get(QUANTIZED)) and quantized["recipe"]["calibration"]["data"] == AUTO:
+            texts.add(Manifest.read(self.folder / QUANTIZED).calibration_text_identity)
+        if distilled := made.get(DISTILLED):
+            data = distilled["distill"]["data"] or distilled["recipe"]["calibration"]["data"]
+            if data == AUTO:
+                texts.add(Manifest.read(self.folder / DISTILLED).distilled[-1].text_identity)
+        if (evaluated := made.get(EVALUATION)) and AUTO in (known := evaluated["eval"]["perplexity"]):
+            texts |= {text for text in parse_json(self.record.read(EVALUATION))["perplexity"] if text not in known}
+        texts &= {ON_HUB, WITHOUT_HUB}
+        if texts == {ON_HUB, WITHOUT_HUB}:
+            raise StateError(
+                f"one result in {self.folder} was made with {ON_HUB}, another with {WITHOUT_HUB}, as {AUTO} allowed",
+                hint="choose another --out",
+            )
+        return next(iter(texts), None)
 
     def _distilled_from(self) -> dict[str, Any]:
         """What the distilled model is made from, and with it what comes after."""
@@ -302,9 +333,9 @@ class Pipeline:
         from qcli.export.packable import PlannedCheckpoint
 
         student = PlannedCheckpoint(self.plan, self.folder).quantized
-        require_feasible(self.recipe, student, self.plan.source, shared=True)
-        if not is_sampled(self.recipe.distill_text.data):
-            distillation_tokens(self.recipe, self.plan.source)
+        require_feasible(self.named, student, self.plan.source, shared=True)
+        if not is_sampled(self.named.distill_text.data):
+            distillation_tokens(self.named, self.plan.source)
 
 
 def _packed_from(model: Mapping[str, Any], options: Pack) -> dict[str, Any]:
@@ -318,7 +349,8 @@ class StageRecord:
     A stage is recorded before it starts. Results appear complete or not at all, so a result that is there, with
     a record of the same inputs, is done. The hash of a result that is a file is recorded before it is written. Of a
     result that is going to be replaced, and of those of later stages, the hash is recorded until they are: as long as
-    they are there, the new ones are not.
+    they are there, the new ones are not. The text that stands for `auto` is recorded with the first stage that begins
+    after it was chosen, so that all stages and all later calls read the same.
 
     Args:
         force: whether results that were made with other settings are replaced.
@@ -336,11 +368,13 @@ class StageRecord:
             raise UsageError(f"{folder} is not a folder", hint="choose another --out")
         self.stages: dict[str, Any] = {}  # inputs by result, in the order in which stages began
         self.hashes: dict[str, str] = {}  # of files by name, of what is replaced by `_replaced(name)`
+        self.text: str | None = None  # what stands for `auto`; None: not chosen yet
         if (folder / RECORD).exists():
             try:
-                self.stages, self.hashes = sealed.load_json(folder / RECORD)
+                self.stages, self.hashes, *more = sealed.load_json(folder / RECORD)
             except sealed.Damaged as problem:
                 raise StateError(str(problem), hint="choose another --out") from None
+            self.text = more[0] if more else None  # earlier versions recorded none
 
     def write(self, name: str, content: bytes) -> None:
         """Write a result that is a file.
@@ -430,7 +464,7 @@ class StageRecord:
     def _save(self) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        sealed.write_json(self.folder / RECORD, [self.stages, self.hashes])
+        sealed.write_json(self.folder / RECORD, [self.stages, self.hashes, self.text])
 
     def _made_of(self, name: str) -> list[str]:
         """This result and those of later stages, as far as they exist."""

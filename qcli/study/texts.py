@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from qcli.data.default_text import AUTO, ON_HUB, WITHOUT_HUB, default_text
+from qcli.data.default_text import ON_HUB, WITHOUT_HUB, default_text
+from qcli.recipe.auto_text import says_auto, with_text
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.study.grid import Run, address_of
@@ -28,23 +29,16 @@ def with_texts(runs: Sequence[Run], addressed: Callable[[list[Run]], list[Run]],
 
 
 def _is_open(recipe: Recipe) -> bool:
-    distilled = [] if recipe.distill is None else [recipe.distill.data]
-    return AUTO in (recipe.calibration.data, *distilled, *(recipe.eval or Eval()).perplexity)
+    return says_auto(_evaluated(recipe))
 
 
 def _named(run: Run, text: str) -> Run:
     if not _is_open(run.recipe):
         return run
-    recipe = run.recipe
-    evaluation = recipe.eval or Eval()
-    changed: dict[str, object] = {
-        "eval": evaluation.model_copy(
-            update={"perplexity": [text if data == AUTO else data for data in evaluation.perplexity]}
-        )
-    }
-    if recipe.calibration.data == AUTO:
-        changed["calibration"] = recipe.calibration.model_copy(update={"data": text})
-    if recipe.distill is not None and recipe.distill.data == AUTO:
-        changed["distill"] = recipe.distill.model_copy(update={"data": text})
-    recipe = recipe.model_copy(update=changed)
+    recipe = with_text(_evaluated(run.recipe), text)
     return replace(run, recipe=recipe, address=address_of(recipe))
+
+
+def _evaluated(recipe: Recipe) -> Recipe:
+    """With the evaluation that every run of a study has."""
+    return recipe.model_copy(update={"eval": recipe.eval or Eval()})
