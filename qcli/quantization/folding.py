@@ -52,8 +52,8 @@ def fold(
         producer, alpha, name = block.get_submodule(scale.producer), factors.float(), f"{scale.producer}.weight"
         if (own := producer.get_parameter("weight")).ndim == 1:
             divisors = _divide_norm(own, scale.per_output(alpha), scale.norm_offset, stored.get(name))
-            folded = scale.outputs >= 0
-            alpha = torch.ones_like(alpha).index_copy(0, scale.outputs[folded], divisors[folded])
+            folded = torch.where(scale.outputs >= 0, scale.outputs, len(alpha))  # one place more for all others
+            alpha = alpha.new_ones(len(alpha) + 1).index_copy(0, folded, divisors)[:-1]
         else:
             weight = ModelStream.weight_of(producer)
             weight.copy_(weight / scale.per_output(alpha)[:, None])

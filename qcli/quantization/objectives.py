@@ -48,6 +48,7 @@ class BlockObjective:
         samples = int(processes.sum(sum(count for count, _ in shapes)))
         tokens = int(processes.sum(sum(count * length for count, length in shapes)))
         self.sampler, self.own = sampling.sampler(samples, tokens // samples), processes.share(samples)
+        self.one_length = len({length for _, length in shapes}) == 1  # as windows of text are, but not images
 
     def loss(self, weights: Weights, step: int) -> Tensor:
         indices = self.sampler.indices(step)
@@ -56,11 +57,12 @@ class BlockObjective:
         def loss(weights: Weights) -> Tensor:
             if not own:
                 return no_loss(weights)
-            pairs = [side.training.picked(own) for side in (self.inputs, self.targets)]
-            if len({len(sample) for sample in pairs[0]}) == 1:
-                error = self._error(weights, *map(torch.stack, pairs)).mean()
-            else:  # samples with images
-                each = (self._error(weights, *(sample[None] for sample in pair)) for pair in zip(*pairs, strict=True))
+            if self.one_length:
+                inputs, targets = (side.training.samples(own) for side in (self.inputs, self.targets))
+                error = self._error(weights, inputs, targets).mean()
+            else:
+                pairs = zip(*(side.training.picked(own) for side in (self.inputs, self.targets)), strict=True)
+                each = (self._error(weights, *(sample[None] for sample in pair)) for pair in pairs)
                 error = torch.cat([errors.flatten() for errors in each]).mean()
             return error if len(own) == len(indices) else error * (len(own) / len(indices))
 
