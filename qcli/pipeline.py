@@ -110,10 +110,6 @@ class Pipeline:
             PipelineResult(folder),
         )
         self.trust = trust
-        self.named = recipe  # what the stages do; what they are recorded to be made from is as it was written
-        if says_auto(recipe, calibrated=self.plan.calibrated or recipe.allocation is not None):
-            self.record.text = self._in_main(lambda: self.record.text or self._text_before() or default_text())
-            self.named = with_text(recipe, self.record.text)
         self.inputs: dict[str, Any] = {"source": self.plan.source.state(), "recipe": recipe.fingerprint_fields()}
         if self.plan.calibrated:
             self.inputs["text"] = content_of(recipe.calibration.data)
@@ -146,18 +142,19 @@ class Pipeline:
 
             tasks = self.tasks
             if EVALUATION not in stays:
-                require_evaluation_texts(self.named, self.plan.source, self.progress, trust=self.trust)
+                require_evaluation_texts(self._with_text(), self.plan.source, self.progress, trust=self.trust)
                 if tasks is not None:
                     tasks.require_chat(self.plan.source)
                     tasks.require_data()
 
     def quantize(self) -> None:
         """Quantize the recipe's model."""
+        recipe = self._in_main(self._with_text)
         if self._in_main(lambda: self._is_missing(QUANTIZED, self.inputs)):
             from qcli.quantization.quantize import quantize
 
             self.result.quantized = quantize(
-                self.named, self.model, self.progress, self.calibration_cache, trust=self.trust, force=self.force
+                recipe, self.model, self.progress, self.calibration_cache, trust=self.trust, force=self.force
             )
             self._in_main(lambda: self.record.finish(QUANTIZED))
 
@@ -167,23 +164,23 @@ class Pipeline:
             return
         student, self.model = self.model, self.folder / DISTILLED
         self.inputs = self._distilled_from()
+        recipe = self._in_main(self._with_text)
         if self._in_main(lambda: self._is_missing(DISTILLED, self.inputs)):
             from qcli.distillation.distill import distill
 
             self.result.distilled = distill(
-                student, self.named, self.model, self.progress, trust=self.trust, force=self.force
+                student, recipe, self.model, self.progress, trust=self.trust, force=self.force
             )
             self._in_main(lambda: self.record.finish(DISTILLED))
 
     def evaluate(self) -> dict[str, Any]:
         """Measure the model as the recipe's `eval` says, or by its defaults: `Evaluation.to_json`, portable."""
+        recipe = self._with_text()
         if self._is_missing(EVALUATION, self._evaluated_from(self.inputs)):
             from qcli.evaluation.from_recipe import evaluate_recipe
             from qcli.evaluation.results import portable
 
-            evaluation = evaluate_recipe(
-                self.named, self.model, self.tasks, self.cache, self.progress, trust=self.trust
-            )
+            evaluation = evaluate_recipe(recipe, self.model, self.tasks, self.cache, self.progress, trust=self.trust)
             self.record.write(EVALUATION, json_bytes(portable(evaluation.to_json())))
         self.result.evaluation = parse_json(self.record.read(EVALUATION))
         return self.result.evaluation
@@ -229,6 +226,16 @@ class Pipeline:
         self.result.skipped.append(name)
         self.skip(self.folder / name)
         return False
+
+    def _with_text(self) -> Recipe:
+        """The recipe as the stages do it: `auto` is the text that the folder's first stage has chosen. Main process.
+
+        What results are recorded to be made from is the recipe as it was written.
+        """
+        if not says_auto(self.recipe, calibrated=self.plan.calibrated or self.recipe.allocation is not None):
+            return self.recipe
+        self.record.text = self.record.text or self._text_before() or default_text()
+        return with_text(self.recipe, self.record.text)
 
     def _text_before(self) -> str | None:
         """What stood for `auto` in a folder whose record does not say so, as those of earlier versions: its results do.
@@ -333,9 +340,9 @@ class Pipeline:
         from qcli.export.packable import PlannedCheckpoint
 
         student = PlannedCheckpoint(self.plan, self.folder).quantized
-        require_feasible(self.named, student, self.plan.source, shared=True)
-        if not is_sampled(self.named.distill_text.data):
-            distillation_tokens(self.named, self.plan.source)
+        require_feasible(self.recipe, student, self.plan.source, shared=True)
+        if not is_sampled(self.recipe.distill_text.data):
+            distillation_tokens(self._with_text(), self.plan.source)
 
 
 def _packed_from(model: Mapping[str, Any], options: Pack) -> dict[str, Any]:
