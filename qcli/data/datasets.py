@@ -24,12 +24,6 @@ def is_folder(data: Data) -> TypeGuard[str]:
     return isinstance(data, str) and not is_named(data) and data not in (AUTO, SELF) and Path(data).is_dir()
 
 
-def has_parts(data: str | TextSource) -> bool:
-    """Whether a text has a part for calibration and another for evaluation."""
-    (part,) = parts(data)
-    return is_named(part.path) or (is_hub(part.path) and part.split is None)
-
-
 def is_sampled(data: Data) -> bool:
     """Whether any part of `data` is sampled from the model."""
     return any(part.path == SELF for part in parts(data))

@@ -11,8 +11,8 @@ from qcli.data.rows import Row, RowFile
 from qcli.data.source import TextSource
 from qcli.utils.errors import UsageError
 
-_FOR_CALIBRATION = ("train",)
-_FOR_EVALUATION = ("test", "validation")
+FOR_CALIBRATION = ("train",)
+FOR_EVALUATION = ("test", "validation")  # the first that there is
 
 
 def open_hub_rows(source: TextSource, *, calibration: bool) -> RowFile:
@@ -24,7 +24,7 @@ def open_hub_rows(source: TextSource, *, calibration: bool) -> RowFile:
     Raises:
         UsageError: no such data set or part, no network, or the data set needs a configuration.
     """
-    splits = (source.split,) if source.split else _FOR_CALIBRATION if calibration else _FOR_EVALUATION
+    splits = (source.split,) if source.split else FOR_CALIBRATION if calibration else FOR_EVALUATION
     table = _load(source, splits)
 
     def rows(wanted: Sequence[str]) -> Iterator[Row]:

@@ -169,7 +169,11 @@ def _tokens(recipe: Recipe, teacher: ModelSource, run: RunFolder, device: torch.
     """int64 `[samples, length]`; the last ones are held out."""
     if (file := run.done(_TOKENS)) is None:
         tokens = distillation_tokens(recipe, teacher, device, progress)
-        run.commit(_TOKENS, {"ids": tokens.ids}, {"text_identity": text_identity(tokens.data), "bos": tokens.bos})
+        run.commit(
+            _TOKENS,
+            {"ids": tokens.ids},
+            {"text_identity": text_identity(tokens.data, calibration=True), "bos": tokens.bos},
+        )
         file = run.file(_TOKENS)
     return load_file(file)["ids"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qcli.data.identity import JOINED
+from qcli.data.identity import may_overlap
 from qcli.data.tokens import TokenRequest, calibration_tokens
 from qcli.models.manifest import MANIFEST, Manifest
 from qcli.models.open import ModelSource
@@ -31,7 +31,7 @@ def require_unseen(folder: str, source: ModelSource) -> None:
 
 
 def seen_texts(source: ModelSource, identities: Mapping[str, str | None]) -> list[str]:
-    """Those of the texts that a checkpoint was calibrated or distilled on.
+    """Those of the texts that a checkpoint was, or may have been, calibrated or distilled on.
 
     Args:
         identities: by name, from `text_identity`; None: never seen.
@@ -39,8 +39,12 @@ def seen_texts(source: ModelSource, identities: Mapping[str, str | None]) -> lis
     if (manifest := _manifest(source)) is None:
         return []
     used = [manifest.calibration_text_identity, *(report.text_identity for report in manifest.distilled)]
-    seen = {identity for joined in used if joined is not None for identity in joined.split(JOINED)}
-    return [data for data, identity in identities.items() if identity is not None and identity in seen]
+    seen = [identity for identity in used if identity is not None]
+    return [
+        data
+        for data, identity in identities.items()
+        if identity is not None and any(may_overlap(identity, other) for other in seen)
+    ]
 
 
 def _manifest(source: ModelSource) -> Manifest | None:

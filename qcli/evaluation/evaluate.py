@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qcli.data.datasets import has_parts, is_folder
+from qcli.data.datasets import is_folder
 from qcli.data.default_text import named
 from qcli.data.identity import text_identity
 from qcli.data.names import SELF
@@ -71,8 +71,7 @@ def compare(
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     nothing, kept = Cache(None), cache or Cache(None)
     sources, reference = _opened(models, options, baseline, progress)
-    # A public set has a part for calibration and another for evaluation: it is never seen.
-    identities = {label(text): None if has_parts(text) else text_identity(text) for text in options.texts}
+    identities = {label(text): text_identity(text, calibration=False) for text in options.texts}
     windows = evaluation_windows(options, [*sources, *([reference] if reference is not None else [])], kept, progress)
     require_memory(windows, sources, reference, dtype, options)
     run = _Evaluator(options, windows, device, dtype, progress)

@@ -133,7 +133,7 @@ def _calibrate(
         "seed": recipe.seed,
         "bos": tokens.bos,
         "tokens_sha256": tokens.sha256,
-        "text_identity": text_identity(tokens.data),
+        "text_identity": text_identity(tokens.data, calibration=True),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "hessians": hessians,

@@ -65,7 +65,9 @@ def run_tokens(
         if plan.held_out:
             require_training_samples(tokens, plan.held_out)
         ids = tokens.ids
-        run.commit(_PART, {"tokens": ids}, {"text_identity": text_identity(tokens.data), "bos": tokens.bos})
+        run.commit(
+            _PART, {"tokens": ids}, {"text_identity": text_identity(tokens.data, calibration=True), "bos": tokens.bos}
+        )
     else:
         ids = load_file(file)["tokens"]
     return CalibrationTokens(ids, **run.report(_PART))
@@ -80,7 +82,7 @@ def _with_images(plan: Plan, run: RunFolder) -> CalibrationTokens:
     """
     recipe, text = plan.recipe, plan.recipe.calibration
     samples = image_samples(label(text.data), plan.source, samples=text.samples, seq_len=text.seq_len, seed=recipe.seed)
-    report = require_same(run, text.data, samples.sha256, {"text_identity": text_identity(text.data)})
+    report = require_same(run, text.data, samples.sha256, {"text_identity": text_identity(text.data, calibration=True)})
     return CalibrationTokens(samples, report["text_identity"], None)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from qcli.data.chats import chat_render
 from qcli.data.datasets import read_text, require_text
-from qcli.data.identity import text_identity
+from qcli.data.identity import may_overlap, text_identity
 from qcli.data.source import TextSource, WeightedText, label
 from qcli.data.tokens import TokenRequest, calibration_tokens, evaluation_tokens
 from qcli.models.open import ModelSource, open_source
@@ -210,7 +210,7 @@ def test_data_sets_on_the_hub(hub: dict[str, Any], source: ModelSource) -> None:
     hub["train[:1]"], hub["config"] = datasets.Dataset.from_dict({"text": ["five"]}), "small"
     named = TextSource(path="org/name", split="train[:1]", config="small")
     assert read_text(named, calibration=False) == "five"
-    assert str(named) == text_identity(named) == "org/name, config small, split train[:1]"
+    assert str(named) == text_identity(named, calibration=True) == "org/name, config small, split train[:1]"
     message, hint = problem(read_text, TextSource(path="org/name", config="small"), calibration=True)
     assert message == "org/name: it is unclear which column is the text; its columns: body, n"
     hub["error"] = ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
@@ -218,6 +218,45 @@ def test_data_sets_on_the_hub(hub: dict[str, Any], source: ModelSource) -> None:
     assert message.endswith("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)") and "builtin" in hint
     hub["error"] = ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
     assert "config: ..." in problem(read_text, TextSource(path="org/name", config="small"), calibration=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("read", "measured", "overlap"),
+    [
+        ({}, {"split": "train"}, True),
+        ({}, {"split": "train[90%:]"}, True),
+        ({"column": "question"}, {"split": "train", "column": "answer"}, True),
+        ({"split": "train[:100]"}, {"split": "train[50:]", "template": "{a} {b}"}, True),
+        ({"split": "train + test"}, {"split": "test[:9]"}, True),
+        ({"split": "test"}, {}, True),
+        ({"split": "validation"}, {}, True),  # what is measured where there is no test
+        ({"split": "all"}, {"split": "test"}, True),
+        ({}, {}, False),
+        ({}, {"split": "test"}, False),
+        ({"config": "small"}, {"split": "train"}, True),
+        ({"config": "small"}, {"split": "train", "config": "large"}, False),
+        ({}, {"path": "org/other", "split": "train"}, False),
+        ({"path": "builtin"}, {"path": "builtin"}, False),
+        ({"path": "builtin"}, {"split": "train"}, False),
+    ],
+)
+def test_which_parts_of_a_data_set_overlap(read: dict[str, str], measured: dict[str, str], overlap: bool) -> None:
+    texts = [TextSource(**{"path": "org/name", **fields}) for fields in (read, measured)]
+    of_calibration, of_evaluation = (
+        text_identity(text, calibration=calibration) for text, calibration in zip(texts, (True, False), strict=True)
+    )
+    assert of_calibration is not None
+    assert (of_evaluation is not None and may_overlap(of_evaluation, of_calibration)) == overlap
+    mixture = f"{'0' * 64} + {of_calibration}"
+    assert (of_evaluation is not None and may_overlap(of_evaluation, mixture)) == overlap
+
+
+@pytest.mark.parametrize(
+    "recorded", ["org/name", "org/name, column body", "org/name, config a, split train[:1], template"]
+)
+def test_what_earlier_versions_recorded_of_a_data_set_is_understood(recorded: str) -> None:
+    assert may_overlap("org/name, split train", recorded)
+    assert not may_overlap("org/name, split test+validation", recorded)
 
 
 def test_what_a_source_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +288,8 @@ def test_several_texts_share_the_samples_by_weight(write: Write, source: ModelSo
     assert [not each for each in of_digits] == windows(tokens.ids, letters, source)
     assert sum(of_digits[:12]) == 3 and sum(of_digits[8:12]) == 1 and sum(of_digits[12:]) == 1
     assert tokens.name == label(data) == f"{paths[0]} + {paths[1]}, column body"
-    identity = text_identity(data)
-    assert identity is not None and identity.split(" + ") == [text_identity(path) for path in paths]
+    identity = text_identity(data, calibration=True)
+    assert identity is not None and identity.split(" + ") == [text_identity(path, calibration=True) for path in paths]
     cached = calibration_tokens(request, source, cache=Cache(tmp_path / "cache"))
     assert cached.sha256 == tokens.sha256 == calibration_tokens(request, source).sha256
     light = (data[0], WeightedText(path=paths[1], column="body", weight=0.01))

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qcli.data.identity import text_identity
+from qcli.data.source import TextSource
 from qcli.data.tokens import Tokens
 from qcli.evaluation import scoring, windows
+from qcli.evaluation.contamination import seen_texts
 from qcli.evaluation.evaluate import compare, evaluate
 from qcli.evaluation.final_states import final_states
 from qcli.evaluation.options import EvalOptions
@@ -28,6 +31,7 @@ from qcli.recipe.load import load_recipe
 from qcli.utils.cache import Cache
 from qcli.utils.errors import ResourceError, UsageError, VerificationError
 from qcli.utils.progress import silent
+from tests.manifests import manifest_of
 from tests.tiny import HIDDEN, VOCAB, tiny_model, tiny_tokenizer, with_bos
 
 LLAMA = (
@@ -216,6 +220,16 @@ def test_text_a_model_was_calibrated_on_is_flagged(tmp_path: Path, text: str, th
     options = EvalOptions([str(other), text], window=32, max_windows=2, device="cpu")
     fitted_to = {name: evaluate(str(tmp_path / name), options).to_json()["fitted_to"] for name in fits}
     assert fitted_to == {"read": [text], "not read": []}
+
+
+def test_another_slice_of_the_split_a_model_was_calibrated_on_is_flagged(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path)
+    calibrated = manifest_of().model_copy(update={"calibration_text_identity": "builtin + org/name, split train[:9]"})
+    calibrated.write(model)
+    texts = [TextSource(path="org/name", split=split) for split in ("train", "train[9:]", "test", None)]
+    identities = {str(text): text_identity(text, calibration=False) for text in texts}
+    seen = seen_texts(open_source(str(model)), identities)
+    assert seen == ["org/name, split train", "org/name, split train[9:]"]
 
 
 def test_a_device_that_does_not_hold_a_block_is_refused(tmp_path: Path, text: str) -> None:
