@@ -141,7 +141,7 @@ def test_what_an_engine_refuses_is_packed_only_on_request(
     assert plan_pack(native, format="compressed-tensors", allow_refused=True).notes == result.notes
     card = (out / "README.md").read_text()
     assert loads in card and f"Does not load in {' and '.join(refused)}" in card
-    for engine, command in (("vLLM", "vllm serve"), ("transformers", "from_pretrained")):
+    for engine, command in (("vLLM", "vllm serve"), ("transformers", '"DIR", dtype="float16"')):
         assert (command in card) != (engine in refused)
 
 
