@@ -91,7 +91,11 @@ OptionalOut = Annotated[
 ]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Replace a result in DIR that qcli wrote, once the new one is complete."),
+    typer.Option(
+        "--force",
+        help="Replace a result in DIR that qcli wrote, once the new one is complete; start "
+        "an interrupted run with other settings over.",
+    ),
 ]
 Resume = Annotated[
     str | None,

@@ -30,7 +30,8 @@ def run(
         bool,
         typer.Option(
             "--force",
-            help="Replace results that were made with other settings, each once the new one is complete.",
+            help="Replace results that were made with other settings, each once the new one is complete; start such an "
+            "unfinished one over.",
         ),
     ] = False,
     device: flags.Device = None,

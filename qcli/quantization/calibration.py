@@ -104,7 +104,7 @@ def require_same(run: RunFolder, data: Data, sha256: str, report: dict[str, Any]
     noted: dict[str, Any] = run.report(_PART)
     if noted["sha256"] != sha256:
         raise StateError(
-            f"{label(data)} gives other samples than when the run began", hint="start over with --resume never"
+            f"{label(data)} gives other samples than when the run began", hint=f"remove {run.path} to start over"
         )
     return noted
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,8 @@ class Replacing:
 
     Attributes:
         require_own: raises a QcliError for a folder that is anything else than a result as qcli wrote it.
-        force: whether such a result is replaced; otherwise an error says that it could be.
+        force: whether such a result is replaced; otherwise an error says that it could be. With `resume: auto` an
+            interrupted run that cannot be continued starts over, with a warning.
         reads: models and texts that the command reads, which it must not replace.
     """
 
@@ -171,19 +172,23 @@ class RunFolder:
         refuse_existing(self.out, self._replacing)  # another process may have finished in between
         with writing(self.path):
             remove(self._replaced)  # the new result is there, but its run was killed before this
-        entries = {} if resume == "never" else self._interrupted()
+        try:
+            entries = {} if resume == "never" else self._interrupted(identity)
+        except StateError as problem:
+            if resume != "auto" or self._replacing is None or not self._replacing.force:
+                raise
+            warn(f"{problem.message}: starting over")
+            entries = {}
         if resume == "required" and not entries:
             self._folder.remove()
             raise StateError(f"there is no interrupted run of {self.out} to resume", hint="leave out --resume required")
-        if entries:
-            self._compare(identity)
-        else:
+        if not entries:
             self._folder.clear()
             sealed.write_json(self.path / _IDENTITY, identity)
         return entries
 
-    def _interrupted(self) -> dict[str, dict[str, Any]]:
-        """Journal entries by part of an interrupted run; empty if there is none."""
+    def _interrupted(self, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Journal entries by part of an interrupted run with this identity; empty if none is interrupted."""
         file = self.path / _JOURNAL
         journal.cut_torn_line(file)
         try:
@@ -192,6 +197,8 @@ class RunFolder:
             raise _damaged(str(problem)) from None
         if not all(entry.keys() == _ENTRY for entry in entries):
             raise _damaged(f"{file} is not the journal of a run: it is damaged")
+        if entries:
+            self._compare(identity)
         return {entry["part"]: entry for entry in entries}
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
@@ -204,7 +211,7 @@ class RunFolder:
         if described:
             raise StateError(
                 f"{self.path} holds an interrupted run with other settings: {described}",
-                hint="repeat its settings to continue it, or start over with --resume never",
+                hint="repeat its settings to continue it, or start over: --force",
             )
 
 
@@ -243,7 +250,7 @@ RunParts: TypeAlias = RunFolder | FollowedRun
 
 
 def _damaged(message: str) -> StateError:
-    return StateError(message, hint="start over with --resume never, or remove it")
+    return StateError(message, hint="start over: --force, or remove it")
 
 
 def partial(out: Path) -> Path:
@@ -296,10 +303,19 @@ def _refuse_result(out: Path, replacing: Replacing | None) -> None:
         raise StateError(f"{out} exists", hint="choose another --out, or replace it: --force")
     if out.is_symlink():
         raise StateError(f"{out} is a symbolic link, which qcli does not follow", hint="choose another --out")
-    for text in replacing.reads:
+    refuse_read(out, replacing.reads)
+    replacing.require_own(out)
+
+
+def refuse_read(out: Path, reads: Iterable[str]) -> None:
+    """Refuse to replace `out` if one of the models and texts that the command reads is, or is in, it.
+
+    Raises:
+        StateError: one is.
+    """
+    for text in reads:
         if (path := Path(text).expanduser()).exists() and path.resolve().is_relative_to(out.resolve()):
             raise StateError(f"{out} has what this command reads: {text}", hint="choose another --out")
-    replacing.require_own(out)
 
 
 def remove_remainder(out: Path) -> None:

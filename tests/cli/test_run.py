@@ -262,6 +262,35 @@ def test_replacing_goes_on_where_it_was_interrupted(
     assert invoke("run", recipe, "--out", out, *change).code == 0
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_force_starts_an_unfinished_stage_over(
+    invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    out, flags = tmp_path / "out", ("--set", "eval=null", "--set", "pack=null")
+    run = ("run", recipe, "--out", out, *flags)
+    if finished:
+        assert invoke(*run, "--set", "method.bits=2").code == 0
+    before = {file: file.read_bytes() for file in (out / "quantized").glob("*")}
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qcli.utils.run_folder.RunFolder.result", stop)
+        assert invoke(*run, "--force").code == 130
+    assert (out / "quantized.partial" / "journal.jsonl").exists()
+    assert {file: file.read_bytes() for file in (out / "quantized").glob("*")} == before
+    if not finished:
+        code, _, err = invoke(*run, "--set", "method.bits=4")
+        assert code == 3 and "recipe.method.bits was 3, is 4" in err
+        assert err.splitlines()[-1] == "hint: repeat its settings to continue it, or start over: --force"
+    code, stdout, err = invoke(*run, "--set", "method.bits=4", "--force", "--json")
+    assert code == 0 and "recipe.method.bits was 3, is 4: starting over" in err, err
+    assert json.loads(stdout)["quantized"]["resumed_blocks"] == 0
+    assert not (out / "quantized.partial").exists()
+    assert json.loads((out / "quantized" / "qcli.manifest.json").read_text())["recipe"]["method"]["bits"] == 4
+
+
 def test_figures_that_replacing_does_not_change_are_believed(
     invoke: Invoke, recipe: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -112,9 +112,29 @@ def test_damaged_records_are_named_and_not_believed(out: Path, name: str, damage
     damaged = file.read_bytes()
     with pytest.raises(StateError, match=rf"out\.partial/{name}(:1:)? .*damaged") as caught:
         RunFolder(out, {"bits": 3}, "auto")
-    assert caught.value.hint == "start over with --resume never, or remove it"
+    assert caught.value.hint == "start over: --force, or remove it"
     assert file.read_bytes() == damaged
-    with RunFolder(out, {"bits": 3}, "never") as run:
+    with pytest.raises(StateError, match="damaged"):
+        RunFolder(out, {"bits": 3}, "required", Replacing(own, force=True))
+    with (
+        pytest.warns(QcliWarning, match="damaged.*: starting over"),
+        RunFolder(out, {"bits": 3}, "auto", Replacing(own, force=True)) as run,
+    ):
+        assert run.done("00000") is None
+
+
+def test_a_run_with_other_settings_starts_over_where_results_are_replaced(out: Path) -> None:
+    with RunFolder(out, {"bits": 3}, "auto", Replacing(own, force=True)) as run:
+        assert run.done("00000") is not None, "what can be continued is"
+    with pytest.raises(StateError, match="bits was 3, is 4") as caught:
+        RunFolder(out, {"bits": 4}, "auto", Replacing(own))
+    assert caught.value.hint == "repeat its settings to continue it, or start over: --force"
+    with pytest.raises(StateError, match="bits was 3, is 4"):
+        RunFolder(out, {"bits": 4}, "required", Replacing(own, force=True))
+    with (
+        pytest.warns(QcliWarning, match="bits was 3, is 4: starting over"),
+        RunFolder(out, {"bits": 4}, "auto", Replacing(own, force=True)) as run,
+    ):
         assert run.done("00000") is None
 
 
