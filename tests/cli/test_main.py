@@ -75,6 +75,17 @@ def test_help_of_study_shows_all_ways_and_they_exist(invoke: Invoke) -> None:
     [
         (["quantise"], "No such command 'quantise'. Did you mean 'quantize'?", "see `qcli --help`"),
         (["quantize", "m", "--bitz", "3"], "No such option: --bitz", "see `qcli quantize --help`"),
+        (
+            ["eval", "m", "--seq-len", "8"],
+            "No such option: --seq-len. Did you mean '--window'?",
+            "see `qcli eval --help`",
+        ),
+        (
+            ["eval", "m", "--samples=8"],
+            "No such option: --samples. Did you mean '--max-windows'?",
+            "see `qcli eval --help`",
+        ),
+        (["quantize", "m", "--window", "8"], "--window. Did you mean '--seq-len'?", "see `qcli quantize --help`"),
         (["quantize", "m", "--samples", "x"], "Invalid value for '--samples'", "see `qcli quantize --help`"),
         (["eval"], "Missing argument 'MODEL...'", "see `qcli eval --help`"),
         (["recipe", "sow"], "No such command 'sow'. Did you mean 'show'?", "see `qcli recipe --help`"),
