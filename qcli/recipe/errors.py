@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qcli.recipe.yaml import KeyPath
+from qcli.recipe.yaml import KeyPath, dotted
 
 _WORDED = "recipe"  # the type of errors whose message is final
 _KINDS = {
@@ -88,7 +88,13 @@ def _words(detail: Any, section: type[BaseModel], owner: str) -> str:
     if kind == _WORDED:
         return str(detail["msg"])
     if kind == "extra_forbidden":
-        return unknown("key", str(detail["loc"][-1]), _keys(section), owner)
+        *place, key = detail["loc"]
+        inner = _inner_key(section, key)
+        return (
+            f"unknown key; did you mean {dotted((*place, *inner))!r}?"
+            if inner
+            else unknown("key", str(key), _keys(section), owner)
+        )
     if kind == "missing":
         return "required"
     if kind == "value_error":
@@ -121,6 +127,18 @@ def _keys(section: type[BaseModel]) -> list[str]:
     """The keys that a section is validated from."""
     aliases = {name: field.validation_alias for name, field in section.model_fields.items()}
     return list(dict.fromkeys(alias if isinstance(alias, str) else name for name, alias in aliases.items()))
+
+
+def _inner_key(section: type[BaseModel], key: str) -> KeyPath:
+    """Where a section of this one has a key that was given here, as in `method.bits`; else nothing."""
+    for name, field in section.model_fields.items():
+        if get_origin(field.annotation) is list:
+            continue
+        default = field.get_default(call_default_factory=True)
+        inner = type(default) if isinstance(default, BaseModel) else _section(section, (name,))
+        if inner is not section and key in inner.model_fields:
+            return (field.validation_alias if isinstance(field.validation_alias, str) else name, key)
+    return ()
 
 
 def _section(cls: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:

@@ -94,6 +94,19 @@ def test_flag_that_the_method_lacks_is_named() -> None:
     assert line.startswith("--ridge: unknown key; method 'rtn' has: ")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("bits", "method.bits"), ("target_bpw", "method.target_bpw"), ("samples", "calibration.samples")],
+)
+def test_a_key_of_a_section_given_outside_of_it(tmp_path: Path, given: str, meant: str) -> None:
+    file = write(tmp_path, f"model: m\n{given}: 3\n")
+    assert problems(file) == [f"{file}:2:1: {given}: unknown key; did you mean {meant!r}?"]
+    (line,) = problems(None, {"model": "m"}, (f"{given}=3",))
+    assert line == f"--set {given}=3: unknown key; did you mean {meant!r}?"
+    (line,) = problems(None, {"model": "m"}, ("eval.max_kl=3",))
+    assert line == "--set eval.max_kl=3: unknown key; did you mean 'eval.gates.max_kl'?"
+
+
 def test_gates_that_cannot_fail_are_refused() -> None:
     for gates, problem in (
         ("{max_task_drop: 0.1}", "gates.max_task_drop needs tasks"),
