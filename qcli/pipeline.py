@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qcli.data.datasets import is_sampled
 from qcli.data.default_text import AUTO, ON_HUB, WITHOUT_HUB, default_text
 from qcli.data.identity import content_of
-from qcli.data.source import label
+from qcli.data.source import label, text_paths
 from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
@@ -27,7 +27,7 @@ from qcli.utils.cache import Cache
 from qcli.utils.errors import StateError, UsageError
 from qcli.utils.files import json_bytes, parse_json, reading, sha256, write_bytes, writing
 from qcli.utils.progress import Progress, silent
-from qcli.utils.run_folder import differences, remove_remainder
+from qcli.utils.run_folder import differences, refuse_read, remove_remainder
 from qcli.utils.trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ class Pipeline:
         """The results that are there and not to be replaced.
 
         Raises:
-            StateError: one was made with other settings, and nobody asked to replace it.
+            StateError: one was made with other settings, and nobody asked to replace it, or it has what a stage reads.
             QcliError: one is to be replaced, and is not as qcli wrote it; see `require_own_checkpoint`.
         """
         present = [name for name in (QUANTIZED, DISTILLED, EVALUATION, PACKED) if (self.folder / name).exists()]
@@ -301,10 +301,22 @@ class Pipeline:
         for name in present:
             earlier = name in made_from and (earlier or self.record.replaces(name, made_from[name]))
             if earlier:
+                refuse_read(self.folder / name, self._reads())
                 self.record.require_own(name)
             else:
                 stays.add(name)
         return stays
+
+    def _reads(self) -> list[str]:
+        """The models and texts that any stage reads."""
+        recipe, options = self.recipe, self.recipe.eval
+        reads = [recipe.model, *text_paths(recipe.calibration.data)]
+        if recipe.distill is not None:
+            reads += text_paths(recipe.distill_text.data)
+        if options is not None:
+            texts = [path for data in options.perplexity for path in text_paths(data)]
+            reads += [*texts, *(path for path in (options.baseline, options.include_path) if path is not None)]
+        return reads
 
     @property
     def stages(self) -> dict[str, str]:

@@ -41,8 +41,10 @@ from qcli.utils.trust import NOTHING, Trust
 
 
 def replacing(recipe: Recipe, force: bool) -> Replacing:
-    """Which results a quantization may replace."""
-    return Replacing(require_own_checkpoint, force, (recipe.model, *text_paths(recipe.calibration.data)))
+    """Which results a quantization may replace: none that has its inputs, or what its model will be compared with."""
+    baseline = recipe.eval.baseline if recipe.eval is not None else None
+    reads = (recipe.model, *text_paths(recipe.calibration.data), *([baseline] if baseline is not None else []))
+    return Replacing(require_own_checkpoint, force, reads)
 
 
 def quantize_as_written(

@@ -104,6 +104,7 @@ def test_force_replaces_a_result_of_qclis_and_nothing_else(
     for refused, why in (
         ((*quantize, 3, "--out", model), "has what this command reads"),
         ((*quantize, 3, "--out", tmp_path), "has what this command reads"),
+        ((*quantize, 3, "--set", f"eval.baseline={packed}", "--out", packed), "has what this command reads"),
         ((*quantize, 3, "--out", calibration), "is not a checkpoint that qcli wrote"),
         (("pack", out, "--out", out), "has what this command reads"),
         (("calibrate", model, *text_flags, "--out", out), "is not a folder written by `qcli calibrate`"),

@@ -291,6 +291,28 @@ def test_force_starts_an_unfinished_stage_over(
     assert json.loads((out / "quantized" / "qcli.manifest.json").read_text())["recipe"]["method"]["bits"] == 4
 
 
+@pytest.mark.parametrize(
+    ("read", "place"),
+    [
+        ("eval.baseline={}", "quantized"),
+        ("eval.perplexity=[{}]", "quantized/README.md"),
+        ("distill={{data: {}, samples: 40, seq_len: 32}}", "packed/README.md"),
+    ],
+)
+def test_nothing_is_replaced_that_a_later_stage_reads(
+    invoke: Invoke, recipe: Path, tmp_path: Path, read: str, place: str
+) -> None:
+    out = tmp_path / "out"
+    assert invoke("run", recipe, "--out", out).code == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    change = ("--set", "method.bits=4", "--set", read.format(out / place), "--force")
+    for dry in ((), ("--dry-run",)):
+        code, stdout, err = invoke("run", recipe, "--out", out, *change, *dry)
+        assert (code, stdout) == (3, "")
+        assert f"error: {out / Path(place).parts[0]} has what this command reads: {out / place}" in err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
 def test_figures_that_replacing_does_not_change_are_believed(
     invoke: Invoke, recipe: Path, text: Path, tmp_path: Path
 ) -> None:
