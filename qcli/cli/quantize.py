@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -153,7 +154,11 @@ def quantize(
 
         require_fit(resolved, trust)
         if dry_run:
-            report_plan(session, make_plan(resolved, trust), show_plan)
+            from qcli.quantization.job import require_start
+
+            plan = make_plan(resolved, trust)
+            require_start(plan, resolved, Path(resolved.out or quantized_name(resolved)), force=force)
+            report_plan(session, plan, show_plan)
             return
         from qcli.quantization.quantize import quantize as run
 

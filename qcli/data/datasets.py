@@ -14,7 +14,7 @@ from qcli.data.named_set import NamedSet, PackagedText
 from qcli.data.names import HINT, SELF, SETS, is_named, set_names
 from qcli.data.row_texts import Render, without_template
 from qcli.data.source import Data, TextSource, is_hub, label, parts
-from qcli.data.text_files import read_file, require_file
+from qcli.data.text_files import read_file, read_first_row, require_file
 from qcli.utils import registry
 from qcli.utils.errors import UnsupportedError, UsageError
 
@@ -40,6 +40,18 @@ def require_text(data: Data) -> None:
                 raise UsageError(f"{part.path} has no columns to choose from", hint="leave column and template out")
         elif not is_hub(part.path):
             _require_file(part.path)
+
+
+def require_first_row(data: Data, render: Render) -> None:
+    """Raise what `read_text` would, if the first row of a file does not become text; no further row is read.
+
+    Args:
+        data: passes `require_text`.
+        render: makes text of chats.
+    """
+    for part in parts(data) if not is_folder(data) else ():
+        if part.path not in (AUTO, SELF) and not is_named(part.path) and not is_hub(part.path):
+            read_first_row(part, render)
 
 
 def read_text(data: str | TextSource, render: Render = without_template, *, calibration: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from qcli.data.hub_rows import open_hub_rows
@@ -38,3 +39,14 @@ def read_file(source: TextSource, render: Render, *, calibration: bool) -> str:
         return ""
     choice = choose(file, source, render)
     return choice.separator.join(choice.text(row) for row in file.read(choice.columns))
+
+
+def read_first_row(source: TextSource, render: Render) -> None:
+    """Raise what `read_file` would of the columns and the first row of a local file."""
+    if Path(source.path).suffix.lower() == ".txt":  # a single row
+        return
+    if not (file := open_rows(Path(source.path))).columns:
+        return
+    choice = choose(file, source, render)
+    for row in islice(file.read(choice.columns), 1):
+        choice.text(row)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcli.data.chats import chat_render
+from qcli.data.datasets import require_first_row
 from qcli.data.identity import content_of
 from qcli.data.image_samples import Samples
 from qcli.data.source import text_paths
@@ -35,7 +37,7 @@ from qcli.utils.files import require_space
 from qcli.utils.memory import peak_memory
 from qcli.utils.placement import limit_memory
 from qcli.utils.progress import Progress
-from qcli.utils.run_folder import FollowedRun, Replacing, RunFolder, RunParts, partial
+from qcli.utils.run_folder import FollowedRun, Replacing, RunFolder, RunParts, partial, require_startable
 from qcli.utils.stored_batches import BatchMemory
 from qcli.utils.trust import NOTHING, Trust
 
@@ -45,6 +47,27 @@ def replacing(recipe: Recipe, force: bool) -> Replacing:
     baseline = recipe.eval.baseline if recipe.eval is not None else None
     reads = (recipe.model, *text_paths(recipe.calibration.data), *([baseline] if baseline is not None else []))
     return Replacing(require_own_checkpoint, force, reads)
+
+
+def require_start(plan: Plan, recipe: Recipe, out: Path, *, force: bool) -> None:
+    """Check, as `quantize` will beyond the plan, that the text is usable and `out` may be written; writes nothing.
+
+    Args:
+        plan: of the recipe.
+        recipe: as it was given, with what `bits: auto` leaves open.
+
+    Raises:
+        UsageError: the first row of the text does not become text, such as a chat of a model without a template.
+        StateError: as `RunFolder`.
+    """
+    if plan.calibrated and not plan.sees_images:
+        require_first_row(recipe.calibration.data, chat_render(plan.source))
+    reads_text = plan.calibrated or recipe.allocation is not None
+
+    def identity() -> dict[str, Any]:
+        return run_identity(recipe, plan.source, local_device(recipe.device), reads_text=reads_text)
+
+    require_startable(out, identity, recipe.resume, replacing(recipe, force))
 
 
 def quantize_as_written(

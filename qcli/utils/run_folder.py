@@ -172,47 +172,16 @@ class RunFolder:
         refuse_existing(self.out, self._replacing)  # another process may have finished in between
         with writing(self.path):
             remove(self._replaced)  # the new result is there, but its run was killed before this
+        journal.cut_torn_line(self.path / _JOURNAL)
         try:
-            entries = {} if resume == "never" else self._interrupted(identity)
-        except StateError as problem:
-            if resume != "auto" or self._replacing is None or not self._replacing.force:
-                raise
-            warn(f"{problem.message}: starting over")
-            entries = {}
-        if resume == "required" and not entries:
+            entries = _resumed(self.out, lambda: identity, resume, self._replacing)
+        except _NothingToResume:
             self._folder.remove()
-            raise StateError(f"there is no interrupted run of {self.out} to resume", hint="leave out --resume required")
+            raise
         if not entries:
             self._folder.clear()
             sealed.write_json(self.path / _IDENTITY, identity)
         return entries
-
-    def _interrupted(self, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Journal entries by part of an interrupted run with this identity; empty if none is interrupted."""
-        file = self.path / _JOURNAL
-        journal.cut_torn_line(file)
-        try:
-            entries = journal.entries(file)
-        except sealed.Damaged as problem:
-            raise _damaged(str(problem)) from None
-        if not all(entry.keys() == _ENTRY for entry in entries):
-            raise _damaged(f"{file} is not the journal of a run: it is damaged")
-        if entries:
-            self._compare(identity)
-        return {entry["part"]: entry for entry in entries}
-
-    def _compare(self, identity: Mapping[str, Any]) -> None:
-        file = self.path / _IDENTITY
-        try:
-            before = sealed.load_json(file)
-        except sealed.Damaged as problem:
-            raise _damaged(str(problem)) from None
-        described = differences(before, identity)
-        if described:
-            raise StateError(
-                f"{self.path} holds an interrupted run with other settings: {described}",
-                hint="repeat its settings to continue it, or start over: --force",
-            )
 
 
 class FollowedRun:
@@ -247,6 +216,65 @@ class FollowedRun:
 
 RunParts: TypeAlias = RunFolder | FollowedRun
 """The parts of a run: every process may read and commit them, one writes."""
+
+
+class _NothingToResume(StateError):
+    """No run was interrupted."""
+
+
+def require_startable(
+    out: Path, identity: Callable[[], Mapping[str, Any]], resume: Resume, replacing: Replacing
+) -> None:
+    """Raise what `RunFolder` would, but write nothing; whether another process has it open is not checked.
+
+    Args:
+        identity: computes it; only called if there is an interrupted run.
+    """
+    refuse_existing(out, replacing)
+    _resumed(out, identity, resume, replacing)
+
+
+def _resumed(
+    out: Path, identity: Callable[[], Mapping[str, Any]], resume: Resume, replacing: Replacing | None
+) -> dict[str, dict[str, Any]]:
+    """Journal entries by part of the interrupted run that is to be continued; empty: a run starts from nothing."""
+    try:
+        entries = {} if resume == "never" else _interrupted(partial(out), identity)
+    except StateError as problem:
+        if resume != "auto" or replacing is None or not replacing.force:
+            raise
+        warn(f"{problem.message}: starting over")
+        entries = {}
+    if resume == "required" and not entries:
+        raise _NothingToResume(f"there is no interrupted run of {out} to resume", hint="leave out --resume required")
+    return entries
+
+
+def _interrupted(folder: Path, identity: Callable[[], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Journal entries by part of an interrupted run with this identity; empty if none is interrupted."""
+    file = folder / _JOURNAL
+    try:
+        entries = journal.entries(file)
+    except sealed.Damaged as problem:
+        raise _damaged(str(problem)) from None
+    if not all(entry.keys() == _ENTRY for entry in entries):
+        raise _damaged(f"{file} is not the journal of a run: it is damaged")
+    if entries:
+        _compare(folder, identity())
+    return {entry["part"]: entry for entry in entries}
+
+
+def _compare(folder: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        before = sealed.load_json(folder / _IDENTITY)
+    except sealed.Damaged as problem:
+        raise _damaged(str(problem)) from None
+    described = differences(before, identity)
+    if described:
+        raise StateError(
+            f"{folder} holds an interrupted run with other settings: {described}",
+            hint="repeat its settings to continue it, or start over: --force",
+        )
 
 
 def _damaged(message: str) -> StateError:

@@ -347,3 +347,38 @@ def test_texts_of_several_kinds_calibrate_together(invoke: Invoke, model: Path, 
     assert [len(each) for each in identity.split(" + ")] == [64, 64]
     evaluated = invoke("eval", tmp_path / "out", "--data", text, "--window", 32, "--max-windows", 2, "--json")
     assert json.loads(evaluated.out)["fitted_to"] == [str(text)], "also one of several texts has been seen"
+
+
+@pytest.mark.parametrize("flags", [("--method", "rtn"), ("--seed", 1, "--samples", 2, "--seq-len", 32)], ids=str)
+def test_a_dry_run_refuses_the_output_that_the_run_refuses(
+    flags: tuple[object, ...], invoke: Invoke, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    given = ("quantize", model, *flags, "--group-size", 32, "--data", text, "--device", "cpu", "--out", out)
+    publish = "qcli.quantization.job.publish_checkpoint"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(publish, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert invoke(*given).code == 130
+    before = {file: file.read_bytes() for file in (tmp_path / "out.partial").iterdir() if file.is_file()}
+    assert invoke(*given, "--dry-run").code == 0, "it would continue"
+    code, printed, err = invoke(*given, "--bits", 3, "--dry-run")
+    assert (code, printed) == (3, "") and "holds an interrupted run with other settings: recipe.method.bits" in err
+    assert invoke(*given, "--bits", 3, "--dry-run", "--resume", "never").code == 0
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out.partial").iterdir() if file.is_file()}
+    assert invoke(*given).code == 0
+    code, printed, err = invoke(*given, "--dry-run")
+    assert (code, printed) == (3, "") and "out exists" in err
+    assert invoke(*given, "--dry-run", "--force").code == 0
+    assert invoke(*given[:-1], tmp_path / "new", "--dry-run", "--resume", "required").code == 3
+    assert not (tmp_path / "new.partial").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=str)
+def test_chats_take_a_model_with_a_template(more: tuple[str, ...], invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    chat = {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Two and two is four."}]}
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(f"{json.dumps(chat)}\n" * 9)
+    flags = ("--group-size", 32, "--samples", 6, "--seq-len", 32, "--out", tmp_path / "out")
+    code, printed, err = invoke("quantize", model, *flags, "--data", chats, *more)
+    assert (code, printed) == (2, "") and f"{chats}:1 is a chat, and {model} has no chat template" in err
