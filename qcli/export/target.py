@@ -76,6 +76,9 @@ class ExportTarget:
 
     requantize_types: ClassVar[tuple[str, ...]] = ()
 
+    ragged_groups: ClassVar[bool] = False
+    """Whether it stores rows whose last group is shorter."""
+
     def __init__(self, requantize: str | None = None) -> None:
         if requantize is not None and requantize not in self.requantize_types:
             if not self.requantize_types:

@@ -139,7 +139,8 @@ def quantize_as_written(
             if not parts.outside_done:
                 with matmul_precision(fast=False), torch.no_grad():
                     parts.commit_outside(*quantize_vocabulary(plan, hessian, device, progress))
-            progress("quantize", parts.count, parts.count)
+            if plan.last_block + 1 < parts.count:  # the dense blocks after it, which no loop reports
+                progress("quantize", parts.count, parts.count)
             return parts.layers(), parts.vocabulary(), parts.training()
 
         layers, vocabulary, training = processes.broadcast(finish)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import TYPE_CHECKING
@@ -12,8 +12,10 @@ from qcli.algorithms.method import Method
 from qcli.algorithms.refine import Refine
 from qcli.algorithms.transform import Transform
 from qcli.recipe.errors import Issue
+from qcli.recipe.plugins import EXPORTS
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.yaml import KeyPath
+from qcli.utils import registry
 
 if TYPE_CHECKING:
     from qcli.models.families import Linear
@@ -62,20 +64,20 @@ def _idle_overrides(recipe: Recipe, matching: Sequence[Sequence[int]]) -> list[I
 
 
 def _misfits(recipe: Recipe, layers: Sequence[Linear], assigned: Mapping[str, Method | None]) -> list[Issue]:
-    """One line for layers that differ only in the number of their block."""
-    counts: Counter[tuple[str, KeyPath, str]] = Counter()
+    """One line for layers that do not fit for the same reason; those that differ only in their block are named once."""
+    counts: dict[tuple[KeyPath, str], Counter[str]] = defaultdict(Counter)
     for layer in layers:
         method = assigned[layer.name]
         if method is None:
             continue
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
         if reason := method.unsupported_reason(layer.shape):
-            counts[kind, _key_of(recipe, layer.name, method), reason] += 1
+            counts[_key_of(recipe, layer.name, method), reason][kind] += 1
         if recipe.low_rank is not None and (reason := recipe.low_rank.unsupported_reason(layer.shape)):
-            counts[kind, ("low_rank", "rank"), reason] += 1
+            counts[("low_rank", "rank"), reason][kind] += 1
     return [
-        Issue(path, f"{reason}: {kind} ({count} layer{'s' if count > 1 else ''})")
-        for (kind, path, reason), count in counts.items()
+        Issue(path, f"{reason}: {', '.join(kinds)} ({(count := kinds.total())} layer{'s' if count > 1 else ''})")
+        for (path, reason), kinds in counts.items()
     ]
 
 
@@ -167,10 +169,9 @@ def _hint(recipe: Recipe, layers: Sequence[Linear], problems: Sequence[Issue]) -
         ragged = f"{tail} allows a shorter last group"
         divisor = gcd(*(layer.shape[1] for layer in layers))
         size = divisor & -divisor
-        if size < _SMALLEST_GROUP:
-            return ragged
-        fitting = f"--group-size {size}" if flags else f"`group_size: {size}`"
-        return f"{fitting} divides every row; {ragged}"
+        fitting = f"{'--group-size ' if flags else '`group_size: '}{size}{'' if flags else '`'} divides every row"
+        packable = recipe.pack is None or registry.load(EXPORTS, recipe.pack.format).ragged_groups
+        return "; ".join([fitting] * (size >= _SMALLEST_GROUP) + [ragged] * packable) or None
     if layers and any(problem.path[0] == "overrides" for problem in problems):
         return f"layers have names like {layers[0].name}"
     return None

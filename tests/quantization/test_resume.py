@@ -124,7 +124,7 @@ def test_a_resumed_run_says_so_first_and_counts_what_is_left(
     found = [step for step in steps if step[0] == "quantize"]
     assert found[0] == ("quantize", 2, 3, "resuming: 2 of 3 blocks done before")
     assert [detail for _, done, _, detail in found[2:] if done == 2] == [f"block {i} was done before" for i in range(2)]
-    assert [done for _, done, _, _ in found[-2:]] == [3, 3]
+    assert [done for _, done, _, _ in found].count(3) == 1, "its end is told once"
 
 
 def test_resume_refuses_other_settings(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,15 @@ def test_no_hint_proposes_tiny_groups() -> None:
     assert caught.value.hint == "--group-tail ragged allows a shorter last group"
 
 
+@pytest.mark.parametrize(("format", "stored"), [("qcli", True), ("dense", True), ("gguf", False), ("gptq", False)])
+def test_no_hint_proposes_groups_that_the_pack_does_not_store(format: str, stored: bool) -> None:
+    with pytest.raises(UsageError) as caught:
+        assign(load_recipe(None, {"model": "m"}, [f"pack.format={format}"]), [Linear("o", 0, 0, (64, 96))])
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("--group-size 32 divides every row")
+    assert ("ragged" in caught.value.hint) == stored
+
+
 def test_a_recipe_that_quantizes_nothing_is_refused() -> None:
     recipe = load_recipe(None, {"model": "m"}, ["overrides=[{match: '*', dense: true}]"])
     with pytest.raises(UsageError, match="nothing to quantize"):

@@ -20,6 +20,7 @@ class Dense(ExportTarget):
     """An unquantized model with the decoded weights."""
 
     name: ClassVar[str] = "dense"
+    ragged_groups: ClassVar[bool] = True
     loading: ClassVar[str] = """Loads anywhere; the weights are decoded.
 
 ```python

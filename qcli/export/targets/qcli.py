@@ -18,6 +18,7 @@ class Native(ExportTarget):
     """`quant_method: qcli`."""
 
     name: ClassVar[str] = "qcli"
+    ragged_groups: ClassVar[bool] = True
     loading: ClassVar[str] = LOADING
 
     def write(self, source: NativeSource, folder: Path, shard_size: int, progress: Progress) -> None:
