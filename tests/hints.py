@@ -13,6 +13,7 @@ TESTS = {
     "`qcli study … --dry-run` checks it": "tests/cli/test_hints.py::test_a_study_and_a_recipe_are_told_apart",
     "copy model.safetensors.index.json into it, which lies beside them where they come from": "tests/cli/test_hints.py::test_shards_without_their_index",
     "the folder needs the model's tokenizer.json and tokenizer_config.json, or its vocabulary files": "tests/cli/test_hints.py::test_no_tokenizer",
+    "`…` reports on them": "tests/cli/test_study.py::test_the_folder_of_a_study_is_not_its_file",
     "--retry repeats them": "tests/cli/test_study.py::test_any_error_of_a_run_is_a_row",
     "read the task files; --trust-tasks lets them run code": "tests/evaluation/test_task_sandbox.py::test_templates_reach_nothing_of_the_interpreter",
     "read that code; --trust-remote-code runs it": "tests/models/test_pretrained.py::test_code_of_a_tokenizer_runs_only_where_it_is_trusted",

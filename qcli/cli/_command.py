@@ -4,9 +4,19 @@ from collections import Counter
 from typing import Any
 
 from typer import TyperException
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 _SAME = (("--seq-len", "--window"), ("--samples", "--max-windows"))  # what commands call by different names
+
+_UNCUT = 1000  # characters
+
+
+class Group(TyperGroup):
+    """A group whose line in the list of commands is wrapped, not cut."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first sentence of its help."""
+        return super().get_short_help_str(_UNCUT)
 
 
 class Command(TyperCommand):
@@ -14,6 +24,10 @@ class Command(TyperCommand):
 
     Of an unknown flag that another command has it names its own.
     """
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The first sentence of its help, which is wrapped, not cut."""
+        return super().get_short_help_str(_UNCUT)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, after a look at how often each flag is given."""

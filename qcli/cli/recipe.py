@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from qcli.cli import _flags as flags
-from qcli.cli._command import Command
+from qcli.cli._command import Command, Group
 from qcli.cli.ui.session import Session
 from qcli.utils.text import printable
 
-app = typer.Typer()
+app = typer.Typer(cls=Group)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qcli.cli import _flags as flags
-from qcli.cli._command import Command
+from qcli.cli._command import Command, Group
 from qcli.cli._complete import one_of
 from qcli.cli.ui.session import Session
 from qcli.cli.ui.tables import Tables, duration, size
@@ -17,7 +16,7 @@ from qcli.utils.errors import UsageError
 LIMIT = 100  # more runs than that need --yes
 
 
-class RunOrReport(TyperGroup):
+class RunOrReport(Group):
     """A group whose first argument may also be the file of a study."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

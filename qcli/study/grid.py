@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from qcli.recipe.draft import Draft
 from qcli.recipe.load import checked
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.yaml import KeyPath, dotted
+from qcli.study.rows import ROWS
 from qcli.study.sections import Sections
 from qcli.utils.errors import UsageError
 
@@ -76,6 +78,9 @@ def load_study(path: Path, sets: Sequence[str] = (), limit: int | None = None) -
     Raises:
         UsageError: all errors in the file, one per line; or far more combinations than `limit`.
     """
+    if (path / ROWS).exists():
+        report = shlex.join(["qcli", "study", "report", str(path)])
+        raise UsageError(f"{path} is the folder of a study's rows, not a study", hint=f"`{report}` reports on them")
     draft = Draft()
     draft.add_file(path)
     if "model" in draft.data and "base" not in draft.data:

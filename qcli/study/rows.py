@@ -21,7 +21,8 @@ from qcli.utils.owned_folder import FolderKind, OwnedFolder, mark
 VERSION = 2
 _UNSEALED = 1  # a version whose rows have no checksums
 RUNS, CACHE = "runs", "cache"
-_STUDY, _ROWS = "study.json", "results.jsonl"
+ROWS = "results.jsonl"
+_STUDY = "study.json"
 _KIND = FolderKind("study")
 _FIELDS = {"address", "status", "point", "recipe"}  # of every row
 Row = dict[str, Any]
@@ -48,7 +49,7 @@ def study_folder(out: Path) -> Iterator[None]:
     with OwnedFolder(out, _KIND, StateError(f"another qcli is using {out}", hint="wait for it")):
         if not (out / _STUDY).exists():
             write_json(out / _STUDY, {"version": VERSION})
-        journal.cut_torn_line(out / _ROWS)
+        journal.cut_torn_line(out / ROWS)
         if _version(out) == _UNSEALED:
             _seal(out)
         yield
@@ -67,24 +68,24 @@ def read_rows(out: Path) -> list[Row]:
 
 def append(out: Path, row: Row) -> None:
     """Append a row and sync it, so that a run reported as done stays done."""
-    journal.append(out / _ROWS, row)
+    journal.append(out / ROWS, row)
 
 
 def _rows(out: Path, version: int) -> list[Row]:
     try:
-        rows = journal.entries(out / _ROWS, unsealed=version == _UNSEALED)
+        rows = journal.entries(out / ROWS, unsealed=version == _UNSEALED)
     except sealed.Damaged as problem:
         raise StateError(str(problem), hint="remove the line; its run will be repeated") from None
     for number, row in enumerate(rows, start=1):
         if not row.keys() >= _FIELDS:
-            raise StateError(f"{out / _ROWS}:{number}: not a row of a study", hint="remove the line")
+            raise StateError(f"{out / ROWS}:{number}: not a row of a study", hint="remove the line")
     return rows
 
 
 def _seal(out: Path) -> None:
     """Give the rows of a study of an earlier version their checksums."""
     rows = _rows(out, _UNSEALED)
-    write_bytes(out / _ROWS, b"".join(map(journal.line, rows)))
+    write_bytes(out / ROWS, b"".join(map(journal.line, rows)))
     write_json(out / _STUDY, {"version": VERSION})
 
 

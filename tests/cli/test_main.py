@@ -27,11 +27,15 @@ def test_version(invoke: Invoke) -> None:
     assert invoke("--version") == (0, f"qcli {__version__}\n", "")
 
 
-def test_help_lists_the_commands(invoke: Invoke) -> None:
+def test_help_lists_the_commands(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = invoke("--help")
     listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
     assert (code, err, tuple(sorted(listed))) == (0, "", tuple(sorted(COMMANDS)))
     assert "..." not in out.partition("Commands:\n")[2]
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = invoke("--help").out
+    assert "..." not in narrow.partition("Commands:\n")[2] and max(map(len, narrow.splitlines())) <= 60
+    monkeypatch.undo()
     assert invoke() == (0, out, "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -81,6 +82,18 @@ def test_every_run_has_a_row_and_failures_are_retried(invoke: Invoke, study: Pat
     code, stdout, _ = invoke("study", study, "--out", out, "--json")
     assert json.loads(stdout)["done"] == 1, "a new run, not the failed one"
     assert [row["status"] for row in rows(out)] == ["done", "done", "failed", "done"]
+
+
+def test_the_folder_of_a_study_is_not_its_file(invoke: Invoke, tmp_path: Path) -> None:
+    rows = tmp_path / "my rows"
+    rows.mkdir()
+    (rows / "results.jsonl").touch()
+    code, _, err = invoke("study", rows)
+    error, hint = err.splitlines()
+    assert (code, error) == (2, f"error: {rows} is the folder of a study's rows, not a study")
+    advised = shlex.split(hint.split("`")[1])
+    assert advised == ["qcli", "study", "report", str(rows)]
+    assert invoke(*advised[1:]).err.startswith(f"error: {rows}"), "parsed: what is missing is a row"
 
 
 def test_a_study_compares_inputs_with_weights(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
