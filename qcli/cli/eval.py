@@ -19,6 +19,7 @@ from qcli.evaluation.severity import scale, with_word
 from qcli.utils.errors import UsageError
 from qcli.utils.paths import portable_name
 from qcli.utils.placement import SIZE, Placement
+from qcli.utils.text import significant
 
 if TYPE_CHECKING:
     from qcli.recipe.gates import Gates
@@ -353,7 +354,7 @@ def _worst(evaluation: dict[str, Any]) -> str | None:
     if evaluation["worst_window_kl"] is None:
         return None
     data, score = max(evaluation["perplexity"].items(), key=lambda item: item[1]["worst_window_kl"])
-    return f"{score['worst_window_kl']:.3g} (window {score['worst_window']} of {data})"
+    return f"{significant(score['worst_window_kl'])} (window {score['worst_window']} of {data})"
 
 
 def show_tasks(tables: Tables, tasks: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from qcli.models.facts import facts_in_words
 from qcli.recipe.yaml import scalar
 from qcli.utils.placement import Placement
 from qcli.utils.registry import names
-from qcli.utils.text import with_wildcards
+from qcli.utils.text import significant, with_wildcards
 
 if TYPE_CHECKING:
     from qcli.quantization.plan import Plan
@@ -326,7 +326,7 @@ def _measured(kl: float | None) -> str:
 
 
 def _kl(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
+    return "not finite" if value is None else significant(value)
 
 
 def _training(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

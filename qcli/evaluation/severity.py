@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from qcli.utils.text import significant
+
 KL_WORDS = ((0.02, "near-lossless"), (0.1, "mild"), (0.5, "noticeable"), (math.inf, "severe"))
 """By the largest KL to full precision, in nats per token, that the word stands for."""
 
@@ -18,7 +20,7 @@ def kl_word(kl: float) -> str:
 
 def with_word(kl: float) -> str:
     """A KL divergence and its word: `0.0487 (mild)`."""
-    return f"{kl:.3g} ({kl_word(kl)})" if math.isfinite(kl) else f"not finite ({kl_word(kl)})"
+    return f"{significant(kl)} ({kl_word(kl)})" if math.isfinite(kl) else f"not finite ({kl_word(kl)})"
 
 
 def scale() -> str:

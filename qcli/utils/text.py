@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def significant(value: float) -> str:
+    """A measured number: three digits of what is below 1, four of the rest."""
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+
+
 def with_wildcards(text: str) -> str:
     """Text with `*` for every number that stands alone, such as those of blocks and experts."""
     return _NUMBER.sub("*", text)

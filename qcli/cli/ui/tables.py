@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qcli.cli.ui.columns import fit, shortened
 from qcli.utils.markdown import plain
-from qcli.utils.text import printable
+from qcli.utils.text import printable, significant
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,11 +63,22 @@ class Tables:
         self.console.print(table)
 
     def pairs(self, pairs: Mapping[str, Any], *, least: int = 0) -> None:
-        """Draw a name, `least` characters wide at least, and its value on each line; None is left out."""
+        """Draw a name, `least` characters wide at least, and its value on each line; None is left out.
+
+        Where a terminal is too narrow, values continue below where they begin; no word of them is broken.
+        """
+        from textwrap import wrap
+
         shown = {name: _cell(value) for name, value in pairs.items() if value is not None}
         width = max([least, *map(len, shown)])
         for name, value in shown.items():
-            self._print(f"- {plain(name)}: {plain(value)}" if self.markdown else f"{name:<{width}}  {value}")
+            if self.markdown:
+                self._print(f"- {plain(name)}: {plain(value)}")
+                continue
+            room = max(self.console.width - width - 2, 1)
+            lines = wrap(printable(value), room, break_long_words=False, break_on_hyphens=False)
+            for start, line in zip_longest([printable(name)], lines or [""], fillvalue=""):
+                self._print(f"{start:<{width}}  {line}")
 
     def line(self, text: str) -> None:
         """Draw one line of text; in a document, a paragraph."""
@@ -133,5 +145,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+        return significant(value)
     return str(value)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from qcli.cli.ui.tables import Tables, duration, size
+from qcli.evaluation.severity import with_word
 from qcli.utils.text import printable
 
 
@@ -85,3 +86,16 @@ def test_sentences_are_wrapped_not_cut() -> None:
     text = drawn(48, ("backend", "available"), [("cpu", f"no: {reason}")])
     assert "…" not in "".join(text)
     assert " ".join(" ".join(text[3:]).split()) == f"cpu no: {reason}"
+
+
+def test_values_of_pairs_continue_below_where_they_begin() -> None:
+    stream = io.StringIO()
+    pairs = {"of which": "codes 1.24 MB, scales 0.31 MB, rest 2.5 MB", "file": f"/{'x' * 40}", "KL": 1.14159}
+    Tables(Console(file=stream, width=30)).pairs(pairs)
+    assert stream.getvalue().splitlines() == [
+        "of which  codes 1.24 MB,",
+        "          scales 0.31 MB, rest",
+        "          2.5 MB",
+        f"file      /{'x' * 40}",
+        f"KL        {with_word(1.14159).split()[0]}",
+    ]
