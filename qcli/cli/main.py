@@ -1,7 +1,9 @@
 """The `qcli` program: its commands, and how usage errors are reported."""
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,12 +24,14 @@ from qcli.cli import (
     verify,
 )
 from qcli.cli._command import Command
-from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, Terminated, show_error
+from qcli.cli.ui.errors import BROKEN_PIPE, TERMINATED, USAGE, Terminated, show_error
 from qcli.cli.ui.streams import abandon_stdout, open_closed_streams, tell
 from qcli.utils.lean import import_little
 from qcli.utils.paths import expanded
 from qcli.utils.text import printable
 
+_INSTALL = "--install-completion"
+_NAMED = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"  # where it is set, typer has the shell named
 _HELP = "Quantize language models to 1-8 bits per weight, evaluate and pack them."
 
 app = typer.Typer(
@@ -80,11 +84,21 @@ def _expanded(argument: str) -> str:
     return f"{flag}{equals}{expanded(value)}"
 
 
+def _start_files() -> set[tuple[str, int]]:
+    """The files that shells start with, and when they were written."""
+    files = (Path.home() / name for name in (".bashrc", ".zshrc"))
+    return {(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     given = sys.argv[1:] if arguments is None else arguments
     open_closed_streams()
     import_little()
+    before = _start_files() if [*given[:1]] == [_INSTALL] else None
+    if before is not None and len(given) > 1 and _NAMED not in os.environ:
+        show_error(f"{_INSTALL} takes no argument: it is for the shell that runs it")
+        sys.exit(USAGE)
     try:
         code = app(args=list(map(_expanded, given)), prog_name="qcli", standalone_mode=False)
         sys.stdout.flush()
@@ -103,5 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(end.__context__, BrokenPipeError):  # typer makes it exit code 1
             abandon_stdout()
             sys.exit(BROKEN_PIPE)
+        for file in sorted(_start_files() - before) if before is not None else ():
+            tell(f"{file[0]} was edited: new shells load the completion")
         raise
     sys.exit(code if isinstance(code, int) else 0)

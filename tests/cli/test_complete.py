@@ -72,6 +72,12 @@ def test_bash_completes_with_what_was_installed(tmp_path: Path) -> None:
         [program, "--install-completion", "bash"], env=environment, capture_output=True, text=True
     )
     assert installed.returncode == 0, installed.stderr
+    assert f"{tmp_path / '.bashrc'} was edited" in installed.stderr
+    del environment["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"]
+    before = (tmp_path / ".bashrc").read_bytes()
+    refused = subprocess.run([program, "--install-completion", "nosh"], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--install-completion takes no argument" in refused.stderr
+    assert (tmp_path / ".bashrc").read_bytes() == before
     scripts = [file for file in tmp_path.rglob("*qcli*") if file.suffix == ".sh"]
     assert len(scripts) == 1
     words = "COMP_WORDS=(qcli quantize m --method gp) COMP_CWORD=4"
