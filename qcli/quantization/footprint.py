@@ -15,6 +15,7 @@ from qcli.models.sizes import ModelSizes, experts_at_once, pass_tokens
 from qcli.quantization.plan import VOCABULARY_SLICE, Plan
 from qcli.utils.distributed import local_world_size, world_size
 from qcli.utils.dtypes import torch_dtype
+from qcli.utils.memory import KEPT_HEAP
 from qcli.utils.placement import RUNTIME, Demand, Peak, Placement, place
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def quantization_demand(plan: Plan, dtype: torch.dtype, *, fast: bool, device: s
         device: `cpu` or `cuda`.
     """
     sizes = ModelSizes.of(plan.source)
-    peak = Peak(RUNTIME if plan.calibrated else _DATA_FREE)
+    trains = plan.recipe.refinement is not None or plan.recipe.all_transforms
+    kept_heap = KEPT_HEAP if device == "cpu" and trains else 0
+    peak = Peak(RUNTIME + kept_heap if plan.calibrated else _DATA_FREE)
     outside = sum(tensor.bytes for tensor in plan.parts[-1].values())
     peak.add(host=outside)  # as it is written
     part = max(sum(tensor.bytes for tensor in part.values()) for part in plan.parts[:-1])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGE_BLOCK = 8 << 20
-_KEPT = 128 << 20
+KEPT_HEAP = 128 << 20  # bytes of small freed blocks that stay with the process, where `return_large_blocks` was called
 
 
 class SystemMemory(NamedTuple):
@@ -80,7 +80,7 @@ def return_large_blocks() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no mallopt; Windows has no CDLL(None)
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_HEAP)
 
 
 def use_huge_pages() -> None:
