@@ -8,6 +8,8 @@ source. Hints of `CASES` in tests/cli/test_hints_help.py are executed there.
 from __future__ import annotations
 
 TESTS = {
+    "--data builtin needs no hub; nor does a recipe with --set calibration.data=builtin --set 'eval.perplexity=[builtin]'; other texts: a local … or … file, or `self`, sampled from the model": "tests/cli/test_run.py::test_a_recipe_of_a_text_on_the_hub_runs_without_one",
+    "check the spelling, or unset HF_HUB_OFFLINE to download it": "tests/models/test_folder.py::test_a_hub_id_that_cannot_be_had_is_refused",
     "leave out --apply-chat-template": "tests/evaluation/test_tasks.py::test_questions_are_put_into_the_chat_template",
     "`qcli run … --dry-run` checks it": "tests/cli/test_hints.py::test_a_study_and_a_recipe_are_told_apart",
     "`qcli study … --dry-run` checks it": "tests/cli/test_hints.py::test_a_study_and_a_recipe_are_told_apart",

@@ -160,8 +160,11 @@ def quantize(
             require_start(plan, resolved, Path(resolved.out or quantized_name(resolved)), force=force)
             report_plan(session, plan, show_plan)
             return
+        from qcli.models.open import open_source
         from qcli.quantization.quantize import quantize as run
 
+        if resolved.out is None:
+            open_source(resolved.source, trust)  # a wrong name fails before the output is told
         out = out_of(session, resolved.out, quantized_name(resolved))
         result = run(resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_result)

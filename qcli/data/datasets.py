@@ -11,7 +11,7 @@ from typing import TypeGuard
 from qcli.data.default_text import AUTO
 from qcli.data.image_rows import IMAGES, has_images
 from qcli.data.named_set import NamedSet, PackagedText
-from qcli.data.names import HINT, SELF, SETS, is_named, set_names
+from qcli.data.names import HINT, NO_HUB, SELF, SETS, is_named, set_names
 from qcli.data.row_texts import Render, without_template
 from qcli.data.source import Data, TextSource, is_hub, label, parts
 from qcli.data.text_files import read_file, read_first_row, require_file
@@ -113,4 +113,4 @@ def _read_named(name: str, *, calibration: bool) -> str:
     try:
         return found.read(calibration=calibration)
     except UsageError as error:
-        raise UsageError(f"data set {name!r} {error.message}", hint=HINT) from error
+        raise UsageError(f"data set {name!r} {error.message}", hint=NO_HUB) from error

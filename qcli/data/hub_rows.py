@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcli.data.names import HINT
+from qcli.data.names import NO_HUB
 from qcli.data.rows import Row, RowFile
 from qcli.data.source import TextSource
 from qcli.utils.errors import UsageError
@@ -51,7 +51,7 @@ def _load(source: TextSource, splits: Sequence[str]) -> Any:
             problem = error
             break
     reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
-    hint = HINT
+    hint = NO_HUB
     if reason.startswith("Unknown split"):
         hint = f"name one: data: {{path: {source.path}, split: ...}}"
     elif reason.startswith("Config name is missing"):

@@ -67,10 +67,10 @@ def compare(
         ResourceError: the hidden states of all windows, or a block, do not fit in memory.
         VerificationError: a checkpoint is damaged, or a model's logits are not finite.
     """
-    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     nothing, kept = Cache(None), cache or Cache(None)
     sources, reference = _opened(models, options, baseline, progress)
+    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     identities = {label(text): text_identity(text, calibration=False) for text in options.texts}
     windows = evaluation_windows(options, [*sources, *([reference] if reference is not None else [])], kept, progress)
     require_memory(windows, sources, reference, dtype, options)
@@ -117,8 +117,8 @@ def plan_evaluation(
     Raises:
         QcliError: as `compare`.
     """
-    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     sources, reference = _opened(models, options, baseline, progress)
+    options = replace(options, texts=[named(text) if isinstance(text, str) else text for text in options.texts])
     everything = [*sources, *([reference] if reference is not None else [])]
     read = replace(options, texts=[text for text in options.texts if text != SELF])
     windows = evaluation_windows(read, everything, cache or Cache(None), progress)

@@ -156,7 +156,7 @@ def _download(model: str, trust: Trust) -> tuple[Path, HubModel]:
     if match is None or (match["repository"].endswith(".gguf") and match["file"] is None):
         raise UsageError(f"{model} does not exist", hint="give a folder, a .gguf file, or a hub id such as org/name")
     repository, file, revision = match["repository"], match["file"], match["revision"]
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     def fetch(*patterns: str, at: str | None = revision, **further: Any) -> Path:
@@ -181,6 +181,11 @@ def _download(model: str, trust: Trust) -> tuple[Path, HubModel]:
             raise UsageError(f"{repository} on the hub has no file {file}", hint=f"give {repository} to see its files")
         return found, HubModel(repository, folder.name)
     except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            raise UsageError(
+                f"{model} is not a local folder, HF_HUB_OFFLINE is set, and the hub's cache does not have it",
+                hint="check the spelling, or unset HF_HUB_OFFLINE to download it",
+            ) from None
         reason = "the hub cannot be reached and its cache does not have it"
     except RevisionNotFoundError:
         reason = f"{repository} on the hub has no revision {revision}"

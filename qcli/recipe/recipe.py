@@ -38,7 +38,7 @@ from qcli.recipe.overrides import name_alone, overridden, override_problems
 from qcli.recipe.plugins import build_method, method_from, named_options, transform_from
 from qcli.recipe.sections import Calibration, Eval, Override, Pack, Text
 from qcli.recipe.vocabulary import Head, VocabularyLayer
-from qcli.recipe.yaml import KeyPath
+from qcli.recipe.yaml import KeyPath, dotted
 from qcli.utils.errors import UsageError
 from qcli.utils.options import Options, Place
 from qcli.utils.placement import SIZE
@@ -165,8 +165,19 @@ class Recipe(Options):
             texts["distill" if self.distill.samples is not None else "calibration"] = self.distill_text
         for section, text in texts.items():
             if text.samples <= text.held_out and not is_folder(text.data):  # a folder has as many as it has
-                message = f"training holds out {text.held_out} of {text.samples} samples: none is left"
-                yield Issue((section, "samples"), message)
+                more = self._flag((section, "samples"), text.held_out + 1)
+                fewer = f", or --set calibration.held_out={text.samples - 1}" if text.samples > 1 else ""
+                yield Issue(
+                    (section, "samples"),
+                    f"training holds out {text.held_out} of {text.samples} samples: none is left; use {more} or more"
+                    f"{fewer}",
+                )
+
+    def _flag(self, path: KeyPath, value: int) -> str:
+        """`--samples 5` where a flag has set the value at `path`, else `--set calibration.samples=5`."""
+        origin = self.origin(path)
+        flag = origin.startswith("--") and not origin.startswith("--set ")
+        return f"{origin} {value}" if flag else f"--set {dotted(path)}={value}"
 
     def _late_transforms(self) -> Iterator[Issue]:
         after_blockwise = False

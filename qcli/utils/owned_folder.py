@@ -122,6 +122,11 @@ class OwnedFolder:
         with contextlib.suppress(OSError):  # the end of the process releases it too
             self._lock.release()
 
+    def entries(self) -> set[str]:
+        """The names of all entries but lock and marker; none if the folder is gone."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return {entry.name for entry in found if not self._is_own(entry)}
+
     def clear(self) -> None:
         """Remove all entries of the folder's kind; lock and marker stay.
 

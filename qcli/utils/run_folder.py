@@ -87,6 +87,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and self._folder.entries() == {_IDENTITY}:  # nothing was computed
+            self._folder.remove()
         self._folder.release()
 
     def done(self, part: str) -> Path | None:

@@ -383,3 +383,22 @@ def test_chats_take_a_model_with_a_template(more: tuple[str, ...], invoke: Invok
     flags = ("--group-size", 32, "--samples", 6, "--seq-len", 32, "--out", tmp_path / "out")
     code, printed, err = invoke("quantize", model, *flags, "--data", chats, *more)
     assert (code, printed) == (2, "") and f"{chats}:1 is a chat, and {model} has no chat template" in err
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_a_mistyped_model_is_all_that_is_said(
+    command: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    default_text.cache_clear()
+    code, printed, err = invoke(command, "some-org/mistyped")
+    assert (code, printed) == (2, "")
+    assert err.startswith("error: some-org/mistyped is not a local folder, HF_HUB_OFFLINE is set") and "\nhint: " in err
+    assert "output" not in err and "warning" not in err
+
+
+def test_a_failed_start_leaves_no_folder(invoke: Invoke, model: Path, text: Path, tmp_path: Path) -> None:
+    flags = ("--group-size", 32, "--samples", 2, "--seq-len", 200_000)
+    assert invoke("quantize", model, *flags, "--data", text, "--out", tmp_path / "out").code == 2
+    assert not (tmp_path / "out.partial").exists()

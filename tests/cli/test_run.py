@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -529,3 +530,23 @@ def test_no_default_text_is_chosen_where_none_is_read(
     monkeypatch.setattr("qcli.pipeline.default_text", lambda: pytest.fail("asked"))
     assert invoke("run", recipe, "--out", tmp_path / "out").code == 0
     assert sealed.load_json(tmp_path / "out" / "stages.json")[2] is None
+
+
+def test_a_recipe_of_a_text_on_the_hub_runs_without_one(
+    invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, **_: object) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    flags = ("--set", "method.name=gptq-like", "--set", "pack=null", "--device", "cpu", "--out", tmp_path / "out")
+    named = "calibration={data: wikitext2, samples: 2, seq_len: 32}", "eval.perplexity=[wikitext2]"
+    given = [word for text in named for word in ("--set", text)]
+    code, _, err = invoke("run", recipe, *flags, *given)
+    assert code == 2 and "'wikitext2' could not be loaded" in err
+    hint = err.partition("hint: ")[2].partition(";")[2].partition(";")[0]
+    advice = shlex.split(hint[hint.index("--set") :])
+    assert advice == ["--set", "calibration.data=builtin", "--set", "eval.perplexity=[builtin]"]
+    code, _, err = invoke("run", recipe, *flags, *given, *advice)
+    assert code == 0, err
+    assert [*json.loads((tmp_path / "out" / "eval.json").read_text())["perplexity"]] == ["builtin"]

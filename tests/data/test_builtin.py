@@ -81,7 +81,7 @@ def test_a_named_text_never_falls_back(offline: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UsageError, match="data set 'wikitext2' could not be loaded") as caught:
         read_text("wikitext2", calibration=True)
-    assert caught.value.hint is not None and "`builtin`" in caught.value.hint
+    assert caught.value.hint is not None and "--data builtin" in caught.value.hint
     assert default_text.named("wikitext2") == "wikitext2"
 
 

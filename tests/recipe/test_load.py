@@ -122,10 +122,23 @@ def test_contradictions_have_a_place(tmp_path: Path) -> None:
     file = write(tmp_path, "model: m\nrefine: {}\ncalibration: {samples: 4, held_out: 4}\ntransforms:\n")
     file = write(tmp_path, file.read_text() + "  - {name: teq}\n  - {name: teq, loss: kl}\n")
     assert problems(file) == [
-        f"{file}:3:15: calibration.samples: training holds out 4 of 4 samples: none is left",
+        f"{file}:3:15: calibration.samples: training holds out 4 of 4 samples: none is left; use "
+        "--set calibration.samples=5 or more, or --set calibration.held_out=3",
         f"{file}:6:5: transforms[1]: is trained on the whole model, which transforms block by block have not changed "
         "yet: name it before them",
     ]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_samples_that_training_needs_are_named(number: int) -> None:
+    (line,) = problems(None, {"model": "m", "method.name": "lcq", "calibration.samples": 4})
+    assert line == (
+        "--samples: training holds out 4 of 4 samples: none is left; use --samples 5 or more, or --set "
+        "calibration.held_out=3"
+    )
+    remedy = ({"calibration.samples": 5}, ()), ({"calibration.samples": 4}, ("calibration.held_out=3",))
+    flags, sets = remedy[number]
+    assert load_recipe(None, {"model": "m", "method.name": "lcq", **flags}, sets).calibration.held_out < 5
 
 
 def test_missing_model_has_a_hint() -> None:
