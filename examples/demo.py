@@ -26,7 +26,7 @@ PICTURE = OUT / "kl.png"
 PROMPT = "The capital of France is"
 # The file's weights lie on 4-bit grids of 32, which flatter 4 bits; 2 and 3 bits in groups of 64 are not.
 RUNS = (("rtn", 2), ("rtn", 3), ("gptq-like", 3))
-CALIBRATION = ("--data", "builtin", "--samples", "24", "--seq-len", "256")
+CALIBRATION = ("--data", "builtin", "--samples", "16", "--seq-len", "256")
 EVALUATION = ("--data", "builtin", "--window", "256", "--max-windows", "8")
 console = Console()
 
