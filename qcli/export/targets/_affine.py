@@ -65,6 +65,25 @@ def with_format(weight: QuantizedWeight, format: Affine) -> QuantizedWeight:
     return QuantizedWeight(format, weight.shape, weight.codes, tables)
 
 
+def refuse_conv1d(source: Packable, layout: str) -> None:
+    """Raise UnsupportedError where the layers of blocks are of a class that engines do not replace by packed ones."""
+    if source.family.conv1d:
+        raise UnsupportedError(
+            f"{source.family.model_type} has no nn.Linear layers, the only ones that {layout} packs",
+            hint="pack it as qcli or dense",
+        )
+
+
+def refuse_dense_parts(source: Packable, layout: str) -> None:
+    """Raise UnsupportedError where a model has linear layers beside its blocks, for a layout without names of dense
+    layers that all of its engines understand."""
+    if source.family.dense_parts:
+        raise UnsupportedError(
+            f"{layout} cannot say that {source.family.dense_parts[0]} is dense",
+            hint="pack it as qcli or dense",
+        )
+
+
 def refuse_mixed_fusions(layers: list[Linear], formats: Mapping[str, Format], layout: str) -> None:
     """Raise UnsupportedError where layers that engines fuse have different formats."""
     for first, *others in fused(layers):

@@ -16,7 +16,13 @@ from qcli.export.target import (
     refuse_vocabulary,
     write_layers,
 )
-from qcli.export.targets._affine import affine_formats, refuse_mixed_fusions, with_format
+from qcli.export.targets._affine import (
+    affine_formats,
+    refuse_conv1d,
+    refuse_dense_parts,
+    refuse_mixed_fusions,
+    with_format,
+)
 from qcli.models.layouts import awq as layout
 from qcli.models.native import NativeSource
 from qcli.utils.errors import UnsupportedError
@@ -58,15 +64,8 @@ class AWQ(ExportTarget):
     def check(self, source: Packable) -> None:
         refuse_extra_computation(source, self.name)
         refuse_vocabulary(source, self.name)
-        if source.family.conv1d:
-            raise UnsupportedError(
-                f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
-            )
-        if source.family.dense_parts:
-            raise UnsupportedError(
-                f"engines of {self.name} name {source.family.dense_parts[0]}, which is dense, in different ways",
-                hint=_HINT,
-            )
+        refuse_conv1d(source, self.name)
+        refuse_dense_parts(source, self.name)
         refuse_mixed_fusions(source.linears(), affine_formats(source, self.name), self.name)
         _format(source)
 

@@ -20,7 +20,7 @@ from qcli.export.target import (
     write_layers,
 )
 from qcli.export.targets import _vllm_rules
-from qcli.export.targets._affine import affine_format, refuse_mixed_fusions, with_format
+from qcli.export.targets._affine import affine_format, refuse_conv1d, refuse_mixed_fusions, with_format
 from qcli.models.families import Family, fused
 from qcli.models.layouts import compressed_tensors as layout
 from qcli.models.native import NativeSource
@@ -62,11 +62,7 @@ class CompressedTensors(ExportTarget):
         if not _is_fp8_dynamic(source):
             refuse_extra_computation(source, self.name)
         refuse_vocabulary(source, self.name)
-        if source.family.conv1d:
-            raise UnsupportedError(
-                f"{source.family.model_type} has no nn.Linear layers, the only ones that {self.name} packs",
-                hint="pack it as qcli or dense",
-            )
+        refuse_conv1d(source, self.name)
         refuse_mixed_fusions(source.linears(), _formats(source), self.name)
         _shared_divisors(source)
 

@@ -15,7 +15,7 @@ from qcli.export.target import (
     refuse_vocabulary,
     write_layers,
 )
-from qcli.export.targets._affine import affine_formats
+from qcli.export.targets._affine import affine_formats, refuse_conv1d, refuse_dense_parts
 from qcli.models.layouts import gptq as layout
 from qcli.models.native import NativeSource
 from qcli.utils.errors import UnsupportedError
@@ -44,15 +44,8 @@ $ vllm serve DIR --dtype float16
     def check(self, source: Packable) -> None:
         refuse_extra_computation(source, self.name)
         refuse_vocabulary(source, self.name)
-        if source.family.conv1d:
-            raise UnsupportedError(
-                f"{source.family.model_type} has no nn.Linear layers", hint="pack it as qcli or dense"
-            )
-        if source.family.dense_parts:
-            raise UnsupportedError(
-                f"{self.name} cannot say that {source.family.dense_parts[0]} is dense",
-                hint=_HINT,
-            )
+        refuse_conv1d(source, self.name)
+        refuse_dense_parts(source, self.name)
         _format(source)
 
     def proven_with(self, source: Packable) -> Sequence[str] | str:

@@ -263,16 +263,18 @@ def test_targets_of_a_multimodal_model_match_as_every_engine_names_its_modules(e
     assert all(found(name, config["ignore"]) and not found(name, targets) for name in dense)
 
 
-def test_gptq_of_a_multimodal_model_is_refused(tmp_path: Path) -> None:
+def test_a_multimodal_model_is_refused_where_dense_layers_have_no_names(tmp_path: Path) -> None:
     run(tiny_model("gemma3", tmp_path), tmp_path / "native", method__name="rtn", method__symmetric=True)
-    with pytest.raises(UnsupportedError, match="gptq cannot say that model.vision_tower is dense"):
-        pack(tmp_path / "native", tmp_path / "packed", format="gptq", shard_size=10**9)
+    for format in ("gptq", "awq"):
+        with pytest.raises(UnsupportedError, match=f"{format} cannot say that model.vision_tower is dense"):
+            pack(tmp_path / "native", tmp_path / "packed", format=format, shard_size=10**9)
 
 
 def test_conv1d_models_are_refused(tmp_path: Path) -> None:
     run(tiny_model("gpt2", tmp_path), tmp_path / "native", method__name="rtn")
-    with pytest.raises(UnsupportedError, match=r"no nn\.Linear"):
-        pack(tmp_path / "native", tmp_path / "packed", format="compressed-tensors", shard_size=10**9)
+    for format in ("compressed-tensors", "gptq", "awq"):
+        with pytest.raises(UnsupportedError, match=rf"no nn\.Linear layers, the only ones that {format} packs"):
+            pack(tmp_path / "native", tmp_path / "packed", format=format, shard_size=10**9)
 
 
 @pytest.mark.parametrize(
