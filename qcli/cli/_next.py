@@ -17,7 +17,7 @@ from qcli.utils.errors import QcliError
 if TYPE_CHECKING:
     from qcli.utils.trust import Trust
 
-_PROMPT = "Once upon a time"
+_PROMPT, _QUESTION = "Once upon a time", "Tell me a story."
 _FORMATS = ("compressed-tensors", "gguf", "gptq", "awq")  # the first that surely holds a checkpoint is proposed
 _PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _SHELL = re.compile(r"^\$ (.+)$", re.MULTILINE)
@@ -81,13 +81,15 @@ def _pack(folder: Path, trust: Trust) -> Iterator[str]:
 
 
 def _generate(folder: Path, trust: Trust) -> Iterator[str]:
+    from qcli.data.chats import chat_template
     from qcli.models.open import open_source
 
     try:
-        open_source(str(folder), trust).tokenizer()
+        chats = chat_template(open_source(str(folder), trust)) is not None
     except QcliError:
         return
-    yield _qcli(trust, "generate", folder, "--prompt", _PROMPT)
+    prompt = ("--chat", "--prompt", _QUESTION) if chats else ("--prompt", _PROMPT)
+    yield _qcli(trust, "generate", folder, *prompt)
 
 
 def _load(folder: Path) -> Iterator[str]:

@@ -52,6 +52,7 @@ def test_what_quantize_pack_eval_and_calibrate_propose_works(
     after_eval = proposed(invoke(*evaluate[1:], "--data", text, "--max-windows", 1, "--window", 32))
     assert after_eval == [generate, pack]
     assert invoke(*generate[1:], "--max-new-tokens", 2).code == 0
+    assert "--chat" in generate
     subprocess.run([sys.executable, *load[2:]], check=True, stdin=subprocess.DEVNULL, timeout=120)
     after_pack = proposed(invoke(*pack[1:], "--out", "packed"))
     assert ["vllm", "serve", "packed"] in after_pack
