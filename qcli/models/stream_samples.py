@@ -143,7 +143,8 @@ class SampleRecorder:
             self._prove(inputs, found, _TOLERANCE.get(dtype, _COARSE))
             self._proven = True
         hidden, *between = [entering for entering, _ in found]
-        added = [None, *(each if bool(each.any()) else None for each in between)]
+        some = torch.stack([each.any() for each in between]).tolist() if between else []  # a GPU is waited for once
+        added = [None, *(each if adds else None for each, adds in zip(between, some, strict=True))]
         return GivenSample(hidden, [call for _, call in found], added)
 
     def _follow(self, inputs: Mapping[str, Tensor], output: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Call]]:
