@@ -87,6 +87,17 @@ def test_experts_have_sets_of_their_own_and_routers_stay_dense() -> None:
     assert not any("gate.weight" in path for path in discovered(tiny_config("qwen3_moe")).paths_of(1))
 
 
+def test_a_router_that_is_a_linear_stays_dense_whatever_its_size() -> None:
+    """One that is large enough to be quantized, and is called as any linear layer."""
+    mixture = {"enable_moe_block": True, "num_experts": 32, "top_k_experts": 2, "moe_intermediate_size": 64}
+    config = tiny_config("gemma4_text", hidden_size_per_layer_input=48, **mixture)
+    block = quantizable_skeleton(config, trust_remote_code=False).get_submodule("model.layers.1")
+    assert block.get_submodule("router.proj").out_features == 32
+    paths = discovered(config).paths_of(1)
+    assert "router.proj" not in paths
+    assert {"per_layer_input_gate", "experts.31.gate_proj"} <= set(paths)
+
+
 def test_a_linear_with_as_many_outputs_as_there_are_experts_is_no_router() -> None:
     config = tiny_config("mixtral", num_local_experts=32, num_key_value_heads=2, head_dim=16)
     beside = [path for path in discovered(config).paths_of(1) if ".experts." not in path]
