@@ -66,12 +66,13 @@ class Sequential:
         self.keep = torch.bfloat16 if fast else dtype
         self.stream = ModelStream(plan.source, device=device, dtype=dtype)
         self.last = plan.last_block
+        # Before samples are embedded: folds are proven on tokens, and a stream with images runs its samples alone.
+        self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
         training = len(samples) - plan.held_out
         self.samples: Split[Samples] = Split(samples[:training], samples[training:])
         own = self.samples.map(lambda side: side[_slice(processes.share(len(side)))])
         self.quantized = own.map(self._embedded)
         self.original = self.quantized.map(StoredBatches.copy) if plan.compares else None
-        self.transforms = BlockTransforms(plan, run, self.stream, fast=fast, progress=progress, processes=processes)
         if isinstance(samples, Tensor):
             self.transforms.fit_model(Split(samples[:training], samples[training:]))
         if round_embedding(plan, self.stream):

@@ -107,6 +107,16 @@ def test_training_and_resuming(llava: Path, tmp_path: Path, monkeypatch: pytest.
     assert weights(tmp_path / "out") == weights(tmp_path / "again")
 
 
+def test_transforms_of_blocks_are_trained_on_images(llava: Path, tmp_path: Path) -> None:
+    """Folds of a model without a row are proven on text beforehand."""
+    pairs = write_pairs(tmp_path / "data")
+    assert open_source(str(llava)).family.discovered
+    given: dict[str, Any] = {"method__name": "teq", "method__bits": 3, "method__steps": 4, "method__lr": 0.02, **LONG}
+    result = run(llava, tmp_path / "out", pairs, **given)
+    assert [*result.training] == ["block 0 teq", "block 1 teq"]
+    assert all(outcome["after"] < outcome["before"] for outcome in result.training.values())
+
+
 def test_another_image_is_another_run(llava: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "data")
 
