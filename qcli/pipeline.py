@@ -19,7 +19,7 @@ from qcli.data.source import label, text_paths
 from qcli.models.manifest import MANIFEST, Manifest, require_own_checkpoint
 from qcli.models.open import open_source
 from qcli.quantization.plan import make_plan
-from qcli.recipe.auto_text import says_auto, with_text
+from qcli.recipe.auto_text import auto_fields, flags_for, with_text
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval, Pack
 from qcli.utils import sealed
@@ -232,9 +232,10 @@ class Pipeline:
 
         What results are recorded to be made from is the recipe as it was written.
         """
-        if not says_auto(self.recipe, calibrated=self.plan.calibrated or self.recipe.allocation is not None):
+        fields = auto_fields(self.recipe, calibrated=self.plan.calibrated or self.recipe.allocation is not None)
+        if not fields:
             return self.recipe
-        self.record.text = self.record.text or self._text_before() or default_text()
+        self.record.text = self.record.text or self._text_before() or default_text(flags_for(fields))
         return with_text(self.recipe, self.record.text)
 
     def _text_before(self) -> str | None:

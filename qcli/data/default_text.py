@@ -23,10 +23,14 @@ def named(data: str) -> str:
 
 
 @cache
-def default_text() -> str:
-    """`wikitext2`, or `builtin` where no hub can be reached."""
+def default_text(flags: str = "--data TEXT") -> str:
+    """`wikitext2`, or `builtin` where no hub can be reached, which a warning says.
+
+    Args:
+        flags: of the command at hand, with which another text is named.
+    """
     if reason := _unreachable():
-        warn(f"{reason}: the text is {WITHOUT_HUB!r}, which comes with qcli, not {ON_HUB!r}; --data TEXT names another")
+        warn(f"{reason}: the text is {WITHOUT_HUB!r}, which comes with qcli, not {ON_HUB!r}; {flags} names another")
         return WITHOUT_HUB
     return ON_HUB
 

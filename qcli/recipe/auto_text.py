@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from qcli.data.default_text import AUTO
 from qcli.recipe.recipe import Recipe
 
+_TEXTS = "eval.perplexity"
 
-def says_auto(recipe: Recipe, *, calibrated: bool = True) -> bool:
-    """Whether `auto` is a text that the recipe's stages read.
+
+def auto_fields(recipe: Recipe, *, calibrated: bool = True) -> list[str]:
+    """The fields that say `auto`, of those whose texts the recipe's stages read.
 
     Args:
         calibrated: whether quantization reads the text of `calibration`.
     """
-    texts = [] if recipe.eval is None else [*recipe.eval.perplexity]
-    calibration = [recipe.calibration.data] if calibrated else []
-    distillation = [recipe.distill_text.data] if recipe.distill is not None else []
-    return AUTO in (*texts, *calibration, *distillation)
+    distill, evaluation = recipe.distill, recipe.eval
+    calibrated = calibrated or (distill is not None and distill.data is None)
+    says = {
+        "calibration.data": calibrated and recipe.calibration.data == AUTO,
+        "distill.data": distill is not None and distill.data == AUTO,
+        _TEXTS: evaluation is not None and AUTO in evaluation.perplexity,
+    }
+    return [field for field, auto in says.items() if auto]
+
+
+def flags_for(fields: Iterable[str]) -> str:
+    """The flags that name a text for each of these fields."""
+    return " ".join(f"--set '{field}=[TEXT]'" if field == _TEXTS else f"--set {field}=TEXT" for field in fields)
 
 
 def with_text(recipe: Recipe, text: str) -> Recipe:

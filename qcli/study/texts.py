@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from qcli.data.default_text import ON_HUB, WITHOUT_HUB, default_text
-from qcli.recipe.auto_text import says_auto, with_text
+from qcli.recipe.auto_text import auto_fields, flags_for, with_text
 from qcli.recipe.recipe import Recipe
 from qcli.recipe.sections import Eval
 from qcli.study.grid import Run, address_of
@@ -19,23 +19,22 @@ def with_texts(runs: Sequence[Run], addressed: Callable[[list[Run]], list[Run]],
         addressed: gives runs the addresses of their rows.
         known: addresses of finished runs.
     """
-    if not any(_is_open(run.recipe) for run in runs):
+    fields = dict.fromkeys(field for run in runs for field in auto_fields(_evaluated(run.recipe)))
+    if not fields:
         return addressed(list(runs))
     for text in (ON_HUB, WITHOUT_HUB):
         named = addressed([_named(run, text) for run in runs])
         if any(run.address in known for run in named):
             return named
-    return addressed([_named(run, default_text()) for run in runs])
-
-
-def _is_open(recipe: Recipe) -> bool:
-    return says_auto(_evaluated(recipe))
+    text = default_text(flags_for(fields))
+    return addressed([_named(run, text) for run in runs])
 
 
 def _named(run: Run, text: str) -> Run:
-    if not _is_open(run.recipe):
+    recipe = _evaluated(run.recipe)
+    if not auto_fields(recipe):
         return run
-    recipe = with_text(_evaluated(run.recipe), text)
+    recipe = with_text(recipe, text)
     return replace(run, recipe=recipe, address=address_of(recipe))
 
 

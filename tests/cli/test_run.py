@@ -505,7 +505,8 @@ def test_the_default_text_is_that_of_the_results(
     """Earlier versions did not record it: the model knows what it was calibrated on."""
     out = tmp_path / "out"
     reach(False)
-    assert invoke("run", auto_recipe, "--out", out, "--set", "eval=null").code == 0
+    code, _, err = invoke("run", auto_recipe, "--out", out, "--set", "eval=null")
+    assert code == 0 and "--set calibration.data=TEXT names another" in err
     [stages, hashes, text] = sealed.load_json(out / "stages.json")
     assert text == "builtin"
     if not recorded:
@@ -527,7 +528,7 @@ def test_the_default_text_is_that_of_the_results(
 def test_no_default_text_is_chosen_where_none_is_read(
     invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcli.pipeline.default_text", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("qcli.pipeline.default_text", lambda _: pytest.fail("asked"))
     assert invoke("run", recipe, "--out", tmp_path / "out").code == 0
     assert sealed.load_json(tmp_path / "out" / "stages.json")[2] is None
 

@@ -34,11 +34,11 @@ def texts_of(runs: list[Run]) -> list[tuple[Any, list[Any]]]:
 
 
 def test_a_study_keeps_the_text_that_it_began_with(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "default_text", lambda: "builtin")
+    monkeypatch.setattr(texts, "default_text", lambda _: "builtin")
     offline = named(runs, set())
     assert texts_of(offline) == [("builtin", ["builtin"])] * 2 + [("c4", ["c4", "builtin"])]
     assert len({run.address for run in offline} - {run.address for run in runs}) == 3
-    monkeypatch.setattr(texts, "default_text", lambda: "wikitext2")
+    monkeypatch.setattr(texts, "default_text", lambda _: "wikitext2")
     online = named(runs, set())
     assert texts_of(online) == [("wikitext2", ["wikitext2"])] * 2 + [("c4", ["c4", "wikitext2"])]
     assert named(runs, {offline[1].address}) == offline
@@ -46,7 +46,7 @@ def test_a_study_keeps_the_text_that_it_began_with(runs: list[Run], monkeypatch:
 
 
 def test_no_hub_is_asked_for_where_all_texts_are_named(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "default_text", lambda: "wikitext2")
+    monkeypatch.setattr(texts, "default_text", lambda _: "wikitext2")
     explicit = named(runs, set())
     monkeypatch.setattr(texts, "default_text", lambda: pytest.fail("asked"))
     assert named(explicit, set()) == explicit
