@@ -135,6 +135,10 @@ class Pipeline:
         """Refuse what any stage that is still to be done would refuse, before work is spent on the first."""
         stays = self._staying()
         self._check_layout(stays)
+        if QUANTIZED not in stays:
+            from qcli.quantization.job import require_calibration_text
+
+            require_calibration_text(self.plan, self.recipe)
         if DISTILLED not in stays:
             self._check_distillation()
         if self.recipe.eval is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,15 @@ _RECORD = "stages.json"  # beside a stage of `qcli run`, whose folder says more 
 _STAGES = ("quantized", "distilled", "packed")
 
 
-def out_of(session: Session, given: str | Path | None, default: str) -> Path:
-    """The folder to write: the one that was given, or `default` in the working directory, which is told."""
+def out_of(session: Session, given: str | Path | None, default: str, opened: Callable[[], object]) -> Path:
+    """The folder to write: the one that was given, or `default` in the working directory, which is told.
+
+    Args:
+        opened: opens what the command reads, so that a wrong name fails before the output is told.
+    """
     if given is not None:
         return Path(given)
+    opened()
     session.note(f"output: {default}")
     return Path(default)
 

@@ -71,11 +71,12 @@ def calibrate(
             set_ or (),
         )
         require_plot(plot)
-        out = out_of(session, resolved.out, f"{model_name(resolved.model)}-calibration")
+        from qcli.models.open import open_source
         from qcli.quantization.calibrate import calibrate as run
         from qcli.utils.trust import Trust
 
-        trust = Trust(remote_code=trust_remote_code)
+        trust, name = Trust(remote_code=trust_remote_code), f"{model_name(resolved.model)}-calibration"
+        out = out_of(session, resolved.out, name, lambda: open_source(resolved.source, trust))
         result = run(resolved, out, session.progress, hessians=hessians, trust=trust, force=force)
         if plot is not None:
             from qcli.quantization.sensitivity_plot import plot_sensitivity

@@ -111,8 +111,10 @@ def distill(
             session.result(plan_distillation(student, resolved, trust).to_json(), show_plan)
             return
         from qcli.distillation.distill import distill as run
+        from qcli.distillation.plan import open_pair
 
-        out = out_of(session, resolved.out, f"{checkpoint_name(student)}-distilled")
+        name = f"{checkpoint_name(student)}-distilled"
+        out = out_of(session, resolved.out, name, lambda: open_pair(student, resolved.source, trust))
         result = run(student, resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_distilled)
         session.suggest(lambda: after_checkpoint(out, resolved.source, trust))

@@ -81,6 +81,7 @@ def pack(
         from qcli.evaluation.results import read_evaluation
         from qcli.export.pack import pack as pack_checkpoint
         from qcli.export.pack import plan_pack
+        from qcli.models.open import open_source
         from qcli.recipe.load import from_flags
         from qcli.recipe.sections import Pack
         from qcli.utils.trust import Trust
@@ -103,7 +104,8 @@ def pack(
             )
             session.result(plan.to_json(), show_plan)
             return
-        out = out_of(session, out, f"{checkpoint_name(run)}-{options.format}")
+        name = f"{checkpoint_name(run)}-{options.format}"
+        out = out_of(session, out, name, lambda: open_source(str(run), trust))
         result = pack_checkpoint(
             run,
             out,
@@ -145,6 +147,7 @@ def _k_quants(
 
     type = require_type(type)
     from qcli.export.k_quants import pack_k_quants, plan_k_quants
+    from qcli.models.open import open_source
 
     if dry_run:
         plan = plan_k_quants(str(model), type=type, statistics=statistics, trust=trust)
@@ -152,7 +155,7 @@ def _k_quants(
         return
     result = pack_k_quants(
         str(model),
-        out_of(session, out, f"{model_name(str(model))}-{type.lower()}"),
+        out_of(session, out, f"{model_name(str(model))}-{type.lower()}", lambda: open_source(str(model), trust)),
         type=type,
         statistics=statistics,
         progress=session.progress,

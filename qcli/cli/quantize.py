@@ -163,9 +163,7 @@ def quantize(
         from qcli.models.open import open_source
         from qcli.quantization.quantize import quantize as run
 
-        if resolved.out is None:
-            open_source(resolved.source, trust)  # a wrong name fails before the output is told
-        out = out_of(session, resolved.out, quantized_name(resolved))
+        out = out_of(session, resolved.out, quantized_name(resolved), lambda: open_source(resolved.source, trust))
         result = run(resolved, out, session.progress, trust=trust, force=force)
         session.result(result.to_json(), show_result)
         session.suggest(lambda: after_checkpoint(out, resolved.source, trust))

@@ -70,13 +70,16 @@ def run(
 
         trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         require_fit(resolved, trust)
+        from qcli.models.open import open_source
         from qcli.pipeline import Pipeline
         from qcli.utils.device import local_device
         from qcli.utils.distributed import process_group
 
         pipeline = Pipeline(
             resolved,
-            out_of(session, resolved.out, f"{quantized_name(resolved)}-run"),
+            out_of(
+                session, resolved.out, f"{quantized_name(resolved)}-run", lambda: open_source(resolved.source, trust)
+            ),
             cache=Cache(default_folder()),
             progress=session.progress,
             skip=lambda result: session.note(f"{result}: done already, skipped"),

@@ -60,14 +60,26 @@ def require_start(plan: Plan, recipe: Recipe, out: Path, *, force: bool) -> None
         UsageError: the first row of the text does not become text, such as a chat of a model without a template.
         StateError: as `RunFolder`.
     """
-    if plan.calibrated and not plan.sees_images:
-        require_first_row(recipe.calibration.data, chat_render(plan.source))
+    require_calibration_text(plan, recipe)
     reads_text = plan.calibrated or recipe.allocation is not None
 
     def identity() -> dict[str, Any]:
         return run_identity(recipe, plan.source, local_device(recipe.device), reads_text=reads_text)
 
     require_startable(out, identity, recipe.resume, replacing(recipe, force))
+
+
+def require_calibration_text(plan: Plan, recipe: Recipe) -> None:
+    """Check that the text which quantization reads, if it does, becomes text; of a file, its first row.
+
+    Args:
+        plan, recipe: as for `require_start`.
+
+    Raises:
+        UsageError: it does not, such as a chat of a model without a template.
+    """
+    if (plan.calibrated or recipe.allocation is not None) and not plan.sees_images:
+        require_first_row(recipe.calibration.data, chat_render(plan.source))
 
 
 def quantize_as_written(

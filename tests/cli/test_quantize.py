@@ -382,17 +382,37 @@ def test_chats_take_a_model_with_a_template(more: tuple[str, ...], invoke: Invok
     chats.write_text(f"{json.dumps(chat)}\n" * 9)
     flags = ("--group-size", 32, "--samples", 6, "--seq-len", 32, "--out", tmp_path / "out")
     code, printed, err = invoke("quantize", model, *flags, "--data", chats, *more)
-    assert (code, printed) == (2, "") and f"{chats}:1 is a chat, and {model} has no chat template" in err
+    refusal = f"{chats}:1 is a chat, and {model} has no chat template"
+    assert (code, printed) == (2, "") and refusal in err
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {json.dumps(str(model))}\ncalibration: {{data: {json.dumps(str(chats))}}}\n")
+    for method in ("{group_size: 32}", "{name: rtn, bits: auto, target_bpw: 4.7, group_size: 32}"):
+        code, printed, err = invoke("run", recipe, "--set", f"method={method}", "--out", tmp_path / "out", *more)
+        assert (code, printed) == (2, "") and refusal in err
+        assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "some-org/mistyped"),
+        ("eval", "some-org/mistyped"),
+        ("calibrate", "some-org/mistyped"),
+        ("distill", "some-org/mistyped", "--teacher", "some-org/teacher"),
+        ("pack", "some-org/mistyped", "--format", "dense"),
+        ("run", "recipe.yaml"),
+    ],
+    ids=lambda command: command[0],
+)
 def test_a_mistyped_model_is_all_that_is_said(
-    command: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     default_text.cache_clear()
-    code, printed, err = invoke(command, "some-org/mistyped")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("model: some-org/mistyped\n")
+    code, printed, err = invoke(*command)
     assert (code, printed) == (2, "")
     assert err.startswith("error: some-org/mistyped is not a local folder, HF_HUB_OFFLINE is set") and "\nhint: " in err
     assert "output" not in err and "warning" not in err
