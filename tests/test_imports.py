@@ -70,7 +70,7 @@ def house() -> dict[str, dict[str, int]]:
 
 
 def folder(name: str) -> str:
-    """`models` for `qcli.models.open`, `pipeline` for `qcli.pipeline`."""
+    """`models` for `qcli.models.open`."""
     return name.split(".")[1]
 
 

@@ -71,7 +71,7 @@ def run(
         trust = Trust(remote_code=trust_remote_code, tasks=trust_tasks)
         require_fit(resolved, trust)
         from qcli.models.open import open_source
-        from qcli.pipeline import Pipeline
+        from qcli.pipeline.stages import Pipeline
         from qcli.utils.device import local_device
         from qcli.utils.distributed import process_group
 

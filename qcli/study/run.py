@@ -56,7 +56,8 @@ def failure(error: str, exit_code: int = 1) -> Row:
 
 def _results(run: Run, folder: Path, cache: Cache, progress: Progress, trust: Trust) -> Row:
     from qcli.models.manifest import Manifest
-    from qcli.pipeline import QUANTIZED, Pipeline
+    from qcli.pipeline.record import QUANTIZED
+    from qcli.pipeline.stages import Pipeline
 
     pipeline = Pipeline(run.recipe, folder, cache=cache, calibration_cache=cache, progress=progress, trust=trust)
     pipeline.quantize()

@@ -247,7 +247,7 @@ def test_replacing_goes_on_where_it_was_interrupted(
 
     for place, remains in (
         ("qcli.quantization.quantize.quantize", set(old)),
-        ("qcli.pipeline.write_bytes", {"eval.json"}),
+        ("qcli.pipeline.record.write_bytes", {"eval.json"}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, stop)
@@ -528,7 +528,7 @@ def test_the_default_text_is_that_of_the_results(
 def test_no_default_text_is_chosen_where_none_is_read(
     invoke: Invoke, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qcli.pipeline.default_text", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("qcli.pipeline.stages.default_text", lambda _: pytest.fail("asked"))
     assert invoke("run", recipe, "--out", tmp_path / "out").code == 0
     assert sealed.load_json(tmp_path / "out" / "stages.json")[2] is None
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qcli.cli.main import main as command_line
-from qcli.pipeline import Pipeline
+from qcli.pipeline.stages import Pipeline
 from qcli.quantization.block_parts import BlockParts
 from qcli.quantization.block_state import BlockState
 from qcli.quantization.quantize import quantize
