@@ -66,6 +66,7 @@ def test_blocks_compute_what_the_whole_model_computes(model_type: str, on_host: 
             torch.testing.assert_close(stream.logits(found), logits, rtol=1e-4, atol=1e-4)
     towers = [*stream.model.get_submodule(stream.family.dense_parts[0]).parameters()]
     assert not towers  # not in memory any more
+    assert all(weight.is_meta for part in stream._beside.values() for weight in part.parameters())
 
 
 def test_an_image_counts(tmp_path: Path) -> None:

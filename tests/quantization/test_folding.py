@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from qcli.algorithms.transform import ChannelScale
-from qcli.models.families import FAMILIES, Fold, Rows
+from qcli.models.families import FAMILIES, Fold, Places, Rows
 from qcli.models.open import open_source
 from qcli.models.stream import ModelStream
 from qcli.quantization.folding import channel_scales, fold
@@ -210,6 +210,20 @@ def test_channels_whose_norm_weight_has_no_quotient_are_left_alone(offset: float
     expected = torch.tensor([4.0, 1.0, 1.0, 2.0])
     torch.testing.assert_close((block.norm.weight + offset) * expected, norm + offset)
     torch.testing.assert_close(block.out.weight, out * expected)
+
+
+def test_channels_of_a_norm_that_are_not_folded_stay() -> None:
+    """And leave those alone that are."""
+    block = nn.Module()
+    block.norm, block.out = nn.RMSNorm(4), nn.Linear(4, 3)
+    x, places = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), (0, -1, 1, 2)
+    with torch.no_grad():
+        before = block.out(block.norm(x))
+    scales = channel_scales(block, [Fold("norm", ("out",), places=Places(places, places))], LlamaConfig())
+    fold(block, scales, [torch.tensor([2.0, 4.0, 0.5])])
+    assert block.norm.weight.tolist() == [0.5, 1.0, 0.25, 2.0]
+    with torch.no_grad():
+        torch.testing.assert_close(block.out(block.norm(x)), before)
 
 
 def test_norms_without_weights_have_no_scale(tmp_path: Path) -> None:
