@@ -13,9 +13,6 @@ from qcli.utils.paths import portable_name
 if TYPE_CHECKING:
     from qcli.recipe.recipe import Recipe
 
-_RECORD = "stages.json"  # beside a stage of `qcli run`, whose folder says more than its own name
-_STAGES = ("quantized", "distilled", "packed")
-
 
 def out_of(session: Session, given: str | Path | None, default: str, opened: Callable[[], object]) -> Path:
     """The folder to write: the one that was given, or `default` in the working directory, which is told.
@@ -48,7 +45,9 @@ def model_name(model: str) -> str:
 
 
 def checkpoint_name(folder: Path) -> str:
-    """The name of a checkpoint's folder; of a stage of `qcli run`, that of the run."""
+    """The name of a checkpoint's folder; of a stage of `qcli run`, that of the run, which says more."""
+    from qcli.pipeline.record import DISTILLED, PACKED, QUANTIZED, RECORD
+
     folder = folder.absolute()
-    staged = folder.name in _STAGES and (folder.parent / _RECORD).exists()
+    staged = folder.name in (QUANTIZED, DISTILLED, PACKED) and (folder.parent / RECORD).exists()
     return (folder.parent if staged else folder).name or "model"

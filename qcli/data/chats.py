@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = "default"  # of several templates
 _TODAY = "strftime_now"
+_ROLES = "most templates take an optional system message, then user and assistant in turns"
 # In place of the function of transformers, without a change of the white space that comes after.
 _ONE_DAY = "{%- macro " + _TODAY + "(format) -%}26 Jul 2024{%- endmacro +%}"
 
@@ -53,6 +54,3 @@ def chat_render(source: ModelSource) -> Render:
             ) from error
 
     return render
-
-
-_ROLES = "most templates take an optional system message, then user and assistant in turns"
