@@ -7,7 +7,6 @@ never seen a sequence without. It counts as one of the window's tokens and is ne
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from qcli.data.datasets import is_folder, is_sampled, read_text
 from qcli.data.default_text import named
 from qcli.data.identity import content_key
 from qcli.data.names import SELF
+from qcli.data.offsets import window_offsets
 from qcli.data.source import Data, TextSource, WeightedText, is_hub, label, parts
 from qcli.models.manifest import versions
 from qcli.models.source import reported
@@ -317,69 +317,21 @@ def _draw_of(
             f"{span + 1}",
             hint="use more text, or a smaller --seq-len",
         )
-    offsets = _offsets(request, text.path, span, len(ids))
+    offsets = window_offsets(
+        text.path,
+        span,
+        len(ids),
+        samples=request.samples,
+        held_out=request.held_out,
+        validation=request.validation,
+        seed=request.seed,
+    )
     return _after(begin, torch.stack([ids[offset : offset + span] for offset in offsets]))
 
 
 def _after(begin: list[int], ids: Tensor) -> Tensor:
     """Windows `[windows, length]` behind begin tokens."""
     return torch.cat([torch.tensor(begin, dtype=ids.dtype).expand(len(ids), -1), ids], 1) if begin else ids
-
-
-def _offsets(request: TokenRequest, data: str, span: int, length: int) -> list[int]:
-    """Where the windows of a request, `span` tokens of text each, start in a text of `length` tokens."""
-    generator, last = random.Random(request.seed), length - span
-    offsets = [generator.randrange(0, last) for _ in range(request.samples)]
-    free = _FreeOffsets(length, span, data)
-    if 0 < request.held_out < request.samples:
-        held_out = offsets[-request.held_out :]
-        for offset in held_out:
-            free.take(offset)
-        others = free.offsets("use more text, or a smaller --seq-len")
-        offsets = [
-            offset if free.has(offset) else int(generator.choice(others)) for offset in offsets[: -request.held_out]
-        ] + held_out
-    if request.validation:
-        for offset in offsets:
-            free.take(offset)
-    for _ in range(request.validation):
-        offset = generator.randrange(0, last)
-        if not free.has(offset):
-            offset = int(generator.choice(free.offsets("use more text, fewer --samples, or a smaller --seq-len")))
-        free.take(offset)
-        offsets.append(offset)
-    return offsets
-
-
-class _FreeOffsets:
-    """Offsets of a text where a window overlaps none of those that have been taken."""
-
-    def __init__(self, length: int, window: int, data: str) -> None:
-        self.length, self.window, self.data = length, window, data
-        self._free = torch.ones(length - self.window, dtype=torch.bool)
-
-    def take(self, offset: int) -> None:
-        """Place a window here."""
-        self._free[max(0, offset - self.window + 1) : offset + self.window] = False
-
-    def has(self, offset: int) -> bool:
-        """Whether a window here overlaps no other."""
-        return bool(self._free[offset])
-
-    def offsets(self, hint: str) -> Tensor:
-        """All free offsets, int64.
-
-        Raises:
-            UsageError: there are so few that windows would be nearly identical.
-        """
-        offsets = torch.nonzero(self._free).flatten()
-        if len(offsets) < min(self.window, self.length - self.window):
-            raise UsageError(
-                f"{self.data}: too short for samples that do not overlap: its {self.length} tokens leave too little "
-                f"room for windows of {self.window}",
-                hint=hint,
-            )
-        return offsets
 
 
 def _consecutive(
