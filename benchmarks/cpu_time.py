@@ -76,9 +76,7 @@ def main() -> None:
                     for side, tree in (("before", before), ("now", here)):
                         out = f"{folder}/{side}-{name}-{turn}"
                         seen[side].append(_run(tree, "-c", RUN, json.dumps(flags | options), out))
-                        evaluation = _run(
-                            tree, "-m", "qcli", "eval", out, *score, "--max-windows", "10", "--json", "-q"
-                        )
+                        evaluation = _run(tree, "-m", "qcli", "eval", out, *score)
                         lost[side] = round(evaluation["kl"], 4)
                 least = {side: min(seconds) for side, seconds in seen.items()}
                 rows[name] = {
