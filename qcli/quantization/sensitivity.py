@@ -108,8 +108,6 @@ class _GradientStatistics:
 
     def divergence(self, path: str, error: Tensor) -> float:
         """Predicted KL divergence, nats per token, of an error `[out, in]` of a linear's weight."""
-        if path not in self.energy:  # an expert that no token was routed to
-            return 0.0
         energy = self.energy[path]
         total = energy.sum().clamp(min=1e-30)
         common = error @ (self.mean[path] / total)
@@ -194,8 +192,6 @@ def _predicted(space: SearchSpace, layers: Sequence[Linear], statistics: _Gradie
     losses = {layer.name: [inf] * len(space.candidates) for layer in layers}
     for members in _grouped(layers, statistics.experts):
         if members[0].path not in statistics.inputs:  # of an expert that no token was routed to
-            for layer in members:
-                losses[layer.name] = [inf if size is None else 0.0 for size in space.sizes[layer.name]]
             continue
         hessian = statistics.inputs[members[0].path] / statistics.tokens
         weights = {layer.name: ModelStream.weight_of(statistics.modules[layer.path]).float() for layer in members}
@@ -208,7 +204,19 @@ def _predicted(space: SearchSpace, layers: Sequence[Linear], statistics: _Gradie
             for layer in fitting:
                 error = weights[layer.name] - quantized[layer.name]
                 losses[layer.name][candidate] = statistics.divergence(layer.path, error)
+    reached = [layer for layer in layers if layer.path in statistics.inputs]
+    for layer in layers:
+        if layer.path not in statistics.inputs:
+            losses[layer.name] = _least_of_others(layer, reached, losses)
     return losses
+
+
+def _least_of_others(layer: Linear, reached: Sequence[Linear], losses: Losses) -> list[float]:
+    """The losses of a layer of an expert that no token was routed to: the least that other experts have. Without any,
+    it would get the fewest bits, whatever text the model sees later."""
+    end = layer.path.rpartition(".")[2]
+    others = [losses[each.name] for each in reached if each.group == layer.group and each.path.endswith(f".{end}")]
+    return [min(each) for each in zip(*others, strict=True)]
 
 
 def _quantized(space: SearchSpace, method: Method, group: LinearGroup) -> dict[str, Tensor]:

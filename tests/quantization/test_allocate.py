@@ -77,6 +77,18 @@ def test_predicted_losses_follow_measured_ones(tmp_path: Path) -> None:
     assert 0.5 < float(ratios.median()) < 2
 
 
+def test_experts_that_no_token_reaches_count_as_the_least_that_one_does(tmp_path: Path) -> None:
+    source = open_source(str(tiny_model("qwen3_moe", tmp_path, num_local_experts=48)))
+    stream = ModelStream(source, device=torch.device("cpu"), dtype=torch.float32)
+    space = search_space(recipe(), source.linears())
+    tokens = torch.randint(3, 320, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses = sensitivities(space, stream, tokens, lambda block, find: find(), lambda *_: None)
+    rows = torch.tensor([losses[f"model.layers.1.mlp.experts.{n}.down_proj"] for n in range(48)])
+    assert torch.isfinite(rows).all() and bool((rows > 0).all())
+    idle = (rows == rows.amin(0)).all(1)
+    assert 16 <= int(idle.sum()) < 48  # two of 48 experts for each of 16 tokens
+
+
 def _rounded(method: Any, weight: torch.Tensor) -> QuantizedWeight:
     (solution,) = method.quantize(LinearGroup({"x": weight})).values()
     return solution.weight  # type: ignore[no-any-return]
