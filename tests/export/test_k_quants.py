@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qcli.cli.main import main
 from qcli.export.gguf import llama_quantize
@@ -169,6 +169,14 @@ def test_what_is_given_must_be_a_model_and_its_statistics(tmp_path: Path, monkey
         plan_k_quants(str(model), type="Q4_K_M", statistics=calibrated(other, tmp_path))
     with pytest.raises(UsageError, match="is not a folder written by `qcli calibrate`"):
         plan_k_quants(str(model), type="Q4_K_M", statistics=model)
+    statistics = calibrated(model, tmp_path)
+    moments = load_file(statistics / "statistics.safetensors")
+    layer = "model.layers.1.self_attn.o_proj"
+    save_file(
+        {name: each for name, each in moments.items() if layer not in name}, statistics / "statistics.safetensors"
+    )
+    with pytest.raises(UsageError, match=f"has none of {layer}"):
+        plan_k_quants(str(model), type="Q4_K_M", statistics=statistics)
     with pytest.raises(UnsupportedError, match="opt is not among") as refused:
         plan_k_quants(str(tiny_model("opt", tmp_path)), type="Q4_K_M")
     assert refused.value.hint == "quantize it with `qcli quantize`"

@@ -28,7 +28,7 @@ class Importance:
         record: the content of its `calibration.json`.
 
     Raises:
-        UsageError: it is no such folder, or of another model.
+        UsageError: it is no such folder, of another model, or without statistics of some of its layers.
     """
 
     def __init__(self, folder: Path, source: ModelSource) -> None:
@@ -46,6 +46,11 @@ class Importance:
         ending = ".second_moment"
         header = {name: extent for name, extent in read_header(folder / _FILE).items() if name.endswith(ending)}
         self._moments = {name.removesuffix(ending): moment for name, moment in read_tensors(header.items()).items()}
+        if missing := [linear.name for linear in source.linears() if linear.name not in self._moments]:
+            raise UsageError(
+                f"--statistics: {folder} has none of {missing[0]}, nor of {len(missing) - 1} more layers",
+                hint="run `qcli calibrate` on this model",
+            )
 
     def of_tensors(self, named: Mapping[str, Sequence[str]]) -> dict[str, NDArray[Any]]:
         """float32 `[in]` by name of the tensor in the file; of experts `[experts * in]`.
